@@ -1,0 +1,95 @@
+"""One loader for every kind of data, whose order is a function of (seed, epoch, position) and nothing else.
+
+Because no random state is consumed by drawing the order, a run continues in mid-epoch with exactly the batches it would
+have seen, whatever the number of worker processes; and the ranks of a distributed run split each global batch without
+repetition or loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Draw(NamedTuple):
+    """What a dataset's `__getitem__` receives: the sample's index and a seed of its own for augmentation."""
+
+    index: int
+    seed: int
+
+
+def draw_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit seed for sample `index` in `epoch`: splitmix64 over the three numbers."""
+    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index + 1) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) >> 1
+
+
+class ResumableLoader:
+    """Iterate over a map-style dataset in batches; `state_dict()` names the next batch exactly.
+
+    dataset     `dataset[Draw(index, seed)]` -> sample; needs `__len__`
+    batch_size  samples per batch on this rank; a global batch is batch_size * world_size consecutive draws
+    shuffle     a fresh permutation per epoch, by (seed, epoch); False keeps the dataset's order
+    drop_last   leave out an incomplete last batch
+    collate_fn  list of samples -> batch; torch's default when None
+
+    Every `iter()` is one epoch. With drop_last=False on several ranks the last batches differ in size by at most one
+    sample (a rank may get none and then ends one batch earlier: use it for evaluation only).
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, seed: int = 0,
+                 num_workers: int = 0, collate_fn: Callable[[list], Any] | None = None, rank: int = 0,
+                 world_size: int = 1, pin_memory: bool = False):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.dataset, self.batch_size, self.shuffle, self.drop_last = dataset, batch_size, shuffle, drop_last
+        self.seed, self.num_workers, self.collate_fn = seed, num_workers, collate_fn
+        self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
+        self.epoch, self.position, self._resumed = 0, 0, False
+        if len(self) == 0:
+            raise ValueError(f"{len(dataset)} samples do not fill one batch of {batch_size} on {world_size} rank(s); "
+                             f"lower data.batch_size or give more data")
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        n, step = len(self.dataset), self.batch_size * self.world_size
+        if self.drop_last:
+            return n // step
+        rest = max(0, n % step - self.rank)
+        return n // step + (1 if rest > 0 else 0)
+
+    def _batches(self, start: int) -> Iterator[list[Draw]]:
+        n, step = len(self.dataset), self.batch_size * self.world_size
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch, -1))
+            order = torch.randperm(n, generator=generator)
+        else:
+            order = torch.arange(n)
+        for batch in range(start, len(self)):
+            mine = order[batch * step : (batch + 1) * step][self.rank :: self.world_size]
+            yield [Draw(i, draw_seed(self.seed, self.epoch, i)) for i in mine.tolist()]
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._resumed:
+            self.position = 0
+        self._resumed = False
+        loader = DataLoader(self.dataset, batch_sampler=list(self._batches(self.position)), num_workers=self.num_workers,
+                            collate_fn=self.collate_fn, pin_memory=self.pin_memory,
+                            generator=torch.Generator().manual_seed(self.seed))  # keeps the global random state untouched
+        for batch in loader:
+            self.position += 1
+            if self.position == len(self):
+                self.epoch, self.position, self._resumed = self.epoch + 1, 0, True
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with the batch after the last one yielded before `state_dict()` was taken."""
+        self.epoch, self.position, self._resumed = state["epoch"], state["position"], True
