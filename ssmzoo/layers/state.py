@@ -1,0 +1,142 @@
+"""What models carry along a sequence, and padding that must not touch it.
+
+Every causal mixer is `forward(x, state=None, *, mask=None, seq_idx=None) -> (y, state)`. Its state is a NamedTuple of
+tensors with the batch first; a model's state is a tuple of its layers' states. Nothing is hidden in modules, so a state
+can be kept, copied, reordered or differentiated through like any other value.
+
+Padding is handled by moving the real tokens of every row to the front, once per call: afterwards left padding, right
+padding and holes are the same thing, a row of `lengths[i]` real tokens followed by slots that nothing may look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModelOutput(NamedTuple):
+    """What every sequence model returns.
+
+    logits (b l v) | state: pass it back in to continue the sequences | aux: scalar tensors; keys ending in "_loss" are
+    already weighted and are added to the task's loss, the others are metrics.
+    """
+
+    logits: Tensor
+    state: Any
+    aux: dict[str, Tensor]
+
+
+class Padding(NamedTuple):
+    """Rows whose real tokens stand in front. Made by `left_align`; mixers accept it in place of a bool mask.
+
+    mask (b l) True for the first lengths[i] slots of row i | lengths (b)
+    order (b l) slot t holds the token that stood at order[t] | inverse (b l) the way back
+    """
+
+    mask: Tensor
+    lengths: Tensor
+    order: Tensor
+    inverse: Tensor
+
+    def align(self, x: Tensor) -> Tensor:
+        """(b l ...) as given -> (b l ...) with the real tokens in front."""
+        return _take(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(b l ...) with the real tokens in front -> (b l ...) at their places."""
+        return _take(x, self.inverse)
+
+    def align_seq_idx(self, seq_idx: Tensor | None) -> Tensor | None:
+        """Document numbers (b l) in the new order; padding takes the number of its row's last token: no boundary."""
+        if seq_idx is None:
+            return None
+        last = (self.lengths - 1).clamp(min=0)[:, None]
+        slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)[None]
+        return self.align(seq_idx).gather(1, torch.minimum(slots, last))
+
+
+def left_align(mask: Tensor | Padding | None) -> Padding | None:
+    """Mask (b l), True = real token -> the move that brings the real tokens of every row to the front, in order."""
+    if mask is None or isinstance(mask, Padding):
+        return mask
+    if mask.ndim != 2 or mask.is_floating_point():
+        raise ValueError(f"mask must be a bool tensor (batch, length), True = real token; got {mask.dtype} {tuple(mask.shape)}")
+    mask = mask.bool()
+    lengths = mask.sum(1)
+    inverse = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
+    slots = torch.arange(mask.shape[1], device=mask.device).expand_as(inverse)
+    order = torch.empty_like(inverse).scatter(1, inverse, slots)
+    return Padding(slots < lengths[:, None], lengths, order, inverse)
+
+
+def call_aligned(forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
+    """Run a mixer whose `forward` understands a Padding on inputs with a bool mask. x (b l d) -> y (b l d), state."""
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the input wants {tuple(x.shape[:2])}")
+    padding = left_align(mask)
+    y, state = forward(padding.align(x), state, mask=padding, seq_idx=padding.align_seq_idx(seq_idx))
+    return padding.restore(y), state
+
+
+def conv_window(x: Tensor, previous: Tensor | None, width: int, padding: Padding | None = None,
+                seq_idx: Tensor | None = None) -> Tensor:
+    """The last `width` inputs of every row and of its last document, oldest first: the state of a causal convolution.
+
+    x (b c l) inputs, previous (b c width) window before them or None for zeros -> (b c width)
+    """
+    b, _, length = x.shape
+    if padding is None:
+        window = x[..., max(0, length - width):]
+        if length < width:
+            head = window.new_zeros(b, x.shape[1], width) if previous is None else previous.to(x.dtype)
+            window = torch.cat([head[..., length:], window], dim=-1)
+        if seq_idx is None:
+            return window
+        first = length - width + torch.arange(width, device=x.device)  # place of each window slot, < 0: before x
+        places = first.expand(b, width)
+    else:
+        head = x.new_zeros(b, x.shape[1], width) if previous is None else previous.to(x.dtype)
+        slots = padding.lengths[:, None] + torch.arange(width, device=x.device)  # (b width) into [head, x]
+        window = torch.cat([head, x], dim=-1).gather(2, slots[:, None].expand(b, x.shape[1], width))
+        if seq_idx is None:
+            return window
+        places = slots - width
+    same = seq_idx.gather(1, places.clamp(min=0)) == seq_idx[:, -1:]
+    return window * same[:, None]
+
+
+def conv_history(previous: Tensor | None, width: int) -> Tensor | None:
+    """Window (b c width) -> the width-1 inputs before the current token, what `causal_conv1d_fn` calls initial_states."""
+    return None if previous is None else previous[..., previous.shape[-1] - (width - 1):]
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply `function` to every tensor of a nested state of (named) tuples, lists and dicts."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: map_state(function, value) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        values = [map_state(function, value) for value in state]
+        return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
+    return state
+
+
+def select_rows(state: Any, rows: Tensor) -> Any:
+    """The state of the sequences `rows` (integer tensor): reorder, drop or repeat members of a batch."""
+    return map_state(lambda tensor: tensor.index_select(0, rows), state)
+
+
+def detach(state: Any) -> Any:
+    """The same values without their history, for training on a stream of chunks."""
+    return map_state(Tensor.detach, state)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    index = index.reshape(index.shape + (1,) * (x.ndim - 2)).expand(x.shape)
+    return torch.gather(x, 1, index)
+
+
