@@ -63,13 +63,20 @@ def left_align(mask: Tensor | Padding | None) -> Padding | None:
     if mask is None or isinstance(mask, Padding):
         return mask
     if mask.ndim != 2 or mask.is_floating_point():
-        raise ValueError(f"mask must be a bool tensor (batch, length), True = real token; got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(f"mask must be a bool tensor (batch, length), True = real token; "
+                         f"got {mask.dtype} {tuple(mask.shape)}")
     mask = mask.bool()
     lengths = mask.sum(1)
     inverse = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
     slots = torch.arange(mask.shape[1], device=mask.device).expand_as(inverse)
     order = torch.empty_like(inverse).scatter(1, inverse, slots)
     return Padding(slots < lengths[:, None], lengths, order, inverse)
+
+
+def is_step(x: Tensor, state, padding, seq_idx) -> bool:
+    """One more token for every row, outside of training: the case for which mixers keep a short path."""
+    return (state is not None and x.shape[1] == 1 and padding is None and seq_idx is None
+            and not torch.is_grad_enabled())
 
 
 def call_aligned(forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
@@ -89,7 +96,7 @@ def conv_window(x: Tensor, previous: Tensor | None, width: int, padding: Padding
     """
     b, _, length = x.shape
     if padding is None:
-        window = x[..., max(0, length - width):]
+        window = x[..., max(0, length - width):].contiguous()  # a copy: a view would keep the whole input alive
         if length < width:
             head = window.new_zeros(b, x.shape[1], width) if previous is None else previous.to(x.dtype)
             window = torch.cat([head[..., length:], window], dim=-1)
@@ -109,8 +116,8 @@ def conv_window(x: Tensor, previous: Tensor | None, width: int, padding: Padding
 
 
 def conv_history(previous: Tensor | None, width: int) -> Tensor | None:
-    """Window (b c width) -> the width-1 inputs before the current token, what `causal_conv1d_fn` calls initial_states."""
-    return None if previous is None else previous[..., previous.shape[-1] - (width - 1):]
+    """Window (b c width) -> the width-1 inputs before the next token: `initial_states` of `causal_conv1d_fn`."""
+    return None if previous is None or width == 1 else previous[..., 1 - width:]
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -1,0 +1,38 @@
+"""Initial values that several layers share; each function's docstring is its distribution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def dt_bias_(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> Tensor:
+    """Fill with softplus^-1(dt), dt log-uniform in [dt_min, dt_max] tokens and at least `floor`."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"need 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
+    with torch.no_grad():
+        dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=floor)
+        return bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def A_log_s4d_real_(A_log: Tensor) -> Tensor:
+    """Fill (..., n) with log(1), log(2), ..., log(n): A = -1 .. -n in every channel."""
+    with torch.no_grad():
+        return A_log.copy_(torch.arange(1, A_log.shape[-1] + 1, dtype=A_log.dtype, device=A_log.device).log())
+
+
+def A_log_uniform_(A_log: Tensor, low: float = 1.0, high: float = 16.0) -> Tensor:
+    """Fill with log(a), a ~ U(low, high)."""
+    if not 0 < low <= high:
+        raise ValueError(f"A_init_range needs 0 < low <= high, got ({low}, {high})")
+    with torch.no_grad():
+        return A_log.uniform_(low, high).log_()
+
+
+def scaled_output_(weight: Tensor, n_layer: int) -> Tensor:
+    """Redraw a projection into the residual stream: torch's Linear default, divided by sqrt(n_layer)."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    with torch.no_grad():
+        return weight.div_(math.sqrt(n_layer))

@@ -1,0 +1,123 @@
+"""The Mamba-1 mixer: short convolution, selective scan, gate; with the parameter names of its checkpoints.
+
+    x, z = split(W_in u)                           x, z (e) each
+    x = SiLU(causal depthwise conv_k(x))
+    dt_r, B, C = split(W_x x)                      r, n, n
+    dt = softplus(W_dt dt_r + b_dt)
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t       A = -exp(A_log), h (e n)
+    y_t = <h_t, C_t> + D x_t,   out = W_out (y SiLU(z))
+
+b batch, l length, d d_model, e inner width, n state size, r rank of the time step, k taps.
+Source: Gu & Dao 2023 (arXiv 2312.00752), section 3; parameter names of state-spaces/mamba (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
+from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update
+
+CLOSED = -1e4  # before the softplus: dt = 0 exactly, so that a padding slot neither decays nor feeds the state
+
+
+class MambaState(NamedTuple):
+    conv: Tensor  # (b e k) the last k inputs of the convolution, oldest first
+    ssm: Tensor  # (b e n) fp32
+
+
+class Mamba(nn.Module):
+    """Causal mixer (b l d) -> (b l d).
+
+    d_model, d_state, d_conv, expand   d, n, k and e / d; e = int(expand d)
+    dt_rank              r, or "auto" = ceil(d / 16)
+    dt_min, dt_max, dt_init_floor      range of the initial time step, in tokens
+    dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
+    conv_bias, bias      biases of the convolution and of the input and output projections
+    in_proj, out_proj    modules to use instead of the linear projections (d -> 2e, x before z; e -> d)
+
+    A layer whose projections return more than a tensor (experts and their losses) subclasses, passes its own modules
+    as in_proj and out_proj, and writes its own three-line forward around `mix`.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
+                 dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
+                 dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
+                 in_proj: nn.Module | None = None, out_proj: nn.Module | None = None):
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
+        if min(d_model, d_state, d_conv, self.d_inner) < 1:
+            raise ValueError(f"Mamba needs positive sizes, got d_model={d_model}, d_state={d_state}, d_conv={d_conv}, "
+                             f"expand={expand}")
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.dt_start = (dt_min, dt_max, dt_init_floor)
+        self.dt_init, self.dt_scale = dt_init, dt_scale
+        e = self.d_inner
+        self.in_proj = in_proj or nn.Linear(d_model, 2 * e, bias=bias)
+        self.conv1d = nn.Conv1d(e, e, d_conv, groups=e, bias=conv_bias)
+        self.x_proj = nn.Linear(e, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, e)
+        self.A_log = nn.Parameter(torch.empty(e, d_state))
+        self.D = nn.Parameter(torch.empty(e))
+        self.out_proj = out_proj or nn.Linear(e, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W_dt and b_dt as above, A = -1 .. -n, D = 1; the other projections and the convolution keep torch's default."""
+        s = self.dt_scale * self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -s, s) if self.dt_init == "random" else nn.init.constant_(
+            self.dt_proj.weight, s)
+        dt_bias_(self.dt_proj.bias, *self.dt_start)
+        A_log_s4d_real_(self.A_log)
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor, state: MambaState | None = None, *, mask: Tensor | Padding | None = None,
+                seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
+        if isinstance(mask, Tensor):
+            return call_aligned(self.forward, x, state, mask, seq_idx)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y, state = self.mix(x, z, state, mask, seq_idx)
+        return self.out_proj(y), state
+
+    def mix(self, x: Tensor, z: Tensor, state: MambaState | None = None, padding: Padding | None = None,
+            seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
+        """What stands between the projections. x, z (b l e) -> y (b l e), gated, zero in padding slots; state."""
+        if is_step(x, state, padding, seq_idx):
+            return self._mix_one(x, z, state)
+        x = x.transpose(1, 2)  # (b e l)
+        past, h = state if state is not None else (None, None)
+        window = conv_window(x, past, self.d_conv, padding, seq_idx)
+        x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
+                             initial_states=conv_history(past, self.d_conv), activation="silu")
+        dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)  # (b l e); its bias is added in fp32, by the scan
+        if padding is not None:
+            dt = dt.masked_fill(~padding.mask[..., None], CLOSED)
+        y, h = selective_scan_fn(x, dt.transpose(1, 2), self.A, B.transpose(1, 2), C.transpose(1, 2), self.D.float(),
+                                 z=z.transpose(1, 2), delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
+                                 return_last_state=True, initial_state=h, seq_idx=seq_idx)
+        y = y.transpose(1, 2)
+        return (y if padding is None else y * padding.mask[..., None]), MambaState(window, h)
+
+    @property
+    def A(self) -> Tensor:
+        """(e n) negative, fp32: in half precision slow decays would round to none."""
+        return -torch.exp(self.A_log.float())
+
+    def _mix_one(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """`mix` for one token: the recurrence itself. x, z (b 1 e)"""
+        conv, h = state.conv.clone(), state.ssm.clone()  # the caller keeps the state it passed in
+        x = causal_conv1d_update(x[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        y = selective_state_update(h, x, dt, self.A, B, C, self.D.float(), z=z[:, 0],
+                                   dt_bias=self.dt_proj.bias.float(), dt_softplus=True)
+        return y[:, None], MambaState(conv, h)
