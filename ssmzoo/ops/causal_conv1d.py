@@ -1,0 +1,163 @@
+"""Causal depthwise convolution along time, as in front of every Mamba scan, and its decoding step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
+from ssmzoo.ops.dispatch import op
+
+ACTIVATIONS = (None, "silu", "swish")
+
+
+def check_causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                        final_states_out=None, activation=None) -> None:
+    sizes: dict[str, int] = {}
+    expect("x", x, ("b", "c", "l"), sizes)
+    _check_weight(weight, bias, activation, sizes)
+    for name, states in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        if states is not None:
+            expect(name, states, ("b", "c", "k-1"), sizes)
+    if final_states_out is not None and not return_final_states:
+        raise ValueError("final_states_out was given but return_final_states is False; set it to True")
+    expect_floats(x.device, x=x, weight=weight, bias=bias, initial_states=initial_states,
+                  final_states_out=final_states_out)
+    expect_seq_idx(seq_idx, x.device, sizes)
+
+
+def _check_weight(weight: Tensor, bias: Tensor | None, activation: str | None, sizes: dict[str, int]) -> None:
+    expect("weight", weight, ("c", "k"), sizes)
+    if sizes["k"] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected at least one tap (c, k >= 1)")
+    sizes["k-1"] = sizes["k"] - 1
+    if bias is not None:
+        expect("bias", bias, ("c",), sizes)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected None, 'silu' or 'swish'")
+
+
+@op(check=check_causal_conv1d)
+def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                     final_states_out=None, activation=None):
+    """Convolve every channel with its own taps, looking back only.
+
+        y_t = act(bias + sum_j weight_j x_{t-(k-1)+j})        j = 0 .. k-1: the last tap meets the current token
+
+    x               (b c l)    any strides
+    weight, bias    (c k), (c) any k >= 1
+    seq_idx         (b l)      integers; no tap reaches back across a change of the value
+    initial_states  (b c k-1)  the inputs before x, oldest first; zeros by default
+    activation      None, "silu" or "swish" (the same)
+    returns         (b c l) in x's dtype; with return_final_states also the last k-1 inputs (b c k-1), those before the
+                    last change of seq_idx as zeros, written into final_states_out when that is given
+
+    Raises ValueError when shapes, dtypes or devices disagree, naming the argument. The signature is causal-conv1d's;
+    sequence index and initial states may be combined. Source: Dao-AILab/causal-conv1d.
+    """
+    dtype, length, taps = compute_dtype(x, weight), x.shape[2], weight.shape[1]
+    padded = _with_past(x, initial_states, taps)
+    segment = None if seq_idx is None else F.pad(resets(seq_idx).cumsum(1), (taps - 1, 0))[:, None]  # b 1 k-1+l
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for j in range(taps):
+        term = padded[..., j : j + length].to(dtype) * weight[:, j, None].to(dtype)
+        if segment is not None:
+            term = torch.where(segment[..., j : j + length] == segment[..., taps - 1 :], term, torch.zeros_like(term))
+        y = y + term
+    y = y if bias is None else y + bias.to(dtype)[:, None]
+    out = (y if activation is None else F.silu(y)).to(x.dtype)
+    return _with_final_states(out, padded, segment, taps, return_final_states, final_states_out)
+
+
+def _with_past(x: Tensor, initial_states: Tensor | None, taps: int) -> Tensor:
+    """(b c k-1+l): the inputs with what came before them."""
+    past = x.new_zeros(*x.shape[:2], taps - 1) if initial_states is None else initial_states.to(x.dtype)
+    return torch.cat([past, x], dim=2)
+
+
+def _with_final_states(out, padded, segment, taps, return_final_states, final_states_out):
+    if not return_final_states:
+        return out
+    states = padded[..., padded.shape[2] - taps + 1 :]
+    if segment is not None and segment.shape[2] > 0:
+        states = torch.where(segment[..., segment.shape[2] - taps + 1 :] == segment[..., -1:], states,
+                             torch.zeros_like(states))
+    return out, (states.clone() if final_states_out is None else final_states_out.copy_(states))
+
+
+@causal_conv1d_fn.register("torch")
+def _causal_conv1d_torch(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
+                         final_states_out=None, activation=None):
+    """torch's own depthwise convolution; taps that depend on the sequence index take the reference's shifted sums."""
+    if seq_idx is not None or x.numel() == 0:
+        return causal_conv1d_fn.reference(x, weight, bias, seq_idx, initial_states, return_final_states,
+                                          final_states_out, activation)
+    dtype, taps = compute_dtype(x, weight), weight.shape[1]
+    padded = _with_past(x, initial_states, taps)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        y = F.conv1d(padded.to(dtype), weight[:, None].to(dtype), bias, groups=x.shape[1])
+    out = (y if activation is None else F.silu(y)).to(x.dtype)
+    return _with_final_states(out, padded, None, taps, return_final_states, final_states_out)
+
+
+def check_causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None) -> None:
+    sizes: dict[str, int] = {}
+    expect("x", x, ("b", "c") if x.ndim == 2 else ("b", "c", "l"), sizes)
+    expect("conv_state", conv_state, ("b", "c", "s"), sizes)
+    _check_weight(weight, bias, activation, sizes)
+    if sizes["s"] < sizes["k-1"]:
+        raise ValueError(f"conv_state holds {sizes['s']} inputs, expected at least k-1 = {sizes['k-1']}")
+    expect_floats(x.device, x=x, conv_state=conv_state, weight=weight, bias=bias)
+    if cache_seqlens is not None:
+        expect("cache_seqlens", cache_seqlens, ("b",), sizes)
+        if cache_seqlens.is_floating_point():
+            raise ValueError(f"cache_seqlens has dtype {cache_seqlens.dtype}, expected an integer dtype, e.g. int32")
+        if sizes.get("l", 1) > sizes["s"]:
+            raise ValueError(f"x has {sizes['l']} tokens, more than the {sizes['s']} the circular conv_state holds")
+
+
+@op(check=check_causal_conv1d_update)
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
+    """Convolve the next token or tokens, in place on the buffer of past inputs.
+
+    x             (b c) or (b c l)  new inputs
+    conv_state    (b c s), s >= k-1 past inputs, oldest first; shifted left by l and filled with x, in place
+    cache_seqlens (b) integers      conv_state is circular instead: tokens so far, the next is written at that modulo s
+    returns       as x
+
+    Taps, activation and errors are those of causal_conv1d_fn. The signature is causal-conv1d's.
+    """
+    tokens = x if x.ndim == 3 else x[..., None]
+    length, size, taps = tokens.shape[2], conv_state.shape[2], weight.shape[1]
+    if cache_seqlens is None:
+        seen = torch.cat([conv_state.to(x.dtype), tokens], dim=2)
+        past = seen[..., size - taps + 1 : size]
+        conv_state.copy_(seen[..., length:])
+    else:
+        def places(first, count):
+            steps = torch.arange(first, first + count, device=x.device) + cache_seqlens[:, None]
+            return (steps % max(size, 1))[:, None].expand(-1, x.shape[1], -1)
+
+        past = conv_state.gather(2, places(1 - taps, taps - 1)).to(x.dtype)
+        conv_state.scatter_(2, places(0, length), tokens.to(conv_state.dtype))
+    out = causal_conv1d_fn.reference(tokens, weight, bias, initial_states=past, activation=activation)
+    return out if x.ndim == 3 else out[..., 0]
+
+
+causal_conv1d_update.register("torch")(causal_conv1d_update.reference)  # already vectorised
+
+
+def official_causal_conv1d(state, activation=None, return_final_states=False):
+    """The official functions (causal_conv1d_ref and causal_conv1d_update_ref, told apart by conv_state) as a module."""
+    from ssmzoo.official import FunctionModule
+
+    def convolve(x, weight, bias=None, seq_idx=None, initial_states=None, conv_state=None, cache_seqlens=None):
+        if conv_state is None:
+            return causal_conv1d_fn(x, weight, bias, seq_idx, initial_states, return_final_states,
+                                    activation=activation)
+        buffer = conv_state.clone()
+        return causal_conv1d_update(x, buffer, weight, bias, activation, cache_seqlens), buffer
+
+    return FunctionModule(convolve), state

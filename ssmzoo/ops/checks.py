@@ -1,0 +1,54 @@
+"""Argument checks that the operators share: one ValueError naming the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expect(name: str, tensor: Tensor, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
+    """Check that `tensor` has these axes; sizes of axes seen for the first time are entered into `sizes`."""
+    shape = tensor.shape
+    if len(shape) == len(axes):
+        for axis, size in zip(axes, shape):
+            if sizes.setdefault(axis, size) != size:
+                break
+        else:
+            return
+    wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+    raise ValueError(f"{name} has shape {tuple(shape)}, expected ({wanted})")
+
+
+def expect_floats(device: torch.device, **tensors: Tensor | None) -> None:
+    """Check that the tensors given (not None) hold real floating-point numbers on `device`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the first argument lies")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16")
+
+
+def expect_seq_idx(seq_idx: Tensor | None, device: torch.device, sizes: dict[str, int]) -> None:
+    """Check an integer (b, l) sequence index."""
+    if seq_idx is None:
+        return
+    expect("seq_idx", seq_idx, ("b", "l"), sizes)
+    if seq_idx.device != device:
+        raise ValueError(f"seq_idx is on {seq_idx.device}, expected {device}")
+    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
+        raise ValueError(f"seq_idx has dtype {seq_idx.dtype}, expected an integer dtype such as int32")
+
+
+def resets(seq_idx: Tensor) -> Tensor:
+    """(b, l) bool: True where a new sequence starts, i.e. the index differs from the position before; never at 0."""
+    changed = torch.zeros(seq_idx.shape, dtype=torch.bool, device=seq_idx.device)
+    changed[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return changed
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any tensor is, otherwise float32: the precision in which recurrences run and states are kept."""
+    doubles = (torch.float64, torch.complex128)
+    return torch.float64 if any(t is not None and t.dtype in doubles for t in tensors) else torch.float32

@@ -1,0 +1,169 @@
+"""Choose the backend of an operator, and say in words why not another.
+
+    @op(check=check_arguments)                      # the body below is the reference, i.e. the definition
+    def my_operator(x, weight): ...
+
+    @my_operator.register("native", device="cpu", missing=why_no_library, unsupported=why_not_native)
+    def my_operator_native(x, weight): ...          # same signature
+
+    with ssmzoo.ops.backend("torch"): ...           # or the environment variable SSMZOO_BACKEND=torch
+
+The first backend of BACKENDS without an objection serves the call. Objections rest on static facts (device, dtype,
+shape, needs a gradient), so that `torch.compile(fullgraph=True)` traces through the choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "native", "torch", "reference")
+OPERATORS: dict[str, Callable] = {}  # public function by name, in order of definition
+
+_override: str | None = os.environ.get("SSMZOO_BACKEND") or None
+
+
+class BackendError(ValueError):
+    """A backend was asked for that cannot serve the call; the message lists every backend's reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    device       "cpu" or "cuda" when it serves only that, None for any
+    missing      why it cannot run on this machine at all ("triton is not installed"), None when it can
+    unsupported  function of the operator's arguments: why it cannot serve this call, None when it can
+    """
+
+    name: str
+    function: Callable
+    device: str | None = None
+    missing: str | None = None
+    unsupported: Callable[..., str | None] | None = None
+
+    def objection(self, args: tuple, kwargs: dict) -> str | None:
+        if self.missing is not None:
+            return self.missing
+        if self.device is not None:
+            given = _device_type(args, kwargs)
+            if given != self.device:
+                return f"needs {self.device} tensors, got {given}"
+        return self.unsupported(*args, **kwargs) if self.unsupported is not None else None
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One line of the table that `ssmzoo backends` prints; `reason` is empty for an available backend."""
+
+    operator: str
+    backend: str
+    available: bool
+    reason: str
+
+
+def op(reference: Callable | None = None, *, check: Callable | None = None):
+    """Make a public operator of its reference implementation.
+
+    check  function of the same arguments that raises ValueError for bad input; called once, before the choice
+    """
+    if reference is None:
+        return functools.partial(op, check=check)
+    backends: dict[str, Backend] = {}
+
+    @functools.wraps(reference)
+    def call(*args, **kwargs):
+        if check is not None:
+            check(*args, **kwargs)
+        return _choose(reference.__name__, backends, args, kwargs)(*args, **kwargs)
+
+    def register(name: str, *, device: str | None = None, missing: str | None = None,
+                 unsupported: Callable | None = None):
+        """Register an implementation with the operator's signature; see Backend for the arguments."""
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+
+        def keep(function: Callable) -> Callable:
+            backends[name] = Backend(name, function, device, missing, unsupported)
+            ordered = sorted(backends.values(), key=lambda b: BACKENDS.index(b.name))
+            backends.clear()
+            backends.update((b.name, b) for b in ordered)
+            return function
+
+        return keep
+
+    if check is not None:  # a misspelt keyword is reported under the operator's own name
+        check.__name__, check.__qualname__ = reference.__name__, reference.__qualname__
+    register("reference")(reference)
+    call.register, call.backends, call.reference = register, backends, reference
+    OPERATORS[reference.__name__] = call
+    return call
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within the block every operator runs on backend `name`, or raises BackendError; None restores the free choice.
+
+    The choice holds for the process, not for one thread. A backward pass runs on the backend of its forward pass.
+    """
+    global _override
+    if name is not None and name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def chosen_backend(function: Callable, *args, **kwargs) -> str:
+    """The name of the backend that would serve `function(*args, **kwargs)`."""
+    chosen = _choose(function.__name__, function.backends, args, kwargs)
+    return next(name for name, b in function.backends.items() if b.function is chosen)
+
+
+def backend_table() -> list[BackendRow]:
+    """Every operator on every backend, available on this machine or not, and why not."""
+    rows = []
+    for name, function in OPERATORS.items():
+        for backend_name in BACKENDS:
+            b = function.backends.get(backend_name)
+            reason = f"no {backend_name} kernel for this operator" if b is None else b.missing
+            if reason is None and b.device == "cuda" and not torch.cuda.is_available():
+                reason = "no CUDA device"
+            rows.append(BackendRow(name, backend_name, reason is None, reason or ""))
+    return rows
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want the backward of a function of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _device_type(args: tuple, kwargs: dict) -> str | None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device.type
+    return None
+
+
+def _choose(operator: str, backends: dict[str, Backend], args: tuple, kwargs: dict) -> Callable:
+    wanted = _override
+    if wanted is None:
+        for b in backends.values():
+            if b.objection(args, kwargs) is None:
+                return b.function
+    elif wanted in backends and backends[wanted].objection(args, kwargs) is None:
+        return backends[wanted].function
+    reasons = []
+    for name in BACKENDS:
+        why = backends[name].objection(args, kwargs) if name in backends else f"no {name} kernel for this operator"
+        reasons.append(f"\n  {name}: {why or 'available'}")
+    asked = f"backend {wanted!r} was asked for" if wanted else "no backend is willing"
+    raise BackendError(f"{operator}: {asked}, but it cannot serve this call." + "".join(reasons))

@@ -1,0 +1,124 @@
+"""The selective scan as a torch.library operator: autograd, fake tensors and gradients for whichever kernel serves.
+
+A backend contributes a ScanKernel to KERNELS; everything that torch wants to know is written here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmzoo.ops.checks import compute_dtype
+from ssmzoo.ops.dispatch import needs_grad
+
+
+class ScanKernel(NamedTuple):
+    """How one backend computes the scan. B, C are (e n), or (b g n l) with the same g for both.
+
+    forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save)
+        -> out (as u), last_state (b e n), saved (what the backward wants, or an empty tensor unless `save`)
+    backward(dout, dlast_state or None, saved, u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx,
+             delta_softplus)
+        -> gradients of u, delta, A, B, C, D, z, delta_bias, initial_state, each of its argument's shape and dtype;
+           an empty tensor for an argument that is None
+    saved_shape(b, e, l, n) -> shape of `saved`
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    saved_shape: Callable[[int, int, int, int], tuple[int, ...]]
+
+
+KERNELS: dict[str, ScanKernel] = {}
+
+_ARGS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+         "Tensor? initial_state, Tensor? seq_idx, bool delta_softplus")
+_LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
+_LIBRARY.define(f"selective_scan({_ARGS}, bool save, str backend) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"selective_scan_backward(Tensor dout, Tensor? dlast_state, Tensor saved, {_ARGS}, str backend) -> ("
+                + ", ".join(["Tensor"] * 9) + ")")
+
+
+def scan_with(backend: str) -> Callable:
+    """selective_scan_fn on the kernel registered under `backend`."""
+
+    def run(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
+            initial_state=None, seq_idx=None):
+        B, C = _same_groups(B, C)
+        save = needs_grad(u, delta, A, B, C, D, z, delta_bias, initial_state)
+        out, last_state, _ = torch.ops.ssmzoo.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save, backend)
+        return (out, last_state) if return_last_state else out
+
+    return run
+
+
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Time-dependent B, C as (b g n l) with one g; no copies."""
+    B, C = (M.unsqueeze(1) if M.ndim == 3 else M for M in (B, C))
+    if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1]:
+        groups = max(B.shape[1], C.shape[1])
+        B, C = (M.expand(-1, groups, -1, -1) for M in (B, C))
+    return B, C
+
+
+def _forward(*args):
+    *args, backend = args
+    return KERNELS[backend].forward(*args)
+
+
+def _backward(*args):
+    *args, backend = args
+    return KERNELS[backend].backward(*args)
+
+
+_LIBRARY.impl("selective_scan", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("selective_scan_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ssmzoo::selective_scan", lib=_LIBRARY)
+def _forward_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save, backend):
+    (b, e, l), n = u.shape, A.shape[1]
+    dtype = compute_dtype(u, delta, A, B, C)
+    saved = KERNELS[backend].saved_shape(b, e, l, n) if save else (0,)
+    return torch.empty_like(u), u.new_empty(b, e, n, dtype=dtype), u.new_empty(saved, dtype=dtype)
+
+
+@torch.library.register_fake("ssmzoo::selective_scan_backward", lib=_LIBRARY)
+def _backward_fake(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):
+    return tuple(empty_gradient(t, u) for t in (u, delta, A, B, C, D, z, delta_bias, initial_state))
+
+
+def empty_gradient(argument: Tensor | None, like: Tensor) -> Tensor:
+    """Uninitialised gradient of an argument, in its layout; an empty tensor for None."""
+    return like.new_empty(0) if argument is None else torch.empty_like(argument)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, delta_softplus, _, backend = inputs
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.options = (delta_softplus, backend)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(ctx, dout, dlast_state, _):
+    saved, *tensors = ctx.saved_tensors
+    if dout is None and dlast_state is None:
+        return (None,) * 13
+    dout = torch.zeros_like(tensors[0]) if dout is None else dout
+    grads = torch.ops.ssmzoo.selective_scan_backward(dout, dlast_state, saved, *tensors, *ctx.options)
+    grads = [None if t is None else g for g, t in zip(grads, tensors)]
+    return (*grads, None, None, None, None)
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError("selective_scan has no double backward on its fast backends; compute second derivatives within "
+                       "`with ssmzoo.ops.backend('reference'):`")
+
+
+torch.library.register_autograd("ssmzoo::selective_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::selective_scan_backward", _refuse_double_backward, lib=_LIBRARY)
