@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ssmzoo.data.shuffle import Permutation
+
 
 class Draw(NamedTuple):
-    """What a dataset's `__getitem__` receives: the sample's index and a seed of its own for augmentation."""
+    """What a dataset's `__getitem__` receives: the sample's index, a seed of its own for augmentation, and the epoch."""
 
     index: int
     seed: int
+    epoch: int = 0
 
 
 def draw_seed(seed: int, epoch: int, index: int) -> int:
@@ -65,20 +68,17 @@ class ResumableLoader:
 
     def _batches(self, start: int) -> Iterator[list[Draw]]:
         n, step = len(self.dataset), self.batch_size * self.world_size
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch, -1))
-            order = torch.randperm(n, generator=generator)
-        else:
-            order = torch.arange(n)
+        epoch = self.epoch
+        order = Permutation(n, draw_seed(self.seed, epoch, -1)) if self.shuffle else range(n)
         for batch in range(start, len(self)):
-            mine = order[batch * step : (batch + 1) * step][self.rank :: self.world_size]
-            yield [Draw(i, draw_seed(self.seed, self.epoch, i)) for i in mine.tolist()]
+            mine = range(batch * step + self.rank, min(n, (batch + 1) * step), self.world_size)
+            yield [Draw(i, draw_seed(self.seed, epoch, i), epoch) for i in (order[place] for place in mine)]
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._resumed:
-            self.position = 0
+        if not self._resumed:  # a fresh epoch; one that was left half-way is not repeated
+            self.epoch, self.position = self.epoch + (self.position > 0), 0
         self._resumed = False
-        loader = DataLoader(self.dataset, batch_sampler=list(self._batches(self.position)), num_workers=self.num_workers,
+        loader = DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
                             collate_fn=self.collate_fn, pin_memory=self.pin_memory,
                             generator=torch.Generator().manual_seed(self.seed))  # keeps the global random state untouched
         for batch in loader:
