@@ -36,3 +36,8 @@ def scaled_output_(weight: Tensor, n_layer: int) -> Tensor:
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     with torch.no_grad():
         return weight.div_(math.sqrt(n_layer))
+
+
+def truncated_normal_(weight: Tensor, fan_in: float, scale: float = 0.1) -> Tensor:
+    """Fill with N(0, scale / fan_in), cut at the absolute bounds +-2 scale (not at two standard deviations)."""
+    return nn.init.trunc_normal_(weight, std=math.sqrt(scale / fan_in), a=-2 * scale, b=2 * scale)

@@ -1,0 +1,189 @@
+"""Routers: who sends which token to which expert, and what it costs to do so unevenly.
+
+    s = x W_g,  p = softmax_experts(s)                     always in fp32 (or fp64)
+    token choice    a token takes its k experts of largest p; output weight p_e (Switch: k = 1)
+    expert choice   an expert takes its tokens of largest p; a token may get 0 .. E experts
+
+A router is `forward(x (b l d), mask (b l) or None) -> (Groups, weight (r), aux)`; `aux` are scalars, those ending in
+"_loss" already weighted. b batch, l length, t = b l tokens, d width, e experts, k choices, r rows that are computed.
+Source: Switch (2101.03961), expert choice (2202.09368), ST-MoE (2202.08906); llm-random (Apache-2.0), conditional/moe_layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.official import nearest
+from ssmzoo.ops.moe_dispatch import Groups, group_by_expert
+
+
+class Router(nn.Module):
+    """The linear router s = x W_g with W_g (d e), truncated normal with fan-in d."""
+
+    def __init__(self, d_model: int, n_experts: int, jitter: float = 0.0, init_scale: float = 0.1):
+        super().__init__()
+        if min(d_model, n_experts) < 1:
+            raise ValueError(f"a router needs positive sizes, got d_model={d_model}, n_experts={n_experts}")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {jitter}")
+        self.d_model, self.n_experts, self.jitter, self.init_scale = d_model, n_experts, jitter, init_scale
+        self.gate = nn.Parameter(torch.empty(d_model, n_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        truncated_normal_(self.gate, self.d_model, self.init_scale)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (... d) -> s (... e), fp32 also under autocast: in bf16 two experts often tie."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(wide)
+        if self.jitter and self.training:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ self.gate.to(wide)
+
+
+class TokenChoice(Router):
+    """Every token takes its `top_k` experts of largest probability.
+
+    capacity_factor       while training an expert computes at most max(1, floor(cf t k / e)) choices, the first ones in
+                          flattened (batch, time) order; the others contribute zero. t counts this process's real
+                          tokens. None: nothing is dropped
+    eval_capacity_factor  the same in eval mode; None keeps outputs independent of batch mates and of chunking
+    renormalise           divide the k probabilities by their sum, which is the softmax over the k chosen logits
+    jitter                training only: the router reads x * U(1 - jitter, 1 + jitter)
+    balance_weight        alpha of  alpha e sum_i f_i P_i:  f_i = share of tokens that chose i, counted before dropping
+                          and without gradient, P_i = mean probability; over the batches of all processes
+    z_loss_weight         w of  w mean_t logsumexp(s_t)^2
+    """
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None,
+                 eval_capacity_factor: float | None = None, renormalise: bool = False, jitter: float = 0.0,
+                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, init_scale: float = 0.1):
+        super().__init__(d_model, n_experts, jitter, init_scale)
+        if not 1 <= top_k <= n_experts:
+            raise ValueError(f"top_k is {top_k}, but a token can choose 1 to n_experts = {n_experts} experts")
+        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
+            if factor is not None and factor <= 0:
+                raise ValueError(f"{name} must be positive, or None to drop nothing; got {factor}")
+        if min(balance_weight, z_loss_weight) < 0:
+            raise ValueError(f"loss weights must not be negative, got balance_weight={balance_weight}, {z_loss_weight=}")
+        self.top_k, self.renormalise = top_k, renormalise
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.balance_weight, self.z_loss_weight = balance_weight, z_loss_weight
+
+    @property
+    def active_experts(self) -> float:
+        """Experts computed per token when nothing is dropped."""
+        return self.top_k
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Groups, Tensor, dict[str, Tensor]]:
+        logits = self.logits(x.flatten(0, 1))  # (t e)
+        mask = None if mask is None else mask.flatten()
+        p = logits.softmax(-1)
+        weight, expert = p.topk(self.top_k, dim=-1)  # (t k)
+        if self.renormalise:
+            weight = weight / weight.sum(-1, keepdim=True)
+        groups = group_by_expert(expert, self.n_experts, self.capacity(p.shape[0], mask), mask)
+        return groups, weight.flatten()[groups.choice], self.losses(logits, p, groups, mask)
+
+    def capacity(self, n_tokens: int, mask: Tensor | None) -> int | Tensor | None:
+        """Choices that one expert may compute; a tensor when the number of real tokens is one."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        if mask is None:
+            return min(max(1, int(factor * n_tokens * self.top_k / self.n_experts)), n_tokens)
+        return (mask.sum().double() * factor * self.top_k / self.n_experts).long().clamp(min=1)
+
+    def losses(self, logits: Tensor, p: Tensor, groups: Groups, mask: Tensor | None) -> dict[str, Tensor]:
+        real = torch.ones_like(p[:, 0]) if mask is None else mask.to(p.dtype)  # (t)
+        n = real.sum().clamp(min=1)
+        counts, mass, total = groups.counts.to(p.dtype), real @ p, n  # (e) (e) ()
+        aux = {}
+        if self.balance_weight:
+            if self.training and dist.is_available() and dist.is_initialized():
+                counts, mass, total = _over_all_processes(counts, mass, total)
+            share, P = counts / total, mass / total
+            aux["load_balancing_loss"] = self.balance_weight * self.n_experts * (share * P).sum()
+        if self.z_loss_weight:
+            aux["z_loss"] = self.z_loss_weight * (real @ logits.logsumexp(-1).square()) / n
+        with torch.no_grad():
+            aux["tokens_per_expert"] = groups.counts / n  # (e) share of tokens, before dropping; sums to k
+            aux["dropped_fraction"] = 1 - groups.ends[-1] / (n * self.top_k)
+            aux["router_entropy"] = (real @ -torch.xlogy(p, p).sum(-1)) / n  # nats; ln e when undecided
+        return aux
+
+
+class ExpertChoice(Router):
+    """Every expert takes its round(fraction n) of n candidates with the largest probability: perfect balance, no loss.
+
+    fraction        of the candidates, in (0, 1]
+    softmax_over    "tokens": p is normalised over an expert's candidates; "experts": over a token's experts
+    group_by_batch  the candidates are the batch rows at one time position: nothing leaks along time, but outputs
+                    depend on batch mates. Otherwise they are all tokens, and the choice looks into the future
+    group_size      > 1 first regroups the tokens (b l) to (group_size, b l / group_size)
+    Not usable for decoding token by token.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, fraction: float, softmax_over: str = "tokens",
+                 group_by_batch: bool = False, group_size: int = 1, jitter: float = 0.0, init_scale: float = 0.1):
+        super().__init__(d_model, n_experts, jitter, init_scale)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction of the tokens per expert must lie in (0, 1], got {fraction}")
+        if softmax_over not in ("tokens", "experts"):
+            raise ValueError(f"softmax_over must be 'tokens' or 'experts', got {softmax_over!r}"
+                             f"{nearest(str(softmax_over), ('tokens', 'experts'))}")
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
+        self.fraction, self.softmax_over = fraction, softmax_over
+        self.group_by_batch, self.group_size = group_by_batch, group_size
+
+    @property
+    def active_experts(self) -> float:
+        return self.fraction * self.n_experts
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Groups, Tensor, dict[str, Tensor]]:
+        b, l = x.shape[:2]
+        if self.group_size > 1:
+            if b * l % self.group_size:
+                raise ValueError(f"group_size = {self.group_size} does not divide the {b * l} tokens of the batch")
+            b, l = self.group_size, b * l // self.group_size
+        n, positions = (b, l) if self.group_by_batch else (b * l, 1)  # candidates, independent choices
+        take = round(self.fraction * n)
+        if take < 1:
+            raise ValueError(f"every expert would take round({self.fraction} * {n}) = 0 of the {n} candidates; raise the "
+                             f"fraction or the {'batch size' if self.group_by_batch else 'number of tokens'}")
+        logits = self.logits(x.reshape(n, positions, -1))  # (n positions e)
+        real = None if mask is None else mask.reshape(n, positions, 1)
+        scores = logits if real is None else logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+        p = scores.softmax(0 if self.softmax_over == "tokens" else 2)
+        p = p if real is None else p.masked_fill(~real, 0)
+        weight, candidate = p.permute(2, 0, 1).topk(take, dim=1)  # (e take positions)
+        token = (candidate * positions + torch.arange(positions, device=x.device)).flatten()
+        rows = take * positions
+        counts = torch.full((self.n_experts,), rows, device=x.device)
+        groups = Groups(torch.arange(token.numel(), device=x.device), token, counts.cumsum(0).to(torch.int32), None, counts)
+        return groups, weight.flatten(), self.metrics(logits, token, mask, n * positions)
+
+    @torch.no_grad()
+    def metrics(self, logits: Tensor, token: Tensor, mask: Tensor | None, n_tokens: int) -> dict[str, Tensor]:
+        real = logits.new_ones(n_tokens) if mask is None else mask.flatten().to(logits.dtype)
+        n = real.sum().clamp(min=1)
+        chosen = torch.zeros_like(real).index_fill(0, token, 1.0)
+        p = logits.softmax(-1).flatten(0, 1)
+        per_expert = real[token].view(self.n_experts, -1).sum(1)
+        return {"tokens_per_expert": per_expert / n, "dropped_fraction": 1 - (chosen * real).sum() / n,
+                "router_entropy": (real @ -torch.xlogy(p, p).sum(-1)) / n}
+
+
+def _over_all_processes(counts: Tensor, mass: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the data-parallel group. Only the local part of `mass` carries a gradient, times the number of
+    processes, because averaging the gradients over them (as DDP does) divides by it again."""
+    totals = torch.cat([counts, mass.detach(), n[None]])
+    dist.all_reduce(totals)
+    e = counts.numel()
+    return totals[:e], totals[e:2 * e] + dist.get_world_size() * (mass - mass.detach()), totals[-1]
