@@ -1,8 +1,12 @@
 """Operators: pure functions on tensors, each with a readable reference and the fastest backend that can serve."""
 
 from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from ssmzoo.ops.cross_scan import cross_merge, cross_scan
+from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
+from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
+from ssmzoo.ops.state_fusion import state_fusion
 
 __all__ = [
     "BACKENDS",
@@ -12,6 +16,15 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chosen_backend",
+    "cross_merge",
+    "cross_scan",
+    "dense_scan",
+    "mamba_chunk_scan_combined",
+    "mix_transitions",
     "selective_scan_fn",
     "selective_state_update",
+    "ssd_minimal_discrete",
+    "ssd_scan",
+    "ssd_state_update",
+    "state_fusion",
 ]

@@ -1,0 +1,96 @@
+"""Cross-scan and cross-merge: a 2-D map as four 1-D sequences and back (VMamba's SS2D).
+
+    scans             k0            k1               k2               k3
+    "cross"           rows          columns          rows reversed    columns reversed
+    "unidirectional"  rows          rows             rows             rows
+    "bidirectional"   rows          rows             rows reversed    rows reversed
+
+`cross_merge` undoes the four orders and adds the results, without a factor 1/4; the two functions are each other's
+transpose, so that the gradient of one is the other.
+
+Letters: b batch, c channels, h rows, w columns, l = h w.
+Source: Liu et al. 2024 (arXiv 2401.10166), section 4.2; MzeroMiko/VMamba classification/models/csm_triton.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmzoo.ops.checks import expect, expect_floats
+from ssmzoo.ops.dispatch import op
+
+SCANS = ("cross", "unidirectional", "bidirectional")
+
+
+def check_cross_scan(x, scans="cross") -> None:
+    expect("x", x, ("b", "c", "h", "w"), {})
+    _check(x, "x", scans)
+
+
+def check_cross_merge(y, scans="cross") -> None:
+    expect("y", y, ("b", "k", "c", "h", "w"), {"k": 4})
+    _check(y, "y", scans)
+
+
+def _check(value, name, scans):
+    expect_floats(value.device, **{name: value})
+    if scans not in SCANS:
+        raise ValueError(f"scans = {scans!r}, expected one of {', '.join(SCANS)}")
+
+
+@op(check=check_cross_scan)
+def cross_scan(x: Tensor, scans: str = "cross") -> Tensor:
+    """Lay a map out along four scanning orders.
+
+    x        (b c h w)   any strides: a permuted channels-last map is read as it is
+    scans                "cross", "unidirectional" or "bidirectional" (table above)
+    returns  (b 4 c l)
+
+    Raises ValueError for another rank or an unknown `scans`.
+    """
+    h, w = x.shape[-2:]
+    at = orders(h, w, scans, x.device)
+    return x.flatten(2)[..., at].movedim(-2, 1)
+
+
+@op(check=check_cross_merge)
+def cross_merge(y: Tensor, scans: str = "cross") -> Tensor:
+    """Bring four sequences back onto the map and add them: the transpose of `cross_scan`.
+
+    y        (b 4 c h w)  four sequences of length l = h w; the last two axes only say the size of the map
+                          (k1 and k3 run down the columns and are nevertheless passed as (h w), as officially)
+    returns  (b c l)      in row-major order
+    """
+    h, w = y.shape[-2:]
+    back = orders(h, w, scans, y.device).argsort(dim=-1)                          # (4 l)
+    return sum(y[:, k].flatten(2)[..., back[k]] for k in range(4))
+
+
+def orders(h: int, w: int, scans: str, device: torch.device | None = None) -> Tensor:
+    """Place on the row-major map of every position of the four sequences, (4 l) integers."""
+    rows = torch.arange(h * w, device=device)
+    if scans == "unidirectional":
+        return torch.stack([rows] * 4)
+    second = rows.view(h, w).mT.flatten() if scans == "cross" else rows
+    return torch.stack([rows, second, rows.flip(0), second.flip(0)])
+
+
+@cross_scan.register("torch")
+def cross_scan_torch(x, scans="cross"):
+    rows = x.flatten(2)
+    if scans == "unidirectional":
+        return torch.stack([rows] * 4, dim=1)
+    columns = x.mT.flatten(2) if scans == "cross" else rows
+    return torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)], dim=1)
+
+
+@cross_merge.register("torch")
+def cross_merge_torch(y, scans="cross"):
+    h, w = y.shape[-2:]
+    y = y.flatten(3)
+    if scans == "unidirectional":
+        return y.sum(dim=1)
+    both = y[:, :2] + y[:, 2:].flip(-1)
+    rows, columns = both.unbind(1)
+    return rows + (columns.unflatten(-1, (w, h)).mT.flatten(2) if scans == "cross" else columns)
