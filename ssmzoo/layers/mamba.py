@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
 from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update
 
@@ -71,10 +72,9 @@ class Mamba(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W_dt and b_dt as above, A = -1 .. -n, D = 1; the other projections and the convolution keep torch's default."""
+        """W_dt and b_dt as above, A = -1 .. -n, D = 1; other projections and the convolution keep torch's default."""
         s = self.dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, -s, s) if self.dt_init == "random" else nn.init.constant_(
-            self.dt_proj.weight, s)
+        nn.init.uniform_(self.dt_proj.weight, s if self.dt_init == "constant" else -s, s)
         dt_bias_(self.dt_proj.bias, *self.dt_start)
         A_log_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
@@ -101,8 +101,8 @@ class Mamba(nn.Module):
         dt = F.linear(dt, self.dt_proj.weight)  # (b l e); its bias is added in fp32, by the scan
         if padding is not None:
             dt = dt.masked_fill(~padding.mask[..., None], CLOSED)
-        y, h = selective_scan_fn(x, dt.transpose(1, 2), self.A, B.transpose(1, 2), C.transpose(1, 2), self.D.float(),
-                                 z=z.transpose(1, 2), delta_bias=self.dt_proj.bias.float(), delta_softplus=True,
+        y, h = selective_scan_fn(x, dt.transpose(1, 2), self.A, B.transpose(1, 2), C.transpose(1, 2), fp32(self.D),
+                                 z=z.transpose(1, 2), delta_bias=fp32(self.dt_proj.bias), delta_softplus=True,
                                  return_last_state=True, initial_state=h, seq_idx=seq_idx)
         y = y.transpose(1, 2)
         return (y if padding is None else y * padding.mask[..., None]), MambaState(window, h)
@@ -110,7 +110,7 @@ class Mamba(nn.Module):
     @property
     def A(self) -> Tensor:
         """(e n) negative, fp32: in half precision slow decays would round to none."""
-        return -torch.exp(self.A_log.float())
+        return -torch.exp(fp32(self.A_log))
 
     def _mix_one(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """`mix` for one token: the recurrence itself. x, z (b 1 e)"""
@@ -118,6 +118,6 @@ class Mamba(nn.Module):
         x = causal_conv1d_update(x[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
-        y = selective_state_update(h, x, dt, self.A, B, C, self.D.float(), z=z[:, 0],
-                                   dt_bias=self.dt_proj.bias.float(), dt_softplus=True)
+        y = selective_state_update(h, x, dt, self.A, B, C, fp32(self.D), z=z[:, 0],
+                                   dt_bias=fp32(self.dt_proj.bias), dt_softplus=True)
         return y[:, None], MambaState(conv, h)

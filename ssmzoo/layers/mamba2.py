@@ -1,0 +1,161 @@
+"""The Mamba-2 mixer: one decay per head, everything projected at once, the scan as chunked matrix products.
+
+    [z0, x0, z, xBC, dt] = W_in u                  d_mlp, d_mlp, d_ssm, d_ssm + 2gn, h; d_mlp = d_inner - d_ssm
+    x, B, C = split(SiLU(causal depthwise conv_k(xBC)))
+    dt = clamp(softplus(dt + dt_bias), dt_limit)
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T     A = -exp(A_log) (h), S (h p n), head i uses group i // (h / g)
+    y_t = S_t C_t + D x_t
+    y = GatedRMSNorm(y, z), or y SiLU(z) without the norm
+    out = W_out [SiLU(z0) x0, y]
+
+b batch, l length, d d_model, h heads of p channels, n state size, g groups sharing B and C, k taps.
+The clamp to dt_limit holds in single steps too; the released implementations forget it there.
+Source: Dao & Gu 2024 (arXiv 2405.21060), section 7; parameter names of state-spaces/mamba (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.init import A_log_uniform_, dt_bias_
+from ssmzoo.layers.norm import GatedRMSNorm, fp32
+from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
+from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
+
+
+class Mamba2State(NamedTuple):
+    conv: Tensor  # (b d_ssm+2gn k) the last k inputs of the convolution, oldest first
+    ssm: Tensor  # (b h p n) fp32
+
+
+class Mamba2(nn.Module):
+    """Causal mixer (b l d) -> (b l d).
+
+    d_model, d_state, d_conv, expand   d, n, k and d_inner / d
+    headdim, ngroups     p and g
+    d_ssm                channels that go through the SSM (default all d_inner); the rest is a gated MLP
+    rmsnorm, norm_before_gate, norm_groups   the output norm: whether, in which order, over how many groups (default g)
+    D_has_hdim           a skip weight per channel instead of per head
+    dt_limit             the time step is clamped to this range, in tokens
+    dt_min, dt_max, dt_init_floor, A_init_range, conv_init   initial values, see `reset_parameters`
+    chunk_size           tokens per chunk of the scan; changes the speed, not the result
+    learnable_init_states              S_0 is a parameter (zero at first) instead of zero; not with packed documents
+    """
+
+    def __init__(self, d_model: int, d_state: int = 128, d_conv: int = 4, expand: float = 2, headdim: int = 64,
+                 ngroups: int = 1, d_ssm: int | None = None, rmsnorm: bool = True, norm_before_gate: bool = False,
+                 norm_groups: int | None = None, D_has_hdim: bool = False, bias: bool = False, conv_bias: bool = True,
+                 dt_limit: Sequence[float] = (0.0, math.inf), dt_min: float = 0.001, dt_max: float = 0.1,
+                 dt_init_floor: float = 1e-4, A_init_range: Sequence[float] = (1, 16), conv_init: float | None = None,
+                 chunk_size: int = 256, learnable_init_states: bool = False):
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
+        if min(d_model, d_state, d_conv, headdim, ngroups, chunk_size) < 1 or not 0 < self.d_ssm <= self.d_inner:
+            raise ValueError(f"Mamba2 needs positive sizes and 0 < d_ssm <= expand * d_model, got d_model={d_model}, "
+                             f"d_state={d_state}, d_conv={d_conv}, headdim={headdim}, ngroups={ngroups}, "
+                             f"d_ssm={self.d_ssm}, chunk_size={chunk_size}")
+        if self.d_ssm % headdim:
+            raise ValueError(f"headdim must divide the {self.d_ssm} SSM channels, got {headdim}")
+        self.nheads = self.d_ssm // headdim
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups must divide the {self.nheads} heads, got {ngroups}")
+        self.d_mlp = self.d_inner - self.d_ssm
+        self.dt_limit, self.dt_start = tuple(float(v) for v in dt_limit), (dt_min, dt_max, dt_init_floor)
+        self.A_init_range, self.conv_init, self.D_has_hdim = tuple(A_init_range), conv_init, D_has_hdim
+        channels = self.d_ssm + 2 * ngroups * d_state
+        self.widths = [self.d_mlp, self.d_mlp, self.d_ssm, channels, self.nheads]
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
+        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads))
+        self.A_log = nn.Parameter(torch.empty(self.nheads))
+        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads))
+        if learnable_init_states:
+            self.init_states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state))
+        else:
+            self.register_parameter("init_states", None)
+        self.norm = GatedRMSNorm(self.d_ssm, group_size=self.d_ssm // (norm_groups or ngroups),
+                                 norm_before_gate=norm_before_gate) if rmsnorm else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """dt log-uniform in [dt_min, dt_max], -A ~ U(A_init_range), D = 1; conv weights ~ U(-c, c) for conv_init c."""
+        dt_bias_(self.dt_bias, *self.dt_start)
+        A_log_uniform_(self.A_log, *self.A_init_range)
+        nn.init.ones_(self.D)
+        if self.conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
+
+    def forward(self, x: Tensor, state: Mamba2State | None = None, *, mask: Tensor | Padding | None = None,
+                seq_idx: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+        if isinstance(mask, Tensor):
+            return call_aligned(self.forward, x, state, mask, seq_idx)
+        z0, x0, z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
+        dt = F.softplus(fp32(dt) + fp32(self.dt_bias)).clamp(*self.dt_limit)  # (b l h)
+        if is_step(x, state, mask, seq_idx):
+            y, state = self._mix_one(xBC, dt, state)
+        else:
+            y, state = self._mix(xBC, dt, state, mask, seq_idx)
+        y = self.norm(y, z) if self.norm is not None else y * F.silu(z)
+        if self.d_mlp:
+            y = torch.cat([F.silu(z0) * x0, y], dim=-1)
+        if mask is not None:
+            y = y * mask.mask[..., None]
+        return self.out_proj(y), state
+
+    def _mix(self, xBC: Tensor, dt: Tensor, state, padding, seq_idx) -> tuple[Tensor, Mamba2State]:
+        """Convolution and scan of whole sequences. xBC (b l d_ssm+2gn), dt (b l h) -> (b l d_ssm)"""
+        past, S = state if state is not None else (None, self._start(xBC, seq_idx))
+        xBC = xBC.transpose(1, 2)  # (b c l)
+        window = conv_window(xBC, past, self.d_conv, padding, seq_idx)
+        xBC = causal_conv1d_fn(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
+                               initial_states=conv_history(past, self.d_conv), activation="silu").transpose(1, 2)
+        if padding is not None:
+            dt = dt * padding.mask[..., None]  # dt = 0: no decay, no input
+        x, B, C = self._split(xBC)
+        y, S = mamba_chunk_scan_combined(x, dt, self.A, B, C, self.chunk_size, D=self._skip(), initial_states=S,
+                                         seq_idx=seq_idx, return_final_states=True)
+        return y.flatten(2), Mamba2State(window, S)
+
+    def _mix_one(self, xBC: Tensor, dt: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """`_mix` for one token: the recurrence itself. xBC (b 1 d_ssm+2gn), dt (b 1 h)"""
+        conv, S = state.conv.clone(), state.ssm.clone()  # the caller keeps the state it passed in
+        xBC = causal_conv1d_update(xBC[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        x, B, C = self._split(xBC)
+        h, p, n = self.nheads, self.headdim, self.d_state
+        y = selective_state_update(S, x, dt[:, 0, :, None].expand(-1, h, p), self.A[:, None, None].expand(h, p, n),
+                                   B, C, self._skip().reshape(h, -1).expand(h, p))
+        return y.reshape(len(y), 1, -1), Mamba2State(conv, S)
+
+    @property
+    def A(self) -> Tensor:
+        """(h) negative, fp32: in half precision slow decays would round to none."""
+        return -torch.exp(fp32(self.A_log))
+
+    def _skip(self) -> Tensor:
+        """D (h), or (h p) with a weight per channel."""
+        return fp32(self.D).reshape(self.nheads, self.headdim) if self.D_has_hdim else fp32(self.D)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(... d_ssm+2gn) -> x (... h p), B (... g n), C (... g n)"""
+        gn = self.ngroups * self.d_state
+        x, B, C = xBC.split([self.d_ssm, gn, gn], dim=-1)
+        groups = (self.ngroups, self.d_state)
+        return x.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _start(self, x: Tensor, seq_idx: Tensor | None) -> Tensor | None:
+        """S_0 (b h p n) of new sequences; None stands for zero."""
+        if self.init_states is None:
+            return None
+        if seq_idx is not None:
+            raise ValueError("seq_idx cannot be used with learnable_init_states: later documents of a row would start "
+                             "at zero; pass the documents as separate rows")
+        return fp32(self.init_states).expand(x.shape[0], -1, -1, -1)

@@ -1,0 +1,61 @@
+"""Normalisations over the last axis, with statistics in fp32 whatever the precision of the input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def fp32(x: Tensor) -> Tensor:
+    """Half precision -> float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, in the dtype of the weight. (... dim) -> (... dim)"""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.rms_norm(fp32(x), (self.dim,), fp32(weight), self.eps).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm that takes an fp32 residual stream into a model of lower precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(fp32(x), self.normalized_shape, fp32(self.weight), fp32(self.bias), self.eps).to(
+            self.weight.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm with a SiLU gate. y, z (... dim) -> (... dim)
+
+        RMS(y SiLU(z)) weight          norm_before_gate=False
+        RMS(y) weight SiLU(z)          norm_before_gate=True
+
+    The mean square is taken over groups of `group_size` neighbouring channels (all of them by default).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, group_size: int | None = None, norm_before_gate: bool = False):
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size or dim, norm_before_gate
+        if dim % self.group_size:
+            raise ValueError(f"group_size must divide the {dim} channels, got {group_size}")
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y, gate = fp32(y), F.silu(fp32(z))
+        if not self.norm_before_gate:
+            y = y * gate
+        size = (self.group_size,)
+        y = F.rms_norm(y.unflatten(-1, (-1, *size)), size, None, self.eps).flatten(-2) * fp32(self.weight)
+        return (y * gate if self.norm_before_gate else y).to(self.weight.dtype)
