@@ -1,0 +1,129 @@
+"""The outer shell that MambaIR and MambaIRv2 share: shallow convolution, deep features, reconstruction head.
+
+    x0 = (x - mean) * img_range                 F0 = conv_first(x0)
+    FD = conv_after_body(features(F0)) + F0     y  = head(FD) [+ x0] / img_range + mean
+
+The mean is that of DIV2K for three channels and 0 otherwise; it is no part of the checkpoints. Parameter names are
+those of the released weights. Source: MambaIR (arXiv 2402.15648), which follows SwinIR (arXiv 2108.10257).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, in [0, 1]
+HEADS = ("", "pixelshuffle", "pixelshuffledirect", "nearest+conv")
+HEAD_WIDTH = 64  # channels between body and output in the classic heads
+
+
+def residual_conv(dim: int, kind: str) -> nn.Module:
+    """The convolution that closes a residual group: '1conv' is one 3x3, '3conv' a bottleneck of dim / 4."""
+    if kind == "1conv":
+        return nn.Conv2d(dim, dim, 3, padding=1)
+    if kind == "3conv":
+        return nn.Sequential(nn.Conv2d(dim, dim // 4, 3, padding=1), nn.LeakyReLU(0.2),
+                             nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
+                             nn.Conv2d(dim // 4, dim, 3, padding=1))
+    raise ValueError(f"resi_connection is {kind!r}; expected '1conv' or '3conv'")
+
+
+def pixel_shuffle_stack(scale: int, width: int) -> nn.Sequential:
+    """n times [conv3x3, PixelShuffle 2] for scale 2^n, one [conv3x3, PixelShuffle 3] for scale 3."""
+    steps = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
+    layers = [m for s in steps for m in (nn.Conv2d(width, s * s * width, 3, padding=1), nn.PixelShuffle(s))]
+    return nn.Sequential(*layers)
+
+
+def check_head(upsampler: str, upscale: int, heads: tuple[str, ...]) -> None:
+    """ValueError unless this head exists and can enlarge by `upscale`."""
+    if upsampler not in heads:
+        raise ValueError(f"upsampler is {upsampler!r}; expected one of {', '.join(map(repr, heads))}")
+    if upscale < 1 or int(upscale) != upscale:
+        raise ValueError(f"upscale is {upscale}; it must be a positive whole number")
+    if upsampler == "" and upscale != 1:
+        raise ValueError(f"upscale is {upscale} but no upsampler was chosen; use 'pixelshuffle' or "
+                         f"'pixelshuffledirect', or upscale=1 for denoising and JPEG")
+    if upsampler == "pixelshuffle" and upscale != 3 and upscale & (upscale - 1):
+        raise ValueError(f"upscale is {upscale}; 'pixelshuffle' enlarges by 3 or by a power of 2")
+    if upsampler == "nearest+conv" and upscale != 4:
+        raise ValueError(f"upscale is {upscale}; 'nearest+conv' enlarges by 4 only")
+
+
+class RestorationNet(nn.Module):
+    """Images (b c y x) in [0, 1] to images (b c s*y s*x); a subclass supplies `features` (b d y x) -> (b d y x).
+
+    upscale          s: 1 for denoising and JPEG removal, otherwise 2, 3, 4, 8, ...
+    upsampler        '' adds a residual image; 'pixelshuffle' the classic head, 'pixelshuffledirect' the light one,
+                     'nearest+conv' for real-world x4
+    img_range        1, or 255 to work on the scale of 8-bit levels inside
+    resi_connection  '1conv' or '3conv', see `residual_conv`
+    Raises ValueError for a head and scale that do not go together.
+    """
+
+    def __init__(self, upscale: int, in_chans: int, embed_dim: int, img_range: float, upsampler: str,
+                 resi_connection: str):
+        super().__init__()
+        self.upscale, self.in_chans, self.img_range, self.upsampler = upscale, in_chans, img_range, upsampler or ""
+        check_head(self.upsampler, upscale, HEADS)
+        mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(1)
+        self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)
+        self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
+        self.conv_after_body = residual_conv(embed_dim, resi_connection)
+        if self.upsampler == "pixelshuffledirect":
+            self.upsample = nn.Sequential(nn.Conv2d(embed_dim, in_chans * upscale**2, 3, padding=1),
+                                          nn.PixelShuffle(upscale))
+        elif self.upsampler == "":
+            self.conv_last = nn.Conv2d(embed_dim, in_chans, 3, padding=1)
+        else:
+            self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, HEAD_WIDTH, 3, padding=1),
+                                                      nn.LeakyReLU(0.01))
+            self._wide_head(upscale, in_chans)
+
+    def _wide_head(self, upscale: int, in_chans: int) -> None:
+        if self.upsampler == "pixelshuffle":
+            self.upsample = pixel_shuffle_stack(upscale, HEAD_WIDTH)
+        else:
+            for name in ("conv_up1", "conv_up2", "conv_hr"):
+                setattr(self, name, nn.Conv2d(HEAD_WIDTH, HEAD_WIDTH, 3, padding=1))
+            self.nearest, self.lrelu = nn.Upsample(scale_factor=2, mode="nearest"), nn.LeakyReLU(0.2)
+        self.conv_last = nn.Conv2d(HEAD_WIDTH, in_chans, 3, padding=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define features(x (b d y x)) -> (b d y x)")
+
+    def reconstruct(self, deep: Tensor, x0: Tensor) -> Tensor:
+        """deep (b d y x) and the normalised input (b c y x) to the normalised output (b c s*y s*x)."""
+        if self.upsampler == "":
+            return x0 + self.conv_last(deep)
+        if self.upsampler == "pixelshuffledirect":
+            return self.upsample(deep)
+        wide = self.conv_before_upsample(deep)
+        if self.upsampler == "pixelshuffle":
+            return self.conv_last(self.upsample(wide))
+        wide = self.lrelu(self.conv_up1(self.nearest(wide)))
+        wide = self.lrelu(self.conv_up2(self.nearest(wide)))
+        return self.conv_last(self.lrelu(self.conv_hr(wide)))
+
+    def check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, "
+                             f"width)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        x0 = (x - self.mean) * self.img_range
+        shallow = self.conv_first(x0)
+        deep = self.conv_after_body(self.features(shallow)) + shallow
+        return self.reconstruct(deep, x0) / self.img_range + self.mean
+
+
+def init_restoration(module: nn.Module) -> None:
+    """The papers' rule, for `Module.apply`: Linear normal with std 0.02 and zero bias, LayerNorm 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
