@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import copy
+import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from ssmzoo.data.loader import ResumableLoader
 from ssmzoo.data.text_corpus import FileCorpus, HuggingFaceCorpus
 from ssmzoo.data.text_store import FORMAT, Split, Store, build_store, cache_folder, open_store
-from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, digest, train_bpe
+from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, digest, from_dict, train_bpe
 from ssmzoo.data.text_windows import Windows
 
 log = logging.getLogger(__name__)
@@ -23,8 +27,9 @@ class TextData(LightningDataModule):
     """Packed windows of text with the next token as label, a held-out split, and the tokenizer.
 
     path            text file, folder or glob; None: the running Python's standard library (see FileCorpus)
-    corpus          another source of documents, such as a HuggingFaceCorpus, in place of path
-    tokenizer       "bytes"; "bpe", learnt on the training split; or the path of a tokenizer.json
+    corpus          in place of path: the arguments of a HuggingFaceCorpus as a dict, or any corpus object
+    tokenizer       "bytes"; "bpe", learnt on the training split; the path of a tokenizer.json; or what a tokenizer's
+                    `to_dict` gave, to read other text with a trained model's vocabulary
     bpe_vocab_size  tokens of a learnt BPE, 4096 if not given (a small corpus may give fewer)
     seq_len         tokens per window; batch_size: windows per step and process
     val_fraction    share of the text that is held out, by document
@@ -40,23 +45,20 @@ class TextData(LightningDataModule):
     Raises ValueError for arguments out of range, and for a corpus that is missing, empty, not text or too short.
     """
 
-    def __init__(self, path: str | None = None, corpus: FileCorpus | HuggingFaceCorpus | None = None,
-                 tokenizer: str = "bytes", bpe_vocab_size: int | None = None, seq_len: int = 256, batch_size: int = 16,
-                 val_fraction: float = 0.05, val_tokens: int | None = 65_536, shuffle: bool = True, seed: int = 0,
-                 num_workers: int = 0, cache_dir: str | None = None):
+    def __init__(self, path: str | None = None, corpus: dict | FileCorpus | HuggingFaceCorpus | None = None,
+                 tokenizer: str | dict = "bytes", bpe_vocab_size: int | None = None, seq_len: int = 256,
+                 batch_size: int = 16, val_fraction: float = 0.05, val_tokens: int | None = 65_536,
+                 shuffle: bool = True, seed: int = 0, num_workers: int = 0, cache_dir: str | None = None):
         super().__init__()
         if path is not None and corpus is not None:
-            raise ValueError(f"data.path = '{path}' and data.corpus are both given; drop one, or use data=text with data.path")
+            raise ValueError(f"data.path = '{path}' and data.corpus are both given; drop one (data=text goes with data.path)")
         if bpe_vocab_size is not None and tokenizer != "bpe":
             raise ValueError(f"data.bpe_vocab_size = {bpe_vocab_size} has no meaning for data.tokenizer = '{tokenizer}'; "
                              f"drop it, or choose data.tokenizer=bpe")
-        for name, value, least in [("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("val_tokens", val_tokens, 2),
-                                   ("num_workers", num_workers, 0)]:
-            if value is not None and value < least:
-                raise ValueError(f"data.{name} = {value}; it must be at least {least}")
+        _check_sizes(seq_len=(seq_len, 1), batch_size=(batch_size, 1), val_tokens=(val_tokens, 2), num_workers=(num_workers, 0))
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction = {val_fraction}; give a share between 0 and 1, such as 0.05")
-        self.corpus = corpus or FileCorpus(path)
+        self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path)
         self.seq_len, self.batch_size, self.shuffle, self.seed = seq_len, batch_size, shuffle, seed
         self.val_fraction, self.val_tokens, self.num_workers = val_fraction, val_tokens, num_workers
         self.cache_dir = cache_folder(cache_dir)
@@ -96,7 +98,7 @@ class TextData(LightningDataModule):
     @property
     def sizes(self) -> dict[str, int]:
         """Numbers that a model's config may refer to."""
-        return {"vocab_size": self.tokenizer.vocab_size, "seq_len": self.seq_len}
+        return {"vocab_size": self.tokenizer.vocab_size}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -113,6 +115,13 @@ class TextData(LightningDataModule):
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids)
 
+    def with_seq_len(self, seq_len: int, batch_size: int) -> TextData:
+        """The same text in windows of another length; validation uses the same held-out tokens."""
+        other = copy.copy(self)
+        _check_sizes(seq_len=(seq_len, 1), batch_size=(batch_size, 1))
+        other.seq_len, other.batch_size = seq_len, batch_size
+        return other
+
     def bytes_per_token(self, split: str = "val") -> float:
         """UTF-8 bytes per token; nats per token / (ln 2 * this) = bits per byte."""
         side = self._side(split)
@@ -124,6 +133,12 @@ class TextData(LightningDataModule):
         if split == "train" or self.val_tokens is None or self.val_tokens >= len(side.tokens):
             return np.array(side.counts)
         return np.bincount(side.tokens[: self.val_tokens], minlength=len(side.counts))
+
+    def with_seq_len(self, seq_len: int, batch_size: int) -> TextData:
+        """The same corpus and tokens cut into windows of another length, for measuring longer contexts."""
+        other = copy.copy(self)
+        other.seq_len, other.batch_size = seq_len, batch_size
+        return other
 
     def describe(self) -> dict:
         """The corpus in figures, for reports and manifests."""
@@ -197,8 +212,27 @@ class TextData(LightningDataModule):
                              f"{self.val_fraction}; raise it, give more text, or name data.corpus.val_split")
 
 
-def _named_tokenizer(name: str) -> Tokenizer | None:
+def _check_sizes(**sizes: tuple[int | None, int]) -> None:
+    """name=(value, the least that makes sense)"""
+    for name, (value, least) in sizes.items():
+        if value is not None and value < least:
+            raise ValueError(f"data.{name} = {value}; it must be at least {least}")
+
+
+def _hub_corpus(arguments: Mapping) -> HuggingFaceCorpus:
+    known = [name for name in inspect.signature(HuggingFaceCorpus).parameters]
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"data.corpus.{key} is unknown; data.corpus takes {', '.join(known)}")
+    if not arguments.get("name"):
+        raise ValueError("data.corpus.name is missing; give the name of a Hugging Face dataset, such as roneneldan/TinyStories")
+    return HuggingFaceCorpus(**arguments)
+
+
+def _named_tokenizer(name: str | Mapping) -> Tokenizer | None:
     """None for a BPE that is still to be learnt."""
+    if isinstance(name, Mapping):
+        return from_dict(dict(name))
     if name == "bytes":
         return ByteTokenizer()
     return None if name == "bpe" else JsonTokenizer.from_file(name)

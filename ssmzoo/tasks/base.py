@@ -83,6 +83,10 @@ class Task(L.LightningModule):
         """Called once after training with the best weights loaded; `validation` holds their validation means."""
         return Report({f"validation {k}": f"{v:.4g}" for k, v in validation.items()}, {}, [])
 
+    def evaluate(self, out: Path, data: L.LightningDataModule) -> Report:
+        """What `eval.py` adds to the validation: tables and figures, written into `out`."""
+        return Report({}, {}, [])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = {"seen": self.seen}
 

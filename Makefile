@@ -1,0 +1,37 @@
+# make train   set up, then train the default model on real text (about three minutes on a laptop)
+# make test    set up, then run the tests
+# make setup   set up only: .venv with pinned versions
+PYTHON ?= python3
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+STAMP := $(VENV)/.installed
+
+.PHONY: train test test-slow setup lint native clean
+
+train: setup
+	$(BIN)/python train.py model=moe_mamba
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt tools/setup_venv.py $(wildcard ssmzoo/ops/native/*.c ssmzoo/ops/native/*.h)
+	$(PYTHON) tools/setup_venv.py $(VENV)
+	@touch $(STAMP)
+
+native: setup
+	$(BIN)/python -m ssmzoo.ops.native.build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

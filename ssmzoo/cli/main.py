@@ -1,0 +1,64 @@
+"""The console script `ssmzoo`. Every command is a file beside this one with `add_parser(subparsers)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+
+from ssmzoo import __version__
+
+COMMANDS = ("list", "info", "backends", "verify", "generate", "restore", "probe", "bench", "runs", "ckpt")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit status and the nearest command in its message."""
+
+    def error(self, message: str):
+        print(f"error: {message} (`{self.prog} --help` shows the usage)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="ssmzoo", description="Mamba and the other selective state-space models: look, check, use.")
+    parser.add_argument("--version", action="version", version=f"ssmzoo {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name in ("train", "eval"):
+        subparsers.add_parser(name, help=f"same as python {name}.py", add_help=False)
+    for name in COMMANDS:
+        try:
+            module = importlib.import_module(f"ssmzoo.cli.{name}_" if name == "list" else f"ssmzoo.cli.{name}")
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("ssmzoo.cli."):
+                continue
+            raise
+        module.add_parser(subparsers).set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["train"], ["eval"]):
+        from ssmzoo.cli import train as entry
+
+        sys.argv = [f"ssmzoo {argv[0]}", *argv[1:]]
+        return entry.train() if argv[0] == "train" else entry.evaluate()
+    args = build_parser().parse_args(argv)
+    try:
+        sys.exit(args.run(args) or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, KeyError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error} (--traceback shows where)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,85 @@
+"""Hydra around the trainer: `python train.py ...` and `ssmzoo train ...`. Errors are one message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from ssmzoo.zoo import config_dir
+
+USER_ERROR, FAILED = 2, 1
+
+
+def train() -> None:
+    """Entry of train.py."""
+    _run("train")
+
+
+def evaluate() -> None:
+    """Entry of eval.py."""
+    _run("eval")
+
+
+def _run(config_name: str) -> None:
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
+    show_all = len(arguments) < len(sys.argv) - 1
+    try:
+        _hydra(config_name, arguments, show_all)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        fail(error, show_all)
+
+
+def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
+    import hydra
+
+    from ssmzoo.train import run
+    from ssmzoo.train.config import free_overrides, register_resolvers
+
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
+    sys.argv = [sys.argv[0], *free_overrides(arguments)]
+    action: Callable = run.train if config_name == "train" else run.evaluate
+
+    def job(cfg):
+        from hydra.core.hydra_config import HydraConfig
+
+        if HydraConfig.get().mode.name == "MULTIRUN":
+            return action(cfg)  # a failure is recorded by the launcher and does not take the other jobs along
+        try:
+            return action(cfg)
+        except Exception as error:
+            fail(error, show_all)
+
+    hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)()
+
+
+def fail(error: Exception, show_all: bool = False) -> None:
+    """Print one message and leave: 2 for what the user gave, 1 for a run that failed."""
+    if show_all:
+        traceback.print_exception(error)
+    sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ssmzoo.train.callbacks import TrainingFailed
+    from ssmzoo.train.config import explain_hydra_error
+    from ssmzoo.train.run import UserError
+
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        print(f"error: {explain_hydra_error(error)}", file=sys.stderr)
+        return USER_ERROR
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    if isinstance(error, TrainingFailed):
+        print(f"error: the run failed: {error}", file=sys.stderr)
+        return FAILED
+    print(f"error: the run failed: {type(error).__name__}: {error} (--traceback shows where)", file=sys.stderr)
+    return FAILED

@@ -1,0 +1,163 @@
+"""From a command line to a checked configuration: overrides, unknown keys, wrong types, sizes that the data decides."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssmzoo.official import nearest
+from ssmzoo.zoo import config_names, model_class
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the nearest valid choice."""
+
+
+_sizes: dict[str, int] = {}
+
+
+def _size(name: str):
+    return _sizes.get(name, f"<{name} of the data>")
+
+
+def register_resolvers() -> None:
+    """`${sizes:vocab_size}`: a number the data module knows, filled in when it has been set up."""
+    OmegaConf.register_new_resolver("sizes", _size, replace=True)
+
+
+def set_sizes(sizes: dict[str, int]) -> None:
+    _sizes.clear()
+    _sizes.update(sizes)
+
+
+CALLED = {  # config node -> what its keys are arguments of, when the node has no _target_
+    "optim": "ssmzoo.train.optim.build",
+    "trainer": "lightning.pytorch.Trainer",
+    "callbacks.checkpoint": "ssmzoo.train.callbacks.Checkpointer",
+    "callbacks.guards": "ssmzoo.train.callbacks.Guards",
+    "callbacks.progress": "ssmzoo.train.progress.Progress",
+    "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
+}
+FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
+
+
+def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
+    """The class or function a `_target_` names; only names under `prefix` (or Lightning's own) are imported."""
+    module, _, name = target.rpartition(".")
+    if not (module.startswith(prefix) or module.startswith("lightning.pytorch")):
+        raise ConfigError(f"_target_ {target!r} is refused: it must lie inside {prefix.rstrip('.')}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"_target_ {target!r} cannot be imported: {error}") from None
+
+
+def build_node(node: dict, prefix: str, **injected):
+    """Instantiate `{"_target_": ..., **arguments}`, nested ones first; every target must lie inside `prefix`."""
+    arguments = {k: build_node(v, prefix) if isinstance(v, dict) and "_target_" in v else v
+                 for k, v in node.items() if k != "_target_"}
+    return locate(node["_target_"], prefix)(**arguments, **injected)
+
+
+def free_overrides(arguments: Sequence[str]) -> list[str]:
+    """Let `model.n_experts=8` set an argument that the yaml leaves at its default: the constructor is the schema, so
+    such keys are added (`++`) and checked against the constructor afterwards."""
+    pattern = re.compile(rf"^({'|'.join(FREE_ROOTS)})\.[\w.]+=")
+    return [f"++{a}" if pattern.match(a) else a for a in arguments]
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError for a key that nothing takes or a value of the wrong type, before anything is built."""
+    if str(cfg.model.get("_target_", "")):
+        _check_node("model", cfg.model, model_class(cfg.model._target_), injected=())
+    for node, injected in (("task", ("model", "optim")), ("data", ())):
+        if cfg.get(node) is None or "_target_" not in cfg[node]:
+            raise ConfigError(f"{node} has no _target_; choose one of {', '.join(config_names(node))}")
+        _check_node(node, cfg[node], locate(cfg[node]._target_), injected)
+    injected = {"optim": ("model", "total_steps"), "callbacks.checkpoint": ("folder", "monitor", "mode"),
+                "callbacks.guards": ("run_dir",), "trainer": ("callbacks", "logger", "plugins", "default_root_dir")}
+    for node, target in CALLED.items():
+        value = OmegaConf.select(cfg, node)
+        if value is not None:
+            _check_node(node, value, locate(target), injected.get(node, ()))
+    known = {n.split(".")[1] for n in CALLED if n.startswith("callbacks.")} | {"early_stopping"}
+    for key in cfg.callbacks:
+        if key not in known:
+            raise ConfigError(f"unknown key callbacks.{key}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+    if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
+        raise ConfigError(f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)")
+
+
+def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
+    parameters = inspect.signature(called).parameters
+    allowed = [p for p in parameters if p not in injected and p not in ("self", "kwargs", "args")]
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(called)
+    for key in value:
+        if key == "_target_":
+            continue
+        if key not in allowed and not free:
+            raise ConfigError(f"unknown key {node}.{key}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
+                              f"{', '.join(allowed)}")
+        raw = OmegaConf.to_container(value, resolve=False)[key]
+        if key in hints and not (isinstance(raw, str) and "${" in raw) and not _fits(raw, hints[key]):
+            raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}); expected {_name(hints[key])}")
+
+
+def _hints(called: Callable) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _fits(value, hint) -> bool:
+    """Is a plain config value acceptable for a type hint? Unknown hints accept everything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin is typing.Union or origin is type(int | str):
+        return any(_fits(value, a) for a in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (list, tuple) or hint in (list, tuple):
+        return isinstance(value, (list, tuple))
+    return True
+
+
+def _name(hint) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
+def explain_hydra_error(error: Exception) -> str:
+    """One line for the errors Hydra raises while composing, with the nearest valid names."""
+    text = str(error)
+    missing = re.search(r"Could not find '([^']+)'", text) or re.search(r"In '[^']+': Could not find '([^']+)'", text)
+    if missing:
+        group, _, name = missing.group(1).rpartition("/")
+        names = config_names(group) if group else []
+        choices = f"; choose one of {', '.join(names)}" if len(names) <= 12 else f"; `ssmzoo list {group}s` prints all {len(names)}"
+        return f"unknown {group or 'config'} {name!r}{nearest(name, names)}{choices}"
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        from ssmzoo.zoo import config_dir
+
+        known = list(OmegaConf.load(config_dir() / "train.yaml")) + list(FREE_ROOTS)
+        return f"unknown key {key.group(1)!r}{nearest(key.group(1), known)}; top-level keys: {', '.join(sorted(known))}"
+    return " ".join(text.split("\n")[0].split())

@@ -1,0 +1,174 @@
+"""Optimisers: which parameters decay, which optimiser takes them, and how the learning rate moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ssmzoo.official import nearest
+
+NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "init_states", "Ds", "A_logs", "dt_projs_bias", "absolute_pos_embed",
+                  "pos_embed", "cls_token", "relative_position_bias_table")
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """{parameter name: "decay" or the reason why not}. Matrices and convolution kernels decay; A_log, D, biases (dt's
+    among them), norms, embeddings, positional tables and whatever `model.no_weight_decay()` lists do not."""
+    listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    roles = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{module_name}.{name}" if module_name else name
+            if isinstance(module, nn.Embedding):
+                roles[full] = "embedding"
+            elif name in NO_DECAY_NAMES:
+                roles[full] = "bias" if name.endswith("bias") else name
+            elif full in listed:
+                roles[full] = "listed by the model"
+            elif parameter.ndim < 2 or "norm" in type(module).__name__.lower():
+                roles[full] = "norm or scale"
+            else:
+                roles[full] = "decay"
+    return roles
+
+
+def schedule(kind: str, total_steps: int, warmup_steps: int, min_lr_ratio: float, milestones=(), gamma: float = 0.5,
+             decay_fraction: float = 0.2) -> Callable[[int], float]:
+    """Factor on the peak learning rate at a step: linear warm-up from 1/warmup_steps, then
+
+    constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
+    wsd       1, and over the last `decay_fraction` of the run linearly to min_lr_ratio;
+    multistep times `gamma` at every step listed in milestones
+    """
+    kinds = ("constant", "cosine", "linear", "wsd", "multistep")
+    if kind not in kinds:
+        raise ValueError(f"optim.schedule is {kind!r}; choose one of {', '.join(kinds)}{nearest(str(kind), kinds)}")
+    total_steps = max(total_steps, warmup_steps + 1)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        if kind == "cosine":
+            return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+        if kind == "linear":
+            return 1 - (1 - min_lr_ratio) * done
+        if kind == "wsd":
+            return 1 - (1 - min_lr_ratio) * max(0.0, (done - (1 - decay_fraction)) / decay_fraction)
+        return gamma ** sum(step >= m for m in milestones) if kind == "multistep" else 1.0
+
+    return factor
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimiser, so that a loop written for one needs no change."""
+
+    def __init__(self, matrices: list[dict], rest: list[dict], lr: float, adamw_lr: float, betas, eps: float):
+        self.parts = [torch.optim.Muon(matrices, lr=lr)] if matrices else []
+        self.parts += [torch.optim.AdamW(rest, lr=adamw_lr, betas=betas, eps=eps)] if rest else []
+        super().__init__([g for p in self.parts for g in p.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """One list of groups and one state, seen by both parts: schedules and checkpoints act on this object."""
+        start = 0
+        for part in self.parts:
+            count = len(part.param_groups)
+            part.param_groups = self.param_groups[start : start + count]
+            part.state = self.state
+            start += count
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def build(model: nn.Module, *, total_steps: int, name: str = "adamw", lr: float = 1e-3, weight_decay: float = 0.1,
+          betas=(0.9, 0.95), eps: float = 1e-8, schedule_kind: str = "cosine", warmup_steps: int = 0,
+          min_lr_ratio: float = 0.1, milestones=(), gamma: float = 0.5, layer_decay: float = 1.0,
+          adamw_lr: float | None = None) -> dict:
+    """What a LightningModule's `configure_optimizers` returns.
+
+    name         adamw | adam | sgd | muon (muon: matrices of the network by Muon with `lr`, everything else by AdamW
+                 with `adamw_lr`, which defaults to lr)
+    lr           peak learning rate;  warmup_steps, total_steps  in optimiser steps
+    layer_decay  < 1: the learning rate of block i of n is multiplied by layer_decay^(n - i), by the model's
+                 `group_matcher`
+
+    Raises ValueError for values out of range.
+    """
+    for key, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("warmup_steps", warmup_steps, 0)):
+        if value < low:
+            raise ValueError(f"optim.{key} is {value}; it must not be negative")
+    groups = parameter_groups(model, weight_decay, lr, layer_decay)
+    kinds = ("adamw", "adam", "sgd", "muon")
+    if name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps)
+    elif name == "adam":
+        optimizer = torch.optim.Adam(groups, lr=lr, betas=tuple(betas), eps=eps)
+    elif name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=betas[0])
+    elif name == "muon":
+        embedding = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        heads = {id(p) for n, p in model.named_parameters() if "head" in n}
+        chosen = {id(p) for p in model.parameters() if p.ndim == 2} - embedding - heads
+        chosen -= {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+        split = [({**g, "params": [p for p in g["params"] if id(p) in chosen]},
+                  {**g, "params": [p for p in g["params"] if id(p) not in chosen]}) for g in groups]
+        adamw_lr = lr if adamw_lr is None else adamw_lr
+        rest = [{**r, "lr": r["lr"] * adamw_lr / lr} for _, r in split if r["params"]]
+        optimizer = MuonWithAdamW([m for m, _ in split if m["params"]], rest, lr, adamw_lr, tuple(betas), eps)
+    else:
+        raise ValueError(f"optim.name is {name!r}; choose one of {', '.join(kinds)}{nearest(str(name), kinds)}")
+    factor = schedule(schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0) -> list[dict]:
+    """Optimiser groups by role (decay or not) and, with layer_decay < 1, by depth."""
+    roles = parameter_roles(model)
+    depth = _depths(model) if layer_decay < 1 else {}
+    deepest = max(depth.values(), default=0)
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = roles[name] == "decay"
+        scale = layer_decay ** (deepest - depth.get(name, deepest))
+        group = groups.setdefault((decays, scale), {"params": [], "lr": lr * scale,
+                                                    "weight_decay": weight_decay if decays else 0.0})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _depths(model: nn.Module) -> dict[str, int]:
+    """Depth of every parameter by timm's grouping of the model's `group_matcher`."""
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"optim.layer_decay needs a model with group_matcher(); {type(model).__name__} has none")
+    from timm.models import group_parameters
+
+    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def roles_table(model: nn.Module) -> str:
+    """Parameters per role as aligned text: role, tensors, elements, an example."""
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    rows: dict[str, list[str]] = {}
+    for name, role in parameter_roles(model).items():
+        rows.setdefault(role, []).append(name)
+    lines = [f"{'role':<22}{'tensors':>8}{'elements':>14}  example"]
+    for role, names in sorted(rows.items(), key=lambda kv: kv[0] != "decay"):
+        label = "weight decay" if role == "decay" else f"no decay: {role}"
+        total = sum(sizes.get(n, 0) for n in names)
+        lines.append(f"{label:<22}{len(names):>8}{total:>14,}  {names[0]}")
+    return "\n".join(lines)

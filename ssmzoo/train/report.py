@@ -1,0 +1,59 @@
+"""The end of a run: a table on the terminal, report.md and curves.png in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssmzoo.train.logger import read_metrics
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for the colour-blind
+STYLES = ("-", "--", ":", "-.")
+
+
+def table(rows: dict[str, str]) -> str:
+    """Aligned 'name  value' lines."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path | None:
+    """Training loss (light: every logged step, dark: running mean) and the validation curve against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics_csv)
+    train = [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r]
+    validation = [(r["step"], r[f"val/{monitor}"]) for r in rows if f"val/{monitor}" in r]
+    if not train and not validation:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    if train:
+        steps, values = zip(*train)
+        axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
+        smooth, weight = [], min(0.95, max(0.0, 1 - 10 / len(values)))
+        for value in values:
+            smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
+        axes.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="training loss")
+    if validation:
+        axes.plot(*zip(*validation), color=COLOURS[1], marker="o", linewidth=2, label=f"validation {monitor}")
+    axes.set(xlabel="optimiser step", ylabel="loss" if monitor == "loss" else f"loss, {monitor}", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+    return png
+
+
+def write_report(run_dir: Path, title: str, command: str, rows: dict[str, str], texts: dict[str, str], figures: list[Path],
+                 ) -> Path:
+    """report.md: the command, the table, the texts and the pictures."""
+    lines = [f"# {title}", "", f"`{command}`", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    for name, body in texts.items():
+        lines += ["", f"## {name}", "", "```", body, "```"]
+    lines += ["", *(f"![{f.stem}]({f.relative_to(run_dir).as_posix()})" for f in figures)]
+    path = run_dir / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

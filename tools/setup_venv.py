@@ -1,0 +1,69 @@
+"""Create a virtual environment and install ssmzoo into it with the pinned versions of constraints.txt.
+
+Needs Python 3.10 or newer and a package index, nothing else. Without an NVIDIA GPU a CPU build of torch is taken where
+the index or the machine offers one, so that no CUDA libraries are downloaded.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = "dev,vision,formal"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main(folder: str) -> None:
+    if sys.version_info < (3, 10):
+        sys.exit(f"error: Python {sys.version.split()[0]} is too old; ssmzoo needs 3.10 or newer (make PYTHON=python3.12)")
+    venv = ROOT / folder
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        print(f"creating {venv}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run([*pip, "install", "pip>=23.1", "setuptools>=77", "wheel"])
+    install_torch(pip, str(python))
+    run([*pip, "install", "-c", str(ROOT / "constraints.txt"), "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"])
+    run([str(python), "-c", "import ssmzoo.ops.native as n; print(n.describe())"])
+
+
+def install_torch(pip: list, python: str) -> None:
+    """torch first and alone: from the plain index where a GPU is, otherwise the CPU build where one can be had."""
+    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    have = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+    if have.returncode == 0 and have.stdout.strip().split("+")[0] == pin.split("==")[1]:
+        return
+    if has_nvidia_gpu() or sys.platform != "linux":  # elsewhere the index's default build is the CPU one
+        return run([*pip, "install", pin])
+    for source in ([], ["--index-url", CPU_INDEX]):  # a CPU wheel known to pip's own configuration, else PyTorch's index
+        if not source and not plain_pip_has_cpu_build(pip, pin):
+            continue
+        if subprocess.run([*pip, "install", "--retries", "1", "--timeout", "15", *source, pin]).returncode == 0:
+            return
+    print("no CPU build of torch can be reached; installing the default build", flush=True)
+    run([*pip, "install", pin])
+
+
+def plain_pip_has_cpu_build(pip: list, pin: str) -> bool:
+    """Would `pip install torch` take a build without CUDA here? (resolves only, downloads nothing large)"""
+    plan = subprocess.run([*pip, "install", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", pin],
+                          capture_output=True, text=True)
+    return plan.returncode == 0 and ("+cpu" in plan.stdout or "%2Bcpu" in plan.stdout)
+
+
+def has_nvidia_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    return bool(tool) and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def run(command: list) -> None:
+    result = subprocess.run(command)
+    if result.returncode != 0:
+        sys.exit(f"error: {' '.join(command[:8])} ... failed with status {result.returncode}; its output is above")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else ".venv")
