@@ -131,7 +131,8 @@ def build_moe(d_model: int, n_experts: int, d_expert: int, *, router: str = "tok
               **router_options) -> MoE:
     """A MoE layer from plain values. router_options go to TokenChoice or ExpertChoice; unknown ones raise TypeError."""
     if router not in ROUTERS:
-        raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {', '.join(ROUTERS)}")
+        known = ", ".join(ROUTERS)
+        raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
     gating = ROUTERS[router](d_model, n_experts, init_scale=init_scale, **router_options)
     experts = Experts(d_model, n_experts, d_expert, expert, d_output, dropout=dropout, init_scale=init_scale,
                       fan_in_experts=gating.active_experts if router == "expert_choice" else None)
@@ -155,7 +156,8 @@ def official_moe(state: dict[str, Tensor], *, type: str, dmodel: int, n_experts:
     if type == "token_choice":
         options = dict(capacity_factor=capacity_factor, load_balancing_loss_weight=load_balancing_loss_weight,
                        zloss_weight=zloss_weight, routing_top_k=routing_top_k)
-    moe = build_moe(dmodel, n_experts, expert_size, d_output=doutput, **official_options(type, expert, activation, **options))
+    options = official_options(type, expert, activation, **options)
+    moe = build_moe(dmodel, n_experts, expert_size, d_output=doutput, **options)
     return _OfficialMoE(moe), {f"moe.{key}": value for key, value in official_moe_keys(state).items()}
 
 

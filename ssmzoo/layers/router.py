@@ -6,7 +6,8 @@
 
 A router is `forward(x (b l d), mask (b l) or None) -> (Groups, weight (r), aux)`; `aux` are scalars, those ending in
 "_loss" already weighted. b batch, l length, t = b l tokens, d width, e experts, k choices, r rows that are computed.
-Source: Switch (2101.03961), expert choice (2202.09368), ST-MoE (2202.08906); llm-random (Apache-2.0), conditional/moe_layers.
+Source: Switch (2101.03961), expert choice (2202.09368), ST-MoE (2202.08906); llm-random (Apache-2.0),
+research/conditional/moe_layers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class TokenChoice(Router):
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name} must be positive, or None to drop nothing; got {factor}")
         if min(balance_weight, z_loss_weight) < 0:
-            raise ValueError(f"loss weights must not be negative, got balance_weight={balance_weight}, {z_loss_weight=}")
+            raise ValueError(f"loss weights must not be negative, got {balance_weight=}, {z_loss_weight=}")
         self.top_k, self.renormalise = top_k, renormalise
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.balance_weight, self.z_loss_weight = balance_weight, z_loss_weight
@@ -155,8 +156,8 @@ class ExpertChoice(Router):
         n, positions = (b, l) if self.group_by_batch else (b * l, 1)  # candidates, independent choices
         take = round(self.fraction * n)
         if take < 1:
-            raise ValueError(f"every expert would take round({self.fraction} * {n}) = 0 of the {n} candidates; raise the "
-                             f"fraction or the {'batch size' if self.group_by_batch else 'number of tokens'}")
+            raise ValueError(f"every expert would take round({self.fraction} * {n}) = 0 of its {n} candidates; raise "
+                             f"the fraction or the {'batch size' if self.group_by_batch else 'number of tokens'}")
         logits = self.logits(x.reshape(n, positions, -1))  # (n positions e)
         real = None if mask is None else mask.reshape(n, positions, 1)
         scores = logits if real is None else logits.masked_fill(~real, torch.finfo(logits.dtype).min)
@@ -166,7 +167,8 @@ class ExpertChoice(Router):
         token = (candidate * positions + torch.arange(positions, device=x.device)).flatten()
         rows = take * positions
         counts = torch.full((self.n_experts,), rows, device=x.device)
-        groups = Groups(torch.arange(token.numel(), device=x.device), token, counts.cumsum(0).to(torch.int32), None, counts)
+        ends = counts.cumsum(0).to(torch.int32)
+        groups = Groups(torch.arange(token.numel(), device=x.device), token, ends, None, counts)
         return groups, weight.flatten(), self.metrics(logits, token, mask, n * positions)
 
     @torch.no_grad()

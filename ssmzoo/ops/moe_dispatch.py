@@ -100,7 +100,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     multiple of 16 bytes). On a CPU the former is also the faster one: see benchmarks/moe.py.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"grouped_matmul wants x (r d) and weight (e d f), got {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"grouped_matmul wants x (r d), weight (e d f); got {tuple(x.shape)}, {tuple(weight.shape)}")
     if ends.shape != weight.shape[:1]:
         raise ValueError(f"ends must have one entry per expert ({weight.shape[0]}), got {tuple(ends.shape)}")
     if why_not_grouped_mm(x, weight) is not None:

@@ -1,0 +1,223 @@
+"""MoE-Mamba: Mamba layers (all of the context, always) alternating with Switch experts (one per token, by choice).
+
+    interleaved   x += Mamba(LN(x));  x += MoE(LN(x))            the paper's model
+    parallel      x += Mamba(LN(x)) + MoE(LN(x))                 one shared LN
+    inner         x += Mamba(LN(x)), with experts in place of the conv, gate and/or output projection inside Mamba
+    none          x += Mamba(LN(x))                              the plain-Mamba baseline of the paper
+
+Every sublayer has its own LayerNorm before it; there is no norm before the head, and the head is not tied: adding
+either breaks checkpoint parity. Mamba keeps its own initialisation, the rest is truncated normal with scale 0.1.
+The paper's 8 "blocks" are 8 pairs, so its plain Mamba of the same size has 16.
+Differs from the released code: positions that padding occupies are not routed, capacity is at least one token, and
+in eval mode nothing is dropped unless eval_capacity_factor says so.
+
+b batch, l length, d d_model, v vocab_size.
+Source: arXiv 2401.04081; llm-random (Apache-2.0): lizrd/core/llm.py, research/conditional/moe_layers, research/mamba.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ssmzoo.layers.attention import Attention
+from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.layers.mamba import Mamba
+from ssmzoo.layers.moe import MoE, build_moe, merge_aux
+from ssmzoo.layers.state import ModelOutput, Padding, left_align
+from ssmzoo.official import nearest
+
+ARRANGEMENTS = ("interleaved", "parallel", "inner", "none")
+PROJECTIONS = ("conv", "gate", "output")
+
+
+class InnerProjections(nn.Module):
+    """The two halves of Mamba's input projection as separate modules: conv_proj gives x, gate_proj gives z."""
+
+    def __init__(self, conv_proj: nn.Module, gate_proj: nn.Module):
+        super().__init__()
+        self.conv_proj, self.gate_proj = conv_proj, gate_proj
+
+
+class InnerMoEMamba(Mamba):
+    """Mamba some of whose projections (a subset of conv, gate, output) are MoE layers; also returns their aux."""
+
+    def __init__(self, d_model: int, experts_in: tuple[str, ...], moe, **mamba):
+        e = int(mamba.get("expand", 2) * d_model)
+        make = {name: (moe if name in experts_in else functools.partial(nn.Linear, bias=False)) for name in PROJECTIONS}
+        in_proj = InnerProjections(make["conv"](d_model, e), make["gate"](d_model, e))
+        super().__init__(d_model, in_proj=in_proj, out_proj=make["output"](e, d_model), **mamba)
+
+    def forward(self, x: Tensor, state=None, *, mask: Padding | None = None, seq_idx: Tensor | None = None):
+        aux: list[dict[str, Tensor]] = []
+        u, z = (_project(p, x, mask, aux) for p in (self.in_proj.conv_proj, self.in_proj.gate_proj))
+        y, state = self.mix(u, z, state, mask, seq_idx)
+        return _project(self.out_proj, y, mask, aux), state, aux
+
+
+def _project(projection: nn.Module, x: Tensor, padding: Padding | None, aux: list) -> Tensor:
+    if not isinstance(projection, MoE):
+        return projection(x)
+    y, losses = projection(x, None if padding is None else padding.mask)
+    aux.append(losses)
+    return y
+
+
+class Block(nn.Module):
+    """Pre-norm residual sublayers by name, one after the other, or side by side behind one shared norm.
+
+    layers  causal mixers (Mamba, Attention), MoE layers, or dense modules (b l d) -> (b l d)
+    """
+
+    def __init__(self, d_model: int, layers: dict[str, nn.Module], parallel: bool = False):
+        super().__init__()
+        self.parallel = parallel
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(d_model) for name in (["shared"] if parallel else layers)})
+        self.layers = nn.ModuleDict(layers)
+
+    def forward(self, x: Tensor, state: dict | None, padding: Padding | None, seq_idx: Tensor | None):
+        """x (b l d) -> x, state {mixer's name: its state}, aux of every MoE layer."""
+        new, aux = {}, []
+        h = self.norms["shared"](x) if self.parallel else None
+        for name, layer in self.layers.items():
+            u = h if self.parallel else self.norms[name](x)
+            if isinstance(layer, MoE):
+                y = _project(layer, u, padding, aux)
+            elif isinstance(layer, (Mamba, Attention)):
+                y, new[name], *inner = layer(u, None if state is None else state[name], mask=padding, seq_idx=seq_idx)
+                aux += inner[0] if inner else []
+            else:
+                y = layer(u)
+            x = x + y
+        return x, new, aux
+
+
+class DecoderLM(nn.Module):
+    """Embedding, blocks, head: a causal language model without final norm, tying, or input positions.
+
+    Embedding and head are truncated normal with scale `init_scale` and fan-in 1 and d.
+    forward(input_ids (b l), state, mask=, seq_idx=) -> ModelOutput(logits (b l v), state, aux)
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, blocks: list[Block], init_scale: float = 0.1):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        truncated_normal_(self.embedding.weight, 1, init_scale)
+        truncated_normal_(self.head.weight, d_model, init_scale)
+        self.grad_checkpointing = False
+
+    def forward(self, input_ids: Tensor, state: tuple | None = None, *, mask: Tensor | None = None,
+                seq_idx: Tensor | None = None) -> ModelOutput:
+        padding = left_align(mask)
+        if padding is not None:
+            if mask.shape != input_ids.shape:
+                raise ValueError(f"mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
+            input_ids, seq_idx = padding.align(input_ids), padding.align_seq_idx(seq_idx)
+        x = self.embedding(input_ids)  # (b l d); stays in fp32 under autocast
+        states, aux = [], []
+        for i, block in enumerate(self.blocks):
+            x, new, layer_aux = self._run(block, x, None if state is None else state[i], padding, seq_idx)
+            states.append(new)
+            aux += layer_aux
+        logits = self.head(x if padding is None else padding.restore(x))
+        return ModelOutput(logits, tuple(states), merge_aux(aux))
+
+    def _run(self, block: Block, *args: Any):
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        contexts = functools.partial(create_selective_checkpoint_contexts, _CHOICES)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass. The choice of experts is kept, not recomputed: a rounding
+        difference between the two passes could send a token elsewhere."""
+        self.grad_checkpointing = enable
+
+    def num_parameters(self, embeddings: bool = True) -> tuple[int, int]:
+        """(total, active per token); without embedding and head when `embeddings` is False, as papers count."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            total -= self.embedding.weight.numel() + self.head.weight.numel()
+        return total, total - sum(m.inactive_parameters() for m in self.modules() if isinstance(m, MoE))
+
+
+_CHOICES = [torch.ops.aten.topk.default]  # saved under gradient checkpointing
+
+
+class MoEMambaLM(DecoderLM):
+    """MoE-Mamba in all the arrangements of its paper; the defaults are its 25M row (542M parameters, 26M active).
+
+    n_blocks         pairs of Mamba and MoE; Mamba layers when the arrangement is inner or none
+    n_experts, d_expert  experts per MoE layer and their width (3 d_model by default)
+    arrangement      interleaved | parallel | inner | none, as above
+    inner_moe        the projections that hold experts when the arrangement is inner: some of conv, gate, output
+    moe_every        only every n-th block has experts (the n-th, the 2n-th ...); the others are plain Mamba
+    expert           relu | gelu | silu | reglu | geglu | swiglu
+    router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; or
+                     expert_choice, every expert taking top_k / n_experts of the tokens at each time step over the
+                     batch: for training and scoring in batches, not for decoding
+    d_state, expand  of Mamba
+
+    Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
+    """
+
+    def __init__(self, vocab_size: int = 50257, d_model: int = 512, n_blocks: int = 8, n_experts: int = 42,
+                 d_expert: int | None = None, arrangement: str = "interleaved", inner_moe=PROJECTIONS,
+                 moe_every: int = 1, expert: str = "relu", router: str = "token_choice", top_k: int = 1,
+                 capacity_factor: float | None = 1.0, eval_capacity_factor: float | None = None,
+                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, d_state: int = 16, expand: float = 2):
+        check_sizes(vocab_size=vocab_size, d_model=d_model, n_blocks=n_blocks, n_experts=n_experts,
+                    d_expert=1 if d_expert is None else d_expert, moe_every=moe_every, top_k=top_k)
+        if arrangement not in ARRANGEMENTS:
+            raise ValueError(f"unknown arrangement {arrangement!r}{nearest(str(arrangement), ARRANGEMENTS)}; "
+                             f"choose one of {', '.join(ARRANGEMENTS)}")
+        inner_moe = (inner_moe,) if isinstance(inner_moe, str) else tuple(inner_moe)
+        if not inner_moe or set(inner_moe) - set(PROJECTIONS):
+            raise ValueError(f"inner_moe must name some of {', '.join(PROJECTIONS)}; got {list(inner_moe)}")
+        moe = moe_factory(n_experts, 3 * d_model if d_expert is None else d_expert, expert, router, top_k,
+                          capacity_factor, eval_capacity_factor, balance_weight, z_loss_weight)
+        mamba = dict(d_state=d_state, expand=expand)
+
+        def block(i: int) -> Block:
+            experts_here = arrangement != "none" and (i + 1) % moe_every == 0
+            if arrangement == "inner" and experts_here:
+                return Block(d_model, {"mamba": InnerMoEMamba(d_model, inner_moe, moe, **mamba)})
+            layers = {"mamba": Mamba(d_model, **mamba)}
+            if experts_here:
+                layers["feedforward"] = moe(d_model, d_model)
+            return Block(d_model, layers, parallel=arrangement == "parallel")
+
+        super().__init__(vocab_size, d_model, [block(i) for i in range(n_blocks)])
+        self.causal = router == "token_choice" or arrangement == "none"
+
+    def forward(self, input_ids: Tensor, state: tuple | None = None, *, mask: Tensor | None = None,
+                seq_idx: Tensor | None = None) -> ModelOutput:
+        if state is not None and not self.causal:
+            raise ValueError("expert choice compares the tokens of a batch, so it cannot continue from a state; "
+                             "use router=token_choice for a model that generates")
+        return super().forward(input_ids, state, mask=mask, seq_idx=seq_idx)
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def moe_factory(n_experts: int, d_expert: int, expert: str, router: str, top_k: int, capacity_factor: float | None,
+                eval_capacity_factor: float | None, balance_weight: float, z_loss_weight: float):
+    """(d_input, d_output) -> a MoE layer with these settings."""
+    if top_k > n_experts:
+        raise ValueError(f"top_k = {top_k} experts per token, but there are only n_experts = {n_experts}")
+    options = dict(top_k=top_k, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor,
+                   balance_weight=balance_weight, z_loss_weight=z_loss_weight)
+    if router == "expert_choice":
+        options = dict(fraction=top_k / n_experts, softmax_over="experts", group_by_batch=True, norm=True)
+    return lambda d_input, d_output: build_moe(d_input, n_experts, d_expert, router=router, expert=expert,
+                                               d_output=d_output, **options)
