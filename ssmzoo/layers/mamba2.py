@@ -9,7 +9,7 @@
     out = W_out [SiLU(z0) x0, y]
 
 b batch, l length, d d_model, h heads of p channels, n state size, g groups sharing B and C, k taps.
-The clamp to dt_limit holds in single steps too; the released implementations forget it there.
+The clamp to dt_limit holds in single steps too; the released implementations forget it there (`clamp_steps`).
 Source: Dao & Gu 2024 (arXiv 2405.21060), section 7; parameter names of state-spaces/mamba (Apache-2.0).
 """
 
@@ -40,20 +40,23 @@ class Mamba2(nn.Module):
     d_model, d_state, d_conv, expand   d, n, k and d_inner / d
     headdim, ngroups     p and g
     d_ssm                channels that go through the SSM (default all d_inner); the rest is a gated MLP
-    rmsnorm, norm_before_gate, norm_groups   the output norm: whether, in which order, over how many groups (default g)
+    rmsnorm, norm_before_gate, norm_groups, norm_eps      the output norm: whether, in which order, over how many groups
+                         (default g)
     D_has_hdim           a skip weight per channel instead of per head
     dt_limit             the time step is clamped to this range, in tokens
     dt_min, dt_max, dt_init_floor, A_init_range, conv_init   initial values, see `reset_parameters`
     chunk_size           tokens per chunk of the scan; changes the speed, not the result
     learnable_init_states              S_0 is a parameter (zero at first) instead of zero; not with packed documents
+    clamp_steps          False repeats the released decoding, whose single-token steps forget dt_limit
     """
 
     def __init__(self, d_model: int, d_state: int = 128, d_conv: int = 4, expand: float = 2, headdim: int = 64,
                  ngroups: int = 1, d_ssm: int | None = None, rmsnorm: bool = True, norm_before_gate: bool = False,
-                 norm_groups: int | None = None, D_has_hdim: bool = False, bias: bool = False, conv_bias: bool = True,
-                 dt_limit: Sequence[float] = (0.0, math.inf), dt_min: float = 0.001, dt_max: float = 0.1,
-                 dt_init_floor: float = 1e-4, A_init_range: Sequence[float] = (1, 16), conv_init: float | None = None,
-                 chunk_size: int = 256, learnable_init_states: bool = False):
+                 norm_groups: int | None = None, norm_eps: float = 1e-5, D_has_hdim: bool = False, bias: bool = False,
+                 conv_bias: bool = True, dt_limit: Sequence[float] = (0.0, math.inf), dt_min: float = 0.001,
+                 dt_max: float = 0.1, dt_init_floor: float = 1e-4, A_init_range: Sequence[float] = (1, 16),
+                 conv_init: float | None = None, chunk_size: int = 256, learnable_init_states: bool = False,
+                 clamp_steps: bool = True):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
@@ -69,6 +72,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"ngroups must divide the {self.nheads} heads, got {ngroups}")
         self.d_mlp = self.d_inner - self.d_ssm
         self.dt_limit, self.dt_start = tuple(float(v) for v in dt_limit), (dt_min, dt_max, dt_init_floor)
+        self.clamp_steps = clamp_steps
         self.A_init_range, self.conv_init, self.D_has_hdim = tuple(A_init_range), conv_init, D_has_hdim
         channels = self.d_ssm + 2 * ngroups * d_state
         self.widths = [self.d_mlp, self.d_mlp, self.d_ssm, channels, self.nheads]
@@ -81,7 +85,7 @@ class Mamba2(nn.Module):
             self.init_states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state))
         else:
             self.register_parameter("init_states", None)
-        self.norm = GatedRMSNorm(self.d_ssm, group_size=self.d_ssm // (norm_groups or ngroups),
+        self.norm = GatedRMSNorm(self.d_ssm, norm_eps, group_size=self.d_ssm // (norm_groups or ngroups),
                                  norm_before_gate=norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self.reset_parameters()
@@ -99,7 +103,9 @@ class Mamba2(nn.Module):
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
-        dt = F.softplus(fp32(dt) + fp32(self.dt_bias)).clamp(*self.dt_limit)  # (b l h)
+        dt = F.softplus(fp32(dt) + fp32(self.dt_bias))  # (b l h)
+        if self.clamp_steps or state is None or x.shape[1] > 1:
+            dt = dt.clamp(*self.dt_limit)
         if is_step(x, state, mask, seq_idx):
             y, state = self._mix_one(xBC, dt, state)
         else:

@@ -146,8 +146,12 @@ def official_mamba_hf(state: dict, vocab_size: int = 50280, hidden_size: int = 7
                       hidden_act: str = "silu", residual_in_fp32: bool = True, time_step_rank: int | str = "auto",
                       intermediate_size: int | None = None, tie_word_embeddings: bool = True,
                       time_step_scale: float = 1.0, time_step_min: float = 0.001, time_step_max: float = 0.1,
-                      time_step_init_scheme: str = "random", time_step_floor: float = 1e-4):
-    """transformers' MambaForCausalLM; the arguments are MambaConfig's."""
+                      time_step_init_scheme: str = "random", time_step_floor: float = 1e-4,
+                      initializer_range: float = 0.1, rescale_prenorm_residual: bool = False, use_cache: bool = True,
+                      use_mambapy: bool = False, use_associative_scan: bool = True, pad_token_id: int | None = 0,
+                      bos_token_id: int | None = 0, eos_token_id: int | list | None = 0):
+    """transformers' MambaForCausalLM; the arguments are MambaConfig's. Those of the last three lines have no part in
+    what a trained checkpoint computes."""
     if intermediate_size is not None:
         expand = intermediate_size / hidden_size
     mixer = {"d_state": state_size, "d_conv": conv_kernel, "expand": expand, "dt_rank": time_step_rank,
