@@ -17,7 +17,7 @@ from ssmzoo.data.shuffle import Permutation
 
 
 class Draw(NamedTuple):
-    """What a dataset's `__getitem__` receives: the sample's index, a seed of its own for augmentation, and the epoch."""
+    """What a dataset's `__getitem__` receives: the sample's index, its own seed for augmentation, the epoch."""
 
     index: int
     seed: int
@@ -45,8 +45,8 @@ class ResumableLoader:
     sample (a rank may get none and then ends one batch earlier: use it for evaluation only).
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False, seed: int = 0,
-                 num_workers: int = 0, collate_fn: Callable[[list], Any] | None = None, rank: int = 0,
+    def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False,
+                 seed: int = 0, num_workers: int = 0, collate_fn: Callable[[list], Any] | None = None, rank: int = 0,
                  world_size: int = 1, pin_memory: bool = False):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -80,7 +80,7 @@ class ResumableLoader:
         self._resumed = False
         loader = DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
                             collate_fn=self.collate_fn, pin_memory=self.pin_memory,
-                            generator=torch.Generator().manual_seed(self.seed))  # keeps the global random state untouched
+                            generator=torch.Generator().manual_seed(self.seed))  # leaves the global random state alone
         for batch in loader:
             self.position += 1
             if self.position == len(self):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import copy
 import inspect
 import logging
 from collections.abc import Mapping
@@ -51,11 +50,12 @@ class TextData(LightningDataModule):
                  shuffle: bool = True, seed: int = 0, num_workers: int = 0, cache_dir: str | None = None):
         super().__init__()
         if path is not None and corpus is not None:
-            raise ValueError(f"data.path = '{path}' and data.corpus are both given; drop one (data=text goes with data.path)")
+            raise ValueError(f"data.path = '{path}' and data.corpus are both given; data=text goes with data.path")
         if bpe_vocab_size is not None and tokenizer != "bpe":
-            raise ValueError(f"data.bpe_vocab_size = {bpe_vocab_size} has no meaning for data.tokenizer = '{tokenizer}'; "
+            raise ValueError(f"data.bpe_vocab_size = {bpe_vocab_size} does nothing for data.tokenizer = '{tokenizer}'; "
                              f"drop it, or choose data.tokenizer=bpe")
-        _check_sizes(seq_len=(seq_len, 1), batch_size=(batch_size, 1), val_tokens=(val_tokens, 2), num_workers=(num_workers, 0))
+        _check_sizes(seq_len=(seq_len, 1), batch_size=(batch_size, 1), val_tokens=(val_tokens, 2),
+                     num_workers=(num_workers, 0))
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction = {val_fraction}; give a share between 0 and 1, such as 0.05")
         self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path)
@@ -90,8 +90,8 @@ class TextData(LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         for key, value in self.state_dict().items() if fitting else ():
             if state.get(key) != value:
-                raise ValueError(f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; continue "
-                                 f"with the same, or start a new run from the checkpoint's weights")
+                raise ValueError(f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
+                                 f"continue with the same, or start a new run from the checkpoint's weights")
 
     # What others may ask
 
@@ -133,12 +133,6 @@ class TextData(LightningDataModule):
         if split == "train" or self.val_tokens is None or self.val_tokens >= len(side.tokens):
             return np.array(side.counts)
         return np.bincount(side.tokens[: self.val_tokens], minlength=len(side.counts))
-
-    def with_seq_len(self, seq_len: int, batch_size: int) -> TextData:
-        """The same corpus and tokens cut into windows of another length, for measuring longer contexts."""
-        other = copy.copy(self)
-        other.seq_len, other.batch_size = seq_len, batch_size
-        return other
 
     def describe(self) -> dict:
         """The corpus in figures, for reports and manifests."""
@@ -225,7 +219,7 @@ def _hub_corpus(arguments: Mapping) -> HuggingFaceCorpus:
         if key not in known:
             raise ValueError(f"data.corpus.{key} is unknown; data.corpus takes {', '.join(known)}")
     if not arguments.get("name"):
-        raise ValueError("data.corpus.name is missing; give the name of a Hugging Face dataset, such as roneneldan/TinyStories")
+        raise ValueError("data.corpus.name is missing; name a Hugging Face dataset, such as roneneldan/TinyStories")
     return HuggingFaceCorpus(**arguments)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 PIECE = 1 << 20  # bytes read at a time
 REMEMBER_SCANS_ABOVE = 1 << 30  # bytes; smaller corpora are hashed anew at every start
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_OF_THE_MACHINE = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 
 
 class Document(NamedTuple):
@@ -45,10 +46,10 @@ class FileCorpus:
     path None stands for the `.py` files of the running Python's standard library, without tests and installed
     packages. Files are read as UTF-8 in the order of their names; of identical files the first counts.
 
-    Held out are the files whose SHA-256, read as a fraction of its range, lies below `val_fraction`: a file never moves
-    from one side to the other when others come or go. If that leaves less than a fifth or more than three times
-    the share wanted, as with few files, the files in the order of their hashes are taken as far as the share allows, and
-    if even the first is too large, the tail of the largest file.
+    Held out are the files whose SHA-256, read as a fraction of its range, lies below `val_fraction`: a file does not
+    change sides when others come or go. If that gives less than a fifth or more than three times the share wanted, as
+    with few files, files are taken in the order of their hashes as far as the share allows, and if each of them is too
+    large, the tail of the largest.
 
     Raises ValueError for a path that does not exist, no text at all, and a file that is not text (naming it).
     """
@@ -92,7 +93,7 @@ class HuggingFaceCorpus:
                  text_column: str = "text", streaming: bool = False, data_files: str | list[str] | None = None,
                  revision: str | None = None, max_documents: int | None = None):
         if max_documents is not None and max_documents < 1:
-            raise ValueError(f"data.corpus.max_documents = {max_documents}; it must be at least 1, or null for all rows")
+            raise ValueError(f"data.corpus.max_documents = {max_documents}; give at least 1, or null for all rows")
         self.name, self.subset, self.split, self.val_split = name, subset, split, val_split
         self.text_column, self.streaming, self.revision = text_column, streaming, revision
         self.data_files = [data_files] if isinstance(data_files, str) else data_files and list(data_files)
@@ -125,9 +126,9 @@ class HuggingFaceCorpus:
             rows = load_dataset(self.name, self.subset, split=split, data_files=self.data_files,
                                 revision=self.revision, streaming=self.streaming)
         except Exception as error:  # network, hub, unknown name, unknown split: dozens of classes
-            raise ValueError(f"data.corpus: could not load '{self.name}' (subset {self.subset}, split {split}) by Hugging "
-                             f"Face datasets: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-                             f"check name, split and network, or use data.path=<file, folder or glob>") from error
+            raise ValueError(f"data.corpus: Hugging Face datasets could not load '{self.name}' (subset {self.subset}, "
+                             f"split {split}): {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; check "
+                             f"name, split and network, or use data.path=<file, folder or glob>") from error
         for i, row in enumerate(rows):
             if i == self.max_documents:
                 return
@@ -162,7 +163,7 @@ def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
 def _stdlib_files() -> list[tuple[str, str]]:
     root = sysconfig.get_paths()["stdlib"]
     files = [(name, path) for name, path in _walk(root, _NOT_STDLIB) if name.endswith(".py")
-             and not name.startswith(("_sysconfigdata", "config-", "sitecustomize", "usercustomize"))]  # the machine's own
+             and not name.startswith(_OF_THE_MACHINE)]
     if not files:
         raise ValueError(f"this Python keeps no sources of its standard library in {root}; give data.path=<text files>")
     return files
@@ -181,8 +182,8 @@ def _files(path: str) -> list[tuple[str, str]]:
         root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
         return [(os.path.relpath(os.path.abspath(f), root).replace(os.sep, "/"), f) for f in files]
     kind = "matches no file" if glob.has_magic(path) else "does not exist"
-    raise ValueError(f"data.path = '{path}' {kind} (looked from {os.getcwd()}); give a text file, a folder, or a quoted "
-                     f"glob such as 'books/**/*.txt'")
+    raise ValueError(f"data.path = '{path}' {kind} (looked from {os.getcwd()}); give a text file, a folder, or a "
+                     f"quoted glob such as 'books/**/*.txt'")
 
 
 def _walk(root: str, without: set[str]) -> list[tuple[str, str]]:

@@ -67,7 +67,8 @@ def open_store(folder: Path) -> Store | None:
         return None
 
 
-def build_store(folder: Path, corpus: FileCorpus | HuggingFaceCorpus, tokenizer: Tokenizer, val_fraction: float) -> None:
+def build_store(folder: Path, corpus: FileCorpus | HuggingFaceCorpus, tokenizer: Tokenizer,
+                val_fraction: float) -> None:
     """Tokenise a corpus into `folder`, whose parent exists. Two processes may do it at the same time."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     temporary.mkdir()

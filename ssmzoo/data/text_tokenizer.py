@@ -114,8 +114,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ValueError(f"data.bpe_vocab_size = {vocab_size}; a byte-level BPE needs at least 257 tokens (256 bytes and "
-                         f"one merge), usual are 4096 to 50000; data.tokenizer=bytes has 256")
+        raise ValueError(f"data.bpe_vocab_size = {vocab_size}; a byte-level BPE needs at least 257 tokens (256 bytes "
+                         f"and one merge), usual are 4096 to 50000; data.tokenizer=bytes has 256")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What a model without context reaches: the measure of whether a language model has learnt anything beyond frequencies."""
+"""What a model without context reaches: has a language model learnt anything beyond frequencies?"""
 
 from __future__ import annotations
 

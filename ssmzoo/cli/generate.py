@@ -1,0 +1,92 @@
+"""`ssmzoo generate <checkpoint> --prompt ...`: continue text with a trained language model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("generate", help="continue a text with a trained language model",
+                                   description="Continue one or more prompts. The text of the first streams as it is "
+                                   "drawn; the others, continued in the same batch, follow at the end.")
+    add = parser.add_argument
+    add("checkpoint", help="a run folder, or a checkpoint folder inside one")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given several times")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add (default 256)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy, 1 the model's own (default 0.8)")
+    add("--greedy", action="store_true", help="always take the most likely token")
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
+    add("--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probabilities reach P")
+    add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the most likely")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens already seen are rarer")
+    add("--seed", type=int, metavar="S", help="the same seed draws the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end at this text, one token long; several times")
+    add("--prefill-chunk", type=int, metavar="L", help="read the prompts in pieces of L tokens to save memory")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from ssmzoo.data.text_tokenizer import from_dict
+    from ssmzoo.models.generation import FINISHED, stream
+    from ssmzoo.train.checkpoint import load_model
+
+    model, manifest = load_model(args.checkpoint)
+    if "tokenizer" not in manifest:
+        raise ValueError(f"{args.checkpoint} holds {manifest.get('model', 'a model')} without a tokenizer, so it is no "
+                         f"language model that text can be generated with; give a run of data=text or data=hf_text")
+    tokenizer = from_dict(manifest["tokenizer"])
+    prompts = [tokenizer.encode(text) for text in args.prompt]
+    for text, ids in zip(args.prompt, prompts):
+        if not ids:
+            raise ValueError(f"--prompt {text!r} has no token; give at least one character to continue from")
+    steps = stream(model.to(_device(args.device)), prompts, args.max_new_tokens, prefill_chunk=args.prefill_chunk,
+                   stop_tokens={_one_token(tokenizer, text) for text in args.stop}, vocab_size=tokenizer.vocab_size,
+                   temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+                   repetition_penalty=args.repetition_penalty, greedy=args.greedy, seed=args.seed)
+    decoders, texts = [tokenizer.decoder() for _ in prompts], ["" for _ in prompts]
+    out = _Out()
+    out.write((_heading(0) if len(prompts) > 1 else "") + args.prompt[0])
+    for tokens in steps:
+        for i, token in enumerate(tokens.tolist()):
+            new = decoders[i].push([token]) if token != FINISHED else ""
+            texts[i] += new
+            if i == 0:
+                out.write(new)
+    out.write(decoders[0].flush() + "\n")
+    for i in range(1, len(prompts)):
+        out.write(f"\n{_heading(i)}{args.prompt[i]}{texts[i]}{decoders[i].flush()}\n")
+    return 0
+
+
+class _Out:
+    """Standard output that shows every piece at once and never fails over a character the terminal lacks."""
+
+    def write(self, text: str) -> None:
+        encoding = sys.stdout.encoding or "utf-8"
+        data = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        sys.stdout.write(data.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+
+
+def _heading(i: int) -> str:
+    return f"--- prompt {i + 1} ---\n"
+
+
+def _one_token(tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
+    if len(ids) != 1:
+        raise ValueError(f"--stop {text!r} is {len(ids)} tokens of this model; give one token, such as '\\n'")
+    return ids[0]
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not usable ({str(error).splitlines()[0]}); use auto or cpu") from error
