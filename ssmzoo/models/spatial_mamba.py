@@ -1,0 +1,246 @@
+"""Spatial-Mamba: one raster scan per block, whose hidden states are mixed with their neighbours before the read-out.
+
+    x_t = exp(delta_t A) x_{t-1} + delta_t B_t u_t          one scan, rows from the top, one state per channel
+    h   = a_1 DW_1(x) + a_2 DW_3(x) + a_3 DW_5(x)           depthwise 3x3, dilations 1, 3, 5, borders repeated
+    y_t = C_t h_t + D u_t
+
+so that the state of a position sees its surroundings in all directions without further scans. Around it:
+
+    X <- X + cpe1(X);  X <- X + DropPath(mixer(LN(X)));  X <- X + cpe2(X);  X <- X + DropPath(MLP(LN(X)))
+
+with two depthwise convolutions (positions; zero-padded), a ReLU and BatchNorm stem, and inverted bottlenecks between the
+stages, all from MLLA. Nothing is merged or cached: the fusion always uses the weights of the moment (the released code
+keeps a merged kernel from its first evaluation). The state size is 1; the released code supports no other.
+
+b batch, y x rows and columns, l = y x, d width of the stage, e inner width of the mixer, r rank of the time step.
+Source: Xiao et al. 2024 (arXiv 2410.15091); released code EdwardChasel/Spatial-Mamba@71221eb (Apache-2.0), written anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image_backbone import FourStage, Stage
+from ssmzoo.layers.image_mlp import Mlp
+from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.patch_embed import check_image, map_norm
+from ssmzoo.layers.ss2d import init_directional_
+from ssmzoo.models.vmamba import init_linear, official_stages
+from ssmzoo.ops import selective_scan_fn, state_fusion
+
+
+class StateFusion(nn.Module):
+    """h (b e y x) -> sum over i of alpha_i DW_i(h): depthwise 3x3 with dilation 1, 3, 5; all ones at the start."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.kernel_3 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_1 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
+        self.alpha = nn.Parameter(torch.ones(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return state_fusion(h, (self.kernel_3, self.kernel_3_1, self.kernel_3_2), self.alpha)
+
+
+class StructureAwareSSM(nn.Module):
+    """Gated token mixer of channels-last maps (b y x d) -> (b y x d).
+
+    expand, dt_rank    e / d; r, or "auto" = ceil(d / 16)
+    d_conv, conv_bias  side and bias of the depthwise convolution | bias  of the two projections
+    fuse_states        False leaves h = x: a plain raster-scan Mamba, for comparison
+    """
+
+    def __init__(self, d_model: int, expand: float = 2.0, dt_rank: int | str = "auto", d_conv: int = 3,
+                 conv_bias: bool = True, bias: bool = False, dropout: float = 0.0, fuse_states: bool = True):
+        super().__init__()
+        e = self.d_inner = int(expand * d_model)
+        r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
+        self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
+        self.x_proj_weight = nn.Parameter(torch.empty(r + 2, e))
+        self.dt_projs_weight = nn.Parameter(torch.empty(e, r))
+        self.dt_projs_bias = nn.Parameter(torch.empty(e))
+        self.A_logs = nn.Parameter(torch.empty(e, 1))
+        self.Ds = nn.Parameter(torch.empty(e))
+        self.state_fusion = StateFusion(e) if fuse_states else nn.Identity()
+        self.out_norm = nn.LayerNorm(e)
+        self.out_proj = nn.Linear(e, d_model, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        init_directional_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (b y x e)
+        y = self.out_norm(self.ssm(u).to(z.dtype)) * F.silu(z)
+        return self.dropout(self.out_proj(y))
+
+    def ssm(self, u: Tensor) -> Tensor:
+        """States by one raster scan, fused on the map, then read out: (b y x e) -> (b y x e)"""
+        dt, B, C = F.linear(u, self.x_proj_weight).split([self.dt_rank, 1, 1], dim=-1)  # (b y x r), (b y x 1) twice
+        delta = F.linear(dt, self.dt_projs_weight)
+        states = selective_scan_fn(
+            u.flatten(1, 2).transpose(1, 2), delta.flatten(1, 2).transpose(1, 2), -torch.exp(fp32(self.A_logs)),
+            B.flatten(1, 2).transpose(1, 2), torch.ones_like(self.A_logs), delta_bias=fp32(self.dt_projs_bias),
+            delta_softplus=True)  # (b e l): with C = 1 and no D the output is the state itself
+        h = self.state_fusion(states.unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
+        return h * C + self.Ds * u
+
+
+class SpatialMambaBlock(nn.Module):
+    """(b y x d) -> (b y x d), wired as in the header; `mixer` holds arguments of `StructureAwareSSM`."""
+
+    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-5,
+                 mixer: dict | None = None):
+        super().__init__()
+        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.self_attention = StructureAwareSSM(dim, **(mixer or {}))
+        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.cpe1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = x + self.cpe2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BatchNorm (`norm`; then without bias unless `bias`) and ReLU (`act`), on (b d y x)."""
+
+    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int = 1, groups: int = 1, norm: bool = True,
+                 act: bool = True, bias: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Stem(nn.Module):
+    """Images (b c y x) to maps (b y/4 x/4 d); halves are rounded up, so any size works."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.in_chans = in_chans
+        self.conv1 = ConvNorm(in_chans, dim // 2, 3, stride=2)
+        self.conv2 = nn.Sequential(ConvNorm(dim // 2, dim // 2, 3), ConvNorm(dim // 2, dim // 2, 3, act=False))
+        self.conv3 = nn.Sequential(ConvNorm(dim // 2, 4 * dim, 3, stride=2), ConvNorm(4 * dim, dim, 1, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x, self.in_chans, 1, "Spatial-Mamba")
+        x = self.conv1(x)
+        return self.conv3(self.conv2(x) + x).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """(b y x d) -> (b y/2 x/2 2d): 1x1 to 8d, depthwise 3x3 of stride 2, 1x1; halves are rounded up."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Sequential(ConvNorm(dim, 8 * dim, 1, norm=False, bias=True),
+                                  ConvNorm(8 * dim, 8 * dim, 3, 2, groups=8 * dim, norm=False, bias=True),
+                                  ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SpatialMamba(FourStage):
+    """Image classifier and feature pyramid. (b c y x) -> (b num_classes); the defaults are Spatial-Mamba-T.
+
+    depths, embed_dim  blocks per stage; width of the first stage, doubled at every further one
+    mixer              further arguments of `StructureAwareSSM`, e.g. {"fuse_states": False}
+    norm               of the final map: "ln" or "bn"
+    freeze_batch_norm  keep the BatchNorm statistics of stem and downsampling while training (fine-tuning, small batches)
+    """
+
+    first_conv = "patch_embed.conv1.conv"
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
+                 depths: Sequence[int] = (2, 4, 8, 4), embed_dim: int = 64, mlp_ratio: float = 4.0,
+                 mixer: dict | None = None, norm: str = "ln", freeze_batch_norm: bool = False, drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.2):
+        super().__init__()
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        self.freeze_batch_norm = freeze_batch_norm
+        self.patch_embed = Stem(in_chans, embed_dim)
+        self.layers = nn.ModuleList(
+            Stage([SpatialMambaBlock(d, mlp_ratio, next(rates), mixer=mixer) for _ in range(depth)],
+                  Downsample(d) if i + 1 < len(dims) else None)
+            for i, (depth, d) in enumerate(zip(depths, dims)))
+        self.norm = map_norm(norm, dims[-1])
+        self.init_stages(dims, stride=4)
+        self.init_head(dims[-1], num_classes, global_pool, drop_rate)
+        self.apply(init_linear)
+
+    def train(self, mode: bool = True) -> SpatialMamba:
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+# ---- released checkpoints: our names are theirs --------------------------------------------------------------------
+
+
+def official_arguments(img_size: int = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000,
+                       depths=(2, 2, 9, 2), dims=(96, 192, 384, 768), d_state: int | None = 1, dt_init: str = "random",
+                       mlp_ratio: float = 4.0, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                       drop_path_rate: float = 0.1, norm_layer="ln", patch_norm: bool = True,
+                       use_checkpoint: bool = False) -> dict:
+    """Arguments of `SpatialMamba` for the released class's (img_size, dt_init and patch_norm change nothing there)."""
+    if patch_size != 4:
+        raise ValueError(f"patch_size={patch_size}: the stem of Spatial-Mamba has stride 4")
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if any(later != 2 * earlier for earlier, later in zip(dims, dims[1:])):
+        raise ValueError(f"dims={dims}: the released downsampling doubles the width, so every entry must be twice the last")
+    check_state_size(d_state)
+    return dict(in_chans=in_chans, num_classes=num_classes, depths=depths, embed_dim=dims[0], mlp_ratio=mlp_ratio,
+                mixer={"dropout": attn_drop_rate}, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+
+
+def check_state_size(d_state: int | None) -> None:
+    if d_state != 1:
+        raise ValueError(f"d_state={d_state}: Spatial-Mamba fuses one state per channel; only d_state=1 exists")
+
+
+def official_mixer(d_model: int, d_state: int = 1, d_conv: int = 3, expand: float = 2, dt_rank="auto",
+                   dropout: float = 0.0, conv_bias: bool = True, bias: bool = False, dt_min: float = 1e-3,
+                   dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4):
+    """dt_* only set the initial values, which a checkpoint replaces."""
+    check_state_size(d_state)
+    return StructureAwareSSM(d_model, expand, dt_rank, d_conv, conv_bias, bias, dropout)
+
+
+def official_block(hidden_dim: int, drop_path: float = 0.0, norm_layer="ln", attn_drop_rate: float = 0.0,
+                   d_state: int = 1, dt_init: str = "random", mlp_ratio: float = 4.0, norm_eps: float = 1e-5, **mixer):
+    """Further arguments go to the mixer, as released. norm_eps is that of the whole models."""
+    check_state_size(d_state)
+    block = SpatialMambaBlock(hidden_dim, mlp_ratio, drop_path, norm_eps)
+    block.self_attention = official_mixer(hidden_dim, dropout=attn_drop_rate, **mixer)
+    return block
+
+
+def official_spatial_mamba(state: dict[str, Tensor], **official_kwargs):
+    """SpatialMamba, Backbone_SpatialMamba, SpatialMambaBlock, StructureAwareSSM or StateFusion, by the keys present."""
+    if "kernel_3" in state:
+        return StateFusion(**official_kwargs), state
+    if "x_proj_weight" in state:
+        return official_mixer(**official_kwargs), state
+    if "self_attention.x_proj_weight" in state:
+        return official_block(**official_kwargs), state
+    return official_stages(SpatialMamba, official_arguments, state, official_kwargs)
