@@ -106,6 +106,8 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
             raise ConfigError(f"unknown key {node}.{key}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
                               f"{', '.join(allowed)}")
         raw = OmegaConf.to_container(value, resolve=False)[key]
+        if f"{node}.{key}" == "trainer.precision" and raw == "auto":  # ours, resolved when the trainer is made
+            continue
         if key in hints and not (isinstance(raw, str) and "${" in raw) and not _fits(raw, hints[key]):
             raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}); expected {_name(hints[key])}")
 
@@ -142,7 +144,7 @@ def _fits(value, hint) -> bool:
 
 
 def _name(hint) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+    return str(hint).replace("typing.", "") if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
 def explain_hydra_error(error: Exception) -> str:
