@@ -89,12 +89,21 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, d
 
 @torch.library.register_fake("ssmzoo::selective_scan_backward", lib=_LIBRARY)
 def _backward_fake(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, initial_state, *rest):
-    return tuple(empty_gradient(t, u) for t in (u, delta, A, B, C, D, z, delta_bias, initial_state))
+    return tuple(empty_gradients(u, delta, A, B, C, D, z, delta_bias, initial_state))
 
 
-def empty_gradient(argument: Tensor | None, like: Tensor) -> Tensor:
-    """Uninitialised gradient of an argument, in its layout; an empty tensor for None."""
-    return like.new_empty(0) if argument is None else torch.empty_like(argument)
+def empty_gradients(u, delta, A, B, C, D, z, delta_bias, initial_state) -> list[Tensor]:
+    """Uninitialised gradients: sequences in the layout of their arguments, B and C with states next to each other."""
+    grads = [u.new_empty(0) if t is None else torch.empty_like(t) for t in (u, delta, z)]
+    grads = [grads[0], grads[1], A, B, C, D, grads[2], delta_bias, initial_state]
+    for i in (2, 3, 4, 5, 7, 8):
+        t = grads[i]
+        if t is not None and t.ndim == 4:
+            b, g, n, l = t.shape
+            grads[i] = t.new_empty(b, g, l, n).permute(0, 1, 3, 2)
+        else:
+            grads[i] = u.new_empty(0) if t is None else t.new_empty(t.shape)
+    return grads
 
 
 def _setup(ctx, inputs, output):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, resets
-from ssmzoo.ops.selective_scan_op import ScanKernel, empty_gradient
+from ssmzoo.ops.selective_scan_op import ScanKernel, empty_gradients
 
 
 def chunk_length(length: int, n: int) -> int:
@@ -136,7 +136,7 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
     with torch.autocast(u.device.type, enabled=False):
         scan = _Scan(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus)
         arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        du, ddelta, _, dB, dC, _, dz, _, _ = grads = [empty_gradient(t, u) for t in arguments]
+        du, ddelta, _, dB, dC, _, dz, _, _ = grads = empty_gradients(*arguments)
         dout_t, du_t, ddelta_t = (t.permute(2, 0, 1) for t in (dout, du, ddelta))
         dA, dB_sum, dC_sum = torch.zeros_like(scan.A), torch.zeros_like(scan.A), torch.zeros_like(scan.A)
         dD, dbias = scan.A.new_zeros(scan.g, scan.r), scan.A.new_zeros(scan.g, scan.r)

@@ -1,0 +1,82 @@
+"""Our compiled CPU kernels, reached through ctypes: raw pointers, dtypes and strides, nothing of torch's C++.
+
+`KERNELS` is the library for the best instruction set of this machine, or None; `MISSING` then says why and what to do.
+SSMZOO_NATIVE=avx2 (or plain, neon, off) asks for a lower one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REBUILD = "python -m ssmzoo.ops.native.build"
+
+
+LEVELS = ("avx512", "avx2", "neon", "plain")  # best first
+
+
+def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
+    """(library, instruction set, why there is none)"""
+    wanted = os.environ.get("SSMZOO_NATIVE", "")
+    if wanted == "off":
+        return None, "", "switched off by SSMZOO_NATIVE=off"
+    if wanted and wanted not in LEVELS:
+        return None, "", f"SSMZOO_NATIVE={wanted!r}, expected one of {', '.join(LEVELS)} or off"
+    found = {level: path for level in LEVELS if (path := Path(__file__).parent / f"_kernels.{level}.so").exists()}
+    try:
+        for level, path in reversed(found.items()):  # the lowest runs everywhere and knows what the machine supports
+            runs_here = ctypes.CDLL(str(path)).ssmzoo_cpu_runs
+            break
+        for level, path in found.items():
+            if (not wanted or wanted == level) and runs_here(level.encode()):
+                return ctypes.CDLL(str(path)), level, None
+    except (OSError, AttributeError) as error:
+        return None, "", f"{path.name} cannot be used ({error}); rebuild it with `{REBUILD}`"
+    missing = "are not compiled" if not found else f"are not compiled for {wanted or 'this machine'}"
+    return None, "", f"the kernels {missing}; run `{REBUILD}` (needs a C compiler)"
+
+
+KERNELS, LEVEL, MISSING = _load()
+VECTOR_LENGTH = 1 if KERNELS is None else KERNELS.ssmzoo_vector_length()  # floats
+
+
+def kernel(name: str, argtypes: list | None = None):
+    """(function of the library or None, why it is missing or None); the function takes one int64 array by default."""
+    if KERNELS is None:
+        return None, MISSING
+    function = getattr(KERNELS, name, None)
+    if function is None:
+        return None, f"the compiled library is older than the sources; run `{REBUILD}`"
+    function.argtypes = [ctypes.c_void_p] if argtypes is None else argtypes
+    function.restype = None
+    return function, None
+
+
+def pack(tensors: list[Tensor | None], *numbers: int) -> ctypes.Array:
+    """Arguments of a kernel as int64: (pointer, dtype, four strides) per tensor, zeros for None, then the numbers.
+
+    Matches `tensor` in tensor.h. The caller keeps the tensors alive.
+    """
+    values: list[int] = []
+    for t in tensors:
+        if t is None:
+            values += (0, 0, 0, 0, 0, 0)
+        else:
+            strides = t.stride()
+            values += (t.data_ptr(), DTYPES[t.dtype], *strides, *(0,) * (4 - len(strides)))
+    values += numbers
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def why_not_float(*tensors: Tensor | None) -> str | None:
+    """The reason when a tensor is not one of the floating-point kinds that the kernels compute with."""
+    for t in tensors:
+        if t is not None and t.dtype not in FLOATS:
+            return f"computes in float32 from float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
+    return None

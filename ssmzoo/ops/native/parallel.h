@@ -1,0 +1,15 @@
+// A small persistent thread pool. Results must not depend on which thread runs a task.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+
+// Run body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the caller among them, and wait. When
+// another caller occupies the pool, the tasks run on the calling thread alone: never a deadlock, never a queue.
+void parallel_for(int64_t tasks, int64_t threads, void (*body)(void *context, int64_t task), void *context);
+
+// Scratch memory for one task, aligned to a cache line; free() it.
+static inline void *scratch(size_t bytes) {
+    void *p = NULL;
+    if (posix_memalign(&p, 64, bytes ? bytes : 64)) abort();
+    return p;
+}
