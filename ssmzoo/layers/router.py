@@ -168,7 +168,7 @@ class ExpertChoice(Router):
         rows = take * positions
         counts = torch.full((self.n_experts,), rows, device=x.device)
         ends = counts.cumsum(0).to(torch.int32)
-        groups = Groups(torch.arange(token.numel(), device=x.device), token, ends, None, counts)
+        groups = Groups(torch.arange(token.numel(), device=x.device), token, ends, counts)
         return groups, weight.flatten(), self.metrics(logits, token, mask, n * positions)
 
     @torch.no_grad()

@@ -21,15 +21,13 @@ class Groups(NamedTuple):
 
     choice (r)  place of the row in the flattened (t k) choices
     token (r)   the token that the row reads and writes
-    ends (e)    int32, one past the last row of every expert
-    live (r)    False for rows that no expert computes (they stand at the end); None when there are none
+    ends (e)    int32, one past the last row of every expert; rows from ends[-1] on are computed by nobody
     counts (e)  choices per expert before anything is dropped
     """
 
     choice: Tensor
     token: Tensor
     ends: Tensor
-    live: Tensor | None
     counts: Tensor
 
 
@@ -45,44 +43,31 @@ def group_by_expert(expert: Tensor, n_experts: int, capacity: int | Tensor | Non
         expert = expert.masked_fill(~mask[:, None], n_experts)  # sorts behind every expert
     by_expert, choice = expert.flatten().sort(stable=True)
     bounds = torch.searchsorted(by_expert, torch.arange(n_experts + 1, device=expert.device))
-    starts, counts = bounds[:-1], bounds.diff()
-    if capacity is not None:
+    counts = bounds.diff()
+    ends = bounds[1:]
+    if capacity is not None:  # close the gaps that dropped choices leave, and put them behind
         place = torch.arange(t * k, device=expert.device) - bounds[by_expert]  # among the choices of its expert
         fits = (place < capacity) & (by_expert < n_experts)
         kept = counts.clamp(max=capacity)
-        starts = kept.cumsum(0) - kept
-        total = kept.sum()
-        behind = total + (~fits).cumsum(0) - 1
-        slot = torch.where(fits, F.pad(starts, (0, 1))[by_expert] + place, behind)
+        ends = kept.cumsum(0)
+        slot = torch.where(fits, F.pad(ends - kept, (0, 1))[by_expert] + place, ends[-1] + (~fits).cumsum(0) - 1)
         choice = torch.empty_like(choice).scatter(0, slot, choice)
-    else:
-        kept, total = counts, bounds[-1]
-    ends = (starts + kept).to(torch.int32)
-    live = None
-    if capacity is not None or mask is not None:
-        if expert.is_cpu and not torch.compiler.is_compiling():
-            choice = choice[:int(total)]
-        else:  # a data-dependent length would wait for the GPU or split the graph
-            live = torch.arange(t * k, device=expert.device) < total
-    return Groups(choice, choice // k, ends, live, counts)
+    return Groups(choice, choice // k, ends.to(torch.int32), counts)
 
 
 def gather_rows(x: Tensor, groups: Groups) -> Tensor:
-    """x (t d) -> the rows of the groups (r d). Rows that nobody computes are zero, and so is their gradient."""
-    rows = x.index_select(0, groups.token)
-    return rows if groups.live is None else rows.masked_fill(~groups.live[:, None], 0)
+    """x (t d) -> the rows of the groups (r d)."""
+    return x.index_select(0, groups.token)
 
 
 def scatter_rows(rows: Tensor, weight: Tensor, groups: Groups, n_tokens: int) -> Tensor:
     """sum over the rows of every token of weight_r rows_r. rows (r d), weight (r) -> (t d) in the type of rows."""
     rows = rows * weight[:, None].to(rows.dtype)
-    if groups.live is not None:  # a grouped kernel leaves them unwritten
-        rows = rows.masked_fill(~groups.live[:, None], 0)
     return rows.new_zeros(n_tokens, rows.shape[1]).index_add(0, groups.token, rows)
 
 
 def grouped_matmul_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The definition of `grouped_matmul`, for any dtype and width; rows that belong to nobody come out as zero."""
+    """The definition of `grouped_matmul`."""
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     sizes.append(x.shape[0] - sum(sizes))
     out = [part @ w for part, w in zip(x.split(sizes), weight.unbind(0))]
@@ -92,40 +77,75 @@ def grouped_matmul_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply consecutive groups of rows by one matrix each.
 
-        out_r = x_r W_e   for the rows ends[e-1] <= r < ends[e]
+        out_r = x_r W_e   for the rows ends[e-1] <= r < ends[e],   0 for rows from ends[-1] on
 
-    x (r d), weight (e d f), ends (e) int32 non-decreasing -> (r f). Rows from ends[-1] on belong to nobody: their
-    output is unspecified, and so is the gradient of x there. Raises ValueError when shapes disagree.
-    Two implementations: torch's grouped_mm, and the reference for what that refuses (float64, widths that are not a
-    multiple of 16 bytes). On a CPU the former is also the faster one: see benchmarks/moe.py.
+    x (r d), weight (e d f), ends (e) int32 non-decreasing -> (r f). Raises ValueError when shapes disagree.
+    Computed by torch's grouped_mm, and by a loop over the groups where that refuses (float64, widths that are not a
+    multiple of 16 bytes, old versions). On a CPU the former is also the faster one: see benchmarks/moe.py.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"grouped_matmul wants x (r d), weight (e d f); got {tuple(x.shape)}, {tuple(weight.shape)}")
     if ends.shape != weight.shape[:1]:
         raise ValueError(f"ends must have one entry per expert ({weight.shape[0]}), got {tuple(ends.shape)}")
-    if why_not_grouped_mm(x, weight) is not None:
-        return grouped_matmul_reference(x, weight, ends)
-    return _DenseGradient.apply(F.grouped_mm(x, weight, offs=ends))
+    return _grouped_matmul(x, weight, ends)
 
 
-def why_not_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped_mm cannot serve a call, None when it can."""
+def why_not_grouped_mm(x: Tensor, width: int) -> str | None:
+    """Why torch's grouped_mm cannot multiply rows x (r d) to a width, None when it can."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no nn.functional.grouped_mm"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
-        return f"wants both in float32, bfloat16 or float16, got {x.dtype} and {weight.dtype}"
-    if x.shape[1] * x.element_size() % 16 or weight.shape[2] * x.element_size() % 16:
-        return f"wants widths of a multiple of 16 bytes, got {x.shape[1]} and {weight.shape[2]} elements"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"wants float32, bfloat16 or float16, got {x.dtype}"
+    if x.shape[1] * x.element_size() % 16 or width * x.element_size() % 16:
+        return f"wants widths of a multiple of 16 bytes, got {x.shape[1]} and {width} elements"
     return "no rows" if x.shape[0] == 0 else None
 
 
-class _DenseGradient(torch.autograd.Function):
-    """Identity whose gradient is contiguous: the backward of grouped_mm refuses an expanded one (that of a sum)."""
+# One operator to torch.compile, whose model of grouped_mm knows bfloat16 only and which would break on the loop.
+@torch.library.custom_op("ssmzoo::grouped_matmul", mutates_args=())
+def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if why_not_grouped_mm(x, weight.shape[2]):
+        return grouped_matmul_reference(x, weight, ends)
+    out = F.grouped_mm(x, weight, offs=ends)
+    if out.is_cpu:
+        out[int(ends[-1]):] = 0  # left unwritten by grouped_mm
+    else:  # without waiting for the device
+        out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= ends[-1], 0)
+    return out
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+@torch.library.custom_op("ssmzoo::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """sum over the rows of every group of x_r y_r^T. x (r d), y (r f) -> (e d f)"""
+    if why_not_grouped_mm(x, y.shape[1]) is None:
+        return F.grouped_mm(x.t(), y, offs=ends)
+    out = x.new_zeros(len(ends), x.shape[1], y.shape[1])
+    start = 0
+    for group, end in zip(out, ends.tolist()):
+        torch.mm(x[start:end].t(), y[start:end], out=group)
+        start = end
+    return out
+
+
+@_grouped_matmul.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@_grouped_outer.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, ends = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    return (_grouped_matmul(gradient, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None,
+            _grouped_outer(x, gradient, ends) if ctx.needs_input_grad[1] else None, None)
+
+
+_grouped_matmul.register_autograd(_backward, setup_context=_keep)
