@@ -41,8 +41,10 @@ class ResumableLoader:
     drop_last   leave out an incomplete last batch
     collate_fn  list of samples -> batch; torch's default when None
 
-    Every `iter()` is one epoch. With drop_last=False on several ranks the last batches differ in size by at most one
-    sample (a rank may get none and then ends one batch earlier: use it for evaluation only).
+    A shuffled loader goes on at every `iter()` where it stopped, to the end of the epoch, so that nothing is repeated
+    or left out when a loop leaves early and comes back; one that is not shuffled begins anew. With drop_last=False on
+    several ranks the last batches differ in size by at most one sample (a rank may get none and then ends one batch
+    earlier: use it for evaluation only).
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False,
@@ -75,8 +77,8 @@ class ResumableLoader:
             yield [Draw(i, draw_seed(self.seed, epoch, i), epoch) for i in (order[place] for place in mine)]
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._resumed:  # a fresh epoch; one that was left half-way is not repeated
-            self.epoch, self.position = self.epoch + (self.position > 0), 0
+        if not self.shuffle and not self._resumed:
+            self.position = 0
         self._resumed = False
         loader = DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
                             collate_fn=self.collate_fn, pin_memory=self.pin_memory,
@@ -84,7 +86,7 @@ class ResumableLoader:
         for batch in loader:
             self.position += 1
             if self.position == len(self):
-                self.epoch, self.position, self._resumed = self.epoch + 1, 0, True
+                self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, int]:
