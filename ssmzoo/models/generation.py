@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -117,11 +116,11 @@ def stream(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor,
         _check(name, value, value is None or value >= 1, "at least 1")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     input_ids, mask = pad_left(prompts, device)
-    steps = _steps(model, input_ids, mask, Sampling(**sampling), sorted(stop_tokens), prefill_chunk, vocab_size)
-    return islice(steps, max_new_tokens)
+    return _steps(model, input_ids, mask, max_new_tokens, Sampling(**sampling), sorted(stop_tokens), prefill_chunk,
+                  vocab_size)
 
 
-def _steps(model, input_ids, mask, sampling: Sampling, stop_tokens, prefill_chunk, vocab_size) -> Iterator[Tensor]:
+def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, prefill_chunk, vocab_size) -> Iterator[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -131,12 +130,14 @@ def _steps(model, input_ids, mask, sampling: Sampling, stop_tokens, prefill_chun
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=logits.device)
         seen = _seen(input_ids, mask, logits[:, :vocab_size]) if sampling.repetition_penalty != 1 else None
         alive = torch.ones(len(input_ids), dtype=torch.bool, device=logits.device)
-        while True:
+        for step in range(1, n + 1):
             token = sampling.draw(logits[:, :vocab_size], seen, generator)
             alive = alive & ~torch.isin(token, stop)
             if not alive.any():
                 return
             yield torch.where(alive, token, FINISHED).cpu()
+            if step == n:
+                return
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             with torch.no_grad():  # a sequence that has ended stands still
