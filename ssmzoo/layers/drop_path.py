@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Zero the branch of a sample with probability p while training and divide the others by 1 - p. (b ...) -> (b ...)"""
+    """Zero the branch of a sample with probability p in training, divide the others by 1 - p. (b ...) -> (b ...)"""
 
     def __init__(self, p: float = 0.0):
         super().__init__()

@@ -30,8 +30,8 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
 class ImageBackbone(nn.Module):
     """A classifier whose `forward_features` is pooled, dropped out and mapped to classes by `head`.
 
-    Subclasses call `init_head`, define `forward_features` and `pool`, run blocks through `run`, and list in `POOLS` what
-    global_pool may be.
+    Subclasses call `init_head`, define `forward_features` and `pool`, run blocks through `run`, and list in `POOLS`
+    what global_pool may be.
     """
 
     POOLS: tuple[str, ...] = ("avg", "max", "")
@@ -60,7 +60,8 @@ class ImageBackbone(nn.Module):
         """A fresh linear head (std 0.02) for `num_classes`, none for 0; `global_pool` is kept unless given."""
         global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in self.POOLS:
-            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} takes {', '.join(map(repr, self.POOLS))}")
+            known = ", ".join(map(repr, self.POOLS))
+            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} takes {known}")
         if num_classes > 0 and global_pool == "":
             raise ValueError("global_pool='' leaves nothing to classify: use it together with num_classes=0")
         like = next(self.parameters(), torch.empty(0))
@@ -82,8 +83,8 @@ class ImageBackbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """State-space parameters and position tables; norms and biases are left out by their shape already."""
-        last = ("A_logs", "A_log", "A_b_log", "Ds", "D", "D_b", "dt_projs_bias", "dt_bias", "pos_embed", "pos_embed_cls",
-                "cls_token")
+        last = ("A_logs", "A_log", "A_b_log", "Ds", "D", "D_b", "dt_projs_bias", "dt_bias", "pos_embed",
+                "pos_embed_cls", "cls_token")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in last}
 
 
@@ -96,7 +97,7 @@ class Stage(nn.Module):
 
 
 class FourStage(ImageBackbone):
-    """Stem, stages and a final norm; subclasses build `patch_embed`, `layers` (of Stage) and `norm`, then `init_stages`.
+    """Stem, stages, final norm; subclasses build `patch_embed`, `layers` (of Stage) and `norm`, then `init_stages`.
 
     The tap of a stage is its output before the downsampling, as in the papers' dense predictors.
     """
@@ -162,7 +163,7 @@ class FourStage(ImageBackbone):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer decay: the stem, then every block (every stage if coarse) in order, each with the way down behind it."""
+        """Layer decay: the stem, then every block (stage if coarse) in order, each with the way down behind it."""
         blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.downsample", (99,)),
                                                    (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         return dict(stem=r"^(patch_embed|pos_embed)", blocks=blocks)
@@ -173,7 +174,7 @@ class FeaturePyramid(nn.Module):
 
     backbone     its final norm and head are removed
     out_indices  stages, from 0
-    out_norm     a fresh norm per tap (`outnorm{i}`), of the backbone's kind; it is no part of classification checkpoints
+    out_norm     a fresh norm per tap (`outnorm{i}`), of the backbone's kind; no part of classification checkpoints
     forward      (b c y x) -> list of (b d_i y_i x_i)
     """
 

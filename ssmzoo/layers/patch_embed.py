@@ -12,8 +12,8 @@ def check_image(x: Tensor, in_chans: int, smallest: int, model: str) -> None:
         raise ValueError(f"{model} takes images of shape (batch, {in_chans}, height, width), got {tuple(x.shape)}"
                          + (f"; build it with in_chans={x.shape[1]}" if x.ndim == 4 else ""))
     if min(x.shape[2:]) < smallest:
-        raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small for {model}: both sides must be at "
-                         f"least {smallest}; enlarge the images or choose a smaller patch_size")
+        raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small for {model}: both sides must be "
+                         f"at least {smallest}; enlarge the images or choose a smaller patch_size")
 
 
 class MapBatchNorm(nn.BatchNorm2d):

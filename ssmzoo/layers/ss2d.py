@@ -9,7 +9,7 @@
 
 Orders of "cross": rows, columns, rows reversed, columns reversed. The sum has no factor 1/4.
 
-b batch, y x rows and columns, l = y x, k = 4 orders, d model width, e inner width, n state size, r rank of the time step.
+b batch, y x rows and columns, l = y x, k = 4 orders, d model width, e inner width, n state size, r rank of dt.
 Source: Liu et al. 2024, VMamba (arXiv 2401.10166), section 4; parameter names of MzeroMiko/VMamba (MIT).
 """
 
@@ -29,6 +29,22 @@ from ssmzoo.ops import cross_merge, cross_scan, mamba_chunk_scan_combined, selec
 SCANS = ("cross", "unidirectional", "bidirectional", "cascade")
 
 
+def project_steps(xs: Tensor, x_proj: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What steers the scans: xs (b k e l), x_proj (k r+2n e) -> dt_r (b k r l), B and C (b k n l)"""
+    return torch.matmul(x_proj, xs).split([x_proj.shape[1] - 2 * n, n, n], dim=2)
+
+
+def scan_steps(xs: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+               z: Tensor | None = None) -> Tensor:
+    """The scans, given the results of `project_steps`; other arguments as in `directional_scan`. -> (b k e l)"""
+    k, e = dt_proj.shape[:2]
+    delta = torch.matmul(dt_proj, dt)  # (b k e l)
+    y = selective_scan_fn(xs.flatten(1, 2), delta.flatten(1, 2), -torch.exp(fp32(A_log)).reshape(k * e, -1), B, C,
+                          fp32(D).flatten(), z=None if z is None else z.flatten(1, 2),
+                          delta_bias=fp32(dt_bias).flatten(), delta_softplus=True)
+    return y.unflatten(1, (k, e))
+
+
 def directional_scan(xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
                      z: Tensor | None = None) -> Tensor:
     """Independent selective scans of k sequences side by side.
@@ -37,15 +53,7 @@ def directional_scan(xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tenso
     x_proj      (k r+2n e), dt_proj (k e r), dt_bias (k e), A_log (k e n), D (k e): the projections of every scan
     returns     (b k e l)
     """
-    k, e, r = dt_proj.shape
-    n = A_log.shape[-1]
-    dt, B, C = torch.matmul(x_proj, xs).split([r, n, n], dim=2)  # (b k r l), (b k n l) twice
-    delta = torch.matmul(dt_proj, dt)  # (b k e l)
-    A = -torch.exp(fp32(A_log)).reshape(k * e, n)
-    y = selective_scan_fn(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, fp32(D).flatten(),
-                          z=None if z is None else z.flatten(1, 2), delta_bias=fp32(dt_bias).flatten(),
-                          delta_softplus=True)
-    return y.unflatten(1, (k, e))
+    return scan_steps(xs, *project_steps(xs, x_proj, A_log.shape[-1]), dt_proj, dt_bias, A_log, D, z)
 
 
 def init_directional_(module: nn.Module, rule: str = "mamba") -> None:
@@ -132,7 +140,9 @@ class SS2D(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.d_state, self.gate, self.scans, self.ssm_init = d_state, gate, scans, ssm_init
         self.in_proj = nn.Linear(d_model, e if gate is None else 2 * e, bias=False)
-        self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias) if d_conv > 1 else None
+        self.conv2d = None
+        if d_conv > 1:
+            self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
         self.act = activation(act)
         self.out_act = activation(out_act) if out_act else nn.Identity()
         self.make_scan_parameters()
@@ -203,8 +213,8 @@ class HeadSS2D(SS2D):
     def make_scan_parameters(self) -> None:
         e, n, h = self.d_inner, self.d_state, self.dt_rank
         if self.scans == "cascade" or e % h:
-            raise ValueError(f"HeadSS2D needs scans other than 'cascade' (got {self.scans!r}) and dt_rank heads that divide "
-                             f"its {e} channels (got {h})")
+            raise ValueError(f"HeadSS2D needs scans other than 'cascade' (got {self.scans!r}) and dt_rank heads that "
+                             f"divide its {e} channels (got {h})")
         self.x_proj_weight = nn.Parameter(torch.empty(4, h + 2 * n, e))
         self.dt_projs_bias = nn.Parameter(torch.empty(4, h))
         self.A_logs = nn.Parameter(torch.empty(4, h))

@@ -2,26 +2,32 @@
 
     T_{i+1} = Down_i(Blocks_i(T_i)) + R_i(T_i)         R_i = conv1x1_i o maxpool2            stages 0, 1, 2
 
-The released code draws the three 1x1 convolutions anew in every forward pass, so they are neither trained nor stored and
-its answers are random. Here `fuse` chooses: "learned" is the design that the paper describes; "random" draws new
+The released code draws the three 1x1 convolutions anew in every forward pass, so they are neither trained nor stored
+and its answers are random. Here `fuse` chooses: "learned" is the design that the paper describes; "random" draws new
 projections per pass, as released; "none" is plain VMamba, which also loads a released checkpoint.
 The pool rounds odd sides up as the patch merging beside it does (the released one rounds down, where the sum fails).
 
 b batch, y x rows and columns, d width of the stage.
-Source: Chen et al. 2024 (arXiv 2402.15761; PLoS ONE 20(5) e0322695); the public project ResVMamba carries no licence and
-is written anew here.
+Source: Chen et al. 2024 (arXiv 2402.15761; PLoS ONE 20(5) e0322695); the public project ResVMamba carries no licence
+and is written anew here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.models.vmamba import (VMamba, VSSBlock, act_name, official_mixer, official_norm, official_stages,
-                                  rename_official)
+from ssmzoo.models.vmamba import (
+    VMamba,
+    VSSBlock,
+    act_name,
+    official_mixer,
+    official_norm,
+    official_stages,
+    rename_official,
+)
 
 VANILLA = {"gate": "act", "conv_bias": True}
 
@@ -85,12 +91,12 @@ def official_arguments(patch_size: int = 4, in_chans: int = 3, num_classes: int 
         raise ValueError("softmax_version=True raises in the released forward pass; there is nothing to reproduce")
     return dict(patch_size=patch_size, in_chans=in_chans, num_classes=num_classes, depths=depths, dims=dims,
                 d_state=d_state, ssm_ratio=ssm_ratio, mixer={"dt_rank": dt_rank, "dropout": attn_drop_rate},
-                mlp_ratio=mlp_ratio, patch_norm=patch_norm, downsample={"v1": "merge", "v2": "conv2"}[downsample_version],
-                drop_path_rate=drop_path_rate)
+                mlp_ratio=mlp_ratio, patch_norm=patch_norm, drop_rate=drop_rate,
+                downsample={"v1": "merge", "v2": "conv2"}[downsample_version], drop_path_rate=drop_path_rate)
 
 
 def official_res_vmamba(state: dict[str, Tensor], **official_kwargs):
-    """VSSM or VSSBlock of the released project. Without `fuse` keys, as in its checkpoints, the residual path is left out."""
+    """VSSM or VSSBlock of the released project. Without `fuse` keys, as in its checkpoints, no residual path."""
     state = rename_official(state)
     if "op.x_proj_weight" in state:
         return official_block(**official_kwargs), state
@@ -107,8 +113,8 @@ def official_block(hidden_dim: int, drop_path: float = 0.0, norm_layer="ln", att
     from ssmzoo.layers.ss2d import SS2D
 
     options = official_mixer("v0", d_state, ssm_ratio, dt_rank, dropout=attn_drop_rate)
-    block = VSSBlock(hidden_dim, SS2D(hidden_dim, **options), mlp_ratio, act_name(act_layer), norm=official_norm(norm_layer),
-                     drop_path=drop_path, mlp_drop=drop)
+    block = VSSBlock(hidden_dim, SS2D(hidden_dim, **options), mlp_ratio, act_name(act_layer),
+                     norm=official_norm(norm_layer), drop_path=drop_path, mlp_drop=drop)
     for norm in (block.norm, getattr(block, "norm2", None)):
         if norm is not None:
             norm.eps = norm_eps

@@ -8,12 +8,12 @@ so that the state of a position sees its surroundings in all directions without 
 
     X <- X + cpe1(X);  X <- X + DropPath(mixer(LN(X)));  X <- X + cpe2(X);  X <- X + DropPath(MLP(LN(X)))
 
-with two depthwise convolutions (positions; zero-padded), a ReLU and BatchNorm stem, and inverted bottlenecks between the
-stages, all from MLLA. Nothing is merged or cached: the fusion always uses the weights of the moment (the released code
-keeps a merged kernel from its first evaluation). The state size is 1; the released code supports no other.
+with two depthwise convolutions (positions; zero-padded), a ReLU and BatchNorm stem, and inverted bottlenecks between
+the stages, all from MLLA. Nothing is merged or cached: the fusion always uses the weights of the moment (the released
+code keeps a merged kernel from its first evaluation). The state size is 1; the released code supports no other.
 
 b batch, y x rows and columns, l = y x, d width of the stage, e inner width of the mixer, r rank of the time step.
-Source: Xiao et al. 2024 (arXiv 2410.15091); released code EdwardChasel/Spatial-Mamba@71221eb (Apache-2.0), written anew.
+Source: Xiao et al. 2024 (arXiv 2410.15091); released code EdwardChasel/Spatial-Mamba@71221eb (Apache-2.0), rewritten.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class SpatialMamba(FourStage):
     depths, embed_dim  blocks per stage; width of the first stage, doubled at every further one
     mixer              further arguments of `StructureAwareSSM`, e.g. {"fuse_states": False}
     norm               of the final map: "ln" or "bn"
-    freeze_batch_norm  keep the BatchNorm statistics of stem and downsampling while training (fine-tuning, small batches)
+    freeze_batch_norm  keep the BatchNorm statistics of stem and downsampling in training (small batches)
     """
 
     first_conv = "patch_embed.conv1.conv"
@@ -207,7 +207,7 @@ def official_arguments(img_size: int = 224, patch_size: int = 4, in_chans: int =
         raise ValueError(f"patch_size={patch_size}: the stem of Spatial-Mamba has stride 4")
     dims = [dims] if isinstance(dims, int) else list(dims)
     if any(later != 2 * earlier for earlier, later in zip(dims, dims[1:])):
-        raise ValueError(f"dims={dims}: the released downsampling doubles the width, so every entry must be twice the last")
+        raise ValueError(f"dims={dims}: the downsampling doubles the width, so every entry must be twice the last")
     check_state_size(d_state)
     return dict(in_chans=in_chans, num_classes=num_classes, depths=depths, embed_dim=dims[0], mlp_ratio=mlp_ratio,
                 mixer={"dropout": attn_drop_rate}, drop_rate=drop_rate, drop_path_rate=drop_path_rate)

@@ -52,7 +52,7 @@ class ConvStem(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """(b y x d) -> (b y/2 x/2 d_out): every 2x2 neighbourhood in one vector, norm, linear. Odd sides are padded with 0."""
+    """(b y x d) -> (b y/2 x/2 d_out): every 2x2 neighbourhood in one vector, norm, linear. Odd sides get a 0."""
 
     def __init__(self, dim: int, out_dim: int, norm: str):
         super().__init__()
@@ -65,7 +65,7 @@ class PatchMerging(nn.Module):
 
 
 class ConvDown(nn.Module):
-    """(b y x d) -> (b y' x' d_out): convolution of stride 2 and a norm. kernel 2: y' = y // 2; kernel 3: y' = ceil(y / 2)"""
+    """(b y x d) -> (b y' x' d_out): convolution of stride 2 and a norm. y' = y // 2 (kernel 2) or ceil(y / 2) (3)"""
 
     def __init__(self, dim: int, out_dim: int, kernel: int, norm: str):
         super().__init__()
@@ -74,7 +74,7 @@ class ConvDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[1:3]) < self.conv.kernel_size[0] - 2 * self.conv.padding[0]:
-            raise ValueError(f"a map of {x.shape[1]}x{x.shape[2]} positions cannot be halved once more; enlarge the images")
+            raise ValueError(f"a map of {x.shape[1]}x{x.shape[2]} positions cannot be halved again; enlarge the images")
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -127,9 +127,9 @@ class VMamba(FourStage):
     def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", img_size: int = 224,
                  patch_size: int = 4, depths: Sequence[int] = (2, 2, 8, 2), dims: int | Sequence[int] = 96,
                  d_state: int = 1, ssm_ratio: float = 1.0, mixer: dict | None = None, mlp_ratio: float = 4.0,
-                 mlp_act: str = "gelu", gmlp: bool = False, norm: str = "ln", patch_norm: bool = True, stem: str = "conv",
-                 downsample: str = "conv3", pos_embed: bool = False, drop_rate: float = 0.0, mlp_drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.2):
+                 mlp_act: str = "gelu", gmlp: bool = False, norm: str = "ln", patch_norm: bool = True,
+                 stem: str = "conv", downsample: str = "conv3", pos_embed: bool = False, drop_rate: float = 0.0,
+                 mlp_drop_rate: float = 0.0, drop_path_rate: float = 0.2):
         super().__init__()
         if stem not in ("conv", "patch"):
             raise ValueError(f"stem is {stem!r}; expected 'conv' or 'patch'")
@@ -139,9 +139,11 @@ class VMamba(FourStage):
         options = {"gate": None, "conv_bias": False} | dict(mixer or {})
         layer = HeadSS2D if options.pop("heads", False) else SS2D
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
-        first_norm = norm if patch_norm else None
-        self.patch_embed = (ConvStem(patch_size, in_chans, dims[0], first_norm) if stem == "conv" else
-                            PatchEmbed(patch_size, in_chans, dims[0], norm=map_norm(norm, dims[0]) if patch_norm else None))
+        if stem == "conv":
+            self.patch_embed = ConvStem(patch_size, in_chans, dims[0], norm if patch_norm else None)
+        else:
+            self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0],
+                                          norm=map_norm(norm, dims[0]) if patch_norm else None)
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dims[0])) if pos_embed else None
         self.layers = nn.ModuleList(
@@ -182,7 +184,7 @@ INITS = {"v0": "mamba", "v1": "normal", "v2": "zero"}
 
 
 def parse_forward_type(forward_type: str) -> dict:
-    """The released `forward_type` string as arguments of SS2D. Suffixes are recognised from the end, in SUFFIXES' order."""
+    """The released `forward_type` string as arguments of SS2D. Suffixes are read from the end, in SUFFIXES' order."""
     rest, options = forward_type, {"gate": "act"}
     if rest in ("v0", "v0seq"):
         return options
@@ -231,7 +233,8 @@ def official_ss2d(d_model: int, d_state: int = 16, ssm_ratio: float = 2.0, dt_ra
                   initialize: str = "v0", forward_type: str = "v2", channel_first: bool = False):
     if bias:
         raise ValueError("bias=True: no released SS2D has biases in its projections")
-    options = official_mixer(forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize, dropout)
+    options = official_mixer(forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize,
+                             dropout)
     module = (HeadSS2D if options.pop("heads", False) else SS2D)(d_model, **options)
     return ChannelsFirst(module) if channel_first else module
 
@@ -330,5 +333,5 @@ def official_stages(cls: type[FourStage], arguments, state: dict[str, Tensor], k
     model = FeaturePyramid(model, out_indices, official_norm(kwargs.get("norm_layer", "ln")))
     kept = model.state_dict()
     state = {key if key.startswith("outnorm") else f"backbone.{key}": value for key, value in state.items()}
-    beyond = {key for key in state if key not in kept and key.startswith(("backbone.layers", "backbone.norm", "backbone.head"))}
-    return model, {key: value for key, value in state.items() if key not in beyond}
+    cut = ("backbone.layers", "backbone.norm", "backbone.head")  # what no tap needs
+    return model, {key: value for key, value in state.items() if key in kept or not key.startswith(cut)}

@@ -1,0 +1,138 @@
+"""Adventurer: a plain image encoder with a causal, one-direction Mamba-2 mixer, down to tokens of one pixel.
+
+    X = [patches, class token] + positions
+    u = norm(X), in blocks chosen by `flip_rule` with the patches reversed (the class token stays last)
+    w = Mamba2([mean(u), u]) without its first token, patches back in order
+    X <- X + DropPath(w);      X <- X + DropPath(SwiGLU(norm_mlp(X)))          logits = W norm_f(X)[last]
+
+Two tricks give early tokens a view of the whole: the mean of all tokens in front of the sequence, in every block, and
+the flips. The paper flips "between every two layers"; the released code flips blocks 2 and 3 only (n // 2 == 1), and
+its checkpoints are evaluated so: `flip_rule` is "every_two" (n // 2 odd), "every_other" (n odd) or "released". Other
+image sizes resize the positions with the class row last (the released loaders take the first row for it).
+
+b batch, m patches, l = m + 1 tokens, d width.
+Source: Wang et al. 2024 (arXiv 2410.07599, CVPR 2025) and 2025 (arXiv 2502.03738, patch scaling); the public projects
+Adventurer and Patch_Scaling carry no licence and are written anew here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.layers.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image_mlp import SwiGLU
+from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.mamba2 import Mamba2
+from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.plain_backbone import PlainBackbone, lecun_normal_
+
+FLIP_RULES = {"every_two": lambda n: n // 2 % 2 == 1, "every_other": lambda n: n % 2 == 1,
+              "released": lambda n: n // 2 == 1, "never": lambda n: False}
+
+
+class AdventurerBlock(nn.Module):
+    """Mixer and MLP on (b l d); `flip` turns the patches round for the mixer."""
+
+    def __init__(self, dim: int, d_state: int, expand: float, mlp_ratio: float = 2.5, drop_path: float = 0.0,
+                 flip: bool = False, mixer: dict | None = None):
+        super().__init__()
+        self.norm, self.norm_mlp = RMSNorm(dim), RMSNorm(dim)
+        self.mixer = Mamba2(dim, d_state, expand=expand, **(mixer or {}))
+        self.mlp = SwiGLU(dim, int(mlp_ratio * dim))
+        self.drop_path, self.flip = DropPath(drop_path), flip
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.turn(self.norm(x))
+        w, _ = self.mixer(torch.cat([u.mean(1, keepdim=True), u], dim=1))
+        x = x + self.drop_path(self.turn(w[:, 1:]))
+        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+
+    def turn(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :-1].flip(1), x[:, -1:]], dim=1) if self.flip else x
+
+
+class Adventurer(PlainBackbone):
+    """Image classifier. (b c y x) -> (b num_classes); the defaults are Adventurer-Tiny/16.
+
+    img_size, patch_size  built size, one number or (height, width), and the side of a patch, from 1 on
+    d_state, expand       of the Mamba-2 mixer; `mixer` holds its further arguments
+    mlp_ratio             hidden width of the SwiGLU relative to d
+    flip_rule             "every_two", "every_other", "released" or "never", see above
+    drop_path_rate        the released schedule starts with two zeros and ends one step below the rate
+    """
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
+                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 256, depth: int = 12,
+                 d_state: int = 64, expand: float = 2, mixer: dict | None = None, mlp_ratio: float = 2.5,
+                 flip_rule: str = "every_two", drop_rate: float = 0.0, drop_path_rate: float = 0.0):
+        super().__init__()
+        if flip_rule not in FLIP_RULES:
+            raise ValueError(f"flip_rule is {flip_rule!r}; expected one of {', '.join(FLIP_RULES)}")
+        self.init_tokens(img_size, patch_size, None, in_chans, embed_dim, "tail")
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = [0.0, *drop_path_rates(drop_path_rate, depth)]
+        flips = FLIP_RULES[flip_rule]
+        self.layers = nn.ModuleList(
+            AdventurerBlock(embed_dim, d_state, expand, mlp_ratio, rates[n], flips(n), mixer) for n in range(depth))
+        self.norm_f = RMSNorm(embed_dim)
+        self.init_stream(depth)
+        self.init_head(embed_dim, num_classes, global_pool, 0.0)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Patches LeCun normal; positions and token truncated normal 0.02; W_out torch's / sqrt(depth); biases 0."""
+        lecun_normal_(self.patch_embed.proj)
+        for table in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(table, std=0.02)
+        for layer in self.layers:
+            scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
+            for linear in (layer.mlp.w1, layer.mlp.w2, layer.mlp.w3):
+                nn.init.zeros_(linear.bias)
+
+    def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            before, x = x, self.run(layer, x)
+            if taps is not None:
+                taps.append((x, x - before))
+            if i == stop:
+                break
+        return x
+
+
+# ---- released checkpoints: our names are theirs --------------------------------------------------------------------
+
+
+def mixer_arguments(ssm_cfg: dict | None) -> dict:
+    """The released block fixes ngroups to 1 and leaves the rest to Mamba-2, whose heads have 64 channels by default."""
+    given = dict(ssm_cfg or {})
+    return {key: value for key, value in given.items() if key not in ("layer", "use_mem_eff_path", "layer_idx")}
+
+
+def official_block(d_model: int, ssm_cfg: dict | None = None, norm_epsilon: float = 1e-5, drop_path: float = 0.0,
+                   rms_norm: bool = True, layer_idx: int = 0, mamba_expand: float = 2, mamba_d_state: int = 64,
+                   flip: bool = True, **mixer) -> AdventurerBlock:
+    """One block, called with flip=True as in the published cases unless said otherwise."""
+    return AdventurerBlock(d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip,
+                           mixer=mixer_arguments(ssm_cfg) | mixer)
+
+
+def official_adventurer(state: dict[str, Tensor], **official_kwargs):
+    """Adventurer, or one block of it, by the keys present."""
+    if "mixer.A_log" in state:
+        return official_block(**official_kwargs), state
+    return official_model(**official_kwargs), state
+
+
+def official_model(img_size=224, patch_size: int = 16, depth: int = 12, embed_dim: int = 192, channels: int = 3,
+                   num_classes: int = 1000, ssm_cfg: dict | None = None, drop_rate: float = 0.0,
+                   drop_path_rate: float = 0.1, norm_epsilon: float = 1e-5, rms_norm: bool = True, initializer_cfg=None,
+                   mamba_expand: float = 2, mamba_d_state: int = 64) -> Adventurer:
+    """The released class with its flips (blocks 2 and 3)."""
+    return Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                      d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg), flip_rule="released",
+                      drop_rate=drop_rate, drop_path_rate=drop_path_rate)

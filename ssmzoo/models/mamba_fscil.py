@@ -1,0 +1,217 @@
+"""Mamba-FSCIL: few-shot class-incremental learning with a selective-scan neck and fixed class directions.
+
+    F = backbone(image)                                                  (b c y y)
+    S = MLP(F) flattened by rows + pos                                   1x1 convolutions, joint LayerNorm, LeakyReLU
+    branch = mean over positions of the sum of four scans of S
+    f = branch(F) + identity(F) [+ branch_new(F.detach())]               logits = W^T f / |f|
+
+W is a simplex of unit directions, one for every class that will ever come, with pairwise inner product -1 / (K - 1); it
+is drawn once and never trained. The second branch is added for the incremental sessions with its gate at zero, so that
+it contributes nothing at first and still learns.
+
+    version  scans of the map                                                       weights        gate, norm
+    "ssm"    rows, rows reversed, columns, columns reversed; causal conv            shared         SiLU(z) per scan
+    "ss2d"   the same orders, behind a depthwise conv 3x3                           per order      LayerNorm, SiLU(z)
+
+`NeckOutput.gate` is the raw z that the suppression losses act on. For "ssm" the released code adds the z of the
+reversed orders, reversed along the channels instead of the positions; kept, since published losses are defined by it.
+
+b batch, c channels of the map, e = out_channels, y its side, l = y y, n state size, r rank of the time step, k scans.
+Source: Li et al. 2024 (arXiv 2407.06136); the public project Mamba-FSCIL carries no licence and is written anew here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.ss2d import init_directional_, project_steps, scan_steps
+from ssmzoo.ops import causal_conv1d_fn
+
+
+class NeckOutput(NamedTuple):
+    """features (b e) | gate: raw z of the newest branch | residual (b e): what the newest branch was added to | scan
+    parameters of the base and new branch: dt_r (b k r l), B and C (b k n l); None without a new branch"""
+
+    features: Tensor
+    gate: Tensor
+    residual: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    dt_new: Tensor | None = None
+    B_new: Tensor | None = None
+    C_new: Tensor | None = None
+
+
+class BranchOutput(NamedTuple):
+    mean: Tensor  # (b e)
+    gate: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
+def four_orders(x: Tensor) -> Tensor:
+    """(b e y x) -> (b 4 e l): rows, rows reversed, columns, columns reversed"""
+    rows, columns = x.flatten(2), x.mT.flatten(2)
+    return torch.stack([rows, rows.flip(-1), columns, columns.flip(-1)], dim=1)
+
+
+class SharedScan(nn.Module):
+    """One Mamba without output projection that reads the map in four orders with the same weights."""
+
+    def __init__(self, dim: int, d_state: int, d_rank: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.conv1d = nn.Conv1d(dim, dim, 4, groups=dim)
+        self.x_proj = nn.Linear(dim, d_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(d_rank, dim)
+        self.A_log = nn.Parameter(torch.empty(dim, d_state))
+        self.D = nn.Parameter(torch.ones(dim))
+        A_log_s4d_real_(self.A_log)
+        dt_bias_(self.dt_proj.bias)
+        nn.init.uniform_(self.dt_proj.weight, -(d_rank**-0.5), d_rank**-0.5)
+
+    def forward(self, s: Tensor) -> BranchOutput:
+        """s (b y x e)"""
+        x, z = self.in_proj(s).permute(0, 3, 1, 2).chunk(2, dim=1)
+        xs, zs = four_orders(x), four_orders(z)
+        u = causal_conv1d_fn(xs.flatten(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
+        steps = project_steps(u[:, None], self.x_proj.weight[None], self.A_log.shape[1])  # orders are rows of the batch
+        y = scan_steps(u[:, None], *steps, self.dt_proj.weight[None], self.dt_proj.bias[None], self.A_log[None],
+                       self.D[None], z=zs.flatten(0, 1)[:, None])
+        mean = y.mean(-1).unflatten(0, xs.shape[:2]).sum((1, 2))
+        return BranchOutput(mean, self.gate(zs, s.shape[1]), *(p.unflatten(0, xs.shape[:2])[:, 0] for p in steps))
+
+    @staticmethod
+    def gate(zs: Tensor, side: int) -> Tensor:
+        """(b 4 e l) in the orders of the scans -> (b e l), as released: reversed orders are flipped in channels."""
+        rows, rows_back, columns, columns_back = zs.unbind(1)
+        columns = (columns + columns_back.flip(1)).unflatten(-1, (side, side)).mT.flatten(2)
+        return rows + rows_back.flip(1) + columns
+
+
+class CrossScan(nn.Module):
+    """SS2D without output projection, in the order of this paper."""
+
+    def __init__(self, dim: int, d_state: int, d_rank: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.x_proj_weight = nn.Parameter(torch.empty(4, d_rank + 2 * d_state, dim))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, dim, d_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, dim))
+        self.A_logs = nn.Parameter(torch.empty(4 * dim, d_state))
+        self.Ds = nn.Parameter(torch.empty(4 * dim))
+        self.out_norm = nn.LayerNorm(dim)
+        init_directional_(self)
+
+    def forward(self, s: Tensor) -> BranchOutput:
+        """s (b y x e)"""
+        x, z = self.in_proj(s).chunk(2, dim=-1)
+        xs = four_orders(F.silu(self.conv2d(x.permute(0, 3, 1, 2))))
+        steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
+        rows, rows_back, columns, columns_back = scan_steps(
+            xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds).unbind(1)
+        columns = (columns + columns_back.flip(-1)).unflatten(-1, (s.shape[2], s.shape[1])).mT.flatten(2)
+        y = self.out_norm((rows + rows_back.flip(-1) + columns).transpose(1, 2)).view_as(z)
+        return BranchOutput((y * F.silu(z)).mean((1, 2)), z, *steps)
+
+
+def projection(in_channels: int, mid: int, out_channels: int, side: int, layers: int) -> nn.Sequential:
+    """1x1 convolutions with a LayerNorm over (channels, y, x) and LeakyReLU 0.1 behind all but the last."""
+    steps, width = [], in_channels
+    for _ in range(layers - 1):
+        steps += [nn.Conv2d(width, mid, 1), nn.LayerNorm([mid, side, side]), nn.LeakyReLU(0.1)]
+        width = mid
+    return nn.Sequential(*steps, nn.Conv2d(width, out_channels, 1, bias=False))
+
+
+class PooledLinear(nn.Module):
+    """Mean over the map, then a linear projection without bias. (b c y x) -> (b e)"""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(in_channels, out_channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.mean((2, 3)))
+
+
+class MambaNeck(nn.Module):
+    """Feature maps (b c y y) to features and what the losses need (`NeckOutput`).
+
+    feat_size        y, the side of the maps
+    version          "ssm" or "ss2d"
+    mid_channels     width inside the MLP, 2 c unless given
+    d_state, d_rank  n and r (r = n unless given)
+    num_layers, num_layers_new  convolutions of the base and of the new branch's MLP
+    use_residual_proj  identity = Linear(mean(F)) instead of mean(F)
+    use_new_branch   the second branch of the incremental sessions
+    detach_residual  with it: neither the base branch nor the identity receive gradients
+    """
+
+    def __init__(self, in_channels: int = 640, out_channels: int = 640, feat_size: int = 2, version: str = "ssm",
+                 mid_channels: int | None = None, d_state: int = 256, d_rank: int | None = None, num_layers: int = 2,
+                 num_layers_new: int | None = None, use_residual_proj: bool = False, use_new_branch: bool = False,
+                 detach_residual: bool = False):
+        super().__init__()
+        if version not in ("ssm", "ss2d"):
+            raise ValueError(f"version is {version!r}; expected 'ssm' or 'ss2d'")
+        if not use_residual_proj and in_channels != out_channels:
+            raise ValueError(f"in_channels={in_channels} and out_channels={out_channels} differ, so the identity path "
+                             f"needs use_residual_proj=True")
+        mid, rank = mid_channels or 2 * in_channels, d_rank or d_state
+        self.feat_size, self.use_new_branch, self.detach_residual = feat_size, use_new_branch, detach_residual
+        for suffix, layers in (("", num_layers), ("_new", num_layers_new or num_layers))[: 1 + use_new_branch]:
+            self.add_module(f"mlp_proj{suffix}", projection(in_channels, mid, out_channels, feat_size, layers))
+            table = nn.Parameter(torch.empty(1, feat_size**2, out_channels))
+            self.register_parameter(f"pos_embed{suffix}", nn.init.trunc_normal_(table, std=0.02))
+            branch = SharedScan if version == "ssm" else CrossScan
+            self.add_module(f"block{suffix}", branch(out_channels, d_state, rank))
+        self.residual_proj = PooledLinear(in_channels, out_channels) if use_residual_proj else None
+        if use_new_branch:
+            nn.init.zeros_(self.block_new.in_proj.weight[out_channels:].data)
+
+    def forward(self, x: Tensor) -> NeckOutput:
+        if x.ndim != 4 or x.shape[2:] != (self.feat_size, self.feat_size):
+            raise ValueError(f"the neck takes square maps of side feat_size={self.feat_size}, got {tuple(x.shape)}")
+        identity = x.mean((2, 3)) if self.residual_proj is None else self.residual_proj(x)
+        base = self.branch(x, "")
+        if not self.use_new_branch:
+            return NeckOutput(base.mean + identity, base.gate, identity, base.dt, base.B, base.C)
+        new = self.branch(x.detach(), "_new")
+        kept = base.mean + identity
+        kept = kept.detach() if self.detach_residual else kept
+        return NeckOutput(kept + new.mean, new.gate, kept, base.dt, base.B, base.C, new.dt, new.B, new.C)
+
+    def branch(self, x: Tensor, suffix: str) -> BranchOutput:
+        s = getattr(self, f"mlp_proj{suffix}")(x).permute(0, 2, 3, 1)  # (b y x e)
+        s = s + getattr(self, f"pos_embed{suffix}").view(1, *s.shape[1:])
+        return getattr(self, f"block{suffix}")(s)
+
+
+def simplex_etf(dim: int, classes: int, generator: torch.Generator | None = None) -> Tensor:
+    """(dim classes): unit columns whose pairwise inner product is -1 / (classes - 1), in a random rotation."""
+    if dim < classes:
+        raise ValueError(f"a simplex of {classes} classes needs at least as many dimensions, got {dim}")
+    U, _ = torch.linalg.qr(torch.rand(dim, classes, generator=generator))
+    centred = torch.eye(classes) - 1.0 / classes
+    return (classes / max(classes - 1, 1)) ** 0.5 * U @ centred
+
+
+class ETFHead(nn.Module):
+    """Features (b e) to cosines with the directions of the first `seen` classes. `etf_vec` is kept in checkpoints."""
+
+    def __init__(self, dim: int, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("etf_vec", simplex_etf(dim, num_classes))
+
+    def forward(self, f: Tensor, seen: int | None = None) -> Tensor:
+        return F.normalize(f, dim=-1) @ self.etf_vec[:, :seen]

@@ -1,0 +1,166 @@
+"""ShuffleMamba: stochastic layer-wise shuffle, a regulariser for plain vision Mambas; nothing changes at inference.
+
+While training, layer i of n sees its tokens in a random order with probability p_i = shuffle_rate * i / (n - 1), one
+permutation for the whole batch, class and register tokens included, and its output goes back into place:
+
+    X <- X + Layer(X[:, pi])[:, pi^-1]        u_i < p_i;  pi the identity otherwise
+
+The draws of a forward pass are made before its first layer, so that checkpointing replays them and compiled graphs
+stay whole. Two bodies: `ShuffleMamba` is Vim with the class token in front; `ShuffleMambaReg` (the body of Mamba-Reg)
+spreads k registers over the sequence, narrows each by `neck` and classifies all of them together.
+
+b batch, m patches, k registers, l tokens, d width, n layers.
+Source: Huang et al. 2024 (arXiv 2408.17081); the public project ShuffleMamba carries no licence and is rewritten here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.patch_embed import resize_map
+from ssmzoo.layers.plain_backbone import insert_tokens, split_tokens, token_places
+from ssmzoo.models.vim import Vim, official_mixer_arguments, set_eps
+from ssmzoo.models.vmamba import init_linear
+
+
+class ShuffleMamba(Vim):
+    """Image classifier. (b c y x) -> (b num_classes); the defaults are the tiny size with the class token in front.
+
+    shuffle_rate  the last layer's probability of a shuffle; 0 switches it off
+    forward       u (n) uniforms and perm (n l) permutations may be given to fix the draws of a training pass
+    Other arguments as in `Vim`.
+    """
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
+                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 192, depth: int = 24,
+                 d_state: int = 16, class_token: str = "head", mixer: dict | None = None, norm: str = "rms",
+                 shuffle_rate: float = 0.5, drop_rate: float = 0.0, drop_path_rate: float = 0.0):
+        if not 0 <= shuffle_rate <= 1:
+            raise ValueError(f"shuffle_rate is a probability, got {shuffle_rate}")
+        super().__init__(in_chans, num_classes, global_pool, img_size, patch_size, None, embed_dim, depth, d_state,
+                         class_token, mixer, norm, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.shuffle_rate = shuffle_rate
+
+    def reset_parameters(self) -> None:
+        """As Vim, but every linear layer is truncated normal 0.02 with zero bias (also dt_proj) and cls_token is 0."""
+        super().reset_parameters()
+        self.apply(init_linear)
+        nn.init.zeros_(self.cls_token)
+        for layer in self.layers:
+            scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
+
+    def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        return self.forward_head(self.forward_features(x, u, perm))
+
+    def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        x, grid = self.embed(x)
+        orders = self.draw_orders(x, u, perm) if self.training and self.shuffle_rate > 0 else None
+        return self.norm_f(self.encode(self.pos_drop(x), grid, orders=orders))
+
+    def draw_orders(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        """(n l): per layer the identity or, with its probability, a permutation."""
+        n, l = len(self.layers), x.shape[1]
+        u = torch.rand(n, device=x.device) if u is None else u
+        perm = torch.rand(n, l, device=x.device).argsort(1) if perm is None else perm.long()
+        p = self.shuffle_rate * torch.arange(n, device=x.device) / max(n - 1, 1)
+        return torch.where((u < p)[:, None], perm, torch.arange(l, device=x.device))
+
+    def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None,
+               orders: Tensor | None = None) -> Tensor:
+        if orders is None:
+            return super().encode(x, grid, taps, stop)
+        for order, layer in zip(orders, self.layers):
+            x = x + self.run(layer, x[:, order])[:, order.argsort()]
+        return x
+
+
+class ShuffleMambaReg(ShuffleMamba):
+    """Image classifier on k register tokens. (b c y x) -> (b num_classes); the defaults are the base size.
+
+    n_registers, cls_reduce  k, and the factor by which `neck` narrows each register before they are joined
+    Registers have a position table of their own, so other image sizes leave it as it is.
+    """
+
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
+                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 24,
+                 d_state: int = 16, n_registers: int = 12, cls_reduce: int = 4, mixer: dict | None = None,
+                 shuffle_rate: float = 0.1, drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+        if n_registers < 1 or cls_reduce < 1 or embed_dim % cls_reduce or n_registers % cls_reduce:
+            raise ValueError(f"n_registers={n_registers} and embed_dim={embed_dim} must be multiples of "
+                             f"cls_reduce={cls_reduce}, all positive")
+        self.n_registers, self.cls_reduce = n_registers, cls_reduce
+        super().__init__(in_chans, num_classes, global_pool, img_size, patch_size, embed_dim, depth, d_state, "none",
+                         mixer, "rms", shuffle_rate, drop_rate, drop_path_rate)
+
+    def make_embeddings(self, pos_embed: bool) -> None:
+        d, k = self.embed_dim, self.n_registers
+        self.layout, self.n_tokens, self.num_prefix_tokens = "spread", k, k
+        self.cls_token = nn.Parameter(torch.zeros(1, k, d))
+        self.pos_embed_cls = nn.Parameter(torch.zeros(1, k, d))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], d))
+        if self.cls_reduce > 1:
+            self.neck = nn.Linear(d, d // self.cls_reduce, bias=False)
+            self.norm_neck = RMSNorm(self.hidden_size(), eps=1e-5)
+
+    def hidden_size(self) -> int:
+        return self.n_registers * self.embed_dim // self.cls_reduce
+
+    def reset_parameters(self) -> None:
+        """As Vim; tables and registers truncated normal 0.02, and so is the neck."""
+        Vim.reset_parameters(self)
+        nn.init.trunc_normal_(self.pos_embed_cls, std=0.02)
+        if self.cls_reduce > 1:
+            nn.init.trunc_normal_(self.neck.weight, std=0.02)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.patch_embed(x)
+        grid = tuple(x.shape[1:3])
+        x = (x + resize_map(self.pos_embed.unflatten(1, self.grid), grid)).flatten(1, 2)
+        registers = self.cls_token + self.pos_embed_cls
+        return insert_tokens(x, registers, token_places("spread", x.shape[1], self.n_tokens)), grid
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.global_pool != "token":
+            return super().pool(x)
+        registers = split_tokens(x, self.places(x.shape[1]))[1]
+        if self.cls_reduce == 1:
+            return registers.flatten(1)
+        return self.norm_neck(self.neck(registers).flatten(1))
+
+
+# ---- released checkpoints ------------------------------------------------------------------------------------------
+
+
+def official_arguments(img_size=224, patch_size: int = 16, stride: int = 16, depth: int = 24, embed_dim: int = 192,
+                       channels: int = 3, num_classes: int = 1000, ssm_cfg: dict | None = None, drop_rate: float = 0.0,
+                       drop_path_rate: float = 0.1, shuffle_rate: float = 0.1, norm_epsilon: float = 1e-5,
+                       rms_norm: bool = True, initializer_cfg=None, fused_add_norm: bool = True,
+                       residual_in_fp32: bool = True) -> dict:
+    """Arguments of `ShuffleMamba` for the released VisionMamba's; its mixer is always bidirectional and halved."""
+    if stride not in (patch_size, 16):
+        raise ValueError(f"stride={stride}: the released ShuffleMamba has patches that touch ({patch_size})")
+    mixer = official_mixer_arguments("v2", True, **(ssm_cfg or {}))
+    return dict(in_chans=channels, num_classes=num_classes, img_size=img_size, patch_size=patch_size,
+                embed_dim=embed_dim, depth=depth, d_state=mixer.pop("d_state", 16), mixer=mixer,
+                norm="rms" if rms_norm else "ln", shuffle_rate=shuffle_rate, drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate)
+
+
+def official_shuffle_mamba(state: dict[str, Tensor], **official_kwargs):
+    """VisionMamba of models_shuffle, or of models_reg if the checkpoint has register positions."""
+    eps = official_kwargs.get("norm_epsilon", 1e-5)
+    if "pos_embed_cls" not in state:
+        for key in ("num_cls_tokens", "cls_reduce"):  # the released constructor swallows them
+            official_kwargs.pop(key, None)
+        return set_eps(ShuffleMamba(**official_arguments(**official_kwargs)), eps), state
+    registers = {ours: official_kwargs.pop(theirs, 1)
+                 for ours, theirs in (("n_registers", "num_cls_tokens"), ("cls_reduce", "cls_reduce"))}
+    arguments = official_arguments(**official_kwargs)
+    if arguments.pop("norm") != "rms":
+        raise ValueError("rms_norm=False: the released register model exists with RMSNorm only")
+    return set_eps(ShuffleMambaReg(**arguments, **registers), eps), state

@@ -1,0 +1,122 @@
+"""Losses of Mamba-FSCIL: features onto fixed class directions, and a new branch that is silent on old classes.
+
+b batch, e width of the features, K classes; z the new branch's raw gate; base classes are the labels below `base`.
+Source: Li et al. 2024 (arXiv 2407.06136); dot-regression loss and simplex of NC-FSCIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.models.mamba_fscil import ETFHead, MambaNeck, NeckOutput
+
+
+def dot_regression(f: Tensor, labels: Tensor, directions: Tensor, weight: float = 10.0,
+                   with_len: bool = False) -> Tensor:
+    """weight / 2 * mean_i (<f_i / |f_i|, t_i> - |t_i|)^2
+
+    f (b e), labels (b), directions (e K) of unit columns; t_i is the column of label i, scaled by sqrt(gamma / n_c)
+    with `with_len`: n_c images of the class in the batch, gamma images per class on average.
+    """
+    targets = directions[:, labels].T
+    length = torch.ones_like(labels, dtype=f.dtype)
+    if with_len:
+        counts = torch.bincount(labels, minlength=directions.shape[1])
+        mean = len(labels) / (counts > 0).sum()
+        length = (mean / counts[labels]).sqrt().to(f.dtype)
+    cosine = (F.normalize(f, dim=-1) * targets).sum(-1)
+    return weight / 2 * (cosine * length - length).square().mean()
+
+
+def mean_norm(z: Tensor) -> Tensor:
+    """Frobenius norm divided by the number of elements; 0 for an empty tensor."""
+    return z.norm() / z.numel() if z.numel() else z.sum()
+
+
+def suppression(z: Tensor, labels: Tensor, base: int, weight_base: float, weight_novel: float) -> dict[str, Tensor]:
+    """Pull the gate towards 0 on base classes and away from it on novel ones (this one is not bounded below)."""
+    old = labels < base
+    losses = {"loss_supp_base": weight_base * mean_norm(z[old])} if weight_base > 0 else {}
+    if weight_novel > 0:
+        losses["loss_supp_novel"] = -weight_novel * mean_norm(z[~old])
+    return losses
+
+
+def separation(p: Tensor, labels: Tensor, base: int, average: Sequence[int] = (0, 1, 3)) -> Tensor:
+    """mean |I - S|, S the cosines between the averages of scan parameters p (b k n l) over base and over novel samples.
+
+    average  the dimensions of p averaged away. 0 unless the batch holds both kinds.
+    """
+    old = labels < base
+    if not old.any() or old.all():
+        return p.sum() * 0
+    groups = [F.normalize(part.mean(tuple(average)).flatten(), dim=-1) for part in (p[old], p[~old])]
+    vectors = torch.stack(groups)
+    return (torch.eye(2, device=p.device, dtype=p.dtype) - vectors @ vectors.T).abs().mean()
+
+
+def incremental_losses(out: NeckOutput, labels: Tensor, base: int, weight_supp: float = 0.0,
+                       weight_supp_novel: float = 0.0, weight_sep: float = 0.0, weight_sep_new: float = 0.0,
+                       average: Sequence[int] = (0, 1, 3)) -> dict[str, Tensor]:
+    """The class-sensitive terms, weighted; those of weight 0 are left out."""
+    losses = suppression(out.gate, labels, base, weight_supp, weight_supp_novel)
+    for suffix, weight in (("", weight_sep), ("_new", weight_sep_new)):
+        if weight > 0:
+            for name in ("dt", "B", "C"):
+                p = getattr(out, name + suffix)
+                losses[f"loss_sep_{name}s{suffix}"] = weight * separation(p, labels, base, average)
+    return losses
+
+
+# ---- released checkpoints ------------------------------------------------------------------------------------------
+
+
+class TrainingStep(nn.Module):
+    """The released `forward_train` on feature maps: losses, then logits of the classes seen so far."""
+
+    def __init__(self, neck: MambaNeck, head: ETFHead, seen: int, with_len: bool, loss_weight: float, weights: dict):
+        super().__init__()
+        self.neck, self.head = neck, head
+        self.seen, self.with_len, self.loss_weight, self.weights = seen, with_len, loss_weight, weights
+
+    def forward(self, x: Tensor, gt_label: Tensor) -> tuple[Tensor, ...]:
+        out = self.neck(x)
+        loss = dot_regression(out.features, gt_label, self.head.etf_vec, self.loss_weight, self.with_len)
+        terms = incremental_losses(out, gt_label, self.seen, **self.weights)
+        return loss, *terms.values(), self.head(out.features, self.seen)
+
+
+class TupleNeck(MambaNeck):
+    """The neck with the released output: a plain tuple, without the new branch's entries if there is none."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for value in super().forward(x) if value is not None)
+
+
+LOSS_WEIGHTS = {"loss_weight_supp": "weight_supp", "loss_weight_supp_novel": "weight_supp_novel",
+                "loss_weight_sep": "weight_sep", "loss_weight_sep_new": "weight_sep_new"}
+
+
+def neck_arguments(version: str = "ssm", ssm_expand_ratio: float = 1, param_avg_dim: str = "0-1-3", **kwargs):
+    """(arguments of `MambaNeck`, arguments of `incremental_losses`) for the released neck's."""
+    if ssm_expand_ratio != 1:
+        raise ValueError(f"ssm_expand_ratio={ssm_expand_ratio}: without an output projection only 1 fits")
+    losses = {ours: kwargs.pop(theirs) for theirs, ours in LOSS_WEIGHTS.items() if theirs in kwargs}
+    return kwargs | {"version": version}, losses | {"average": tuple(int(d) for d in param_avg_dim.split("-"))}
+
+
+def official_mamba_fscil(state: dict[str, Tensor], **official_kwargs):
+    """MambaNeck, or the classifier's training step on feature maps if `neck` and `head` are given."""
+    if "neck" not in official_kwargs:
+        return TupleNeck(**neck_arguments(**official_kwargs)[0]), state
+    arguments, weights = neck_arguments(**official_kwargs["neck"])
+    head, loss = official_kwargs["head"], official_kwargs.get("loss", {})
+    if official_kwargs.get("mixup", 0.0):
+        raise ValueError("mixup draws random partners; the step without it (mixup=0.0) can be reproduced")
+    step = TrainingStep(MambaNeck(**arguments), ETFHead(head["in_channels"], head["num_classes"]), head["eval_classes"],
+                        head.get("with_len", False), loss.get("loss_weight", 1.0), weights)
+    return step, state
