@@ -109,17 +109,17 @@ class MoE(nn.Module):
 
 
 def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What a model reports for its layers: losses summed, metrics averaged.
+    """What a model reports for its MoE layers: losses summed, metrics averaged, tokens_per_expert stacked (layers e).
 
-    Adds busiest_expert, the largest share of tokens that any expert of any layer got: averages hide one that collapsed.
+    Adds busiest_expert, the largest share of tokens that any expert of any layer got.
     """
-    keys = dict.fromkeys(key for aux in per_layer for key in aux)
     merged = {}
-    for key in keys:
+    for key in dict.fromkeys(key for aux in per_layer for key in aux):
         values = torch.stack([aux[key] for aux in per_layer if key in aux])
-        merged[key] = values.sum(0) if key.endswith("_loss") else values.mean(0)
-    if "tokens_per_expert" in keys:
-        merged["busiest_expert"] = torch.stack([aux["tokens_per_expert"] for aux in per_layer]).max()
+        if key == "tokens_per_expert":
+            merged |= {key: values, "busiest_expert": values.max()}
+        else:
+            merged[key] = values.sum(0) if key.endswith("_loss") else values.mean(0)
     return merged
 
 
