@@ -113,7 +113,7 @@ class Mamba3(nn.Module):
         dd_A, lam = fp32(dd_A), torch.sigmoid(fp32(trap))
         f = torch.where(dd_A >= 0, 1 + dd_A, 1 / (1 - dd_A.clamp(max=0)))
         a = dt * torch.clamp(-f, max=-self.A_floor)
-        phase = self._phases(dt, ang, state)  # (b l h m)
+        phase = self._phases(dt, ang, state, seq_idx)  # (b l h m)
         k = self._rotate(self._heads(B, self.B_norm, self.B_bias), phase)  # (b l r h n)
         q = self._rotate(self._heads(C, self.C_norm, self.C_bias), phase)
         v, z = (u.unflatten(-1, (self.nheads, self.headdim)) for u in (x, z))  # (b l h p)
@@ -175,18 +175,11 @@ class Mamba3(nn.Module):
         half = self.d_state // 2
         return rotate_halves(k, F.pad(phase, (0, half - self.n_angles)))
 
-    def _phases(self, dt: Tensor, ang: Tensor, state: Mamba3State | None) -> Tensor:
-        """Running sum of the rotations, (b l h m) in [0, 2 pi). Chunks are summed on their own: the error stays small
-        however long the sequence."""
+    def _phases(self, dt: Tensor, ang: Tensor, state: Mamba3State | None, seq_idx: Tensor | None) -> Tensor:
+        """Running sum of the rotations within each document, (b l h m) in [0, 2 pi)."""
         turn = dt[..., None] * (math.pi * torch.tanh(fp32(ang)))[:, :, None]
-        l = turn.shape[1]
-        q = min(PHASE_CHUNK, l)
-        turn = F.pad(turn, (0, 0, 0, 0, 0, -l % q)).unflatten(1, (-1, q)).cumsum(2)
-        ends = turn[:, :, -1] % (2 * math.pi)  # (b c h m)
-        before = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1)
-        if state is not None:
-            before = before + state.phase[:, None]
-        return ((turn + before[:, :, None]) % (2 * math.pi)).flatten(1, 2)[:, :l]
+        start = torch.zeros_like(turn[:, 0]) if state is None else state.phase
+        return phase_sums(turn, start, seq_idx)
 
     def _last(self, phase, S, k, v, state, padding) -> Mamba3State:
         """State after the last real token of every row; rows without one keep theirs."""
@@ -199,3 +192,29 @@ class Mamba3(nn.Module):
         keep = [torch.where(some.view(-1, *[1] * (u.ndim - 1)), u, o)
                 for u, o in zip((phase, k, v), (old[0], old[2], old[3]))]
         return Mamba3State(keep[0], S, keep[1], keep[2])
+
+
+def phase_sums(turn: Tensor, start: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """start + cumulative sum of turn (b l h m), modulo 2 pi, from zero again where seq_idx changes.
+
+    Chunks are summed on their own, so that the error stays small however long the sequence; documents are kept apart by
+    masks instead of differences, so that no gradient passes between them.
+    """
+    l = turn.shape[1]
+    q = min(PHASE_CHUNK, l)
+    turn = F.pad(turn, (0, 0, 0, 0, 0, -l % q)).unflatten(1, (-1, q))  # (b c q h m)
+    if seq_idx is None:
+        sums = turn.cumsum(2)
+        ends = sums[:, :, -1] % (2 * math.pi)
+        before = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1) + start[:, None]
+        return ((sums + before[:, :, None]) % (2 * math.pi)).flatten(1, 2)[:, :l]
+    number = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0)).cumsum(1)  # 0 continues `start`
+    number = torch.cat([number, number[:, -1:].expand(-1, -l % q)], dim=1).unflatten(1, (-1, q))  # (b c q)
+    same = (number[..., None] == number[:, :, None]).tril()  # (b c q q)
+    sums = torch.einsum("bcts,bcshm->bcthm", same.to(turn.dtype), turn)
+    ends, last = sums[:, :, -1] % (2 * math.pi), number[:, :, -1]  # (b c h m), (b c)
+    chunks = torch.arange(last.shape[1], device=turn.device)
+    earlier = (number[..., None] == last[:, None, None]) & (chunks < chunks[:, None, None])  # (b c q c)
+    before = torch.einsum("bctj,bjhm->bcthm", earlier.to(turn.dtype), ends)
+    before = before + torch.where((number == 0)[..., None, None], start[:, None, None], 0.0)
+    return ((sums + before) % (2 * math.pi)).flatten(1, 2)[:, :l]

@@ -1,0 +1,251 @@
+"""The state contract: however a causal model is fed, it computes the same.
+
+One pass = any split into chunks = token by token = packed with boundaries = padded anywhere = batch permuted, in values
+and in gradients. Every language model of configs/model is walked over in a tiny size: a new one joins by being
+registered. Models that are not causal say so with a class attribute `causal = False`.
+"""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ssmzoo
+from ssmzoo.layers.state import map_state, select_rows
+from ssmzoo.zoo import build_model, model_class, read_model_config
+
+VOCAB, BATCH, LENGTH = 29, 3, 12
+# Whatever the constructor calls its sizes, they become small.
+TINY = {"vocab_size": VOCAB, "d_model": 16, "n_layer": 2, "n_blocks": 2, "n_heads": 2, "num_heads": 2, "n_experts": 3,
+        "d_expert": 8, "d_state": 4, "d_intermediate": 0, "pad_vocab_size_multiple": 1}
+TINY_BY_CLASS = {
+    "Mamba2LM": {"ssm_cfg": {"d_state": 4, "headdim": 8, "chunk_size": 4}},
+    "Mamba3LM": {"ssm_cfg": {"d_state": 8, "headdim": 8, "chunk_size": 4}},
+}
+MORE = {  # corners that no preset reaches
+    "mamba: biases, MLP, LayerNorm, short convolution": ("mamba", {
+        "ssm_cfg": {"d_conv": 2, "bias": True}, "d_intermediate": 8, "rms_norm": False, "tie_embeddings": False}),
+    "mamba: no convolution to speak of": ("mamba", {"ssm_cfg": {"d_conv": 1}}),
+    "mamba2: attention, partial SSM, limits": ("mamba2", {
+        "n_layer": 3, "attn_layer_idx": [1],
+        "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "d_conv": 3, "rotary_emb_dim": 4, "mlp_dim": 10},
+        "ssm_cfg": {"d_state": 4, "headdim": 8, "d_ssm": 24, "dt_limit": (0.01, 0.05), "norm_before_gate": True}}),
+    "mamba3: several inputs and outputs": ("mamba3", {
+        "ssm_cfg": {"d_state": 8, "headdim": 8, "ngroups": 2, "is_mimo": True, "mimo_rank": 3,
+                    "is_outproj_norm": True, "rope_fraction": 1.0}}),
+}
+
+
+def tiny_node(name: str, **overrides) -> dict:
+    node = read_model_config(name)["model"]
+    cls = model_class(node["_target_"])
+    known = inspect.signature(cls).parameters
+    return node | {k: v for k, v in TINY.items() if k in known} | TINY_BY_CLASS.get(cls.__name__, {}) | overrides
+
+
+def discover() -> dict[str, dict]:
+    """{name: constructor arguments}; presets that differ in size only are the same tiny model, named once."""
+    nodes: dict[str, dict] = {}
+    for name in sorted(ssmzoo.list_models(task="language"), key=len):
+        node = tiny_node(name)
+        if getattr(model_class(node["_target_"]), "causal", True) and node not in nodes.values():
+            nodes[name] = node
+    return nodes | {title: tiny_node(name, **overrides) for title, (name, overrides) in MORE.items()}
+
+
+NODES = discover()
+every_model = pytest.mark.parametrize("name", NODES)
+few = settings(max_examples=4, deadline=None, derandomize=True, database=None)
+
+
+@functools.cache
+def tiny_model(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_model(NODES[name]).to(dtype).eval()
+    with torch.no_grad():  # away from ones and zeros, where mistakes hide
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@functools.cache
+def one_pass(name: str, dtype: torch.dtype = torch.float64):
+    """ids (b l), loss weights (b l v), logits and gradients of the plain call."""
+    torch.manual_seed(1)
+    model = tiny_model(name, dtype)
+    ids = torch.randint(VOCAB, (BATCH, LENGTH))
+    weights = torch.randn(BATCH, LENGTH, model(ids).logits.shape[-1], dtype=dtype)
+    return ids, weights, *with_gradients(model, lambda: model(ids).logits, weights)
+
+
+def with_gradients(model, compute, weights):
+    model.zero_grad(set_to_none=True)
+    logits = compute()
+    (logits * weights).sum().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def feed(model, pieces, state=None, **more):
+    """Logits of the pieces in a row, and the state after them; `more` holds one list entry per piece."""
+    logits = []
+    for i, piece in enumerate(pieces):
+        out = model(piece, state, **{k: v[i] for k, v in more.items()})
+        state = out.state
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1), state
+
+
+def assert_close(got, expected, tolerance=1e-6):
+    """Relative to the norm of the whole tensor (or, for gradients, of each parameter's)."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        total = sum(e.norm() ** 2 for e in expected.values()) ** 0.5
+        for key, e in expected.items():
+            assert (got[key] - e).norm() <= tolerance * (e.norm() + 1e-3 * total), key
+    else:
+        assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+def splits(length):
+    """Lengths of at least one that add up to `length`."""
+    return st.sets(st.integers(1, length - 1), max_size=5).map(
+        lambda cuts: [b - a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), length])])
+
+
+@every_model
+@few
+@given(sizes=splits(LENGTH))
+def test_any_split_is_one_pass(name, sizes):
+    model, (ids, weights, logits, gradients) = tiny_model(name), one_pass(name)
+    got, got_gradients = with_gradients(model, lambda: feed(model, ids.split(sizes, dim=1))[0], weights)
+    assert_close(got, logits)
+    assert_close(got_gradients, gradients)
+
+
+@every_model
+def test_token_by_token_is_one_pass(name):
+    model, (ids, weights, logits, gradients) = tiny_model(name), one_pass(name)
+    got, got_gradients = with_gradients(model, lambda: feed(model, ids.split(1, dim=1))[0], weights)
+    assert_close(got, logits)
+    assert_close(got_gradients, gradients)
+    with torch.inference_mode():  # where mixers may take their short path
+        assert_close(feed(model, ids.split([4, *[1] * (LENGTH - 4)], dim=1))[0], logits)
+
+
+@every_model
+def test_single_precision_is_one_pass(name):
+    model, (ids, weights, logits, gradients) = tiny_model(name, torch.float32), one_pass(name, torch.float32)
+    got, got_gradients = with_gradients(model, lambda: feed(model, ids.split([5, 1, 6], dim=1))[0], weights)
+    assert_close(got, logits, 1e-4)
+    assert_close(got_gradients, gradients, 1e-4)
+    with torch.inference_mode():
+        assert_close(feed(model, ids.split([4, *[1] * (LENGTH - 4)], dim=1))[0], logits, 1e-4)
+
+
+@every_model
+@few
+@given(places=st.lists(st.sets(st.integers(0, 17), min_size=1, max_size=LENGTH), min_size=BATCH, max_size=BATCH),
+       sizes=splits(18))
+def test_padding_anywhere_changes_nothing(name, places, sizes):
+    """Rows of unequal length, their tokens at random places among arbitrary other ids, fed in chunks."""
+    model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
+    places = [sorted(p) for p in places]
+    padded, mask = torch.randint(VOCAB, (BATCH, 18)), torch.zeros(BATCH, 18, dtype=torch.bool)
+    padded_weights = weights.new_zeros(BATCH, 18, weights.shape[-1])
+    for i, p in enumerate(places):
+        padded[i, p], mask[i, p], padded_weights[i, p] = ids[i, :len(p)], True, weights[i, :len(p)]
+    after = ids[:, -2:]
+
+    def alone():
+        rows = [model(ids[i:i + 1, :len(p)]) for i, p in enumerate(places)]
+        nexts = [model(after[i:i + 1], row.state).logits for i, row in enumerate(rows)]
+        return torch.cat([row.logits[0] for row in rows] + [n[0] for n in nexts])
+
+    def together():
+        logits, state = feed(model, padded.split(sizes, dim=1), mask=mask.split(sizes, dim=1))
+        return torch.cat([logits[i, p] for i, p in enumerate(places)] + list(model(after, state).logits))
+
+    w = torch.cat([weights[i, :len(p)] for i, p in enumerate(places)] + list(weights[:, -2:]))
+    expected, gradients = with_gradients(model, alone, w)
+    got, got_gradients = with_gradients(model, together, w)
+    assert_close(got, expected)
+    assert_close(got_gradients, gradients)
+
+
+@every_model
+@few
+@given(lengths=splits(LENGTH), first=st.integers(0, 7))
+def test_packed_documents_do_not_meet(name, lengths, first):
+    model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
+    numbers = torch.arange(len(lengths)).flip(0) * 3 + first  # the value does not matter, only that it changes
+    seq_idx = numbers.repeat_interleave(torch.tensor(lengths)).expand(BATCH, -1)
+    documents = ids.split(lengths, dim=1)
+    expected, gradients = with_gradients(model, lambda: torch.cat([model(d).logits for d in documents], dim=1), weights)
+    packed = with_gradients(model, lambda: model(ids, seq_idx=seq_idx).logits, weights)
+    assert_close(packed[0], expected)
+    assert_close(packed[1], gradients)
+    state, last = model(ids, seq_idx=seq_idx).state, model(documents[-1]).state
+    assert_close(model(ids[:, :3], state).logits, model(ids[:, :3], last).logits)
+
+
+@every_model
+def test_packed_documents_in_padded_chunks(name):
+    model, (ids, _, _, _) = tiny_model(name), one_pass(name)
+    seq_idx = torch.tensor([4] * 5 + [7] * 7).expand(BATCH, -1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0],
+                         [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    sizes = [3, 4, 5]  # no chunk begins with a document: position 0 always continues
+    logits, state = feed(model, ids.split(sizes, 1), mask=mask.split(sizes, 1), seq_idx=seq_idx.split(sizes, 1))
+    for i in range(BATCH):
+        documents = [ids[i, mask[i] & (seq_idx[i] == number)][None] for number in (4, 7)]
+        outs = [model(d) for d in documents]
+        assert_close(logits[i, mask[i]], torch.cat([o.logits[0] for o in outs]))
+        row = select_rows(state, torch.tensor([i]))
+        assert_close(model(ids[:1, :2], row).logits, model(ids[:1, :2], outs[1].state).logits)
+
+
+@every_model
+def test_no_gradient_crosses_a_document_boundary(name):
+    model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
+    embedding = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    seen = []
+    handle = embedding.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        logits = model(ids, seq_idx=torch.tensor([0] * 5 + [1] * 7).expand(BATCH, -1)).logits
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad((logits * weights)[:, 5:].sum(), seen)
+    assert gradient[:, 5:].abs().min() > 0
+    assert torch.equal(gradient[:, :5], torch.zeros_like(gradient[:, :5]))
+
+
+@every_model
+def test_rows_do_not_know_each_other(name):
+    """Batch permuted, and the state reordered between two chunks."""
+    model, (ids, weights, logits, gradients) = tiny_model(name), one_pass(name)
+    order = torch.tensor([2, 0, 1])
+
+    def permuted():
+        first = model(ids[:, :5])
+        second = model(ids[order, 5:], select_rows(first.state, order))
+        return torch.cat([first.logits, second.logits[order.argsort()]], dim=1)
+
+    got, got_gradients = with_gradients(model, permuted, weights)
+    assert_close(got, logits)
+    assert_close(got_gradients, gradients)
+    assert_close(model(ids[1:2]).logits, logits[1:2])
+
+
+@every_model
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_state_can_be_used_twice(name, length):
+    model, (ids, _, _, _) = tiny_model(name), one_pass(name)
+    with torch.no_grad():
+        state = model(ids[:, :4]).state
+        kept = map_state(torch.clone, state)
+        first = model(ids[:, 4:4 + length], state).logits
+        assert torch.equal(model(ids[:, 4:4 + length], state).logits, first)
+        assert torch.equal(model(ids[:, 4:4 + length], kept).logits, first)
