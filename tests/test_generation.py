@@ -256,7 +256,8 @@ def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch):
     manifest = {"tokenizer": {"type": "bytes"}}
     monkeypatch.setattr("ssmzoo.train.checkpoint.load_model", lambda path: (Counter(256), manifest))
     monkeypatch.setattr(command, "_Out", lambda: types.SimpleNamespace(write=shown.append))
-    arguments = dict(checkpoint="x", prompt=["a"], max_new_tokens=10, temperature=1.0, greedy=True,
-                     top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seed=None, stop=["f"], prefill_chunk=None, device="cpu")
+    arguments = dict(checkpoint="x", prompt=["a"], max_new_tokens=10, temperature=1.0, greedy=True, top_k=None,
+                     top_p=None, min_p=None, repetition_penalty=1.0, seed=None, stop=["f"], prefill_chunk=None,
+                     device="cpu")
     command.run(types.SimpleNamespace(**arguments))
     assert shown == ["a", "b", "c", "d", "e", "\n"]
