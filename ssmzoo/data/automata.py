@@ -1,0 +1,302 @@
+"""Finite automata as tables: what a regular language is here, where one can come from, and how strings are drawn.
+
+    delta[state][symbol] -> next state (-1: the symbol cannot come in this state)
+    output[state]        -> class of a string that ends there (-1: no string can end there)
+
+A language is its automaton; everything else (groups, word problems, benchmark tasks) builds one of these tables, see
+`automata_library`. Running strings and drawing them is vectorised over the batch.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+class AutomatonError(ValueError):
+    """An automaton that is not one; the message names the field and what is wrong with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Automaton:
+    """A deterministic automaton with an output per state.
+
+    delta    (states, symbols) int, -1 = the symbol cannot come here
+    output   (states,) int class, -1 = no string ends here; default: the state itself
+    initial_state   where every string starts
+    symbols, state_names   names for people; default: numbers
+
+    Raises AutomatonError naming the field; warns about states that no string reaches.
+    """
+
+    delta: np.ndarray
+    output: np.ndarray | None = None
+    initial_state: int = 0
+    name: str = "automaton"
+    symbols: tuple[str, ...] = ()
+    state_names: tuple[str, ...] = ()
+    _moves: tuple[np.ndarray, np.ndarray, np.ndarray] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        delta = _table(self.delta, self.name)
+        n, e = delta.shape
+        output = np.arange(n) if self.output is None else _vector(self.output, n, self.name)
+        symbols = tuple(map(str, self.symbols)) or tuple(map(str, range(e)))
+        state_names = tuple(map(str, self.state_names)) or tuple(map(str, range(n)))
+        for what, names, size in (("symbols", symbols, e), ("state_names", state_names, n)):
+            if len(names) != size or len(set(names)) != size:
+                raise AutomatonError(f"{self.name}: {what} has {len(names)} names ({len(set(names))} distinct), "
+                                     f"the transition table needs {size}")
+        if not 0 <= self.initial_state < n:
+            raise AutomatonError(f"{self.name}: initial_state is {self.initial_state}; the states are 0 to {n - 1}")
+        for key, value in (("delta", delta), ("output", output), ("symbols", symbols), ("state_names", state_names)):
+            object.__setattr__(self, key, value)
+        stuck = [s for s in self.reachable() if (delta[s] < 0).all()]
+        if stuck:
+            raise AutomatonError(f"{self.name}: delta leaves state {state_names[stuck[0]]!r} without any transition")
+        unreachable = sorted(set(range(n)) - set(self.reachable()))
+        if unreachable:
+            warnings.warn(f"{self.name}: no string reaches {len(unreachable)} of {n} states "
+                          f"({', '.join(state_names[s] for s in unreachable[:5])})", stacklevel=3)
+        object.__setattr__(self, "_moves", _allowed(delta))
+
+    @property
+    def num_states(self) -> int:
+        return self.delta.shape[0]
+
+    @property
+    def num_symbols(self) -> int:
+        return self.delta.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.output.max()) + 1
+
+    def reachable(self) -> list[int]:
+        """States that some string reaches, the initial one included."""
+        seen, frontier = {self.initial_state}, [self.initial_state]
+        while frontier:
+            new = {int(s) for f in frontier for s in self.delta[f] if s >= 0} - seen
+            seen |= new
+            frontier = list(new)
+        return sorted(seen)
+
+    def encode(self, strings) -> np.ndarray:
+        """Sequences of symbol names, all of one length -> ids (b l). Raises ValueError naming a foreign symbol."""
+        ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        for string in strings:
+            foreign = next((s for s in string if s not in ids), None)
+            if foreign is not None:
+                raise ValueError(f"{self.name}: symbol {foreign!r} is not in the alphabet {', '.join(self.symbols)}")
+        if len({len(s) for s in strings}) > 1:
+            raise ValueError(f"{self.name}: the strings have different lengths; encode one length at a time")
+        return np.array([[ids[s] for s in string] for string in strings], dtype=np.int64)
+
+    def run(self, ids: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """Symbol ids (b l) -> state after every symbol (b l), from `state` (b,) or the initial one.
+
+        Raises ValueError for a symbol outside the alphabet or one that cannot come where it stands.
+        """
+        ids = np.asarray(ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_symbols):
+            raise ValueError(f"{self.name}: symbol id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the "
+                             f"alphabet of {self.num_symbols} symbols")
+        b, l = ids.shape
+        states = np.empty((l, b), dtype=np.int64)
+        s = np.full(b, self.initial_state) if state is None else np.asarray(state)
+        for t in range(l):
+            s = self.delta[s, ids[:, t]]
+            if s.size and s.min() < 0:
+                row = int(np.argmin(s))
+                raise ValueError(f"{self.name}: symbol {self.symbols[ids[row, t]]!r} cannot come at position {t + 1} "
+                                 f"of string {row}")
+            states[t] = s
+        return states.T
+
+    def draw(self, rng: np.random.Generator, batch: int, length: int, state: np.ndarray | None = None,
+             ) -> tuple[np.ndarray, np.ndarray]:
+        """`batch` strings of `length` symbols and the states after every symbol, both (b l).
+
+        Every symbol is uniform over those that can come in its state; where all can always come, strings are uniform.
+        """
+        if length < 1:
+            raise ValueError(f"length is {length}; a string has at least one symbol")
+        count, symbol, target = self._moves
+        s = np.full(batch, self.initial_state) if state is None else np.asarray(state)
+        e = self.num_symbols
+        ids, states = np.empty((length, batch), dtype=np.int64), np.empty((length, batch), dtype=np.int64)
+        if (count == e).all():  # no forbidden symbol anywhere: choices do not depend on the state
+            rng_ids = rng.integers(0, e, size=(length, batch), dtype=np.int32)
+            flat = np.ascontiguousarray(self.delta).reshape(-1)
+            for t in range(length):
+                s = flat.take(s * e + rng_ids[t])
+                states[t] = s
+            return rng_ids.astype(np.int64).T, states.T
+        uniform = rng.random(size=(length, batch))
+        for t in range(length):
+            choice = s * e + (uniform[t] * count[s]).astype(np.int64)
+            ids[t], s = symbol.take(choice), target.take(choice)
+            states[t] = s
+        return ids.T, states.T
+
+    def closest_length(self, length: int) -> int:
+        """The largest length <= `length` at which a string can end. Raises ValueError when there is none."""
+        if length < 1:
+            raise ValueError(f"length is {length}; a string has at least one symbol")
+        can_end = self._can_end(length)
+        for shorter in range(length, 0, -1):
+            if can_end[shorter]:
+                return shorter
+        raise ValueError(f"{self.name}: no string of at most {length} symbols can end (output is -1 in every state)")
+
+    def _can_end(self, length: int) -> list[bool]:
+        """Whether some string of length t = 0 .. length ends in a state with an output."""
+        if (self.output >= 0).all():
+            return [True] * (length + 1)
+        reached = np.zeros(self.num_states, dtype=bool)
+        reached[self.initial_state] = True
+        result, cycle = [bool(self.output[self.initial_state] >= 0)], {}
+        for t in range(1, length + 1):
+            after = np.zeros_like(reached)
+            next_states = self.delta[reached]
+            after[next_states[next_states >= 0]] = True
+            reached = after
+            key = reached.tobytes()
+            if key in cycle:  # the set of reachable states repeats from here on
+                period = t - cycle[key]
+                while len(result) <= length:
+                    result.append(result[-period])
+                return result
+            cycle[key] = t
+            result.append(bool((self.output[reached] >= 0).any()))
+        return result
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "symbols": list(self.symbols), "state_names": list(self.state_names),
+                "initial_state": int(self.initial_state), "delta": self.delta.tolist(), "output": self.output.tolist()}
+
+    @classmethod
+    def from_dict(cls, table: dict, name: str = "automaton") -> Automaton:
+        """From `{"delta": [[...]], "output": [...], "initial_state": 0, "symbols": [...], "state_names": [...]}`.
+
+        States may be numbers or names from `state_names`; `accepting: [states]` may stand for a 0/1 output.
+        """
+        if not isinstance(table, dict) or "delta" not in table:
+            raise AutomatonError(f"{name}: an automaton is a mapping with the key 'delta' (and 'output', 'initial_state', "
+                                 f"'symbols', 'state_names'); got {sorted(table) if isinstance(table, dict) else table!r}")
+        known = {"delta", "output", "accepting", "initial_state", "symbols", "state_names", "name", "task", "num_symbols",
+                 "num_states", "num_classes", "convention", "element_names", "note", "source"}
+        if set(table) - known:
+            raise AutomatonError(f"{name}: unknown key {sorted(set(table) - known)[0]!r}; known: {', '.join(sorted(known))}")
+        names = [str(s) for s in table.get("state_names") or table.get("element_names") or []]
+        number = {s: i for i, s in enumerate(names)}
+
+        def state(value, where):
+            if isinstance(value, str):
+                if value not in number:
+                    raise AutomatonError(f"{name}: {where} names the state {value!r}, which is not in state_names")
+                return number[value]
+            return value
+
+        delta = [[state(v, f"delta[{i}]") for v in row] if isinstance(row, (list, tuple)) else row
+                 for i, row in enumerate(table["delta"])]
+        output = table.get("output")
+        if "accepting" in table:
+            accepting = {state(v, "accepting") for v in table["accepting"]}
+            output = [int(s in accepting) for s in range(len(delta))]
+        return cls(delta, output, state(table.get("initial_state", 0), "initial_state"),
+                   str(table.get("name") or table.get("task") or name), tuple(table.get("symbols") or ()), tuple(names))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Automaton:
+        """From a YAML or JSON file with the keys of `from_dict`."""
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise AutomatonError(f"no automaton file at {path}")
+        text = path.read_text(encoding="utf-8")
+        try:
+            if path.suffix.lower() == ".json":
+                table = json.loads(text)
+            else:
+                import yaml
+
+                table = yaml.safe_load(text)
+        except Exception as error:
+            raise AutomatonError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from None
+        return cls.from_dict(table, name=path.stem)
+
+    @classmethod
+    def from_regex(cls, regex: str, alphabet: str) -> Automaton:
+        """The minimal automaton of a regular expression (class 1: accepted), in the syntax of automata-lib.
+
+        regex     `*` `+` `?` `|` `&` `()` `{n,m}`, e.g. "(ab)*"
+        alphabet  the symbols as one string, e.g. "ab"
+        """
+        try:
+            from automata.fa.dfa import DFA
+            from automata.fa.nfa import NFA
+        except ImportError:
+            raise ImportError("regular expressions need automata-lib: pip install 'ssmzoo[formal]'") from None
+        if not alphabet:
+            raise AutomatonError("alphabet is empty; give the symbols as one string, such as 'ab'")
+        try:
+            dfa = DFA.from_nfa(NFA.from_regex(regex, input_symbols=set(alphabet))).minify().to_complete()
+        except Exception as error:  # automata-lib and its lexer raise types of their own
+            raise AutomatonError(f"regex {regex!r} over alphabet {alphabet!r} does not parse: "
+                                 f"{type(error).__name__}: {error}") from None
+        symbols = list(dict.fromkeys(alphabet))
+        order = {dfa.initial_state: 0}
+        for state in order_of_visit(dfa, symbols):
+            order.setdefault(state, len(order))
+        delta = [[order[dfa.transitions[s][a]] for a in symbols] for s in order]
+        return cls(delta, [int(s in dfa.final_states) for s in order], 0, f"regex {regex}", tuple(symbols))
+
+
+def order_of_visit(dfa, symbols: list[str]) -> list:
+    """States in breadth-first order from the start: the same numbers on every run."""
+    order, frontier = [dfa.initial_state], [dfa.initial_state]
+    while frontier:
+        state = frontier.pop(0)
+        for symbol in symbols:
+            after = dfa.transitions[state][symbol]
+            if after not in order:
+                order.append(after)
+                frontier.append(after)
+    return order
+
+
+def _table(delta, name: str) -> np.ndarray:
+    rows = delta.tolist() if isinstance(delta, np.ndarray) else delta
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(r, (list, tuple)) for r in rows):
+        raise AutomatonError(f"{name}: delta must be a list with one row per state and one entry per symbol")
+    width = max(len(r) for r in rows)
+    for i, row in enumerate(rows):
+        if len(row) != width or any(v is None for v in row):
+            missing = width - len(row) + sum(v is None for v in row)
+            raise AutomatonError(f"{name}: delta[{i}] lacks {missing} of {width} transitions; write one next state per "
+                                 f"symbol, or -1 for a symbol that cannot come there")
+        for j, value in enumerate(row):
+            if not isinstance(value, (int, np.integer)) or not -1 <= value < len(rows):
+                raise AutomatonError(f"{name}: delta[{i}][{j}] is {value!r}; the states are 0 to {len(rows) - 1} (-1: cannot come)")
+    if width == 0:
+        raise AutomatonError(f"{name}: delta has no symbols")
+    return np.array(rows, dtype=np.int64)
+
+
+def _vector(output, n: int, name: str) -> np.ndarray:
+    values = np.asarray(output)
+    if values.shape != (n,) or values.dtype.kind not in "iu":
+        raise AutomatonError(f"{name}: output has shape {values.shape} of {values.dtype}, expected one class per state ({n})")
+    if values.min() < -1 or values.max() < 0:
+        raise AutomatonError(f"{name}: output must hold classes from 0 (and -1 where no string can end), got {values.tolist()}")
+    return values.astype(np.int64)
+
+
+def _allowed(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per state: how many symbols can come, and (flat, states * symbols) which they are and where they lead."""
+    order = np.argsort(delta < 0, axis=1, kind="stable")  # allowed symbols first
+    return (delta >= 0).sum(1), order.reshape(-1), np.take_along_axis(delta, order, axis=1).reshape(-1)

@@ -1,0 +1,107 @@
+"""Elman RNN and LSTM as sequence models: the baselines that can emulate every finite automaton.
+
+    tokens (one-hot) -> nn.RNN or nn.LSTM -> Linear without bias
+
+Source: IBM/selective-dense-state-space-model @5bdc7f7 (Apache-2.0), models/rnn.py and lstm.py; parameter names are theirs.
+Their `bidirectional` switch is left out: its projection has the wrong width and cannot run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmzoo.layers.state import ModelOutput
+
+
+class RNNState(NamedTuple):
+    """h, and for an LSTM the cell c, both (b layers n)."""
+
+    h: Tensor
+    c: Tensor | None = None
+
+
+class RNNModel(nn.Module):
+    """Recurrent network with logits at every position.
+
+    vocab_size    token ids, or the width of float inputs;  num_classes  classes, None: vocab_size
+    state_size    n of every layer;  num_layers  layers
+    cell          "lstm", "relu" or "tanh" (the last two are Elman networks)
+    """
+
+    def __init__(self, vocab_size: int = 3, num_classes: int | None = None, state_size: int = 64, num_layers: int = 1,
+                 cell: str = "lstm"):
+        super().__init__()
+        if cell not in ("lstm", "relu", "tanh"):
+            raise ValueError(f"cell = {cell!r}; choose 'lstm', 'relu' or 'tanh'")
+        num_classes = vocab_size if num_classes is None else num_classes
+        self.vocab_size, self.num_classes, self.state_size = vocab_size, num_classes, state_size
+        if cell == "lstm":
+            self.rnn: nn.RNNBase = nn.LSTM(vocab_size, state_size, num_layers, batch_first=True)
+        else:
+            self.rnn = nn.RNN(vocab_size, state_size, num_layers, nonlinearity=cell, batch_first=True)
+        self.output_projection = nn.Linear(state_size, num_classes, bias=False)
+
+    def forward(self, input_ids: Tensor, state: RNNState | None = None, *, mask: Tensor | None = None,
+                seq_idx: Tensor | None = None) -> ModelOutput:
+        x = input_ids
+        if not x.is_floating_point():
+            x = F.one_hot(x.long(), self.vocab_size).to(self.output_projection.weight.dtype)  # (b l v)
+        if mask is None and seq_idx is None:
+            y, state = self._run(x, state)
+        else:
+            y, state = self._step_by_step(x, state, mask, seq_idx)
+        return ModelOutput(self.output_projection(y), state, {})
+
+    def _run(self, x: Tensor, state: RNNState | None) -> tuple[Tensor, RNNState]:
+        if state is None:
+            hidden = None
+        else:
+            hidden = tuple(s.transpose(0, 1).contiguous() for s in state if s is not None)  # (layers b n)
+            hidden = hidden if isinstance(self.rnn, nn.LSTM) else hidden[0]
+        y, hidden = self.rnn(x, hidden)
+        hidden = hidden if isinstance(hidden, tuple) else (hidden,)
+        return y, RNNState(*(s.transpose(0, 1) for s in hidden))
+
+    def _step_by_step(self, x: Tensor, state: RNNState | None, mask: Tensor | None, seq_idx: Tensor | None):
+        """torch's kernels know neither holes nor boundaries: one call per position, masked states kept."""
+        state = self.allocate_state(x.shape[0], x.device, x.dtype) if state is None else state
+        outputs = []
+        for t in range(x.shape[1]):
+            if seq_idx is not None and t > 0:
+                same = (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None]
+                state = RNNState(*(None if s is None else s * same for s in state))
+            y, after = self._run(x[:, t:t + 1], state)
+            if mask is not None:
+                real = mask[:, t, None, None]
+                after = RNNState(*(None if s is None else torch.where(real, s, old) for s, old in zip(after, state)))
+            state = after
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    def allocate_state(self, batch_size: int, device=None, dtype=None) -> RNNState:
+        """The state before the first token: zeros."""
+        dtype = torch.float32 if dtype is None else dtype
+        zeros = torch.zeros(batch_size, self.rnn.num_layers, self.state_size, device=device, dtype=dtype)
+        return RNNState(zeros, zeros.clone() if isinstance(self.rnn, nn.LSTM) else None)
+
+
+class _OfficialRNN(RNNModel):
+    """Official call: x (b l e) -> logits of the last step (b c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).logits[:, -1]
+
+
+def official_regular_rnn_baselines(state: dict[str, Tensor], *, output_size: int, input_size: int, state_size: int,
+                                   num_layers: int = 1, nonlinearity: str = "relu", embed_size: int | None = None,
+                                   bidirectional: bool = False):
+    """ElmanRNN and LSTM, told apart by the height of their gates."""
+    del embed_size  # accepted and ignored by the official models
+    if bidirectional:
+        raise ValueError("bidirectional=True cannot run in the official model either: its projection expects one direction")
+    lstm = state["rnn.weight_hh_l0"].shape[0] == 4 * state_size and state_size > 0
+    return _OfficialRNN(input_size, output_size, state_size, num_layers, "lstm" if lstm else nonlinearity), state
