@@ -72,6 +72,10 @@ class ImageBackbone(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A released (or our own) state dict under our names, position tables resized to this model's grid."""
+        return dict(state)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
@@ -166,7 +170,7 @@ class FourStage(ImageBackbone):
         """Layer decay: the stem, then every block (stage if coarse) in order, each with the way down behind it."""
         blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.downsample", (99,)),
                                                    (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^(patch_embed|pos_embed)", blocks=blocks)
+        return dict(stem=r"^(?:patch_embed|pos_embed)", blocks=blocks)
 
 
 class FeaturePyramid(nn.Module):

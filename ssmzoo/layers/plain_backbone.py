@@ -92,13 +92,16 @@ class PlainBackbone(ImageBackbone):
     def places(self, l: int) -> tuple[int, ...]:
         return token_places(self.layout, l - self.n_tokens, self.n_tokens)
 
-    def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+    def positions(self, table: Tensor, grid: tuple[int, int], built: tuple[int, int] | None = None) -> Tensor:
         """A position table (1 m+t d) with rows for the tokens at their places, resized bicubically to another grid."""
-        if tuple(grid) == self.grid:
+        built = built or self.grid
+        if tuple(grid) == built:
             return table
-        patches, tokens = split_tokens(table, self.places(table.shape[1]))
-        patches = resize_map(patches.unflatten(1, self.grid), grid).flatten(1, 2)
-        return insert_tokens(patches, tokens, token_places(self.layout, patches.shape[1], self.n_tokens))
+        tokens = table.shape[1] - built[0] * built[1]  # 0 where the tokens have a table of their own
+        layout = self.layout if tokens else "none"
+        patches, rows = split_tokens(table, token_places(layout, built[0] * built[1], tokens))
+        patches = resize_map(patches.unflatten(1, built), grid).flatten(1, 2)
+        return insert_tokens(patches, rows, token_places(layout, patches.shape[1], tokens))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image (b c y x) -> sequence (b l d) with tokens and positions, and the grid of its patches."""
@@ -111,6 +114,14 @@ class PlainBackbone(ImageBackbone):
     def class_tokens(self) -> Tensor:
         """(1 t d)"""
         return self.cls_token
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = dict(state)
+        table = state.get("pos_embed")
+        if table is not None and self.pos_embed is not None and table.shape[1] != self.pos_embed.shape[1]:
+            side = round((table.shape[1] - (self.pos_embed.shape[1] - self.grid[0] * self.grid[1])) ** 0.5)
+            state["pos_embed"] = self.positions(table, self.grid, built=(side, side))
+        return state
 
     def forward_features(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x)
@@ -169,5 +180,5 @@ class PlainBackbone(ImageBackbone):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer decay: the stem, then every block in order."""
-        return dict(stem=r"^(cls_token|pos_embed|patch_embed)",
-                    blocks=[(r"^layers\.(\d+)", None), (r"^(norm_f|neck|norm_neck)", (99999,))])
+        return dict(stem=r"^(?:cls_token|pos_embed|patch_embed)",
+                    blocks=[(r"^layers\.(\d+)", None), (r"^(?:norm_f|neck|norm_neck)", (99999,))])

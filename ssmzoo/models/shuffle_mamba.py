@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.patch_embed import resize_map
 from ssmzoo.layers.plain_backbone import insert_tokens, split_tokens, token_places
 from ssmzoo.models.vim import Vim, official_mixer_arguments, set_eps
 from ssmzoo.models.vmamba import init_linear
@@ -120,7 +119,7 @@ class ShuffleMambaReg(ShuffleMamba):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.patch_embed(x)
         grid = tuple(x.shape[1:3])
-        x = (x + resize_map(self.pos_embed.unflatten(1, self.grid), grid)).flatten(1, 2)
+        x = x.flatten(1, 2) + self.positions(self.pos_embed, grid)
         registers = self.cls_token + self.pos_embed_cls
         return insert_tokens(x, registers, token_places("spread", x.shape[1], self.n_tokens)), grid
 

@@ -199,6 +199,12 @@ class Vim(PlainBackbone):
         for layer in self.layers:
             scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
 
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = {key: value for key, value in state.items() if not key.startswith("rope.")}
+        if "cls_token_head" in state:
+            state["cls_token"] = torch.cat([state.pop("cls_token_head"), state.pop("cls_token_tail")], dim=1)
+        return super().from_official(state)
+
     def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None) -> Tensor:
         angles = rotary_angles(grid, self.embed_dim, self.rope_reference, x) if self.rope else None
         x = self.turn(x, angles)
@@ -277,10 +283,8 @@ def official_vim(state: dict[str, Tensor], **official_kwargs):
     """VisionMamba, or its mixer alone, by the keys present."""
     if "in_proj.weight" in state:
         return VimMixer(**official_mixer_arguments(**official_kwargs)), state
-    if "cls_token_head" in state:
-        state["cls_token"] = torch.cat([state.pop("cls_token_head"), state.pop("cls_token_tail")], dim=1)
-    state = {key: value for key, value in state.items() if not key.startswith("rope.")}
-    return set_eps(Vim(**official_arguments(**official_kwargs)), official_kwargs.get("norm_epsilon", 1e-5)), state
+    model = Vim(**official_arguments(**official_kwargs))
+    return set_eps(model, official_kwargs.get("norm_epsilon", 1e-5)), model.from_official(state)
 
 
 def set_eps(model: nn.Module, eps: float) -> nn.Module:

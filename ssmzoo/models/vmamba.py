@@ -40,14 +40,14 @@ class ConvStem(nn.Module):
         super().__init__()
         stride = patch_size // 2
         self.in_chans = in_chans
-        self.conv1 = nn.Conv2d(in_chans, embed_dim // 2, stride + 1, stride, padding=1)
+        self.proj = nn.Conv2d(in_chans, embed_dim // 2, stride + 1, stride, padding=1)
         self.norm1 = map_norm(norm, embed_dim // 2) if norm else nn.Identity()
         self.conv2 = nn.Conv2d(embed_dim // 2, embed_dim, stride + 1, stride, padding=1)
         self.norm2 = map_norm(norm, embed_dim) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_chans, 1, "VMamba")
-        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        x = F.gelu(self.norm1(self.proj(x).permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -154,10 +154,15 @@ class VMamba(FourStage):
         self.norm = map_norm(norm, dims[-1])
         self.init_stages(dims, patch_size, halves=downsample != "none")
         self.init_head(dims[-1], num_classes, global_pool, drop_rate)
-        self.first_conv = "patch_embed.conv1" if stem == "conv" else "patch_embed.proj"
         self.apply(init_linear)
         if pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = rename_official(state) if any(key.startswith("classifier.") for key in state) else dict(state)
+        if self.pos_embed is not None:
+            state["pos_embed"] = resize_map(state["pos_embed"], self.pos_embed.shape[1:3])
+        return state
 
     def stem(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -276,7 +281,7 @@ def official_vssm(patch_size: int = 4, in_chans: int = 3, num_classes: int = 100
         drop_path_rate=drop_path_rate)
 
 
-CONV_STEM = {"patch_embed.0.": "patch_embed.conv1.", "patch_embed.2.": "patch_embed.norm1.",
+CONV_STEM = {"patch_embed.0.": "patch_embed.proj.", "patch_embed.2.": "patch_embed.norm1.",
              "patch_embed.5.": "patch_embed.conv2.", "patch_embed.7.": "patch_embed.norm2."}
 RENAMED = {"patch_embed.0.": "patch_embed.proj.", "patch_embed.2.": "patch_embed.norm.", "classifier.": "",
            ".downsample.1.": ".downsample.conv.", ".downsample.3.": ".downsample.norm.", "conv2d.1.": "conv2d.",

@@ -1,0 +1,91 @@
+"""`import ssmzoo.timm` registers the zoo's image models with timm:
+
+>>> import timm, ssmzoo.timm
+>>> model = timm.create_model("spatial_mamba_tiny", num_classes=10, in_chans=1)
+>>> pyramid = timm.create_model("vmamba_tiny", features_only=True, out_indices=(1, 2, 3))
+
+Every published size in configs/model whose class is an image backbone appears under its name; there is no list to edit
+(the laptop sizes, which bring a task along, are left to `ssmzoo.create_model`).
+`pretrained_cfg_overlay=dict(file="released.pth")` with pretrained=True loads a released checkpoint (`from_official`).
+"""
+
+from __future__ import annotations
+
+from ssmzoo._torchvision import make_importable
+
+make_importable()  # timm imports torchvision
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from ssmzoo.layers.image_backbone import FourStage, ImageBackbone  # noqa: E402
+from ssmzoo.official import nearest  # noqa: E402
+from ssmzoo.zoo import config_dir, list_models, model_class, read_model_config  # noqa: E402
+
+IMAGENET = dict(num_classes=1000, crop_pct=0.875, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
+                std=(0.229, 0.224, 0.225))
+DEFAULT_SIZE = 224
+
+
+def arguments_of(name: str) -> tuple[type[nn.Module], dict]:
+    """Class and constructor arguments of a preset; what a data set would decide takes the constructor's default."""
+    node = {k: v for k, v in read_model_config(name)["model"].items() if not (isinstance(v, str) and v.startswith("${"))}
+    return model_class(node.pop("_target_")), node
+
+
+def describe(cls: type[ImageBackbone], arguments: dict) -> dict:
+    """timm's `default_cfg` of a preset."""
+    cfg = IMAGENET | dict(input_size=(3, DEFAULT_SIZE, DEFAULT_SIZE), classifier=cls.classifier)
+    if issubclass(cls, FourStage):
+        side = DEFAULT_SIZE
+        for _ in range(len(arguments["depths"]) + 1):
+            side = -(-side // 2)
+        return cfg | dict(pool_size=(side, side), first_conv=cls.first_conv)
+    return cfg | dict(pool_size=None, first_conv=cls.first_conv)
+
+
+def taps(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...]:
+    """Default out_indices: every stage, or the ends of four equal parts of a plain encoder (5, 11, 17, 23 of 24)."""
+    if issubclass(cls, FourStage):
+        return tuple(range(len(arguments["depths"])))
+    depth = arguments["depth"]
+    return tuple(sorted({depth * (i + 1) // 4 - 1 for i in range(4)} - {-1}))
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A released (or our own) state dict under our names; positions are resized to the model's grid."""
+    for key in ("model_ema", "model", "state_dict"):
+        state = state.get(key, state)
+    return model.from_official(state)
+
+
+def register(name: str) -> None:
+    """Make timm know the preset `name`."""
+    cls, arguments = arguments_of(name)
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        known = [*cls.__init__.__annotations__]
+        for key in kwargs:
+            if key not in known and key not in BUILDER:
+                raise TypeError(f"{name} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
+        features = dict(out_indices=taps(cls, arguments | kwargs), feature_cls="getter")
+        return build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+                                    feature_cfg=features, **(arguments | kwargs))
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f"{cls.__name__} with the preset {name!r} of ssmzoo."
+    globals()[name] = entrypoint
+    default_cfgs.update(generate_default_cfgs({name: describe(cls, arguments)}))
+    register_model(entrypoint)
+
+
+BUILDER = ("pretrained_cfg", "pretrained_cfg_overlay", "features_only", "out_indices", "feature_cls", "cache_dir",
+           "pretrained_strict", "output_fmt")  # read by timm's builder, not by our constructors
+default_cfgs: dict = {}
+__all__: list[str] = []
+
+for _name in list_models(task="classification"):
+    _home = "override /task" in (config_dir() / "model" / f"{_name}.yaml").read_text(encoding="utf-8")
+    if not _home and issubclass(arguments_of(_name)[0], ImageBackbone):
+        register(_name)
