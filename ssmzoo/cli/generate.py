@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import chain, islice
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
                    repetition_penalty=args.repetition_penalty, greedy=args.greedy, seed=args.seed)
     decoders, texts = [tokenizer.decoder() for _ in prompts], ["" for _ in prompts]
     out = _Out()
+    first = list(islice(steps, 1))  # errors come before any text
     out.write((_heading(0) if len(prompts) > 1 else "") + args.prompt[0])
-    for tokens in steps:
+    for tokens in chain(first, steps):
         for i, token in enumerate(tokens.tolist()):
             new = decoders[i].push([token]) if token != FINISHED else ""
             texts[i] += new
