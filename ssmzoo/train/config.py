@@ -44,6 +44,8 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.progress": "ssmzoo.train.progress.Progress",
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
+LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
+TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "compile", "grad_checkpointing", "model_name")
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 
 
@@ -74,6 +76,13 @@ def free_overrides(arguments: Sequence[str]) -> list[str]:
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError for a key that nothing takes or a value of the wrong type, before anything is built."""
+    for key in cfg:
+        if key not in TOP_LEVEL + FREE_ROOTS:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
+    for key, kind in (("seed", int), ("compile", bool), ("grad_checkpointing", bool)):
+        if not _fits(cfg.get(key, kind()), kind):
+            raise ConfigError(f"{key} is {cfg[key]!r} ({type(cfg[key]).__name__}); expected {kind.__name__}")
+    _check_logger(cfg.get("logger") or {"kind": "csv"})
     if str(cfg.model.get("_target_", "")):
         _check_node("model", cfg.model, model_class(cfg.model._target_), injected=())
     for node, injected in (("task", ("model", "optim")), ("data", ())):
@@ -92,6 +101,15 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"unknown key callbacks.{key}{nearest(key, known)}; known: {', '.join(sorted(known))}")
     if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
         raise ConfigError(f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)")
+
+
+def _check_logger(logger) -> None:
+    kind = logger.get("kind", "csv")
+    if kind not in LOGGER_KEYS:
+        raise ConfigError(f"logger.kind is {kind!r}; choose one of {', '.join(LOGGER_KEYS)}")
+    for key in logger:
+        if key != "kind" and key not in LOGGER_KEYS[kind]:
+            raise ConfigError(f"unknown key logger.{key}; logger={kind} takes {', '.join(LOGGER_KEYS[kind]) or 'no options'}")
 
 
 def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
