@@ -38,7 +38,7 @@ def pixel_shuffle_stack(scale: int, width: int) -> nn.Sequential:
 def check_head(upsampler: str, upscale: int, heads: tuple[str, ...]) -> None:
     """ValueError unless this head exists and can enlarge by `upscale`."""
     if upsampler not in heads:
-        raise ValueError(f"upsampler is {upsampler!r}; expected one of {', '.join(map(repr, heads))}")
+        raise ValueError(f"upsampler is {upsampler!r}; expected 'auto' or one of {', '.join(map(repr, heads))}")
     if upscale < 1 or int(upscale) != upscale:
         raise ValueError(f"upscale is {upscale}; it must be a positive whole number")
     if upsampler == "" and upscale != 1:
@@ -55,7 +55,7 @@ class RestorationNet(nn.Module):
 
     upscale          s: 1 for denoising and JPEG removal, otherwise 2, 3, 4, 8, ...
     upsampler        '' adds a residual image; 'pixelshuffle' the classic head, 'pixelshuffledirect' the light one,
-                     'nearest+conv' for real-world x4
+                     'nearest+conv' for real-world x4; 'auto' is '' for upscale 1 and 'pixelshuffledirect' otherwise
     img_range        1, or 255 to work on the scale of 8-bit levels inside
     resi_connection  '1conv' or '3conv', see `residual_conv`
     Raises ValueError for a head and scale that do not go together.
@@ -64,7 +64,8 @@ class RestorationNet(nn.Module):
     def __init__(self, upscale: int, in_chans: int, embed_dim: int, img_range: float, upsampler: str,
                  resi_connection: str):
         super().__init__()
-        self.upscale, self.in_chans, self.img_range, self.upsampler = upscale, in_chans, img_range, upsampler or ""
+        self.upscale, self.in_chans, self.img_range = upscale, in_chans, img_range
+        self.upsampler = ("" if upscale == 1 else "pixelshuffledirect") if upsampler == "auto" else upsampler
         check_head(self.upsampler, upscale, HEADS)
         mean = torch.tensor(RGB_MEAN) if in_chans == 3 else torch.zeros(1)
         self.register_buffer("mean", mean.view(1, -1, 1, 1), persistent=False)

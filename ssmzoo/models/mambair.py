@@ -18,16 +18,13 @@ Letters: b batch, y x rows and columns, l = y*x, d width C, e inner width, n sta
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
-from ssmzoo.ops import selective_scan_fn
-from ssmzoo.ops.cross_scan import cross_merge, cross_scan
+from ssmzoo.layers.ss2d import SS2D
 
 INIT_ONLY = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # official arguments a checkpoint overrides
 
@@ -65,68 +62,6 @@ class CAB(nn.Module):
         return self.cab(x)
 
 
-class SS2D(nn.Module):
-    """Gated four-direction selective scan, channels last (b y x d) to the same.
-
-    [u, z] = split(W_in x);  u = SiLU(depthwise conv(u));  for each direction: [dt, B, C] = Wx_k u, delta =
-    softplus(Wdt_k dt + bias_k), y_k = scan(u, delta, -exp(A_log_k), B, C, D_k) in float32;
-    out = W_out (LayerNorm(sum_k y_k) * SiLU(z)).
-
-    d_model, d_state, d_conv  width C, state size n, taps of the depthwise convolution
-    expand                    inner width e = int(expand * C); may be fractional
-    dt_rank                   r, or None for ceil(C / 16)
-    conv_bias, bias           of the convolution; of the two projections
-    """
-
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2.0,
-                 dt_rank: int | None = None, dropout: float = 0.0, conv_bias: bool = True, bias: bool = False):
-        super().__init__()
-        e, r = int(expand * d_model), dt_rank or math.ceil(d_model / 16)
-        self.d_inner, self.d_state, self.dt_rank = e, d_state, r
-        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
-        self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, r + 2 * d_state, e))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, e, r))
-        self.dt_projs_bias = nn.Parameter(torch.empty(4, e))
-        self.A_logs = nn.Parameter(torch.empty(4 * e, d_state))
-        self.Ds = nn.Parameter(torch.empty(4 * e))
-        self.out_norm = nn.LayerNorm(e)
-        self.out_proj = nn.Linear(e, d_model, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-        reset_scan_parameters(self)
-
-    def scan(self, u: Tensor) -> Tensor:
-        """u (b e y x) to the sum over directions, (b e y x) in float32."""
-        xs = cross_scan(u)  # (b k e l)
-        x_dbl = torch.einsum("bkel,kce->bkcl", xs, self.x_proj_weight)
-        dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = torch.einsum("bkrl,ker->bkel", dt, self.dt_projs_weight)
-        y = selective_scan_fn(xs.flatten(1, 2).float(), delta.flatten(1, 2).float(), -torch.exp(self.A_logs.float()),
-                              B.float(), C.float(), self.Ds.float(), delta_bias=self.dt_projs_bias.float().flatten(),
-                              delta_softplus=True)  # (b ke l)
-        return cross_merge(y.unflatten(1, (4, self.d_inner)).unflatten(-1, u.shape[-2:])).unflatten(-1, u.shape[-2:])
-
-    def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2).contiguous()))
-        y = self.out_norm(self.scan(u).permute(0, 2, 3, 1)).to(z.dtype)
-        return self.dropout(self.out_proj(y * F.silu(z)))
-
-
-def reset_scan_parameters(scan: nn.Module) -> None:
-    """x_proj as nn.Linear, dt weight uniform +-r^-0.5, dt bias so that softplus gives 1e-3 .. 0.1, A = -(1..n), D = 1.
-
-    Works on any module with `x_proj_weight (k r+2n e)`, `dt_projs_weight`, `dt_projs_bias`, `A_logs`, `Ds`.
-    """
-    with torch.no_grad():
-        e, r = scan.dt_projs_weight.shape[1:]
-        scan.x_proj_weight.uniform_(-(e**-0.5), e**-0.5)
-        scan.dt_projs_weight.uniform_(-(r**-0.5), r**-0.5)
-        scan.Ds.fill_(1.0)
-    dt_bias_(scan.dt_projs_bias)
-    A_log_s4d_real_(scan.A_logs)
-
-
 class RSSB(nn.Module):
     """Residual state-space block on a map (b y x d); parameter names of the released `VSSBlock`."""
 
@@ -134,23 +69,15 @@ class RSSB(nn.Module):
                  squeeze_factor: int = 30):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attention = SS2D(dim, d_state, expand=expand)
+        self.self_attention = SS2D(dim, d_state, ssm_ratio=expand)
         self.conv_blk = CAB(dim, light, squeeze_factor)
         self.skip_scale, self.skip_scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
-        self.drop_path = drop_path
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = x * self.skip_scale + drop_samples(self.self_attention(self.ln_1(x)), self.drop_path, self.training)
+        z = x * self.skip_scale + self.drop_path(self.self_attention(self.ln_1(x)))
         local = self.conv_blk(self.ln_2(z).permute(0, 3, 1, 2).contiguous())
         return z * self.skip_scale2 + local.permute(0, 2, 3, 1)
-
-
-def drop_samples(x: Tensor, p: float, training: bool) -> Tensor:
-    """Stochastic depth: zero a whole sample of the branch with probability p, scale the others by 1 / (1 - p)."""
-    if p == 0.0 or not training:
-        return x
-    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= p
-    return x * keep.to(x.dtype) / (1 - p)
 
 
 class ResidualGroup(nn.Module):
@@ -169,9 +96,9 @@ class ResidualGroup(nn.Module):
 
 
 class MambaIR(RestorationNet):
-    """Images (b c y x) in [0, 1] to restored images (b c s*y s*x). The defaults are the classic x2 model.
+    """Images (b c y x) in [0, 1] to restored images (b c s*y s*x). The defaults are the classic model's body.
 
-    upscale, upsampler   scale s and reconstruction head, see `RestorationNet`; ('' and 1) for denoising and JPEG
+    upscale, upsampler   scale s and reconstruction head, see `RestorationNet`
     in_chans             3 (colour) or 1 (grey)
     embed_dim, depths    width C (at least squeeze_factor) and blocks per residual group
     d_state, mlp_ratio   state size and expansion of the scan
@@ -179,7 +106,7 @@ class MambaIR(RestorationNet):
     squeeze_factor       of the channel attention; 30 in every published model
     """
 
-    def __init__(self, upscale: int = 2, upsampler: str = "pixelshuffle", in_chans: int = 3, embed_dim: int = 180,
+    def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 180,
                  depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, mlp_ratio: float = 2.0,
                  drop_rate: float = 0.0, drop_path_rate: float = 0.1, patch_norm: bool = True, img_range: float = 1.0,
                  resi_connection: str = "1conv", squeeze_factor: int = 30):
@@ -187,7 +114,7 @@ class MambaIR(RestorationNet):
             raise ValueError("upsampler is 'nearest+conv', which MambaIR lacks; use 'pixelshuffle' or MambaIRv2")
         super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection)
         light = self.upsampler == "pixelshuffledirect"
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)} if patch_norm else {})
         self.pos_drop = nn.Dropout(drop_rate)
         block = functools.partial(RSSB, embed_dim, d_state, mlp_ratio, light=light, squeeze_factor=squeeze_factor)
@@ -225,10 +152,7 @@ def official_mambair(state: dict[str, Tensor], **official_kwargs):
 
     kwargs = dict(official_kwargs)
     if "x_proj_weight" in state:
-        kwargs = {k: v for k, v in kwargs.items() if k not in INIT_ONLY}
-        if kwargs.get("dt_rank") == "auto":
-            kwargs.pop("dt_rank")
-        return SS2D(**kwargs), state
+        return official_ss2d(**{k: v for k, v in kwargs.items() if k not in INIT_ONLY}), state
     if "patch_embed.proj.weight" in state:
         return build_official_unet(state, squeeze_factor=squeeze_of(state), **kwargs), state
     for key in ("img_size", "patch_size", "use_checkpoint", "norm_layer"):
@@ -240,6 +164,17 @@ def official_mambair(state: dict[str, Tensor], **official_kwargs):
     if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
         kwargs |= {"upsampler": "", "upscale": 1}
     return MambaIR(**kwargs, squeeze_factor=squeeze_of(state)), state
+
+
+def official_ss2d(d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2.0, dt_rank: int | str = "auto",
+                  dropout: float = 0.0, conv_bias: bool = True, bias: bool = False) -> SS2D:
+    """The released `SS2D` mixer, (b y x d) to the same."""
+    mixer = SS2D(d_model, d_state, expand, dt_rank, d_conv, conv_bias, dropout=dropout)
+    if bias:
+        for name in ("in_proj", "out_proj"):
+            old = getattr(mixer, name)
+            setattr(mixer, name, nn.Linear(old.in_features, old.out_features))
+    return mixer
 
 
 def official_block(state: dict[str, Tensor], hidden_dim: int, d_state: int = 16, expand: float = 2.0,

@@ -78,6 +78,9 @@ class MambaIRUNet(nn.Module):
         self.decoder_level3, self.decoder_level2 = stack(n3, 4 * dim, 2), stack(n2, 2 * dim, 1)
         self.decoder_level1, self.refinement = stack(n1, 2 * dim, 1), stack(num_refinement_blocks, 2 * dim, 1)
         self.output = nn.Conv2d(2 * dim, out_channels, 3, padding=1, bias=bias)
+        for linear in self.modules():  # the released U-Net keeps PyTorch's initial values
+            if isinstance(linear, nn.Linear):
+                linear.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
+from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.layers.window_attention import WindowAttention, relative_position_index, shifted_window_attention
-from ssmzoo.models.mambair import reset_scan_parameters
 from ssmzoo.ops import selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")
@@ -43,7 +43,7 @@ class SelectiveScan(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(1, d_inner))
         self.A_logs = nn.Parameter(torch.empty(d_inner, d_state))
         self.Ds = nn.Parameter(torch.empty(d_inner))
-        reset_scan_parameters(self)
+        init_directional_(self)
 
     def forward(self, u: Tensor, prompt: Tensor) -> Tensor:
         dt, B, C = F.linear(u, self.x_proj_weight[0]).split(self.split, dim=-1)
@@ -207,7 +207,7 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
 
 
 class MambaIRv2(RestorationNet):
-    """Images (b c y x) in [0, 1] to restored images (b c s*y s*x), any size. The defaults are the Base x2 model.
+    """Images (b c y x) in [0, 1] to restored images (b c s*y s*x), any size. The defaults are the Base model's body.
 
     upscale, upsampler         scale s and reconstruction head, see `RestorationNet`
     embed_dim, depths          width C and layers per residual group
@@ -221,7 +221,7 @@ class MambaIRv2(RestorationNet):
     routing                    'gumbel': classes sampled, also at test time, as released; 'argmax': the likeliest
     """
 
-    def __init__(self, upscale: int = 2, upsampler: str = "pixelshuffle", in_chans: int = 3, embed_dim: int = 174,
+    def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 174,
                  depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, num_heads: int | tuple[int, ...] = 6,
                  window_size: int = 16, inner_rank: int = 64, num_tokens: int = 128, convffn_kernel_size: int = 5,
                  mlp_ratio: float = 2.0, qkv_bias: bool = True, patch_norm: bool = True, img_range: float = 1.0,

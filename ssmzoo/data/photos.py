@@ -1,0 +1,184 @@
+"""Photographs for restoration: degraded and clean pairs, made on the fly or read from paired folders."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+
+from ssmzoo.data.image_file import find_pictures, read_picture
+from ssmzoo.data.loader import ResumableLoader
+from ssmzoo.data.photo_patches import Degradation, Patches, Photo, WholePictures
+
+DEGRADATIONS = ("bicubic", "noise", "jpeg", "paired")
+EMBEDDED_TRAIN = ("astronaut", "rocket", "motorcycle_left", "motorcycle_right", "hubble", "retina", "ihc", "china")
+EMBEDDED_VAL = ("chelsea", "coffee", "flower")
+
+
+def embedded_photo(name: str) -> np.ndarray:
+    """(y x 3) uint8: a colour photograph that ships with scikit-image or scikit-learn."""
+    try:
+        from skimage import data as skimage_data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise ValueError(f"the embedded photographs need scikit-image and scikit-learn ({error.name} is missing): "
+                         f"pip install 'ssmzoo[vision]', or give data.path=<folder of pictures>") from None
+    if name in ("china", "flower"):
+        return load_sample_image(f"{name}.jpg")
+    if name.startswith("motorcycle"):
+        return skimage_data.stereo_motorcycle()[name.endswith("right")]
+    names = {"hubble": "hubble_deep_field", "ihc": "immunohistochemistry"}
+    return getattr(skimage_data, names.get(name, name))()
+
+
+def read_levels(path: Path) -> np.ndarray:
+    """(y x c) uint8 of a file; 16-bit pictures are rounded, transparency is left out."""
+    picture = read_picture(path)
+    return picture.levels if picture.top == 255 else np.round(picture.levels / 257).astype(np.uint8)
+
+
+def folder_photos(folder: str, degraded: str | None = None) -> list[Photo]:
+    """The pictures of a folder, each with the file of the same name under `degraded` (any suffix) if that is given."""
+    clean = _by_name(folder)
+    if degraded is None:
+        return [Photo(name, lambda f=f: read_levels(f)) for name, f in clean.items()]
+    partners = _by_name(degraded)
+    missing = [name for name in clean if name not in partners]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the same name in "
+                         f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    return [Photo(n, lambda f=f: read_levels(f), lambda f=partners[n]: read_levels(f)) for n, f in clean.items()]
+
+
+def _by_name(folder: str) -> dict[str, Path]:
+    """{path below the folder without suffix: file}"""
+    return {f.relative_to(Path(folder).expanduser()).with_suffix("").as_posix(): f for f in find_pictures(folder)}
+
+
+def hold_out(photos: list[Photo], count: int) -> tuple[list[Photo], list[Photo]]:
+    """(training, held out): the `count` photos whose names hash lowest stay out, whatever else is in the folder."""
+    if count >= len(photos):
+        raise ValueError(f"{len(photos)} pictures leave none to train on when data.holdout = {count} are held out; "
+                         f"give more pictures, or data.val_path=<another folder>")
+    order = sorted(photos, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
+    out = {p.name for p in order[:count]}
+    return [p for p in photos if p.name not in out], [p for p in photos if p.name in out]
+
+
+def _range(name: str, value, low: float, high: float) -> tuple:
+    """A number or [from, to] as a pair."""
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
+        raise ValueError(f"data.{name} = {value}; give a number or [from, to] between {low} and {high}")
+    return pair
+
+
+def _check_folders(paired: bool, path, degraded_path, val_path, val_degraded_path) -> None:
+    if not paired and (degraded_path or val_degraded_path):
+        raise ValueError("data.degraded_path needs data.degradation=paired")
+    if paired and not (path and degraded_path) and not (val_path and val_degraded_path):
+        raise ValueError("data.degradation=paired needs data.path=<clean folder> and data.degraded_path=<the other>")
+    if paired and (val_path is None) != (val_degraded_path is None):
+        raise ValueError("give both data.val_path and data.val_degraded_path, or neither")
+
+
+class PhotoData(LightningDataModule):
+    """Pairs of degraded and clean pictures in [0, 1]; by default the photographs of scikit-image and scikit-learn.
+
+    path            folder of clean pictures to train on, any depth (DIV2K layout); None: the embedded photographs
+    val_path        folder to validate on; None: `holdout` pictures of `path`, chosen by the hash of their names
+    degraded_path, val_degraded_path   for degradation=paired: the partners, files of the same name
+    degradation     bicubic (MATLAB's, by `scale`), noise (Gaussian), jpeg, paired
+    scale           clean side over degraded side; None: 2 for bicubic, otherwise 1
+    sigma           noise in 8-bit levels, or [from, to] for blind training (evaluated at `from`)
+    quality         JPEG quality, or [from, to]
+    grey            one channel
+    patch_size      side of a training crop of the clean picture;  batch_size  crops per step and process
+    repeats         passes over all pictures per epoch
+    val_crop        validate on the central so many pixels; None: on whole pictures
+    augment         flips and transposes
+
+    A batch is {"lq" (b c y/s x/s), "gt" (b c y x)}; validation gives one picture at a time, with its "name".
+
+    Raises ValueError for arguments out of range, folders that are missing or empty, pairs that do not fit, and pictures
+    smaller than a crop.
+    """
+
+    def __init__(self, path: str | None = None, val_path: str | None = None, degraded_path: str | None = None,
+                 val_degraded_path: str | None = None, degradation: str = "bicubic", scale: int | None = None,
+                 sigma: float | list[float] = 25.0, quality: int | list[int] = 40, grey: bool = False,
+                 patch_size: int = 64, batch_size: int = 8, repeats: int = 100, val_crop: int | None = 256,
+                 holdout: int = 3, augment: bool = True, seed: int = 0, num_workers: int = 0):
+        super().__init__()
+        if degradation not in DEGRADATIONS:
+            raise ValueError(f"data.degradation = '{degradation}'; choose one of {', '.join(DEGRADATIONS)}")
+        scale = (2 if degradation == "bicubic" else 1) if scale is None else scale
+        if scale < (2 if degradation == "bicubic" else 1) or (scale > 1 and degradation in ("noise", "jpeg")):
+            raise ValueError(f"data.scale = {scale} does not go with data.degradation = {degradation}; noise and JPEG "
+                             f"keep the size (1), bicubic takes 2 or more")
+        if patch_size < scale or patch_size % scale:
+            raise ValueError(f"data.patch_size = {patch_size} is not a multiple of data.scale = {scale}")
+        _check_folders(degradation == "paired", path, degraded_path, val_path, val_degraded_path)
+        for name, value in (("holdout", holdout), ("repeats", repeats), ("val_crop", val_crop)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} = {value}; it must be at least 1")
+        self.degradation = Degradation(degradation, scale, _range("sigma", sigma, 0, 255),
+                                       _range("quality", quality, 1, 100))
+        self.path, self.val_path, self.grey, self.holdout = path, val_path, grey, holdout
+        self.degraded_path, self.val_degraded_path = degraded_path, val_degraded_path
+        self.patch_size, self.batch_size, self.repeats, self.val_crop = patch_size, batch_size, repeats, val_crop
+        self.augment, self.seed, self.num_workers = augment, seed, num_workers
+        self._splits: tuple[list[Photo], list[Photo]] | None = None
+
+    @classmethod
+    def for_evaluation(cls, saved: dict, typed: dict) -> dict:
+        """Arguments of an evaluation: a folder typed as `path` is evaluated whole, nothing of it is held out."""
+        if "path" in typed and "val_path" not in typed:
+            renamed = {"path": "val_path", "degraded_path": "val_degraded_path"}
+            typed = {renamed.get(k, k): v for k, v in typed.items()}
+        return saved | typed
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"upscale": self.degradation.scale, "in_chans": 1 if self.grey else 3}
+
+    def setup(self, stage: str | None = None) -> None:
+        self.splits()
+
+    def splits(self) -> tuple[list[Photo], list[Photo]]:
+        """(training, held-out) photos."""
+        if self._splits is None:
+            if self.path is None:
+                train, val = ([Photo(n, lambda n=n: embedded_photo(n)) for n in names]
+                              for names in (EMBEDDED_TRAIN, EMBEDDED_VAL))
+            else:
+                train, val = folder_photos(self.path, self.degraded_path), []
+            if self.val_path is not None:
+                val = folder_photos(self.val_path, self.val_degraded_path)
+            elif not val:
+                train, val = hold_out(train, self.holdout)
+            self._splits = train, val
+        return self._splits
+
+    def train_dataloader(self) -> ResumableLoader:
+        patches = Patches(self.splits()[0], self.degradation, self.grey, self.patch_size, self.repeats, self.augment)
+        return self._loader(patches, self.batch_size, train=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(WholePictures(self.splits()[1], self.degradation, self.grey, self.val_crop), 1, train=False)
+
+    def _loader(self, dataset, batch_size: int, train: bool) -> ResumableLoader:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return ResumableLoader(dataset, batch_size, shuffle=train, drop_last=train, seed=self.seed,
+                               num_workers=self.num_workers if train else 0, rank=rank, world_size=world)
+
+    def describe(self) -> dict:
+        """What the run was trained and validated on, for manifests."""
+        train, val = self.splits()
+        names = hashlib.sha256("\n".join(p.name for p in train + val).encode()).hexdigest()
+        d = self.degradation
+        return {"train_pictures": len(train), "val_pictures": [p.name for p in val][:20], "names_sha256": names,
+                "degradation": d.kind, "scale": d.scale, "sigma": list(d.sigma), "quality": list(d.quality)}
