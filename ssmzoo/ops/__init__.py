@@ -5,6 +5,7 @@ from ssmzoo.ops.cross_scan import cross_merge, cross_scan
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401  (registers itself)
+from ssmzoo.ops.native import ssd as _native_ssd  # noqa: F401  (registers itself)
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.state_fusion import state_fusion

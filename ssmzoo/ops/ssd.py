@@ -125,7 +125,7 @@ def mamba_chunk_scan_combined(
     dt         (b l h)    time step; positive (in tokens) after dt_softplus and dt_limit, clamped in this order
     A          (h)        real and negative, fp32; decay per unit of time
     B, C       (b l g n)  head i uses group i // (h/g)
-    chunk_size            an upper bound for the chunk length; any l is accepted and the result does not depend on it
+    chunk_size            kept for compatibility: an upper bound that backends may go below; any l is accepted
     D, dt_bias            (h) or (h p) skip weight; (h) bias added before the softplus
     initial_states        (b h p n) fp32 state before the first position, zero when missing
     seq_idx    (b l) int  where it changes from t-1 to t, the state is set to 0 before t
@@ -133,13 +133,14 @@ def mamba_chunk_scan_combined(
 
     Raises ValueError naming the argument, its shape and the one expected.
     """
-    return _around(ssd_scan.reference, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus,
-                   dt_limit, return_final_states)
+    scan = functools.partial(_with_skip, ssd_scan.reference)
+    return around_scan(scan, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
+                       return_final_states)
 
 
-def _around(scan, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-            dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
-    """Time step, skip and gate around a bare scan."""
+def around_scan(scan, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
+                dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+    """Time steps before and gate after scan(x, dt, a = dt A, B, C, D (h p), initial_states, seq_idx, chunk_size)."""
     dtype = compute_dtype(x, dt, A, B, C)
     dt = dt.to(dtype)
     if dt_bias is not None:
@@ -148,14 +149,21 @@ def _around(scan, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, 
         dt = F.softplus(dt)
     if dt_limit[0] > 0 or dt_limit[1] < math.inf:
         dt = dt.clamp(dt_limit[0], dt_limit[1])
-    x32 = x.to(dtype)
-    y, state = scan(x32 * dt.unsqueeze(-1), dt * A.to(dtype), B, C, initial_states, seq_idx, chunk_size)
-    if D is not None:
-        y = y + x32 * (D if D.ndim == 2 else D.unsqueeze(-1)).to(dtype)
+    if D is not None and D.ndim == 1:
+        D = D.unsqueeze(-1).expand(x.shape[2:])
+    out_dtype = x.dtype
+    x = x if z is None else x.to(dtype)  # rounds once, after the gate
+    y, state = scan(x, dt, dt * A.to(dtype), B, C, D, initial_states, seq_idx, chunk_size)
     if z is not None:
-        y = y * F.silu(z.to(dtype))
-    y = y.to(x.dtype)
+        y = (y * F.silu(z.to(dtype))).to(out_dtype)
     return (y, state) if return_final_states else y
+
+
+def _with_skip(scan, x, dt, a, B, C, D, initial_states, seq_idx, chunk_size):
+    """A bare scan of dt x, plus D x."""
+    dtype = compute_dtype(x, a, B, C)
+    y, state = scan(x.to(dtype) * dt.unsqueeze(-1), a, B, C, initial_states, seq_idx, chunk_size)
+    return (y if D is None else y + x.to(dtype) * D.to(dtype)).to(x.dtype), state
 
 
 def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int,
@@ -277,4 +285,5 @@ def _decays(a, documents):
     return pairs.masked_fill(~keep, -math.inf).exp(), start.exp(), end.exp(), whole.exp()
 
 
-mamba_chunk_scan_combined.register("torch")(functools.partial(_around, ssd_scan_torch))
+mamba_chunk_scan_combined.register("torch")(
+    functools.partial(around_scan, functools.partial(_with_skip, ssd_scan_torch)))
