@@ -75,6 +75,15 @@ class Checkpointer(L.Callback):
             self.index |= read_json(self.folder / INDEX)
         self._saved_step, self._saved_time, self._retry = -1, time.monotonic(), False
 
+    def on_save_checkpoint(self, trainer, task, checkpoint) -> None:
+        """Lightning logs a step after this point: its metrics go along, or a killed run would miss one row."""
+        checkpoint["step_metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+
+    def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
+        step, metrics = checkpoint["global_step"] - 1, checkpoint.get("step_metrics")
+        if metrics and (step + 1) % trainer.log_every_n_steps == 0:
+            trainer.loggers[0].complete(step, metrics)
+
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         if step == self._saved_step or trainer.fit_loop._should_accumulate():
@@ -131,9 +140,7 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpointer: Checkpointer):
         self.checkpointer, self.received, self._old = checkpointer, None, {}
 
-    def setup(self, trainer, task, stage: str) -> None:
-        if stage != "fit":
-            return
+    def on_train_start(self, trainer, task) -> None:  # after Lightning has put its own handlers, which end with status 0
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is not None:

@@ -57,6 +57,12 @@ class CSVFile(Logger):
             self._rows, self._written = kept, 0
 
     @rank_zero_only
+    def complete(self, step: int, metrics: dict[str, float]) -> None:
+        """Log a step unless it is there already."""
+        if not any(row["step"] == step and set(metrics) & set(row) for row in self._rows[-3:]):
+            self.log_metrics(metrics, step)
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = int(step or 0)
         if not self._rows or self._rows[-1]["step"] != step or self._written == len(self._rows):
