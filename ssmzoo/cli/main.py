@@ -62,3 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"error: {type(error).__name__}: {error} (--traceback shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
