@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
-from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update
+from ssmzoo.ops import causal_conv1d_fn, mamba_step, selective_scan_fn
 
 CLOSED = -1e4  # before the softplus: dt = 0 exactly, so that a padding slot neither decays nor feeds the state
 
@@ -83,6 +83,10 @@ class Mamba(nn.Module):
                 seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
+        if is_step(x, state, mask, seq_idx) and type(self.in_proj) is type(self.out_proj) is nn.Linear:
+            y, state = self._step(x[:, 0], state, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight,
+                                  self.out_proj.bias)
+            return y[:, None], state
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = self.mix(x, z, state, mask, seq_idx)
         return self.out_proj(y), state
@@ -91,7 +95,8 @@ class Mamba(nn.Module):
             seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
         """What stands between the projections. x, z (b l e) -> y (b l e), gated, zero in padding slots; state."""
         if is_step(x, state, padding, seq_idx):
-            return self._mix_one(x, z, state)
+            y, state = self._step(torch.cat([x, z], dim=-1)[:, 0], state)
+            return y[:, None], state
         x = x.transpose(1, 2)  # (b e l)
         past, h = state if state is not None else (None, None)
         window = conv_window(x, past, self.d_conv, padding, seq_idx)
@@ -112,12 +117,8 @@ class Mamba(nn.Module):
         """(e n) negative, fp32: in half precision slow decays would round to none."""
         return -torch.exp(fp32(self.A_log))
 
-    def _mix_one(self, x: Tensor, z: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """`mix` for one token: the recurrence itself. x, z (b 1 e)"""
-        conv, h = state.conv.clone(), state.ssm.clone()  # the caller keeps the state it passed in
-        x = causal_conv1d_update(x[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)
-        y = selective_state_update(h, x, dt, self.A, B, C, fp32(self.D), z=z[:, 0],
-                                   dt_bias=fp32(self.dt_proj.bias), dt_softplus=True)
-        return y[:, None], MambaState(conv, h)
+    def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
+        """One token (b d), or (b 2e) when called without the projections' weights and biases."""
+        out, conv, h = mamba_step(u, *state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight,
+                                  self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, *projections)
+        return out, MambaState(conv, h)
