@@ -30,7 +30,7 @@ def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
         return None, "", f"SSMZOO_NATIVE={wanted!r}, expected one of {', '.join(LEVELS)} or off"
     found = {level: path for level in LEVELS if (path := Path(__file__).parent / f"_kernels.{level}.so").exists()}
     try:
-        for level, path in reversed(found.items()):  # the lowest runs everywhere and knows what the machine supports
+        for path in reversed(found.values()):  # the lowest runs everywhere and knows what the machine supports
             runs_here = ctypes.CDLL(str(path)).ssmzoo_cpu_runs
             break
         for level, path in found.items():

@@ -81,3 +81,37 @@ void store_tile(const float *tile, int64_t ld, char *target, int64_t dtype, int6
         else for (int lane = 0; lane < lanes; lane++) put(to, dtype, lane * lane_stride, tile[s * ld + lane]);
     }
 }
+
+void load_tiles(float *tiles, int64_t gap, const char *source, int64_t dtype, int64_t lane_stride, int64_t step_stride,
+                int64_t lanes, int64_t steps) {
+    int64_t size = item_size(dtype), done = 0;
+    if (lane_stride == 1 && dtype == F32) {
+        done = lanes / VL;
+        for (int64_t s = 0; s < steps; s++) {
+            const float *row = (const float *)source + s * step_stride;
+            for (int64_t k = 0; k < done; k++) v_store(tiles + k * gap + s * VL, v_load(row + k * VL));
+        }
+    }
+    for (int64_t k = done; k * VL < lanes; k++) {
+        int64_t left = lanes - k * VL;
+        load_tile(tiles + k * gap, VL, source + size * k * VL * lane_stride, dtype, lane_stride, step_stride,
+                  (int)(left < VL ? left : VL), steps);
+    }
+}
+
+void store_tiles(const float *tiles, int64_t gap, char *target, int64_t dtype, int64_t lane_stride, int64_t step_stride,
+                 int64_t lanes, int64_t steps) {
+    int64_t size = item_size(dtype), done = 0;
+    if (lane_stride == 1 && dtype == F32) {
+        done = lanes / VL;
+        for (int64_t s = 0; s < steps; s++) {
+            float *row = (float *)target + s * step_stride;
+            for (int64_t k = 0; k < done; k++) v_store(row + k * VL, v_load(tiles + k * gap + s * VL));
+        }
+    }
+    for (int64_t k = done; k * VL < lanes; k++) {
+        int64_t left = lanes - k * VL;
+        store_tile(tiles + k * gap, VL, target + size * k * VL * lane_stride, dtype, lane_stride, step_stride,
+                   (int)(left < VL ? left : VL), steps);
+    }
+}

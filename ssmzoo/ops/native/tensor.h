@@ -62,3 +62,9 @@ void load_tile(float *tile, int64_t ld, const char *source, int64_t dtype, int64
 // The other way round; only the first `lanes` lanes are written.
 void store_tile(const float *tile, int64_t ld, char *target, int64_t dtype, int64_t lane_stride, int64_t step_stride,
                 int lanes, int64_t steps);
+// Neighbouring tiles, `gap` floats apart, that hold `lanes` lanes together. When lanes are contiguous in memory, rows are
+// passed over from end to end: one tile at a time would fetch single cache lines of many pages.
+void load_tiles(float *tiles, int64_t gap, const char *source, int64_t dtype, int64_t lane_stride, int64_t step_stride,
+                int64_t lanes, int64_t steps);
+void store_tiles(const float *tiles, int64_t gap, char *target, int64_t dtype, int64_t lane_stride, int64_t step_stride,
+                 int64_t lanes, int64_t steps);
