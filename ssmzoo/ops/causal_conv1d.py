@@ -67,7 +67,10 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
         y = y + term
     y = y if bias is None else y + bias.to(dtype)[:, None]
     out = (y if activation is None else F.silu(y)).to(x.dtype)
-    return _with_final_states(out, padded, segment, taps, return_final_states, final_states_out)
+    if not return_final_states:
+        return out
+    states = last_inputs(x, seq_idx, initial_states, taps - 1)
+    return out, states if final_states_out is None else final_states_out.copy_(states)
 
 
 def _with_past(x: Tensor, initial_states: Tensor | None, taps: int) -> Tensor:
@@ -76,14 +79,16 @@ def _with_past(x: Tensor, initial_states: Tensor | None, taps: int) -> Tensor:
     return torch.cat([past, x], dim=2)
 
 
-def _with_final_states(out, padded, segment, taps, return_final_states, final_states_out):
-    if not return_final_states:
-        return out
-    states = padded[..., padded.shape[2] - taps + 1 :]
-    if segment is not None and segment.shape[2] > 0:
-        states = torch.where(segment[..., segment.shape[2] - taps + 1 :] == segment[..., -1:], states,
-                             torch.zeros_like(states))
-    return out, (states.clone() if final_states_out is None else final_states_out.copy_(states))
+def last_inputs(x: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None, count: int) -> Tensor:
+    """The final states (b c count): the last inputs, those before the last change of seq_idx as zeros."""
+    states = x[..., max(0, x.shape[2] - count) :]
+    if states.shape[2] < count:
+        states = _with_past(states, initial_states, count + 1)[..., states.shape[2] :]
+    if seq_idx is not None and x.shape[2] > 0:
+        segment = F.pad(resets(seq_idx).cumsum(1), (count, 0))[:, None]  # b 1 count+l
+        same = segment[..., segment.shape[2] - count :] == segment[..., -1:]
+        states = torch.where(same, states, torch.zeros_like(states))
+    return states.clone()  # never a view of x
 
 
 @causal_conv1d_fn.register("torch")
@@ -99,7 +104,10 @@ def _causal_conv1d_torch(x, weight, bias=None, seq_idx=None, initial_states=None
         bias = None if bias is None else bias.to(dtype)
         y = F.conv1d(padded.to(dtype), weight[:, None].to(dtype), bias, groups=x.shape[1])
     out = (y if activation is None else F.silu(y)).to(x.dtype)
-    return _with_final_states(out, padded, None, taps, return_final_states, final_states_out)
+    if not return_final_states:
+        return out
+    states = last_inputs(x, None, initial_states, taps - 1)
+    return out, states if final_states_out is None else final_states_out.copy_(states)
 
 
 def check_causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None) -> None:
