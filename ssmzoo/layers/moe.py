@@ -149,7 +149,7 @@ def official_moe(state: dict[str, Tensor], *, type: str, dmodel: int, n_experts:
     """llm-random's TokenChoiceFF ("token_choice") and ExpertChoiceFF ("expert_choice").
 
     one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
-    initialisation that the checkpoint overwrites. Outputs: y, then load_balancing_loss and z_loss for token choice.
+    initialisation that the checkpoint overwrites. Outputs: y, and for token choice (y, load_balancing_loss, z_loss).
     """
     options = dict(topk_fraction=topk_fraction, softmax_over=softmax_over, group_by_batch=group_by_batch,
                    group_size=group_size, use_layer_norm=use_layer_norm)
@@ -192,5 +192,5 @@ class _OfficialMoE(nn.Module):
 
     def forward(self, x: Tensor):
         y, aux = self.moe(x)
-        losses = [aux[key] for key in ("load_balancing_loss", "z_loss") if key in aux]
-        return (y, *losses) if losses else y
+        losses = [aux.get(key, y.new_zeros(())) for key in ("load_balancing_loss", "z_loss")]
+        return (y, *losses) if isinstance(self.moe.gating, TokenChoice) else y

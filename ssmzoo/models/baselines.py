@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from ssmzoo.layers.attention import Attention
 from ssmzoo.layers.mamba import Mamba
 from ssmzoo.layers.mlp import FeedForward
 from ssmzoo.layers.moe import build_moe, official_moe_keys, official_options
+from ssmzoo.layers.router import TokenChoice
 from ssmzoo.models.moe_mamba import Block, DecoderLM, InnerMoEMamba, check_sizes, moe_factory
 from ssmzoo.official import nearest
 
@@ -60,11 +62,12 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
                        softmax_over: str = "tokens", group_by_batch: bool = False, group_size: int = 1,
                        use_layer_norm: bool = True, one_hot_impl: bool = False, use_torch_bmm: bool = False,
                        use_einsum: bool = False, init_type: str | None = None, init_scale: float = 0.1):
-    """llm-random's LLM as its cc_train builds it. Outputs: logits, the sums over the layers of load_balancing_loss and
-    z_loss where there are any, and the mean next-token cross entropy in nats.
+    """llm-random's LLM as its cc_train builds it. Outputs: logits, with Switch layers the sum of their
+    load_balancing_loss (and of z_loss if zloss_weight > 0), and the mean next-token cross entropy in nats.
 
-    cutoff and batch_size are shapes that the official class fixes; ours takes any. one_hot_impl, use_torch_bmm and
-    use_einsum choose among equal implementations, init_type and init_scale an initialisation that is overwritten.
+    dff is 4 dmodel by default. cutoff and batch_size are shapes that the official class fixes; ours takes any.
+    one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
+    initialisation that is overwritten.
     """
     switch = dict(capacity_factor=capacity_factor, load_balancing_loss_weight=load_balancing_loss_weight,
                   zloss_weight=zloss_weight, routing_top_k=routing_top_k)
@@ -78,16 +81,18 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
     def moe(d_input: int, d_output: int) -> nn.Module:
         return build_moe(d_input, n_experts, expert_size, d_output=d_output, **options)
 
-    def inner_moe(d_input: int, d_output: int) -> nn.Module:  # always two ReLU layers, Switch-routed
+    def inner_moe(d_input: int, d_output: int) -> nn.Module:  # Switch-routed; the paper's are two ReLU layers
+        gated = any(".mamba." in key and key.endswith(".gate_weight") for key in state)
+        kind = (expert, activation) if gated else ("ff", "relu")
         return build_moe(d_input, n_experts, expert_size, d_output=d_output,
-                         **official_options("token_choice", "ff", "relu", **switch))
+                         **official_options("token_choice", *kind, **switch))
 
     def layer(kind: str) -> nn.Module:
         if kind == "attention":
             return Attention(dmodel, n_att_heads, d_head=dhead)
         if kind == "feedforward":
             biased = any(key.endswith("logging_ff_pre_relu.bias") for key in state)
-            return FeedForward(dmodel, dff, bias=biased) if ff_mode == "vanilla" else moe(dmodel, dmodel)
+            return FeedForward(dmodel, dff or 4 * dmodel, bias=biased) if ff_mode == "vanilla" else moe(dmodel, dmodel)
         if kind != "mamba":
             known = ("mamba", "attention", "feedforward")
             raise ValueError(f"unknown block module {kind!r}{nearest(kind, known)}; choose from {', '.join(known)}")
@@ -102,7 +107,9 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
         return InnerMoEMamba(dmodel, chosen, inner_moe, expand=mamba_expansion)
 
     blocks = [Block(dmodel, {kind: layer(kind) for kind in block_modules}, parallel_blocks) for _ in range(n_blocks)]
-    model = _OfficialLM(DecoderLM(vocab_size, dmodel, blocks))
+    switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
+    losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and zloss_weight > 0)
+    model = _OfficialLM(DecoderLM(vocab_size, dmodel, blocks), losses)
     return model, {f"model.{_our_key(key, block_modules)}": v for key, v in state.items() if ".rope." not in key}
 
 
@@ -120,12 +127,20 @@ def _our_key(key: str, block_modules) -> str:
 
 
 class _OfficialLM(nn.Module):
-    def __init__(self, model: DecoderLM):
+    def __init__(self, model: DecoderLM, losses: list[str]):
         super().__init__()
-        self.model = model
+        self.model, self.losses = model, losses
 
     def forward(self, input_ids: Tensor):
         logits, _, aux = self.model(input_ids)
-        losses = [aux[key] for key in ("load_balancing_loss", "z_loss") if key in aux]
+        losses = [aux.get(name, logits.new_zeros(())) for name in self.losses]
         cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
         return logits, *losses, cross_entropy
+
+
+def golden_moe_mamba(case) -> dict[str, Tensor]:
+    """Outputs by name: cases with a z-loss need not list it."""
+    module, state = official_moe_mamba(dict(case.params), **case.official_kwargs)
+    module.train(not case.meta.get("eval_mode", True))
+    outputs = torch.func.functional_call(module, state, (case.inputs["input_ids"],))
+    return dict(zip(("logits", *module.losses, "cross_entropy"), outputs))
