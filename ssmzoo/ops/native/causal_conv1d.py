@@ -85,8 +85,9 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, dout):
-    x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
-    dx, dw, db, di = torch.ops.ssmzoo.causal_conv1d_backward(dout, *ctx.saved_tensors, ctx.silu)
+    saved = ctx.saved_tensors  # read once: gradient checkpointing recomputes them for one reading only
+    x, weight, bias, seq_idx, initial_states = saved
+    dx, dw, db, di = torch.ops.ssmzoo.causal_conv1d_backward(dout, *saved, ctx.silu)
     return dx, dw, None if bias is None else db, None, None if initial_states is None else di, None
 
 
