@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,6 @@ class Automaton:
     name: str = "automaton"
     symbols: tuple[str, ...] = ()
     state_names: tuple[str, ...] = ()
-    _moves: tuple[np.ndarray, np.ndarray, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self):
         delta = _table(self.delta, self.name)
@@ -62,7 +61,6 @@ class Automaton:
         if unreachable:
             warnings.warn(f"{self.name}: no string reaches {len(unreachable)} of {n} states "
                           f"({', '.join(state_names[s] for s in unreachable[:5])})", stacklevel=3)
-        object.__setattr__(self, "_moves", _allowed(delta))
 
     @property
     def num_states(self) -> int:
@@ -118,30 +116,58 @@ class Automaton:
         return states.T
 
     def draw(self, rng: np.random.Generator, batch: int, length: int, state: np.ndarray | None = None,
-             ) -> tuple[np.ndarray, np.ndarray]:
+             weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """`batch` strings of `length` symbols and the states after every symbol, both (b l).
 
-        Every symbol is uniform over those that can come in its state; where all can always come, strings are uniform.
+        Every symbol is uniform over those that can come in its state, or drawn with the row's `weights` (b symbols) among
+        them; where all can always come and no weights are given, strings are uniform.
         """
         if length < 1:
             raise ValueError(f"length is {length}; a string has at least one symbol")
-        count, symbol, target = self._moves
         s = np.full(batch, self.initial_state) if state is None else np.asarray(state)
-        e = self.num_symbols
-        ids, states = np.empty((length, batch), dtype=np.int64), np.empty((length, batch), dtype=np.int64)
-        if (count == e).all():  # no forbidden symbol anywhere: choices do not depend on the state
-            rng_ids = rng.integers(0, e, size=(length, batch), dtype=np.int32)
-            flat = np.ascontiguousarray(self.delta).reshape(-1)
+        e, flat = self.num_symbols, self.delta.reshape(-1)
+        states = np.empty((length, batch), dtype=np.int64)
+        if (self.delta >= 0).all():  # no forbidden symbol anywhere: choices do not depend on the state
+            if weights is None:
+                ids = rng.integers(0, e, size=(length, batch), dtype=np.int64)
+            else:
+                uniform = rng.random((length, batch), dtype=np.float32)
+                edges = (weights / weights.sum(1, keepdims=True)).cumsum(1).astype(np.float32)  # (b e)
+                ids = sum((uniform > edges[:, i]).astype(np.int64) for i in range(e - 1)) if e > 1 else states * 0
             for t in range(length):
-                s = flat.take(s * e + rng_ids[t])
+                s = flat.take(s * e + ids[t])
                 states[t] = s
-            return rng_ids.astype(np.int64).T, states.T
-        uniform = rng.random(size=(length, batch))
+            return ids.T, states.T
+        ids = np.empty((length, batch), dtype=np.int64)
+        patterns, pattern = np.unique(self.delta >= 0, axis=0, return_inverse=True)  # what can come, by state
+        rows, pattern = np.arange(batch), pattern.reshape(-1)
+        weights = np.ones((1, e)) if weights is None else weights
+        edges = np.where(patterns[:, None], weights + 1e-9, 0).cumsum(2)  # (patterns, b or 1, e)
+        edges = np.broadcast_to(edges / edges[..., -1:], (len(patterns), batch, e)).astype(np.float32)
+        edges[..., -1] = 2.0  # rounding must not run past the last symbol that can come
+        uniform = rng.random((length, batch), dtype=np.float32)
+        last = np.array([np.flatnonzero(p)[-1] for p in patterns])
         for t in range(length):
-            choice = s * e + (uniform[t] * count[s]).astype(np.int64)
-            ids[t], s = symbol.take(choice), target.take(choice)
+            now = pattern[s]
+            choice = (uniform[t, :, None] >= edges[now, rows]).sum(1)
+            ids[t] = np.minimum(choice, last[now])
+            s = flat.take(s * e + ids[t])
             states[t] = s
         return ids.T, states.T
+
+    def count_strings(self, length: int) -> np.ndarray:
+        """How many strings of 0, 1, ..., length symbols there are (float; with forbidden symbols fewer than e^l)."""
+        at = np.zeros(self.num_states)
+        at[self.initial_state] = 1.0
+        counts = [1.0]
+        rows, columns = np.nonzero(self.delta >= 0)
+        targets = self.delta[rows, columns]
+        for _ in range(length):
+            after = np.zeros_like(at)
+            np.add.at(after, targets, at[rows])
+            at = after
+            counts.append(at.sum())
+        return np.array(counts)
 
     def closest_length(self, length: int) -> int:
         """The largest length <= `length` at which a string can end. Raises ValueError when there is none."""
@@ -295,8 +321,3 @@ def _vector(output, n: int, name: str) -> np.ndarray:
         raise AutomatonError(f"{name}: output must hold classes from 0 (and -1 where no string can end), got {values.tolist()}")
     return values.astype(np.int64)
 
-
-def _allowed(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per state: how many symbols can come, and (flat, states * symbols) which they are and where they lead."""
-    order = np.argsort(delta < 0, axis=1, kind="stable")  # allowed symbols first
-    return (delta >= 0).sum(1), order.reshape(-1), np.take_along_axis(delta, order, axis=1).reshape(-1)
