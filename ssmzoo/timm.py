@@ -29,7 +29,8 @@ DEFAULT_SIZE = 224
 
 def arguments_of(name: str) -> tuple[type[nn.Module], dict]:
     """Class and constructor arguments of a preset; what a data set would decide takes the constructor's default."""
-    node = {k: v for k, v in read_model_config(name)["model"].items() if not (isinstance(v, str) and v.startswith("${"))}
+    node = read_model_config(name)["model"]
+    node = {k: v for k, v in node.items() if not (isinstance(v, str) and v.startswith("${"))}
     return model_class(node.pop("_target_")), node
 
 

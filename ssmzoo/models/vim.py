@@ -161,7 +161,7 @@ class Vim(PlainBackbone):
                  drop_rate: float = 0.0, drop_path_rate: float = 0.1):
         super().__init__()
         if norm not in ("rms", "ln") or rope not in (None, "stream", "branch"):
-            raise ValueError(f"norm must be 'rms' or 'ln' (got {norm!r}), rope None, 'stream' or 'branch' (got {rope!r})")
+            raise ValueError(f"norm is 'rms' or 'ln' (got {norm!r}), rope is None, 'stream' or 'branch' (got {rope!r})")
         if rope and embed_dim % 4:
             raise ValueError(f"rotary positions need an embed_dim that 4 divides, got {embed_dim}")
         if paired and depth % 2:

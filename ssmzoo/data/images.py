@@ -1,0 +1,232 @@
+"""Labelled images for classifiers: any source, augmented by timm's transforms, reproducible sample by sample."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssmzoo.data import image_sources as sources
+from ssmzoo.data.loader import Draw, ResumableLoader
+from ssmzoo.data.text_store import cache_folder
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+GREY = ((0.5,), (0.5,))
+AUGMENT = {"scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count"}
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators start from `seed` inside, and are as before afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed also queues calls for every accelerator
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class ImageSamples(Dataset):
+    """`[Draw(index, seed)]` -> {"image" (c y x) float, "label"}; random choices follow from the seed."""
+
+    def __init__(self, images: sources.Images, transform, mode: str):
+        self.images, self.transform, self.mode = images, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw) -> dict:
+        image = self.images.read(draw.index).convert(self.mode)
+        with seeded(draw.seed):
+            return {"image": self.transform(image), "label": int(self.images.labels[draw.index])}
+
+
+class ImageData(LightningDataModule):
+    """Images with labels, split into training and validation.
+
+    dataset       "digits" (ships with scikit-learn), "torchvision/<name>", "hf/<name>[:config]"; ignored with a path
+    path          folder with one folder per class, or with train/ and val/ above those; where torchvision downloads
+    val_path      folder to validate on; None: train/val, the data set's own split, or a share of every class
+    val_fraction  that share;  split_seed  decides who is held out
+    broken        "refuse" or "skip" files that are no readable images
+    image_size    side in pixels that everything is scaled and cropped to
+    in_chans      1 or 3; None: as the images are
+    augment       arguments of timm's create_transform: scale, ratio, hflip, vflip, color_jitter, auto_augment, re_prob,
+                  re_mode, re_count; and three_augment=true (grey, solarise or blur, DeiT III)
+    crop_pct      share of the shorter side kept by the centre crop of validation
+    batch_size    images per step and process (an even number for mixup)
+
+    A batch is {"image" (b c y x), "label" (b)}. Raises ValueError for whatever cannot be read or does not fit.
+    """
+
+    def __init__(self, dataset: str = "digits", path: str | None = None, val_path: str | None = None,
+                 val_fraction: float = 0.2, split_seed: int = 0, broken: str = "refuse", image_size: int = 32,
+                 in_chans: int | None = None, augment: dict | None = None, crop_pct: float = 1.0, batch_size: int = 64,
+                 seed: int = 0, num_workers: int = 0):
+        super().__init__()
+        if broken not in ("refuse", "skip"):
+            raise ValueError(f"data.broken = '{broken}'; choose refuse or skip")
+        if in_chans not in (None, 1, 3):
+            raise ValueError(f"data.in_chans = {in_chans}; images have 1 (grey) or 3 (colour) channels")
+        if min(image_size, batch_size) < 1 or not 0 < crop_pct <= 1:
+            raise ValueError(f"data.image_size = {image_size} and data.batch_size = {batch_size} must be positive, "
+                             f"data.crop_pct = {crop_pct} in (0, 1]")
+        unknown = sorted(set(augment or {}) - AUGMENT - {"three_augment"})
+        if unknown:
+            raise ValueError(f"data.augment has unknown keys {', '.join(unknown)}; known: "
+                             f"{', '.join(sorted(AUGMENT))}, three_augment")
+        self.dataset, self.path, self.val_path = dataset, path, val_path
+        self.val_fraction, self.split_seed, self.broken = val_fraction, split_seed, broken
+        self.image_size, self.in_chans, self.crop_pct = image_size, in_chans, crop_pct
+        self.augment = dict(augment or {})
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self._sides: tuple[sources.Images, sources.Images] | None = None
+
+    # Lightning's hooks
+
+    def prepare_data(self) -> None:
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        self._open()
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(0, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(1, shuffle=False)
+
+    def state_dict(self) -> dict:
+        return {"images": self._open()[0].fingerprint, "seed": self.seed, "image_size": self.image_size}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Refuse to continue a run on other data than it began with."""
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        for key, value in self.state_dict().items() if fitting else ():
+            if state.get(key) != value:
+                raise ValueError(f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
+                                 f"continue with the same, or start a new run")
+
+    # What others may ask
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"in_chans": self.channels, "num_classes": len(self.classes), "img_size": self.image_size}
+
+    @property
+    def classes(self) -> list[str]:
+        return self._open()[0].classes
+
+    @property
+    def channels(self) -> int:
+        if self.in_chans is None:
+            first = self._open()[0].read(0)
+            self.in_chans = 1 if first.mode in ("1", "L", "I", "I;16", "F") else 3
+        return self.in_chans
+
+    def describe(self) -> dict:
+        train, val = self._open()
+        return {"dataset": train.name, "fingerprint": train.fingerprint, "classes": len(train.classes),
+                "train_images": len(train), "val_images": len(val), "image_size": self.image_size}
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and deviation that images are normalised with: ImageNet's for colour, 0.5 for grey."""
+        return IMAGENET if self.channels == 3 else GREY
+
+    def levels(self, image: Tensor) -> Tensor:
+        """Undo the normalisation: (... c y x) -> values in [0, 1], for pictures."""
+        mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in self.normalisation())
+        return (image * std + mean).clamp(0, 1)
+
+    def linear_baseline(self, limit: int = 3000, side: int = 32) -> float | None:
+        """Validation accuracy of scikit-learn's logistic regression on pixels (None without it): at most `limit` images
+        a split, at most side x side pixels."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            return None
+        (x, y), (x_val, y_val) = (self.pixels(i, limit, side) for i in (0, 1))
+        return float(LogisticRegression(max_iter=300).fit(x, y).score(x_val, y_val))
+
+    def pixels(self, which: int, limit: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """(n pixels) in [-0.5, 0.5] and (n) labels of an even spread of images."""
+        images, mode = self._open()[which], "L" if self.channels == 1 else "RGB"
+        chosen = np.unique(np.linspace(0, len(images) - 1, min(limit, len(images))).astype(int))
+        if len(chosen) < len(images):
+            chosen = np.random.default_rng(0).permutation(len(images))[:limit]
+        side = min(side, *images.read(0).size)
+        rows = [np.asarray(images.read(int(i)).convert(mode).resize((side, side)), dtype=np.float32) for i in chosen]
+        return np.stack(rows).reshape(len(chosen), -1) / 255 - 0.5, images.labels[chosen]
+
+    # How it is done
+
+    def _open(self) -> tuple[sources.Images, sources.Images]:
+        if self._sides is None:
+            self._sides = self._find()
+            train, val = self._sides
+            if len(train) < 1 or len(val) < 1:
+                raise ValueError(f"{train.name} has {len(train)} training and {len(val)} validation images")
+        return self._sides
+
+    def _find(self) -> tuple[sources.Images, sources.Images]:
+        kind, _, name = self.dataset.partition("/")
+        if kind == "torchvision" and name:
+            root = Path(self.path).expanduser() if self.path else cache_folder(None) / "torchvision"
+            return sources.torchvision_images(name, root)
+        if self.path is not None:
+            return sources.folders(self.path, self.val_path, self.val_fraction, self.split_seed, self.broken)
+        if kind == "hf" and name:
+            return sources.hub_images(name, cache_folder(None) / "hf", self.val_fraction, self.split_seed)
+        if self.dataset == "digits":
+            return sources.digits(self.val_fraction, self.split_seed)
+        raise ValueError(f"data.dataset = '{self.dataset}'; choose digits, torchvision/<name> or hf/<name>, or give "
+                         f"data.path=<folder with one folder per class>")
+
+    def _loader(self, which: int, shuffle: bool) -> ResumableLoader:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        mode = "L" if self.channels == 1 else "RGB"
+        samples = ImageSamples(self._open()[which], self._transform(training=shuffle), mode)
+        return ResumableLoader(samples, self.batch_size, shuffle=shuffle, drop_last=shuffle, seed=self.seed,
+                               num_workers=self.num_workers, rank=rank, world_size=world)
+
+    def _transform(self, training: bool):
+        from ssmzoo._torchvision import make_importable
+
+        try:
+            make_importable()
+            from timm.data import create_transform
+        except ImportError:
+            raise ValueError("image transforms need timm: pip install 'ssmzoo[vision]'") from None
+        mean, std = self.normalisation()
+        shape = (self.channels, self.image_size, self.image_size)
+        if not training:
+            return create_transform(shape, interpolation="bicubic", mean=mean, std=std, crop_pct=self.crop_pct)
+        chosen = dict(self.augment)
+        three = chosen.pop("three_augment", False)
+        chosen = {"color_jitter": 0.0, "hflip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)} | chosen
+        return create_transform(shape, is_training=True, interpolation="bicubic", mean=mean, std=std,
+                                separate=False, **chosen) if not three else three_augment(shape, mean, std, chosen)
+
+
+def three_augment(shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], chosen: dict):
+    """3-Augment of DeiT III: random resized crop, flip, exactly one of grey, solarise and blur, colour jitter."""
+    from torchvision import transforms as T
+
+    one_of = [T.Grayscale(shape[0]), T.RandomSolarize(128, p=1.0), T.GaussianBlur(5, (0.1, 2.0))]
+    jitter = chosen["color_jitter"]
+    return T.Compose([
+        T.RandomResizedCrop(shape[1:], tuple(chosen["scale"]), tuple(chosen["ratio"]), T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(chosen["hflip"]), T.RandomChoice(one_of),
+        *([T.ColorJitter(jitter, jitter, jitter)] if jitter else []), T.ToTensor(), T.Normalize(mean, std)])
