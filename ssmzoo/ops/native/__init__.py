@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
+PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())  # to four strides
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REBUILD = "python -m ssmzoo.ops.native.build"
 
@@ -58,7 +60,7 @@ def kernel(name: str, argtypes: list | None = None):
     return function, None
 
 
-def pack(tensors: list[Tensor | None], *numbers: int) -> ctypes.Array:
+def pack(tensors: list[Tensor | None], *numbers: int) -> bytes:
     """Arguments of a kernel as int64: (pointer, dtype, four strides) per tensor, zeros for None, then the numbers.
 
     Matches `tensor` in tensor.h. The caller keeps the tensors alive.
@@ -69,9 +71,9 @@ def pack(tensors: list[Tensor | None], *numbers: int) -> ctypes.Array:
             values += (0, 0, 0, 0, 0, 0)
         else:
             strides = t.stride()
-            values += (t.data_ptr(), DTYPES[t.dtype], *strides, *(0,) * (4 - len(strides)))
+            values += (t.data_ptr(), DTYPES[t.dtype], *strides, *PADDING[len(strides)])
     values += numbers
-    return (ctypes.c_int64 * len(values))(*values)
+    return struct.pack(f"{len(values)}q", *values)
 
 
 def why_not_float(*tensors: Tensor | None) -> str | None:
