@@ -476,3 +476,25 @@ def test_corpus_classes_are_usable_alone(folder, cache):
     assert data.describe()["corpus"] == str(folder)
     assert HuggingFaceCorpus("a").identity(folder, 0.1) != HuggingFaceCorpus("a", split="b").identity(folder, 0.1)
     assert JsonTokenizer(train_bpe(["a b a b"], 260).to_dict()["json"]).vocab_size >= 257
+
+
+# ---------------------------------------------------------------- together with models
+
+@pytest.mark.parametrize("name", ["mamba", "transformer", "moe_mamba"])
+def test_no_gradient_reaches_another_document(data, name):
+    from ssmzoo.models.baselines import TransformerLM
+    from ssmzoo.models.mamba import MambaLM
+    from ssmzoo.models.moe_mamba import MoEMambaLM
+
+    model = {"mamba": lambda: MambaLM(256, 16, 2), "transformer": lambda: TransformerLM(256, 16, 2, 2),
+             "moe_mamba": lambda: MoEMambaLM(256, 16, 2, n_experts=2, capacity_factor=8.0)}[name]()
+    windows = Windows(data._side("train"), 128)
+    item = next(w for w in (windows[Draw(i, 0)] for i in range(len(windows))) if 8 <= (w["seq_idx"] == 0).sum() <= 120)
+    seen = []
+    embedding = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    embedding.register_forward_hook(lambda module, args, out: (out.retain_grad(), seen.append(out)) and None)
+    logits = model(item["input_ids"][None], seq_idx=item["seq_idx"][None]).logits[0]
+    second = item["seq_idx"] > 0
+    torch.nn.functional.cross_entropy(logits[second], item["labels"][second]).backward()
+    gradient = seen[0].grad[0].abs().sum(-1)
+    assert (gradient[~second] == 0).all() and (gradient[second] > 0).sum() > 4
