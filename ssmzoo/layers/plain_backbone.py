@@ -139,7 +139,7 @@ class PlainBackbone(ImageBackbone):
         return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if (global_pool or self.global_pool) == "token" and not self.n_tokens:
+        if (self.global_pool if global_pool is None else global_pool) == "token" and not self.n_tokens:
             raise ValueError("global_pool='token' needs a class token; take 'avg', or another token layout")
         super().reset_classifier(num_classes, global_pool)
 

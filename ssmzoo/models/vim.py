@@ -177,7 +177,9 @@ class Vim(PlainBackbone):
             for p in drop_path_rates(drop_path_rate, depth))
         self.norm_f = make_norm(embed_dim, eps=1e-5)
         self.init_stream(depth)
-        self.init_head(self.hidden_size(), num_classes, global_pool or ("token" if self.n_tokens else "last"), 0.0)
+        if global_pool is None:
+            global_pool = "token" if self.n_tokens else "last"
+        self.init_head(self.hidden_size(), num_classes, global_pool, 0.0)
         self.num_features = embed_dim
         self.reset_parameters()
 

@@ -74,7 +74,7 @@ class ImageClassification(Task):
         metrics = {"top1": (logits.argmax(-1) == labels).float().mean()} if self.mix is None else {}
         if self.teacher is not None and self._progress() >= self.mesa_start:
             with torch.no_grad():
-                taught = self.teacher(images).float().softmax(-1)
+                taught = self.teacher.eval()(images).float().softmax(-1)
             distilled = soft_cross_entropy(logits, taught)
             loss, metrics = loss + self.mesa * distilled, metrics | {"mesa": distilled.detach()}
         return StepOutput(loss, metrics, len(images))

@@ -1,0 +1,140 @@
+"""Our image models behave in timm's registry like timm's own: what its tests/test_models.py checks, at small sizes."""
+
+import pytest
+import torch
+
+import ssmzoo.timm  # registers, and lets timm find torchvision
+
+import timm  # isort: skip
+
+STAGED = {"vmamba_tiny": dict(depths=(1, 1, 1, 1), dims=8),
+          "res_vmamba_small": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
+          "vmamba_vanilla_tiny": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
+          "spatial_mamba_tiny": dict(depths=(1, 1, 1, 1), embed_dim=8)}
+PLAIN = {"vim_tiny": dict(depth=4, embed_dim=16, d_state=2), "shuffle_mamba_tiny": dict(depth=4, embed_dim=16, d_state=2),
+         "shuffle_mamba_reg_base": dict(depth=4, embed_dim=16, d_state=2),
+         "adventurer_tiny": dict(depth=4, embed_dim=32, d_state=4)}
+ALL = STAGED | PLAIN
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **(ALL[name] | kwargs))
+
+
+def test_published_sizes_are_registered():
+    names = ssmzoo.timm.__all__
+    assert {"vmamba_tiny", "spatial_mamba_base", "vim_small", "shuffle_mamba_reg_base"} <= set(names)
+    assert "vmamba" not in names  # the laptop size belongs to the zoo
+    assert set(timm.list_models("spatial_mamba*")) == {f"spatial_mamba_{s}" for s in ("tiny", "small", "base")}
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(TypeError, match="no argument 'depth'; nearest: depths"):
+        timm.create_model("vmamba_tiny", depth=2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_backward_reaches_every_parameter(name):
+    model = create(name, num_classes=42, drop_path_rate=0.1).train()
+    out = model(torch.randn(2, 3, 64, 64))
+    out.mean().backward()
+    assert out.shape == (2, 42) and not out.isnan().any()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_default_cfg_and_head(name):
+    model = create(name).eval()
+    cfg, keys, x = model.default_cfg, model.state_dict().keys(), torch.randn(1, 3, 224, 224)
+    assert cfg["first_conv"] + ".weight" in keys and cfg["classifier"] + ".weight" in keys
+    assert model.get_classifier().out_features == 1000
+    features = model.forward_features(x)
+    if name in STAGED:
+        assert features.shape[1:] == (model.num_features, *cfg["pool_size"])
+    else:
+        assert features.shape[-1] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert model(x).shape == features.shape
+    assert create(name, num_classes=0, global_pool="").eval()(x).shape == features.shape
+    model.reset_classifier(7, "avg")
+    assert model.num_classes == 7
+    with pytest.raises(ValueError, match="global_pool"):
+        model.reset_classifier(7, "")
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_pyramid(name):
+    model = create(name, features_only=True, in_chans=2).eval()
+    assert model.feature_info.channels() == [8, 16, 32, 64] and model.feature_info.reduction() == [4, 8, 16, 32]
+    maps = model(torch.randn(1, 2, 96, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(8, 24, 16), (16, 12, 8), (32, 6, 4), (64, 3, 2)]
+    some = create(name, features_only=True, out_indices=(0, 2)).eval()
+    assert [m.shape[1] for m in some(torch.randn(1, 3, 64, 64))] == [8, 32]
+    assert len(some.model.layers) == 3 and some.model.layers[2].downsample is None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_intermediates(name):
+    model, x = create(name).eval(), torch.randn(1, 3, 64, 64)
+    final, every = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert len(every) == 4 and every[-1].shape[1] == model.feature_info[-1]["num_chs"]
+    last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+    if name in STAGED:
+        torch.testing.assert_close(last, final)
+    early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)[0]
+    torch.testing.assert_close(early, every[0])
+    with pytest.raises(ValueError, match="features 0 to 3"):
+        model.forward_intermediates(x, indices=[4])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_taps_of_plain_encoders(name):
+    model = create(name, features_only=True).eval()
+    assert all(m.shape[2:] == (4, 6) for m in model(torch.randn(1, 3, 64, 96)))
+    model, x = create(name).eval(), torch.randn(1, 3, 64, 64)
+    streams = model.forward_intermediates(x, intermediates_only=True)
+    branches = model.forward_intermediates(x, intermediates_only=True, tap="branch")
+    torch.testing.assert_close(streams[1] - streams[0], branches[1], rtol=1e-4, atol=1e-5)
+    patches, tokens = model.forward_intermediates(x, [1], return_prefix_tokens=True, intermediates_only=True)[0]
+    assert tokens.shape == (1, model.num_prefix_tokens, model.embed_dim)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_layer_decay_and_weight_decay_groups(name):
+    from timm.models import group_parameters
+    from timm.optim import create_optimizer_v2
+
+    model = create(name)
+    depth = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(depth) == {n for n, _ in model.named_parameters()}
+    assert depth["patch_embed.conv1.conv.weight" if "spatial" in name else "patch_embed.proj.weight"] == 0
+    assert depth["head.weight"] == max(depth.values()) >= 5
+    kept = {id(p) for g in create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.9).param_groups
+            if g["weight_decay"] == 0 for p in g["params"]}
+    names = ("A_log", "A_logs", "D", "Ds", "pos_embed")
+    spared = [id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] in names]
+    assert spared and kept.issuperset(spared)
+
+
+@pytest.mark.parametrize("name", ["vim_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+    "vmamba_tiny", "spatial_mamba_tiny", "adventurer_tiny"))])
+def test_export(name):
+    model, x = create(name).eval(), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_released_file_through_timm(tmp_path):
+    source = create("vim_tiny", num_classes=5)
+    torch.save({"model": source.state_dict() | {"rope.freqs_cos": torch.zeros(2)}}, tmp_path / "vim.pth")
+    overlay = dict(file=str(tmp_path / "vim.pth"), num_classes=5)
+    loaded = create("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), source.eval()(x))
+    smaller = create("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, img_size=96).eval()
+    assert smaller(x).shape == (1, 3) and smaller.grid == (6, 6)
