@@ -66,8 +66,10 @@ def read_picture(path: str | Path) -> Picture:
 def _read_pillow(image) -> Picture:
     frames = getattr(image, "n_frames", 1)
     notes = [f"animated: the first of {frames} frames is taken"] if frames > 1 else []
-    exif, icc = image.info.get("exif", b"") or image.getexif().tobytes(), image.info.get("icc_profile", b"")
-    deep = _deep_png(image)
+    deep = _deep_png(image)  # before anything below makes Pillow decode the pixels
+    exif, icc = image.info.get("exif", b""), image.info.get("icc_profile", b"")
+    if not exif and len(image.getexif()):
+        exif = image.getexif().tobytes()
     if deep is not None:
         channels = deep
     elif image.mode in ("I;16", "I;16B", "I;16L", "I"):

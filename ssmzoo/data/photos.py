@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from ssmzoo.data.image_file import find_pictures, read_picture
 from ssmzoo.data.loader import ResumableLoader
 from ssmzoo.data.photo_patches import Degradation, Patches, Photo, WholePictures
+from ssmzoo.data.staged_loader import StagedLoader
 
 DEGRADATIONS = ("bicubic", "noise", "jpeg", "paired")
 EMBEDDED_TRAIN = ("astronaut", "rocket", "motorcycle_left", "motorcycle_right", "hubble", "retina", "ihc", "china")
@@ -96,6 +97,7 @@ class PhotoData(LightningDataModule):
     quality         JPEG quality, or [from, to]
     grey            one channel
     patch_size      side of a training crop of the clean picture;  batch_size  crops per step and process
+    patch_schedule  progressive training: [[patch_size, batch_size, steps], ...] in place of the two above
     repeats         passes over all pictures per epoch
     val_crop        validate on the central so many pixels; None: on whole pictures
     augment         flips and transposes
@@ -109,7 +111,8 @@ class PhotoData(LightningDataModule):
     def __init__(self, path: str | None = None, val_path: str | None = None, degraded_path: str | None = None,
                  val_degraded_path: str | None = None, degradation: str = "bicubic", scale: int | None = None,
                  sigma: float | list[float] = 25.0, quality: int | list[int] = 40, grey: bool = False,
-                 patch_size: int = 64, batch_size: int = 8, repeats: int = 100, val_crop: int | None = 256,
+                 patch_size: int = 64, batch_size: int = 8,
+                 patch_schedule: list[list[int]] | None = None, repeats: int = 100, val_crop: int | None = 256,
                  holdout: int = 3, augment: bool = True, seed: int = 0, num_workers: int = 0):
         super().__init__()
         if degradation not in DEGRADATIONS:
@@ -118,8 +121,12 @@ class PhotoData(LightningDataModule):
         if scale < (2 if degradation == "bicubic" else 1) or (scale > 1 and degradation in ("noise", "jpeg")):
             raise ValueError(f"data.scale = {scale} does not go with data.degradation = {degradation}; noise and JPEG "
                              f"keep the size (1), bicubic takes 2 or more")
-        if patch_size < scale or patch_size % scale:
-            raise ValueError(f"data.patch_size = {patch_size} is not a multiple of data.scale = {scale}")
+        self.schedule = [tuple(stage) for stage in patch_schedule or []]
+        if any(len(stage) != 3 or min(stage) < 1 for stage in self.schedule):
+            raise ValueError(f"data.patch_schedule = {patch_schedule}; give [[patch_size, batch_size, steps], ...]")
+        for patch in [stage[0] for stage in self.schedule] or [patch_size]:
+            if patch < scale or patch % scale:
+                raise ValueError(f"data.patch_size = {patch} is not a multiple of data.scale = {scale}")
         _check_folders(degradation == "paired", path, degraded_path, val_path, val_degraded_path)
         for name, value in (("holdout", holdout), ("repeats", repeats), ("val_crop", val_crop)):
             if value is not None and value < 1:
@@ -162,9 +169,14 @@ class PhotoData(LightningDataModule):
             self._splits = train, val
         return self._splits
 
-    def train_dataloader(self) -> ResumableLoader:
-        patches = Patches(self.splits()[0], self.degradation, self.grey, self.patch_size, self.repeats, self.augment)
-        return self._loader(patches, self.batch_size, train=True)
+    def train_dataloader(self) -> ResumableLoader | StagedLoader:
+        def crops(patch_size: int, batch_size: int) -> ResumableLoader:
+            patches = Patches(self.splits()[0], self.degradation, self.grey, patch_size, self.repeats, self.augment)
+            return self._loader(patches, batch_size, train=True)
+
+        if self.schedule:
+            return StagedLoader([(crops(patch, batch), steps) for patch, batch, steps in self.schedule])
+        return crops(self.patch_size, self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader:
         return self._loader(WholePictures(self.splits()[1], self.degradation, self.grey, self.val_crop), 1, train=False)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.ops.imresize import imresize
+
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, in [0, 1]
 HEADS = ("", "pixelshuffle", "pixelshuffledirect", "nearest+conv")
 HEAD_WIDTH = 64  # channels between body and output in the classic heads
@@ -58,11 +60,16 @@ class RestorationNet(nn.Module):
                      'nearest+conv' for real-world x4; 'auto' is '' for upscale 1 and 'pixelshuffledirect' otherwise
     img_range        1, or 255 to work on the scale of 8-bit levels inside
     resi_connection  '1conv' or '3conv', see `residual_conv`
+    bicubic_skip     start as bicubic enlargement (the identity for scale 1) and learn what is missing: the enlarged
+                     input is added to the output and the last convolution starts near zero. Not in the papers, where
+                     the first few thousand steps go into learning to copy; for runs of minutes
     Raises ValueError for a head and scale that do not go together.
     """
 
+    size_multiple = 1  # height and width may be anything
+
     def __init__(self, upscale: int, in_chans: int, embed_dim: int, img_range: float, upsampler: str,
-                 resi_connection: str):
+                 resi_connection: str, bicubic_skip: bool = False):
         super().__init__()
         self.upscale, self.in_chans, self.img_range = upscale, in_chans, img_range
         self.upsampler = ("" if upscale == 1 else "pixelshuffledirect") if upsampler == "auto" else upsampler
@@ -80,6 +87,11 @@ class RestorationNet(nn.Module):
             self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, HEAD_WIDTH, 3, padding=1),
                                                       nn.LeakyReLU(0.01))
             self._wide_head(upscale, in_chans)
+        self.bicubic_skip = bicubic_skip
+        if bicubic_skip:
+            last = self.upsample[0] if self.upsampler == "pixelshuffledirect" else self.conv_last
+            nn.init.normal_(last.weight, std=1e-3)
+            nn.init.zeros_(last.bias)
 
     def _wide_head(self, upscale: int, in_chans: int) -> None:
         if self.upsampler == "pixelshuffle":
@@ -116,7 +128,10 @@ class RestorationNet(nn.Module):
         x0 = (x - self.mean) * self.img_range
         shallow = self.conv_first(x0)
         deep = self.conv_after_body(self.features(shallow)) + shallow
-        return self.reconstruct(deep, x0) / self.img_range + self.mean
+        y = self.reconstruct(deep, x0)
+        if self.bicubic_skip and self.upsampler:
+            y = y + imresize(x0, float(self.upscale))
+        return y / self.img_range + self.mean
 
 
 def init_restoration(module: nn.Module) -> None:

@@ -104,15 +104,17 @@ class MambaIR(RestorationNet):
     d_state, mlp_ratio   state size and expansion of the scan
     drop_path_rate       stochastic depth of the last block, growing linearly from 0
     squeeze_factor       of the channel attention; 30 in every published model
+    bicubic_skip         see `RestorationNet`
     """
 
     def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 180,
                  depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, mlp_ratio: float = 2.0,
                  drop_rate: float = 0.0, drop_path_rate: float = 0.1, patch_norm: bool = True, img_range: float = 1.0,
-                 resi_connection: str = "1conv", squeeze_factor: int = 30):
+                 resi_connection: str = "1conv", squeeze_factor: int = 30,
+                 bicubic_skip: bool = False):
         if upsampler == "nearest+conv":
             raise ValueError("upsampler is 'nearest+conv', which MambaIR lacks; use 'pixelshuffle' or MambaIRv2")
-        super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection)
+        super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection, bicubic_skip)
         light = self.upsampler == "pixelshuffledirect"
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)} if patch_norm else {})

@@ -49,6 +49,9 @@ class MambaIRUNet(nn.Module):
     squeeze_factor              of the channel attention; dim must be at least this
     """
 
+    size_multiple = 8  # what height and width must be divisible by
+    upscale = 1
+
     def __init__(self, inp_channels: int = 3, out_channels: int = 3, dim: int = 48,
                  num_blocks: tuple[int, ...] = (4, 6, 6, 8), num_refinement_blocks: int = 4, mlp_ratio: float = 1.5,
                  d_state: int | tuple[int, ...] = 16, drop_path_rate: float = 0.0, bias: bool = False,
@@ -59,7 +62,7 @@ class MambaIRUNet(nn.Module):
         if out_channels not in (inp_channels, 1) and inp_channels != 1:
             raise ValueError(f"inp_channels = {inp_channels} and out_channels = {out_channels}: the input is added to "
                              f"the output, so they must agree")
-        self.in_chans, self.upscale = inp_channels, 1
+        self.in_chans = inp_channels
         states = (d_state,) * 4 if isinstance(d_state, int) else tuple(d_state)
 
         def stack(n: int, width: int, level: int) -> nn.ModuleList:
@@ -85,7 +88,7 @@ class MambaIRUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width)")
-        if x.shape[2] % 8 or x.shape[3] % 8:
+        if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
             raise ValueError(f"the image is {x.shape[2]} x {x.shape[3]}; MambaIRUNet needs multiples of 8 (pad by "
                              f"reflection and crop the result)")
         level1 = run_blocks(self.encoder_level1, self.patch_embed["proj"](x))

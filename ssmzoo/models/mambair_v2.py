@@ -218,6 +218,7 @@ class MambaIRv2(RestorationNet):
     convffn_kernel_size        taps of the feed-forward's depthwise convolution; 5 in the light model
     light                      gated feed-forward of the light model
     ape                        side of the padded image for a learned position table, 0 for none (all published models)
+    bicubic_skip               see `RestorationNet`
     routing                    'gumbel': classes sampled, also at test time, as released; 'argmax': the likeliest
     """
 
@@ -225,8 +226,9 @@ class MambaIRv2(RestorationNet):
                  depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, num_heads: int | tuple[int, ...] = 6,
                  window_size: int = 16, inner_rank: int = 64, num_tokens: int = 128, convffn_kernel_size: int = 5,
                  mlp_ratio: float = 2.0, qkv_bias: bool = True, patch_norm: bool = True, img_range: float = 1.0,
-                 resi_connection: str = "1conv", light: bool = False, ape: int = 0, routing: str = "gumbel"):
-        super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection)
+                 resi_connection: str = "1conv", light: bool = False, ape: int = 0, routing: str = "gumbel",
+                 bicubic_skip: bool = False):
+        super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection, bicubic_skip)
         if routing not in ROUTINGS:
             raise ValueError(f"routing is {routing!r}; expected one of {', '.join(ROUTINGS)}")
         if light and convffn_kernel_size != 5:

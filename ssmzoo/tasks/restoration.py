@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.official import nearest
@@ -15,7 +14,7 @@ from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics.image import psnr, ssim
 from ssmzoo.tasks.objectives.pixel import LOSSES
 from ssmzoo.tasks.restoration_baselines import BASELINES
-from ssmzoo.tasks.tiling import PUBLISHED_TILE, run_published, self_ensemble
+from ssmzoo.tasks.tiling import PUBLISHED_TILE, run_padded, run_published, self_ensemble
 
 SHOWN = 4  # pictures in the side-by-side figure
 
@@ -43,7 +42,6 @@ class Restoration(Task):
     baseline      what results are compared with: bicubic, nl_means (needs sigma), or none (the degraded picture)
     sigma         noise level given to nl_means, in 8-bit levels
     tile          validate in the published protocol's tiles of about so many pixels; None: whole pictures
-    pad_multiple  reflect pictures up to a multiple of this first (8 for the U-Net)
     self_ensemble average over the 8 flips and transposes ("+" in the papers' tables) in validation
     lpips         also measure LPIPS (AlexNet) by torchmetrics, which fetches weights once
     """
@@ -53,7 +51,7 @@ class Restoration(Task):
 
     def __init__(self, model, optim=None, loss: str = "l1", crop_border: int | None = None, y_channel: bool = True,
                  baseline: str = "bicubic", sigma: float | list[float] | None = None, tile: int | None = PUBLISHED_TILE,
-                 pad_multiple: int = 1, self_ensemble: bool = False, lpips: bool = False):
+                 self_ensemble: bool = False, lpips: bool = False):
         super().__init__(model, optim)
         for name, value, known in (("loss", loss, LOSSES), ("baseline", baseline, BASELINES)):
             if value not in known:
@@ -66,7 +64,7 @@ class Restoration(Task):
         self.crop_border = (scale if scale > 1 else 0) if crop_border is None else crop_border
         self.y_channel, self.baseline, self.tile = y_channel, baseline, tile
         self.sigma = sigma[0] if isinstance(sigma, (list, tuple)) else sigma
-        self.pad_multiple, self.self_ensemble = pad_multiple, self_ensemble
+        self.self_ensemble = self_ensemble
         self.lpips = _load_lpips() if lpips else None
         self._rows: list[dict] = []
         self._shown: list[Shown] = []
@@ -96,10 +94,7 @@ class Restoration(Task):
     def restore(self, lq: Tensor) -> Tensor:
         """(b c y x) to (b c s*y s*x) by the evaluation protocol: padding, tiles, self-ensemble."""
         def padded(x: Tensor) -> Tensor:
-            height, width = x.shape[-2:]
-            m, s = self.pad_multiple, self.scale
-            x = F.pad(x, (0, -width % m, 0, -height % m), mode="reflect") if width % m or height % m else x
-            return self.model(x)[..., : height * s, : width * s]
+            return run_padded(self.model, x, self.scale, self.model.size_multiple)
 
         def tiled(x: Tensor) -> Tensor:
             return padded(x) if self.tile is None else run_published(padded, x, self.scale, self.tile)

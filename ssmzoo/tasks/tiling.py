@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PUBLISHED_TILE = 200  # pixels of the degraded image
@@ -49,11 +48,28 @@ def published_tiles(height: int, width: int, side: int = PUBLISHED_TILE) -> tupl
     return (padded_height, padded_width), tiles
 
 
+def reflect_pad(x: Tensor, height: int, width: int) -> Tensor:
+    """Extend (... y x) at the bottom and right to height x width by reflection, the edge not repeated; any size."""
+    for dim, wanted in ((-2, height), (-1, width)):
+        n = x.shape[dim]
+        if wanted > n:
+            at = torch.arange(wanted, device=x.device) % max(1, 2 * n - 2)
+            x = x.index_select(dim, torch.minimum(at, 2 * n - 2 - at))
+    return x
+
+
+def run_padded(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, multiple: int) -> Tensor:
+    """(b c y x) to (b c s*y s*x) by a model that needs sides that are multiples of `multiple`."""
+    height, width = image.shape[-2:]
+    y = model(reflect_pad(image, height + -height % multiple, width + -width % multiple))
+    return y[..., : height * scale, : width * scale]
+
+
 def run_published(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, side: int = PUBLISHED_TILE) -> Tensor:
     """(b c y x) to (b c s*y s*x) by the published tiles."""
     height, width = image.shape[-2:]
     (padded_height, padded_width), tiles = published_tiles(height, width, side)
-    image = F.pad(image, (0, padded_width - width, 0, padded_height - height), mode="reflect")
+    image = reflect_pad(image, padded_height, padded_width)
     out = None
     for t in tiles:
         y = model(image[..., t.top : t.bottom, t.left : t.right])
@@ -75,21 +91,20 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def fade(length: int, before: int, after: int) -> Tensor:
-    """(length) weights of one tile along one axis: a rising ramp over `before` pixels, a falling one over `after`."""
-    weight = torch.ones(length)
-    if before:
-        weight[:before] = (torch.arange(before) + 0.5) / before
-    if after:
-        weight[length - after :] *= (torch.arange(after, 0, -1) - 0.5) / after
-    return weight
+def axis_fades(starts: list[int], length: int, tile: int, overlap: int) -> list[Tensor]:
+    """Weights (tile) of every tile along one axis; at every place they sum to 1.
 
-
-def axis_fades(starts: list[int], length: int, tile: int) -> list[Tensor]:
-    """Weights of every tile along one axis; neighbours sum to 1 in what they share."""
-    tile = min(tile, length)
-    shared = [a + tile - b for a, b in zip(starts, starts[1:])]
-    return [fade(tile, shared[i - 1] if i else 0, shared[i] if i < len(shared) else 0) for i in range(len(starts))]
+    Of what two neighbours share, the middle `overlap / 2` pixels are cross-faded; before that the first tile counts
+    alone and after it the second, so that the pixels next to a tile's edge, which saw its padding, are not used.
+    """
+    tile, ramp = min(tile, length), overlap // 2
+    weights = [torch.ones(tile) for _ in starts]
+    for i, (a, b) in enumerate(zip(starts, starts[1:])):
+        shared = a + tile - b
+        rising = ((torch.arange(shared) - (shared - ramp) // 2 + 0.5) / max(1, ramp)).clamp(0, 1)
+        weights[i][tile - shared :] *= 1 - rising
+        weights[i + 1][:shared] *= rising
+    return weights
 
 
 def run_blended(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, tile: int = 192, overlap: int = 32,
@@ -98,15 +113,15 @@ def run_blended(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, ti
 
     model    (1 c y x) -> (1 c s*y s*x)
     image    (c y x), any float; only a strip of the result is in memory at a time
-    tile     side of a tile in degraded pixels; overlap (at most half of it) is cross-faded
+    tile     side of a tile in degraded pixels; neighbours share `overlap` or more (at most a third of it)
     progress called with (tiles done, tiles in all)
     """
-    if overlap > tile // 2:
-        raise ValueError(f"overlap is {overlap}; with tiles of {tile} pixels it can be at most {tile // 2}")
+    if overlap > tile // 3:  # more would put three tiles over one place
+        raise ValueError(f"overlap is {overlap}; with tiles of {tile} pixels it can be at most {tile // 3}")
     height, width = image.shape[-2:]
     rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
-    row_fades = axis_fades(rows, height, tile)
-    column_fades = axis_fades(columns, width, tile)
+    row_fades = axis_fades(rows, height, tile, overlap)
+    column_fades = axis_fades(columns, width, tile, overlap)
     carried = None  # weighted sum of the rows that the next row of tiles shares
     for i, top in enumerate(rows):
         strip = None

@@ -1,0 +1,172 @@
+"""`ssmzoo restore PICTURE ...`: super-resolution, denoising or JPEG repair of picture files, whole folders included."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+TASKS = ("sr", "denoise", "jpeg")
+TASK_OF = {"bicubic": "sr", "noise": "denoise", "jpeg": "jpeg", "paired": "denoise"}  # data.degradation -> --task
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("restore", help="restore pictures of any size with a trained model", description=(
+        "Restore PNG, JPEG, TIFF and WebP pictures (8 or 16 bits, grey, RGB, transparency, orientation and colour "
+        "profile kept) or whole folders. A result that exists is kept, so an interrupted run is continued by the same "
+        "command."))
+    parser.add_argument("inputs", nargs="+", type=Path, help="picture files or folders")
+    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint; with --model, a released .pth file")
+    parser.add_argument("--model", help="preset that a released weight file belongs to, e.g. mambair_light_x2")
+    parser.add_argument("--task", choices=TASKS, help="what the checkpoint is expected to do")
+    parser.add_argument("--scale", type=int, help="the enlargement expected of the checkpoint")
+    parser.add_argument("-o", "--out", type=Path, help="folder, or file for one picture; default: beside the input")
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument("--tile", type=int, default=192, help="side of a tile in input pixels (192)")
+    parser.add_argument("--overlap", type=int, default=32, help="pixels that tiles share and cross-fade (32)")
+    parser.add_argument("--self-ensemble", action="store_true", help="average over 8 flips and transposes (8x slower)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    return parser
+
+
+def run(args) -> int:
+    from ssmzoo.data.image_file import ImageError
+
+    jobs = plan(args.inputs, args.out)
+    model = load(args)
+    label = f"_x{model.upscale}" if model.upscale > 1 else "_restored"
+    jobs = [(source, target or source.with_name(f"{source.stem}{label}{source.suffix}")) for source, target in jobs]
+    done, kept, failed = 0, 0, 0
+    for source, target in jobs:
+        if target.exists() and not args.overwrite:
+            kept += 1
+            print(f"{target} exists and is kept (--overwrite replaces it)")
+            continue
+        try:
+            restore_file(model, source, target, args)
+            done += 1
+        except ImageError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr)
+            if "could not be written" in str(error):  # a full disk will not get better with the next picture
+                break
+        except ValueError as error:
+            failed += 1
+            print(f"error: {source}: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f"\nstopped; {done} restored, {len(jobs) - done - kept - failed} left: the same command continues",
+                  file=sys.stderr)
+            raise
+    print(f"{done} restored, {kept} kept, {failed} failed")
+    return 1 if failed else 0
+
+
+def plan(inputs: list[Path], out: Path | None) -> list[tuple[Path, Path | None]]:
+    """[(input file, output file or None for "beside the input")]; ValueError for what cannot be meant."""
+    from ssmzoo.data.image_file import SUFFIXES, find_pictures
+
+    jobs: list[tuple[Path, Path | None]] = []
+    for given in inputs:
+        if given.is_dir():
+            if out is None:
+                raise ValueError(f"{given} is a folder: say with --out where its results go")
+            results = out.resolve()
+            own = results != given.resolve()  # results of an earlier run below the folder are not inputs
+            files = [f for f in find_pictures(given) if not (own and results in f.resolve().parents)]
+            jobs += [(f, out / f.relative_to(given)) for f in files]
+        elif not given.exists():
+            raise ValueError(f"no picture or folder at {given}")
+        elif out is None:
+            jobs.append((given, None))
+        else:
+            is_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
+            if is_file and len(inputs) > 1:
+                raise ValueError(f"--out {out} is one file and there are {len(inputs)} inputs; give a folder")
+            jobs.append((given, out if is_file else out / given.name))
+    for source, target in jobs:
+        if target is not None and target.resolve() == source.resolve():
+            raise ValueError(f"{target} is the input itself; choose another --out")
+    targets = [t for _, t in jobs if t is not None]
+    if len(set(targets)) < len(targets):
+        raise ValueError("two inputs would be written to the same file; restore them into separate folders")
+    return jobs
+
+
+def load(args):
+    """The model, checked against --task and --scale."""
+    import torch
+
+    from ssmzoo.train.checkpoint import load_model
+
+    if args.model:
+        model, degradation = load_released(args.model, args.ckpt), None
+    else:
+        model, manifest = load_model(args.ckpt)
+        degradation = manifest.get("config", {}).get("data", {}).get("degradation", "bicubic")
+        if not hasattr(model, "size_multiple"):
+            raise ValueError(f"{args.ckpt} holds {manifest.get('model')}, which does not restore pictures")
+    if args.scale is not None and args.scale != model.upscale:
+        raise ValueError(f"--scale is {args.scale}, but the checkpoint was built for x{model.upscale}")
+    task = TASK_OF[degradation] if degradation else ("sr" if model.upscale > 1 else args.task)
+    if args.task and args.task != task:
+        raise ValueError(f"--task is {args.task}, but the checkpoint was trained for {task}")
+    if not 0 <= args.overlap <= args.tile // 3:
+        raise ValueError(f"--overlap is {args.overlap}; with --tile {args.tile} it can be 0 to {args.tile // 3}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)  # MambaIRv2 with routing=gumbel draws noise
+    return model.eval().to(device)
+
+
+def load_released(name: str, file: str):
+    """A preset with the weights of a released .pth or .safetensors file."""
+    from ssmzoo.official import fit_state_dict, read_state_dict
+    from ssmzoo.zoo import create_model
+
+    model = create_model(name)
+    if not hasattr(model, "size_multiple"):
+        raise ValueError(f"--model {name} does not restore pictures; see `ssmzoo list models`")
+    state = read_state_dict(file)
+    state.pop("relative_position_index_SA", None)  # a constant that MambaIRv2 files carry
+    fit_state_dict(model, state, what=f"model {name!r}")
+    return model
+
+
+def restore_file(model, source: Path, target: Path, args) -> None:
+    import numpy as np
+    import torch
+
+    from ssmzoo.data.image_file import Picture, read_picture, write_picture
+    from ssmzoo.tasks.restore_picture import enlarge_alpha, restore_levels
+
+    started = time.monotonic()
+    picture = read_picture(source)
+    kind, wide = picture.levels.dtype, np.int32 if picture.top > 255 else np.uint8  # torch does little with uint16
+    levels = torch.from_numpy(picture.levels.astype(wide)).permute(2, 0, 1)
+    out = restore_levels(model, levels, picture.top, tile=args.tile, overlap=args.overlap, ensemble=args.self_ensemble,
+                         progress=Bar(source.name))
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = enlarge_alpha(torch.from_numpy(alpha.astype(wide)), picture.top, model.upscale).numpy().astype(kind)
+    restored = np.ascontiguousarray(out.permute(1, 2, 0).numpy().astype(kind))
+    write_picture(target, Picture(restored, alpha, picture.exif, picture.icc))
+    notes = f" ({'; '.join(picture.notes)})" if picture.notes else ""
+    print(f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * kind.itemsize} bits, "
+          f"{time.monotonic() - started:.1f} s{notes}", flush=True)
+
+
+class Bar:
+    """A progress line on a terminal; silent elsewhere and for pictures of one tile."""
+
+    def __init__(self, name: str):
+        self.name, self.started, self.shown = name, time.monotonic(), sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.shown or total == 1:
+            return
+        left = (time.monotonic() - self.started) / done * (total - done)
+        filled = round(30 * done / total)
+        end = "\r\033[K" if done == total else ""
+        bar = "#" * filled + "." * (30 - filled)
+        sys.stderr.write(f"\r{self.name} [{bar}] {done}/{total} tiles, {left:.0f} s left{end}")
+        sys.stderr.flush()

@@ -1,0 +1,154 @@
+"""Training, evaluation and `ssmzoo restore` as a user runs them, on small pictures."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssmzoo.data.image_file import Picture, orientation, read_picture, write_picture
+
+TINY = ["model.embed_dim=30", "model.depths=[1]", "model.d_state=2", "data.patch_size=16", "data.batch_size=2",
+        "data.holdout=1", "data.val_crop=24", "trainer.accelerator=cpu", "trainer.max_steps=2",
+        "trainer.val_check_interval=2", "name=a"]
+
+
+def call(monkeypatch, capsys, entry, *arguments):
+    """(exit status, stdout, stderr) of train.py, eval.py or ssmzoo."""
+    from ssmzoo.cli import main, train
+
+    monkeypatch.setattr(sys, "argv", [entry, *arguments])
+    status = 0
+    try:
+        {"train": train.train, "eval": train.evaluate, "ssmzoo": main.main}[entry]()
+    except SystemExit as stop:
+        status = stop.code or 0
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def photo(size, seed=0):
+    """Smooth noise (y x 3) uint8."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+    return np.asarray(small.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(3):
+        Image.fromarray(photo((32 + i, 40), i)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A run folder of MambaIR x2 after two steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "model=mambair", f"data.path={photos}", f"runs_dir={runs}", *TINY])
+        from ssmzoo.cli import train
+
+        train.train()
+    return runs / "mambair" / "a"
+
+
+@pytest.mark.parametrize("model, task", [("mambair", "denoise"), ("mambair", "jpeg"), ("mambair", "jpeg_grey"),
+                                         ("mambair_v2", "restoration"), ("mambair_v2", "denoise")])
+def test_every_pairing_trains_and_leaves_its_results(monkeypatch, capsys, tmp_path, photos, model, task):
+    size = ["model.window_size=4", "model.num_heads=2"] if model == "mambair_v2" else []
+    status, out, err = call(monkeypatch, capsys, "train", f"model={model}", f"task={task}", f"data.path={photos}",
+                            f"runs_dir={tmp_path}", *TINY, *size)
+    assert (status, err) == (0, "")
+    run = tmp_path / model / "a"
+    assert (run / "comparison.png").stat().st_size > 0 and "per picture" in out and "gain" in out
+    rows = list(csv.DictReader((run / "per_image.csv").open()))
+    assert len(rows) == 1 and {"name", "psnr", "ssim", "baseline_psnr", "baseline_ssim"} == set(rows[0])
+
+
+def test_evaluation_of_another_folder_and_of_another_scale(monkeypatch, capsys, trained, photos, tmp_path):
+    status, out, _ = call(monkeypatch, capsys, "eval", f"ckpt={trained}", f"data.val_path={photos}", f"out={tmp_path}")
+    assert status == 0 and "mean over 3 held-out pictures" in out
+    assert len(list(csv.DictReader((tmp_path / "per_image.csv").open()))) == 3
+    status, _, err = call(monkeypatch, capsys, "eval", f"ckpt={trained}", "data.scale=4", f"out={tmp_path}")
+    assert status == 2 and "upscale" in err and "4" in err
+
+
+def test_a_model_of_another_scale_is_refused(monkeypatch, capsys, photos, tmp_path):
+    status, _, err = call(monkeypatch, capsys, "train", "model=mambair", "model.upscale=4", f"data.path={photos}",
+                          f"runs_dir={tmp_path}", *TINY)
+    assert status != 0 and "enlarges by 4" in err
+
+
+def test_restoring_a_folder_keeps_depth_alpha_orientation_and_continues(monkeypatch, capsys, trained, tmp_path):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    exif = Image.Exif()
+    exif[274] = 8
+    rgb = photo((9, 13))
+    cases = {"rgb.png": Picture(rgb, exif=exif.tobytes()), "sub/grey.png": Picture(rgb[..., :1]),
+             "alpha.png": Picture(rgb, rgb[..., 0]), "deep.png": Picture(rgb.astype(np.uint16) * 257),
+             "deep.tif": Picture(rgb.astype(np.uint16) * 257, exif=exif.tobytes()),
+             "photo.jpg": Picture(photo((17, 8))), "one.webp": Picture(photo((1, 1)))}
+    for name, picture in cases.items():
+        write_picture(pictures / name, picture)
+    command = ["restore", str(pictures), "--ckpt", str(trained), "--task", "sr", "--scale", "2", "--device", "cpu"]
+    status, printed, err = call(monkeypatch, capsys, "ssmzoo", *command, "-o", str(out))
+    assert (status, err) == (0, "") and "7 restored" in printed
+    for name, given in cases.items():
+        got = read_picture(out / name)
+        assert got.levels.shape == (2 * given.levels.shape[0], 2 * given.levels.shape[1], given.levels.shape[2]), name
+        assert got.levels.dtype == given.levels.dtype and (got.alpha is None) == (given.alpha is None), name
+        assert orientation(got.exif) == orientation(given.exif), name
+    before = (out / "rgb.png").stat().st_mtime_ns
+    (out / "alpha.png").unlink()
+    status, printed, _ = call(monkeypatch, capsys, "ssmzoo", *command, "-o", str(out))
+    assert status == 0 and "1 restored, 6 kept" in printed and (out / "rgb.png").stat().st_mtime_ns == before
+    status, printed, _ = call(monkeypatch, capsys, "ssmzoo", *command, "-o", str(out), "--overwrite")
+    assert status == 0 and "7 restored, 0 kept" in printed
+
+
+def test_a_damaged_picture_does_not_stop_the_others(monkeypatch, capsys, trained, tmp_path):
+    Image.fromarray(photo((8, 8))).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    Image.fromarray(photo((8, 8))).save(tmp_path / "c.png")
+    out = tmp_path / "out"
+    status, printed, err = call(monkeypatch, capsys, "ssmzoo", "restore", str(tmp_path), "--ckpt", str(trained), "-o",
+                                str(out), "--device", "cpu")
+    assert status == 1 and "2 restored, 0 kept, 1 failed" in printed and "b.png cannot be read" in err
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "c.png"]
+
+
+def test_beside_the_input_and_tiles_that_change_little(monkeypatch, capsys, trained, tmp_path):
+    Image.fromarray(photo((70, 60))).save(tmp_path / "a.png")
+    command = ["restore", str(tmp_path / "a.png"), "--ckpt", str(trained), "--device", "cpu"]
+    assert call(monkeypatch, capsys, "ssmzoo", *command)[0] == 0
+    whole = read_picture(tmp_path / "a_x2.png").levels
+    command += ["--tile", "32", "--overlap", "8", "-o", str(tmp_path / "t.png")]
+    assert call(monkeypatch, capsys, "ssmzoo", *command)[0] == 0
+    assert np.abs(whole.astype(int) - read_picture(tmp_path / "t.png").levels).mean() < 2
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--scale", "4"], "built for x2"), (["--task", "denoise"], "trained for sr"), (["--overlap", "100"], "--overlap"),
+    (["-o", "{here}/a.png"], "is the input itself"), (["--model", "mamba"], "does not restore"),
+])
+def test_what_the_user_gets_wrong_is_said_in_one_line(monkeypatch, capsys, trained, tmp_path, more, words):
+    Image.fromarray(photo((8, 8))).save(tmp_path / "a.png")
+    more = [m.format(here=tmp_path) for m in more]
+    command = ["restore", str(tmp_path / "a.png"), "--ckpt", str(trained), *more]
+    status, _, err = call(monkeypatch, capsys, "ssmzoo", *command)
+    assert status == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_released_weight_file_restores_by_the_name_of_its_preset(monkeypatch, capsys, tmp_path):
+    import torch
+
+    from ssmzoo import create_model
+
+    torch.save({"params": create_model("mambair_light_x2").state_dict()}, tmp_path / "w.pth")
+    Image.fromarray(photo((5, 6))).save(tmp_path / "a.png")
+    status, out, err = call(monkeypatch, capsys, "ssmzoo", "restore", str(tmp_path / "a.png"), "--ckpt",
+                            str(tmp_path / "w.pth"), "--model", "mambair_light_x2", "--device", "cpu")
+    assert (status, err) == (0, "") and "12 x 10" in out
