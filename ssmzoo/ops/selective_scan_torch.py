@@ -64,7 +64,7 @@ class _Scan:
 
     def sequence(self, t: Tensor, span: slice) -> Tensor:
         """(l b e) -> (t b g r) of one chunk."""
-        return t[span].to(self.dtype).reshape(-1, self.b, self.g, self.r)
+        return t[span].to(self.dtype).unflatten(2, (self.g, self.r))
 
     def state(self, t: Tensor | None) -> Tensor:
         shape = self.b, self.g, self.r, self.n
@@ -124,7 +124,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_s
                 y.addcmul_(scan.D, c.u)
             if z is not None:
                 y.mul_(F.silu(scan.sequence(scan.z, span)))
-            out_t[span] = y.reshape(-1, scan.b, scan.e)
+            out_t[span] = y.flatten(2)
             h = states[-1].clone()  # not a view that keeps the chunk alive
         last = h.reshape(scan.b, scan.e, scan.n).clone()
         empty = (len(scan.spans()) if save else 0, scan.b, scan.e, scan.n) if save else (0,)
@@ -150,7 +150,7 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
                 y = _contract(states[1:], c.C)
                 y = y if scan.D is None else y.addcmul_(scan.D, c.u)
                 sigma = torch.sigmoid(gate)
-                dz.permute(2, 0, 1)[span] = (dy * y * sigma * (1 + gate * (1 - sigma))).reshape(-1, scan.b, scan.e)
+                dz.permute(2, 0, 1)[span] = (dy * y * sigma * (1 + gate * (1 - sigma))).flatten(2)
                 dy = dy * gate * sigma
             gradient = c.C.expand(scan.A.shape) if C.ndim == 2 else c.C
             dh = dy[..., None] * gradient
@@ -177,7 +177,7 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
                 ddt.mul_(torch.sigmoid(c.raw))
             if scan.bias is not None:
                 dbias += ddt.sum((0, 1))
-            du_t[span], ddelta_t[span] = (t.reshape(-1, scan.b, scan.e) for t in (dx, ddt))
+            du_t[span], ddelta_t[span] = dx.flatten(2), ddt.flatten(2)
         sums = {2: dA, 5: dD, 7: dbias, 8: carry}
         sums |= {i: total for i, M, total in ((3, B, dB_sum), (4, C, dC_sum)) if M.ndim == 2}
         for index, value in sums.items():

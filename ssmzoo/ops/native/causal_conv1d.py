@@ -16,11 +16,12 @@ UPDATE, _ = kernel("ssmzoo_causal_conv1d_update", [ctypes.c_void_p] * 5 + [ctype
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
-_LIBRARY.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu)"
-                " -> Tensor")
+_LIBRARY.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, "
+                "bool silu) -> Tensor")
 _LIBRARY.define("causal_conv1d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "
                 "Tensor? initial_states, bool silu) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor")
+_LIBRARY.define("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) "
+                "-> Tensor")
 
 
 def _arguments(x, weight, bias, seq_idx, initial_states, silu, results):
@@ -41,9 +42,8 @@ def _forward(x, weight, bias, seq_idx, initial_states, silu):
 
 
 def _empty_gradients(x, weight, bias, initial_states):
-    nothing = x.new_empty(0)
-    return [torch.empty_like(x), weight.new_empty(weight.shape), nothing if bias is None else bias.new_empty(bias.shape),
-            nothing.clone() if initial_states is None else initial_states.new_empty(initial_states.shape)]
+    rest = (weight, bias, initial_states)
+    return [torch.empty_like(x), *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest)]
 
 
 def _backward(dout, x, weight, bias, seq_idx, initial_states, silu):
@@ -62,8 +62,9 @@ def _backward(dout, x, weight, bias, seq_idx, initial_states, silu):
 
 def _update(x, conv_state, weight, bias, silu):
     y = torch.empty_like(x)
-    UPDATE(x.data_ptr(), conv_state.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-           x.shape[0], x.shape[1], conv_state.shape[2], weight.shape[1], silu)
+    shift = None if bias is None else bias.data_ptr()
+    UPDATE(x.data_ptr(), conv_state.data_ptr(), weight.data_ptr(), shift, y.data_ptr(), *x.shape, conv_state.shape[2],
+           weight.shape[1], silu)
     return y
 
 

@@ -277,6 +277,7 @@ static void forward_task(void *context, int64_t index) {
 }
 
 void ssmzoo_selective_scan_forward(const scan_args *a) {
+    if (!a->e) return;
     plan p = make_plan(a);
     parallel_for(a->b * p.parts * p.tasks_per_part, a->threads, forward_task, (void *)a);
 }
@@ -560,6 +561,7 @@ static void backward_task(void *context, int64_t index) {
 }
 
 void ssmzoo_selective_scan_backward(const scan_args *a) {
+    if (!a->e) return;
     plan p = make_plan(a);
     parallel_for(a->b * p.parts * p.tasks_per_part, a->threads, backward_task, (void *)a);
 }

@@ -63,7 +63,7 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
     du, ddelta, _, _, _, _, dz, _, dinitial = grads
 
     def scratch(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
+        return (u.new_empty if e else u.new_zeros)(shape, dtype=torch.float32)
 
     dA = scratch(b, e, n)
     dB, dC = (scratch(b, e, n) if M.ndim == 2 else scratch(tiling[1], b, g, l, n) for M in (B, C))

@@ -11,8 +11,8 @@ from ssmzoo.ops.selective_scan import selective_state_update
 UPDATE, MISSING = kernel("ssmzoo_selective_state_update")
 
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
-_LIBRARY.define("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
-                "Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor")
+_LIBRARY.define("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+                "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor")
 
 
 def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):

@@ -1,0 +1,96 @@
+"""How a backend is chosen, and what the user is told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssmzoo.ops import BACKENDS, BackendError, backend, backend_table, chosen_backend
+from ssmzoo.ops.dispatch import OPERATORS, op
+
+
+def why_not_fast(x, times=1):
+    return "only twice" if times != 2 else None
+
+
+@pytest.fixture
+def double():
+    """An operator with a reference, a picky backend, one for CUDA and one whose library is missing."""
+    def check(x, times=1):
+        if times < 0:
+            raise ValueError(f"times is {times}, expected 0 or more")
+
+    @op(check=check)
+    def double(x, times=1):
+        """x 2^times"""
+        return x * 2**times
+
+    double.register("native", unsupported=why_not_fast)(lambda x, times=1: x * 4)
+    double.register("triton", device="cuda")(lambda x, times=1: x)
+    double.register("cuda", device="cuda", missing="mamba-ssm is not installed")(lambda x, times=1: x)
+    yield double
+    del OPERATORS["double"]
+
+
+def test_first_willing_backend_serves(double):
+    x = torch.ones(2)
+    assert chosen_backend(double, x, times=2) == "native"
+    assert chosen_backend(double, x, 3) == "reference"
+    assert double(x, 3).tolist() == [8, 8]
+    assert double.__doc__ == "x 2^times"
+
+
+def test_override_is_honoured_or_explained(double):
+    x = torch.ones(2)
+    with backend("native"):
+        assert double(x, 2).tolist() == [4, 4]
+        with pytest.raises(BackendError) as error, backend("triton"):
+            double(x)
+        with backend(None):
+            assert double(x).tolist() == [2, 2]
+    for line in ("'triton' was asked for", "cuda: mamba-ssm is not installed", "triton: needs cuda tensors, got cpu",
+                 "native: only twice", "torch: no torch kernel", "reference: available"):
+        assert line in str(error.value)
+    with pytest.raises(BackendError, match="unknown backend 'nativ'"), backend("nativ"):
+        pass
+    assert chosen_backend(double, x) == "reference"  # the choice ended with its block
+
+
+def test_bad_arguments_are_refused_before_the_choice(double):
+    with pytest.raises(ValueError, match="times is -1"):
+        double(torch.ones(1), -1)
+    with pytest.raises(TypeError, match=r"double\(\) got an unexpected keyword argument 'tims'"):
+        double(torch.ones(1), tims=2)
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        double.register("gpu")
+
+
+def test_choice_is_traced_through(double):
+    compiled = torch.compile(lambda x: double(x, 2) + double(x, 1), fullgraph=True, backend="eager")
+    x = torch.ones(2)
+    assert compiled(x).tolist() == [6, 6]
+    with backend("reference"):
+        assert compiled(x).tolist() == [6, 6]
+
+
+def test_table_lists_every_operator_on_every_backend(double):
+    rows = {(r.operator, r.backend): r for r in backend_table()}
+    assert len(rows) == len(OPERATORS) * len(BACKENDS)
+    assert rows["double", "cuda"].reason == "mamba-ssm is not installed" and not rows["double", "cuda"].available
+    assert rows["double", "torch"].reason == "no torch kernel for this operator"
+    assert all(rows[name, "reference"].available for name in OPERATORS)
+    assert torch.cuda.is_available() or rows["double", "triton"].reason == "no CUDA device"
+
+
+@pytest.mark.parametrize("variable, value, expected", [
+    ("SSMZOO_BACKEND", "reference", "reference"), ("SSMZOO_BACKEND", "torhc", "asked for"),
+    ("SSMZOO_NATIVE", "off", "torch"),
+])
+def test_environment_chooses(variable, value, expected):
+    code = ("import torch; from ssmzoo.ops import chosen_backend, selective_scan_fn as f; x = torch.ones(1, 2, 3); "
+            "print(chosen_backend(f, x, x, -x[0, :, :1], x[:, :1], x[:, :1]))")
+    environment = os.environ | {variable: value}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert expected in result.stdout + result.stderr
