@@ -1,6 +1,6 @@
 // Small matrix products for data that lives in cache, and transposition.
 //
-//     C[m][n] (+)= scale[m] * sum_k A[m * am + k * ak] * B[k * ldb + n]      m < M, n < N, N a multiple of VL
+//     C[m][n] = keep * from[m][n] + scale[m] * sum_k A[m * am + k * ak] * B[k * ldb + n]   m < M, n < N, N a multiple of VL
 //
 // A may be transposed by its strides, the lanes run along n, and the shape leaves out what is zero or unused.
 #pragma once
@@ -18,8 +18,9 @@ typedef struct {
     const float *A; int64_t am, ak;
     const float *B; int64_t ldb;
     float *C; int64_t ldc;
-    const float *scale;  // per row of C, or NULL
-    int add;             // add to C instead of overwriting it
+    const float *scale;  // per row of C, or NULL for 1
+    const float *from;   // laid out like C and possibly C itself, or NULL for 0
+    float keep;
 } gemm_t;
 
 // Sums that fit into the registers: 6 x 4 vectors of 32, or 6 x 2 of 16.
@@ -49,11 +50,12 @@ INLINE void gemm_tile(const gemm_t *g, const int rows, const int vecs, int64_t m
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
         float *c = g->C + (m + i) * g->ldc + n;
+        const float *from = g->from ? g->from + (m + i) * g->ldc + n : NULL;
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; v++) {
             vf value = sum[i][v];
             if (g->scale) value *= g->scale[m + i];
-            if (g->add) value += v_load(c + v * VL);
+            if (from) value += g->keep * v_load(from + v * VL);
             v_store(c + v * VL, value);
         }
     }

@@ -11,7 +11,7 @@
 //
 // A task takes some heads of one group through all chunks in sequence, so that their states stay in cache; a state is kept
 // as (n, p) with p padded to whole vectors, so that the lanes of every product run along the width of a head or along time.
-// No result depends on the number of threads.
+// The cut into tasks decides the order in which dB and dC are summed up, nothing else.
 #include "gemm.h"
 #include "parallel.h"
 
@@ -117,13 +117,11 @@ static void store_states(const ssd_t *s, const place_t *at, const float *S, floa
         transpose(S + (h - at->h0) * size, s->pp, z[n_], z[p_], to + (at->b * z[h_] + h) * z[p_] * z[n_], z[n_]);
 }
 
-// S = whole S + sum_t A[:, t] (outer) X[t]
-static void carry(const ssd_t *s, float *S, float whole, const float *A, int64_t lda, const float *X, int64_t q) {
-    const int64_t *z = s->z, size = z[n_] * s->pp;
-    if (whole == 0) memset(S, 0, size * sizeof(float));
-    else for (int64_t i = 0; i < size; i++) S[i] *= whole;
-    gemm_t product = {A, 1, lda, X, s->pp, S, s->pp, NULL, 1};
-    gemm(&product, z[n_], s->pp, q, GEMM_FULL);
+// to = whole S + sum_t A[:, t] (outer) X[t]; `to` may be S
+static void carry(const ssd_t *s, const float *S, float whole, const float *A, int64_t lda, const float *X, int64_t q,
+                  float *to) {
+    gemm_t product = {A, 1, lda, X, s->pp, to, s->pp, NULL, whole == 0 ? NULL : S, whole};
+    gemm(&product, s->z[n_], s->pp, q, GEMM_FULL);
 }
 
 static void forward_task(void *context, int64_t i) {
@@ -138,20 +136,21 @@ static void forward_task(void *context, int64_t i) {
         go_to(s, &at, c);
         const int64_t q = at.q;
         transpose(B_at(s, &at), z[B_l], q, z[n_], BT, qp);
-        gemm_t scores = {C_at(s, &at), z[C_l], 1, BT, qp, CB, qp, NULL, 0};
+        gemm_t scores = {C_at(s, &at), z[C_l], 1, BT, qp, CB, qp, NULL, NULL, 0};
         gemm(&scores, q, qp, z[n_], GEMM_RESULT);
         for (int64_t h = at.h0; h < at.h1; h++) {
             const int64_t step = step_at(s, &at, h);
             const float *x = x_at(s, &at, h);
             float *S = states + (h - at.h0) * size;
+            if (s->states) memcpy(s->states + state_at(s, at.b, c, h), S, size * sizeof(float));
             decays(s, &at, h, start, end);
             decay_matrix(s->e + step, z[h_], q, qp, W);
             for (int64_t t = 0; t < q; t++)
                 for (int64_t r = 0; r < padded(t + 1); r++) W[t * qp + r] *= CB[t * qp + r];
             pack(x, z[x_l], q, z[p_], pp, s->dt ? s->dt + step : NULL, z[h_], NULL, X);
-            gemm_t before = {C_at(s, &at), z[C_l], 1, S, pp, Y, pp, start, 0};
+            gemm_t before = {C_at(s, &at), z[C_l], 1, S, pp, Y, pp, start, NULL, 0};
             gemm(&before, q, pp, z[n_], GEMM_FULL);
-            gemm_t inside = {W, qp, 1, X, pp, Y, pp, NULL, 1};
+            gemm_t inside = {W, qp, 1, X, pp, Y, pp, NULL, Y, 1};
             gemm(&inside, q, pp, q, GEMM_LOWER);
             const float *D = s->D ? s->D + h * z[p_] : NULL;
             for (int64_t t = 0; t < q; t++) {
@@ -160,8 +159,7 @@ static void forward_task(void *context, int64_t i) {
                 else memcpy(y, Y + t * pp, z[p_] * sizeof(float));
                 for (int64_t k = 0; k < pp; k++) X[t * pp + k] *= end[t];
             }
-            if (s->states) memcpy(s->states + state_at(s, at.b, c, h), S, size * sizeof(float));
-            carry(s, S, start[q - 1], B_at(s, &at), z[B_l], X, q);
+            carry(s, S, start[q - 1], B_at(s, &at), z[B_l], X, q, S);
         }
     }
     store_states(s, &at, states, s->last);
@@ -187,14 +185,18 @@ static float *bench(const ssd_t *s, bench_t *w) {
     return memory;
 }
 
-// sum[t] = <into[:, t], with[:, t]> after adding `term` to `into` (both n x qp): one head's share of dB or dC
-static void add_share(const float *term, const float *with, float *into, int64_t n, int64_t qp, float *sum) {
-    memset(sum, 0, qp * sizeof(float));
-    for (int64_t k = 0; k < n; k++)
-        for (int64_t t = 0; t < qp; t++) {
-            sum[t] += term[k * qp + t] * with[k * qp + t];
-            into[k * qp + t] += term[k * qp + t];
+// With term[:, t] *= scale[t]: into += term and sum[t] = <term[:, t], with[:, t]>, all (n, qp): one head's share of dB, dC
+static void add_share(const float *term, const float *scale, const float *with, float *into, int64_t n, int64_t qp,
+                      float *sum) {
+    for (int64_t t = 0; t < qp; t += VL) {
+        vf total = {0};
+        for (int64_t k = 0; k < n; k++) {
+            const vf x = v_load(term + k * qp + t) * v_load(scale + t);
+            total += x * v_load(with + k * qp + t);
+            v_store(into + k * qp + t, v_load(into + k * qp + t) + x);
         }
+        v_store(sum + t, total);
+    }
 }
 
 // the gradient of the logarithm of every decay, see the head of this file; col is work space
@@ -226,6 +228,7 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
     float *start = w->line, *end = start + qp, *before = end + qp, *after = before + qp, *col = after + qp;
     const float *x = x_at(s, at, h), *dy = s->dy + step * p, *dt = s->dt ? s->dt + step : NULL;
     const float *S = s->states + state_at(s, at->b, at->c, h);
+    memset(w->line, 0, 2 * qp * sizeof(float));
     decays(s, at, h, start, end);
     decay_matrix(s->e + step, z[h_], q, qp, w->L);
     pack(x, z[x_l], q, p, pp, dt, z[h_], NULL, w->X);
@@ -233,7 +236,7 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
     transpose(w->X, pp, q, pp, w->XT, qp);
     transpose(w->dY, pp, q, pp, w->dYT, qp);
 
-    gemm_t weights = {w->dY, pp, 1, w->XT, qp, w->dW, qp, NULL, 0};
+    gemm_t weights = {w->dY, pp, 1, w->XT, qp, w->dW, qp, NULL, NULL, 0};
     gemm(&weights, q, qp, pp, GEMM_RESULT);
     for (int64_t t = 0; t < q; t++)
         for (int64_t r = 0; r < padded(t + 1); r++) {
@@ -241,19 +244,17 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
             w->W[k] = w->L[k] * w->CB[k];
             w->dCB[k] += w->L[k] * w->dW[k];
         }
-    gemm_t through_state = {B_at(s, at), z[B_l], 1, G, pp, w->dX, pp, end, 0};
+    gemm_t through_state = {B_at(s, at), z[B_l], 1, G, pp, w->dX, pp, end, NULL, 0};
     gemm(&through_state, q, pp, n, GEMM_FULL);
-    gemm_t inside = {w->W, 1, qp, w->dY, pp, w->dX, pp, NULL, 1};
+    gemm_t inside = {w->W, 1, qp, w->dY, pp, w->dX, pp, NULL, w->dX, 1};
     gemm(&inside, q, pp, q, GEMM_UPPER);
 
-    for (int64_t k = 0; k < pp; k++)
-        for (int64_t t = 0; t < q; t++) { w->XT[k * qp + t] *= end[t]; w->dYT[k * qp + t] *= start[t]; }
-    gemm_t to_C = {S, pp, 1, w->dYT, qp, w->term, qp, NULL, 0};
+    gemm_t to_C = {S, pp, 1, w->dYT, qp, w->term, qp, NULL, NULL, 0};
     gemm(&to_C, n, qp, p, GEMM_FULL);
-    add_share(w->term, w->CT, w->dCT, n, qp, before);
-    gemm_t to_B = {G, pp, 1, w->XT, qp, w->term, qp, NULL, 0};
+    add_share(w->term, start, w->CT, w->dCT, n, qp, before);
+    gemm_t to_B = {G, pp, 1, w->XT, qp, w->term, qp, NULL, NULL, 0};
     gemm(&to_B, n, qp, p, GEMM_FULL);
-    add_share(w->term, w->BT, w->dBT, n, qp, after);
+    add_share(w->term, end, w->BT, w->dBT, n, qp, after);
 
     float across = 0;
     if (start[q - 1] != 0) {
@@ -276,7 +277,7 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
         if (dD) for (int64_t k = 0; k < p; k++) dD[k] += dyt[k] * xt[k];
         for (int64_t k = 0; k < pp; k++) w->dY[t * pp + k] *= start[t];
     }
-    carry(s, G, start[q - 1], C_at(s, at), z[C_l], w->dY, q);
+    carry(s, G, start[q - 1], C_at(s, at), z[C_l], w->dY, q, G);
 }
 
 static void backward_task(void *context, int64_t i) {
@@ -293,7 +294,7 @@ static void backward_task(void *context, int64_t i) {
         const int64_t q = at.q;
         transpose(B_at(s, &at), z[B_l], q, n, w.BT, qp);
         transpose(C_at(s, &at), z[C_l], q, n, w.CT, qp);
-        gemm_t scores = {C_at(s, &at), z[C_l], 1, w.BT, qp, w.CB, qp, NULL, 0};
+        gemm_t scores = {C_at(s, &at), z[C_l], 1, w.BT, qp, w.CB, qp, NULL, NULL, 0};
         gemm(&scores, q, qp, n, GEMM_RESULT);
         memset(w.dCB, 0, (size_t)z[q_] * qp * sizeof(float));
         memset(w.dBT, 0, (size_t)n * qp * sizeof(float));
@@ -305,7 +306,7 @@ static void backward_task(void *context, int64_t i) {
         pack(C_at(s, &at), z[C_l], q, n, np, NULL, 0, NULL, w.Cn);
         const int64_t out = (((at.part * z[b_] + at.b) * z[l_] + at.t0) * z[g_] + at.g) * n, ld = z[g_] * n;
         for (int which = 0; which < 2; which++) {  // dC = dCB B + shares, dB = dCB' C + shares
-            gemm_t product = {w.dCB, which ? 1 : qp, which ? qp : 1, which ? w.Cn : w.Bn, np, w.sum, np, NULL, 0};
+            gemm_t product = {w.dCB, which ? 1 : qp, which ? qp : 1, which ? w.Cn : w.Bn, np, w.sum, np, NULL, NULL, 0};
             gemm(&product, q, np, q, which ? GEMM_UPPER : GEMM_LOWER);
             transpose(which ? w.dBT : w.dCT, qp, n, q, w.share, np);
             float *to = (which ? s->dB : s->dC) + out;

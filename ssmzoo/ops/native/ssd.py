@@ -17,7 +17,6 @@ from ssmzoo.ops.ssd_op import KERNELS, SSDKernel, ssd_with
 FORWARD, MISSING = kernel("ssmzoo_ssd_forward")
 BACKWARD, _ = kernel("ssmzoo_ssd_backward")
 CHUNK = 64  # steps; the matrices of a chunk and the state of a head then fit into the second-level cache
-BACKWARD_TASKS = 8  # at least, if there are as many heads: a number that does not depend on the machine
 
 
 def chunk_length(l: int) -> int:
@@ -69,7 +68,7 @@ def forward(x, dt, a, B, C, D, initial_states, seq_idx, save):
 def backward(dy, dlast, saved, x, dt, a, B, C, D, initial_states, seq_idx):
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     x32, B32, C32, e = _rows(x), _rows(B), _rows(C), _decays(a, seq_idx)
-    split = _split(b, h, g, BACKWARD_TASKS)
+    split = _split(b, h, g, 2 * torch.get_num_threads())
 
     def result(wanted: Tensor | None, *shape: int) -> Tensor | None:
         return None if wanted is None else x32.new_empty(shape)
