@@ -22,15 +22,15 @@ from ssmzoo.layers.state import ModelOutput
 class ComplexDiagonalModel(nn.Module):
     """Complex-diagonal SSM with logits at every position.
 
-    vocab_size   token ids, or the width of float inputs
-    num_classes  classes; None: vocab_size
-    state_size   n per layer;  embed_size  width of the embedding, None: vocab_size (published)
+    input_size   token ids, or the width of float inputs
+    num_classes  classes; None: input_size
+    state_size   n per layer;  embed_size  width of the embedding, None: input_size (published)
     n_layer      more than one needs use_B and the nonlinear readout
     use_B        inputs enter additively as well;  scale_eigv  modulus of the eigenvalues (no effect without B)
     readout      "nonlinear" or "linear"
     """
 
-    def __init__(self, vocab_size: int = 3, num_classes: int | None = None, state_size: int = 64,
+    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64,
                  embed_size: int | None = None, n_layer: int = 1, use_B: bool = True, readout: str = "nonlinear",
                  scale_eigv: float = 1.0):
         super().__init__()
@@ -39,11 +39,11 @@ class ComplexDiagonalModel(nn.Module):
         if n_layer < 1 or (n_layer > 1 and (not use_B or readout == "linear")):
             raise ValueError(f"n_layer = {n_layer} with use_B = {use_B} and readout = {readout!r}: at least one layer, and "
                              f"several need use_B=True and readout='nonlinear'")
-        num_classes = vocab_size if num_classes is None else num_classes
-        embed_size = vocab_size if embed_size is None else embed_size
-        self.vocab_size, self.num_classes, self.state_size = vocab_size, num_classes, state_size
+        num_classes = input_size if num_classes is None else num_classes
+        embed_size = input_size if embed_size is None else embed_size
+        self.input_size, self.num_classes, self.state_size = input_size, num_classes, state_size
         n = state_size
-        self.embedding = nn.Linear(vocab_size, embed_size, bias=False)
+        self.embedding = nn.Linear(input_size, embed_size, bias=False)
         self.blocks = nn.ModuleList(ComplexDiagonalSSM(embed_size if i == 0 else n, n, use_B, scale_eigv)
                                     for i in range(n_layer))
         widths = [n] * (n_layer - 1) + [num_classes]

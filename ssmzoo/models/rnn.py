@@ -27,29 +27,29 @@ class RNNState(NamedTuple):
 class RNNModel(nn.Module):
     """Recurrent network with logits at every position.
 
-    vocab_size    token ids, or the width of float inputs;  num_classes  classes, None: vocab_size
+    input_size    token ids, or the width of float inputs;  num_classes  classes, None: input_size
     state_size    n of every layer;  num_layers  layers
     cell          "lstm", "relu" or "tanh" (the last two are Elman networks)
     """
 
-    def __init__(self, vocab_size: int = 3, num_classes: int | None = None, state_size: int = 64, num_layers: int = 1,
+    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64, num_layers: int = 1,
                  cell: str = "lstm"):
         super().__init__()
         if cell not in ("lstm", "relu", "tanh"):
             raise ValueError(f"cell = {cell!r}; choose 'lstm', 'relu' or 'tanh'")
-        num_classes = vocab_size if num_classes is None else num_classes
-        self.vocab_size, self.num_classes, self.state_size = vocab_size, num_classes, state_size
+        num_classes = input_size if num_classes is None else num_classes
+        self.input_size, self.num_classes, self.state_size = input_size, num_classes, state_size
         if cell == "lstm":
-            self.rnn: nn.RNNBase = nn.LSTM(vocab_size, state_size, num_layers, batch_first=True)
+            self.rnn: nn.RNNBase = nn.LSTM(input_size, state_size, num_layers, batch_first=True)
         else:
-            self.rnn = nn.RNN(vocab_size, state_size, num_layers, nonlinearity=cell, batch_first=True)
+            self.rnn = nn.RNN(input_size, state_size, num_layers, nonlinearity=cell, batch_first=True)
         self.output_projection = nn.Linear(state_size, num_classes, bias=False)
 
     def forward(self, input_ids: Tensor, state: RNNState | None = None, *, mask: Tensor | None = None,
                 seq_idx: Tensor | None = None) -> ModelOutput:
         x = input_ids
         if not x.is_floating_point():
-            x = F.one_hot(x.long(), self.vocab_size).to(self.output_projection.weight.dtype)  # (b l v)
+            x = F.one_hot(x.long(), self.input_size).to(self.output_projection.weight.dtype)  # (b l v)
         if mask is None and seq_idx is None:
             y, state = self._run(x, state)
         else:

@@ -22,30 +22,30 @@ from ssmzoo.layers.state import ModelOutput
 class SDSSMModel(nn.Module):
     """One SD-SSM layer with its readout; logits at every position.
 
-    vocab_size      token ids, or the width of float inputs
-    num_classes     classes; None: vocab_size
+    input_size      token ids, or the width of float inputs
+    num_classes     classes; None: input_size
     state_size      n of the recurrence; an automaton of q states needs about q
     num_transition_matrices, p_norm, init, init_noise   see SDSSM
     mlp_size        hidden width of a nonlinear readout; None: a linear readout
     state_penalty   weight of the excess of the mean squared state over `state_cap` as an auxiliary loss: a dense
                     transition may grow a direction that the LayerNorm hides until it overflows; 0: off, as published
 
-    forward(input_ids (b l) or x (b l vocab_size), state) -> ModelOutput
+    forward(input_ids (b l) or x (b l input_size), state) -> ModelOutput
     """
 
-    def __init__(self, vocab_size: int = 3, num_classes: int | None = None, state_size: int = 64,
+    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64,
                  num_transition_matrices: int = 8, p_norm: float = 1.2, mlp_size: int | None = None, init: str = "xavier",
                  init_noise: float = 0.05, state_penalty: float = 0.0, state_cap: float = 0.5):
         super().__init__()
-        num_classes = vocab_size if num_classes is None else num_classes
+        num_classes = input_size if num_classes is None else num_classes
         for name, value in (("num_classes", num_classes), ("mlp_size", 1 if mlp_size is None else mlp_size)):
             if value < 1:
                 raise ValueError(f"{name} = {value}; it must be at least 1")
         if state_penalty < 0 or state_cap < 0:
             raise ValueError(f"state_penalty = {state_penalty} and state_cap = {state_cap} must not be negative")
-        self.vocab_size, self.num_classes, self.state_size = vocab_size, num_classes, state_size
+        self.input_size, self.num_classes, self.state_size = input_size, num_classes, state_size
         self.state_penalty, self.state_cap = state_penalty, state_cap
-        self.block = SDSSM(vocab_size, state_size, num_transition_matrices, p_norm, init, init_noise)
+        self.block = SDSSM(input_size, state_size, num_transition_matrices, p_norm, init, init_noise)
         self.norm = nn.LayerNorm(state_size)
         if mlp_size is None:
             self.readout = nn.Linear(state_size, num_classes)
@@ -69,7 +69,7 @@ class SDSSMModel(nn.Module):
 
     @torch.no_grad()
     def transitions(self) -> tuple[Tensor, Tensor]:
-        """T (vocab n n) and W_b x (vocab n) of every token: h <- T[token] h + x[token]."""
+        """T (input_size n n) and W_b x (input_size n) of every token: h <- T[token] h + x[token]."""
         from ssmzoo.ops.dense_scan import mix_transitions
 
         weights, inputs = self.block.symbols()
