@@ -293,6 +293,12 @@ def _build_evaluation(cfg: DictConfig):
     plain = OmegaConf.to_container(OmegaConf.merge(manifest["config"], {"data": cfg.data, "task": cfg.task}), resolve=True)
     configuration.check(OmegaConf.create(plain))
     L.seed_everything(int(plain["seed"] if cfg.seed is None else cfg.seed), workers=True, verbose=False)
+    kind = configuration.locate(plain["data"]["_target_"], "ssmzoo.data.")
+    if hasattr(kind, "for_evaluation"):  # a folder typed now may mean another argument than when training
+        saved = OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"]
+        plain["data"] = kind.for_evaluation(saved, OmegaConf.to_container(cfg.data, resolve=True) or {})
+    if "tokenizer" in manifest and "tokenizer" in plain["data"]:  # the one it was trained with, not one learnt anew
+        plain["data"] |= {"tokenizer": manifest["tokenizer"], "bpe_vocab_size": None}
     data = configuration.build_node(plain["data"], "ssmzoo.data.")
     data.prepare_data()
     data.setup("validate")
