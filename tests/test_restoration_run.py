@@ -69,7 +69,7 @@ def test_every_pairing_trains_and_leaves_its_results(monkeypatch, capsys, tmp_pa
 
 
 def test_evaluation_of_another_folder_and_of_another_scale(monkeypatch, capsys, trained, photos, tmp_path):
-    status, out, _ = call(monkeypatch, capsys, "eval", f"ckpt={trained}", f"data.val_path={photos}", f"out={tmp_path}")
+    status, out, _ = call(monkeypatch, capsys, "eval", f"ckpt={trained}", f"data.path={photos}", f"out={tmp_path}")
     assert status == 0 and "mean over 3 held-out pictures" in out
     assert len(list(csv.DictReader((tmp_path / "per_image.csv").open()))) == 3
     status, _, err = call(monkeypatch, capsys, "eval", f"ckpt={trained}", "data.scale=4", f"out={tmp_path}")

@@ -34,6 +34,10 @@ def embedded_photo(name: str) -> np.ndarray:
     return getattr(skimage_data, names.get(name, name))()
 
 
+def embedded(names: tuple[str, ...]) -> list[Photo]:
+    return [Photo(name, lambda name=name: embedded_photo(name)) for name in names]
+
+
 def read_levels(path: Path) -> np.ndarray:
     """(y x c) uint8 of a file; 16-bit pictures are rounded, transparency is left out."""
     picture = read_picture(path)
@@ -137,7 +141,8 @@ class PhotoData(LightningDataModule):
         self.degraded_path, self.val_degraded_path = degraded_path, val_degraded_path
         self.patch_size, self.batch_size, self.repeats, self.val_crop = patch_size, batch_size, repeats, val_crop
         self.augment, self.seed, self.num_workers = augment, seed, num_workers
-        self._splits: tuple[list[Photo], list[Photo]] | None = None
+        self._training: list[Photo] | None = None
+        self._held_out: list[Photo] | None = None
 
     @classmethod
     def for_evaluation(cls, saved: dict, typed: dict) -> dict:
@@ -152,26 +157,38 @@ class PhotoData(LightningDataModule):
         return {"upscale": self.degradation.scale, "in_chans": 1 if self.grey else 3}
 
     def setup(self, stage: str | None = None) -> None:
-        self.splits()
+        self.held_out()
+        if stage in (None, "fit"):
+            self.training()
 
     def splits(self) -> tuple[list[Photo], list[Photo]]:
         """(training, held-out) photos."""
-        if self._splits is None:
-            if self.path is None:
-                train, val = ([Photo(n, lambda n=n: embedded_photo(n)) for n in names]
-                              for names in (EMBEDDED_TRAIN, EMBEDDED_VAL))
-            else:
-                train, val = folder_photos(self.path, self.degraded_path), []
-            if self.val_path is not None:
-                val = folder_photos(self.val_path, self.val_degraded_path)
-            elif not val:
-                train, val = hold_out(train, self.holdout)
-            self._splits = train, val
-        return self._splits
+        return self.training(), self.held_out()
+
+    def training(self) -> list[Photo]:
+        if self._training is None:
+            self._training = self._own()[0] if self.val_path is None else self._folder_or_embedded()
+        return self._training
+
+    def held_out(self) -> list[Photo]:
+        """With val_path the training folder need not exist."""
+        if self._held_out is None:
+            self._held_out = (self._own()[1] if self.val_path is None
+                              else folder_photos(self.val_path, self.val_degraded_path))
+        return self._held_out
+
+    def _folder_or_embedded(self) -> list[Photo]:
+        return embedded(EMBEDDED_TRAIN) if self.path is None else folder_photos(self.path, self.degraded_path)
+
+    def _own(self) -> tuple[list[Photo], list[Photo]]:
+        """Without val_path: the embedded split, or the folder less its held-out pictures."""
+        if self.path is None:
+            return embedded(EMBEDDED_TRAIN), embedded(EMBEDDED_VAL)
+        return hold_out(self._folder_or_embedded(), self.holdout)
 
     def train_dataloader(self) -> ResumableLoader | StagedLoader:
         def crops(patch_size: int, batch_size: int) -> ResumableLoader:
-            patches = Patches(self.splits()[0], self.degradation, self.grey, patch_size, self.repeats, self.augment)
+            patches = Patches(self.training(), self.degradation, self.grey, patch_size, self.repeats, self.augment)
             return self._loader(patches, batch_size, train=True)
 
         if self.schedule:
@@ -179,7 +196,7 @@ class PhotoData(LightningDataModule):
         return crops(self.patch_size, self.batch_size)
 
     def val_dataloader(self) -> ResumableLoader:
-        return self._loader(WholePictures(self.splits()[1], self.degradation, self.grey, self.val_crop), 1, train=False)
+        return self._loader(WholePictures(self.held_out(), self.degradation, self.grey, self.val_crop), 1, train=False)
 
     def _loader(self, dataset, batch_size: int, train: bool) -> ResumableLoader:
         trainer = self.trainer
