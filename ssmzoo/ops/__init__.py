@@ -6,11 +6,12 @@ from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
-from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401  (registers itself)
-from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401  (registers itself)
+from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
+from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401
 from ssmzoo.ops.native import selective_state_update as _native_selective_state_update  # noqa: F401
-from ssmzoo.ops.native import ssd as _native_ssd  # noqa: F401  (registers itself)
+from ssmzoo.ops.native import ssd as _native_ssd  # noqa: F401
+from ssmzoo.ops.native import state_fusion as _native_state_fusion  # noqa: F401
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.state_fusion import state_fusion

@@ -23,6 +23,7 @@ from torch import Tensor
 from ssmzoo.official import FunctionModule
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
+from ssmzoo.ops.selective_scan import selective_state_update
 
 TORCH_CHUNK = 64  # longer chunks cost more than they save once q exceeds the width of a head
 
@@ -61,24 +62,6 @@ def _check_heads(x_name, x, a_name, a, B, C, initial_states, seq_idx, chunk_size
     expect_floats(x.device, **{x_name: x, a_name: a, "B": B, "C": C, "initial_states": initial_states})
     expect_seq_idx(seq_idx, x.device, sizes)
     return sizes
-
-
-def check_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False) -> None:
-    sizes: dict[str, int] = {}
-    expect("state", state, ("b", "h", "p", "n"), sizes)
-    expect("x", x, ("b", "h", "p"), sizes)
-    expect("dt", dt, ("b", "h", "p") if dt.ndim == 3 else ("b", "h"), sizes)
-    expect("A", A, ("h", "p", "n") if A.ndim == 3 else ("h",), sizes)
-    expect("B", B, ("b", "g", "n"), sizes)
-    expect("C", C, ("b", "g", "n"), sizes)
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"B has {sizes['g']} groups, which do not divide the {sizes['h']} heads of x")
-    for name, value in (("D", D), ("dt_bias", dt_bias)):
-        if value is not None:
-            expect(name, value, ("h", "p") if value.ndim == 2 else ("h",), sizes)
-    if z is not None:
-        expect("z", z, ("b", "h", "p"), sizes)
-    expect_floats(state.device, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
 
 
 @op(check=check_ssd_scan)
@@ -177,39 +160,31 @@ def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: 
     return ssd_scan(X, A, B, C, initial_states, chunk_size=block_len)
 
 
-@op(check=check_update)
 def ssd_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                      z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False) -> Tensor:
-    """One decoding step of the headed recurrence; `state` (b h p n) is overwritten with the new one.
+    """One decoding step of `mamba_chunk_scan_combined`, in place on `state` (b h p n).
 
     x, z       (b h p)
-    dt         (b h) or (b h p)
-    A          (h) or (h p n)
+    dt         (b h)    clamp it beforehand where the model has a dt_limit (then without dt_softplus)
+    A, dt_bias (h)
     B, C       (b g n)
-    D, dt_bias (h) or (h p)
+    D          (h) or (h p)
     returns    (b h p) in x's dtype
 
-    mamba-ssm's `selective_state_update` with a 4-D state is this function with the longer forms.
+    The same step as `selective_state_update`, which takes everything per channel, with one value per head.
     """
-    h, g, dtype = state.shape[1], B.shape[1], torch.promote_types(state.dtype, torch.float32)
-    dt, x32 = dt.to(dtype), x.to(dtype)
+    sizes: dict[str, int] = {}
+    expect("state", state, ("b", "h", "p", "n"), sizes)
+    expect("dt", dt, ("b", "h"), sizes)
+    expect("A", A, ("h",), sizes)
     if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = dt if dt.ndim == 3 else dt.unsqueeze(-1)                                  # (b h p) or (b h 1)
-    A = A.view(-1, 1, 1) if A.ndim == 1 else A
-    if A.ndim == 3 and A.stride(1) == A.stride(2) == 0:                            # expanded from one value per head
-        A = A[:, :1, :1]
-    B, C = (v.to(dtype).repeat_interleave(h // g, dim=1) for v in (B, C))          # (b h n)
-    decay = torch.exp(dt.unsqueeze(-1) * A.to(dtype))
-    state.copy_(state * decay + (dt * x32).unsqueeze(-1) * B.unsqueeze(-2))
-    y = (state.to(dtype) @ C.unsqueeze(-1)).squeeze(-1)
+        expect("dt_bias", dt_bias, ("h",), sizes)
     if D is not None:
-        y = y + x32 * (D if D.ndim == 2 else D.unsqueeze(-1)).to(dtype)
-    if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype)
+        expect("D", D, ("h", "p") if D.ndim == 2 else ("h",), sizes)
+    _, h, p, n = state.shape
+    D, dt_bias = (v if v is None or v.ndim == 2 else v[:, None].expand(h, p) for v in (D, dt_bias))
+    dt, A = dt[..., None].expand(*dt.shape, p), A[:, None, None].expand(h, p, n)
+    return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def official_ssd(state: dict, chunk_size: int | None = None, block_len: int | None = None, dt_softplus: bool = False,

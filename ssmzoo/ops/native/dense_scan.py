@@ -1,4 +1,4 @@
-"""dense_scan on our compiled CPU kernels (dense_scan.c): symbols in C; mixtures that differ at every step in PyTorch."""
+"""dense_scan on our compiled CPU kernels (dense_scan.c): symbols in C, mixtures that differ by step in PyTorch."""
 
 from __future__ import annotations
 
