@@ -20,8 +20,9 @@ class BuildWithKernels(build_py):
         try:
             kernels.build(NATIVE if self.editable_mode else Path(self.build_lib, NATIVE))
         except kernels.BuildError as error:
-            self.announce(f"ssmzoo: the CPU kernels were not compiled ({str(error).splitlines()[0]}); plain PyTorch serves "
-                          "instead. With a C compiler, `python -m ssmzoo.ops.native.build` adds them.", level=logging.WARNING)
+            reason = str(error).splitlines()[0]
+            self.announce(f"ssmzoo: the CPU kernels were not compiled ({reason}); plain PyTorch serves instead. With "
+                          "a C compiler, `python -m ssmzoo.ops.native.build` adds them.", level=logging.WARNING)
 
 
 class PlatformDistribution(Distribution):

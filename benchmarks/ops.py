@@ -1,0 +1,115 @@
+"""Operators side by side with what people use today: medians of interleaved runs, as a table and a picture.
+
+    python benchmarks/ops.py [--only scan] [--repeats 15] [--out benchmarks/results]
+
+Cases come from every benchmarks/ops_*.py: a list CASES of Case. Each contender is built once, run once to warm up, and
+then the contenders take turns, so that a change in the machine's mood meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of comparison.
+
+    contenders  name -> function without arguments that builds the inputs and returns the function to time; the first is
+                ours, the others are what it is compared with
+    target      how many times faster than the others the first should be
+    unit        "ms" for times; "MB" when the functions return megabytes instead of being timed
+    """
+
+    name: str
+    contenders: dict[str, Callable[[], Callable[[], object]]]
+    target: float | None = None
+    unit: str = "ms"
+    repeats: int | None = None
+
+
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """Median per contender, in the case's unit."""
+    runs = {name: build() for name, build in case.contenders.items()}
+    if case.unit != "ms":
+        return {name: float(run()) for name, run in runs.items()}
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(case.repeats or repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def load_cases(only: str) -> list[Case]:
+    modules = [importlib.import_module(path.stem) for path in sorted(HERE.glob("ops_*.py"))]
+    return [case for module in modules for case in module.CASES if only in case.name]
+
+
+def report(results: list[tuple[Case, dict[str, float]]]) -> str:
+    lines = ["| what | contender | median | times ours | wanted |", "|---|---|---|---|---|"]
+    for case, values in results:
+        ours = next(iter(values.values()))
+        for i, (name, value) in enumerate(values.items()):
+            wanted = f"{case.target:g}x" if case.target and i else ""
+            lines.append(f"| {case.name} | {name} | {value:.3g} {case.unit} | {value / ours:.1f} | {wanted} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[tuple[Case, dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 1.0 + 0.9 * len(results)), squeeze=False)
+    for axis, (case, values) in zip(axes[:, 0], results):
+        bars = axis.barh(list(values), list(values.values()), color=["#2a6f97", *["#a9a9a9"] * (len(values) - 1)])
+        axis.bar_label(bars, [f"{v:.3g} {case.unit}" for v in values.values()], padding=3, fontsize=7)
+        axis.set_xscale("log")
+        axis.set_title(case.name, fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    cases = load_cases(args.only)
+    if not cases:
+        raise SystemExit(f"no case has {args.only!r} in its name")
+    results = []
+    for case in cases:
+        results.append((case, measure(case, args.repeats)))
+        print(report(results[-1:]).split("\n", 2)[2], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = f"ops_{args.only.replace(' ', '_')}" if args.only else "ops"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    head = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}\n\n"
+    (args.out / f"{stem}.md").write_text(head + report(results) + "\n")
+    draw(results, args.out / f"{stem}.png")
+    print(f"\n{args.out / stem}.md, .png")
+
+
+if __name__ == "__main__":
+    main()
