@@ -40,7 +40,7 @@ def moves(png: Path, learned: Tensor, truth: Tensor, automaton: Automaton) -> Pa
     figure, axes = _figure(2, shown, figsize=(2.6 * shown + 1, 5), squeeze=False)
     for symbol in range(shown):
         for row, (matrix, what) in enumerate(((learned[symbol], "learned"), (truth[symbol], "automaton"))):
-            image = axes[row, symbol].imshow(matrix, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+            image = axes[row, symbol].imshow(matrix.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
             axes[row, symbol].set_title(f"{what}: {_short(automaton.symbols[symbol])}", fontsize=9)
             axes[row, symbol].set(xlabel="state", ylabel="next state")
     figure.colorbar(image, ax=axes, shrink=0.7, label="share")

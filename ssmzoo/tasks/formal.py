@@ -130,4 +130,5 @@ class FormalLanguage(Task):
         curve = self.stream_curve(data)
         if curve is None:
             return Report({"long strings": f"{type(self.model).__name__} carries no state"}, {}, [])
+        curve.write_csv(out / "long.csv")
         return Report(curve.rows(), {}, [])

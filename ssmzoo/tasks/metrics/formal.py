@@ -84,8 +84,17 @@ class StreamCurve:
             if target <= self.length and end not in shown:
                 shown.add(end)
                 rows[f"accuracy around length {end:,}"] = f"{100 * accuracy:.3f} %"
-        rows["first wrong position"] = f"none up to {self.length:,}" if self.first_wrong is None else f"{self.first_wrong:,}"
+        rows["first wrong position in long strings"] = f"none up to {self.length:,}" if self.first_wrong is None else f"{self.first_wrong:,}"
         return rows
+
+
+    def write_csv(self, path: Path) -> Path:
+        """One row per chunk: its last position, its accuracy, and the first wrong position so far (empty: none)."""
+        lines = ["position,accuracy,first_wrong"]
+        lines += [f"{end},{accuracy:.6f},{self.first_wrong if self.first_wrong and self.first_wrong <= end else ''}"
+                  for end, accuracy in self.chunks]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
 
 
 def draw_lengths(png: Path, curves: dict[str, LengthCurve], trained: int, title: str) -> Path:
