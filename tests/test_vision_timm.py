@@ -11,7 +11,8 @@ STAGED = {"vmamba_tiny": dict(depths=(1, 1, 1, 1), dims=8),
           "res_vmamba_small": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
           "vmamba_vanilla_tiny": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
           "spatial_mamba_tiny": dict(depths=(1, 1, 1, 1), embed_dim=8)}
-PLAIN = {"vim_tiny": dict(depth=4, embed_dim=16, d_state=2), "shuffle_mamba_tiny": dict(depth=4, embed_dim=16, d_state=2),
+PLAIN = {"vim_tiny": dict(depth=4, embed_dim=16, d_state=2),
+         "shuffle_mamba_tiny": dict(depth=4, embed_dim=16, d_state=2),
          "shuffle_mamba_reg_base": dict(depth=4, embed_dim=16, d_state=2),
          "adventurer_tiny": dict(depth=4, embed_dim=32, d_state=4)}
 ALL = STAGED | PLAIN

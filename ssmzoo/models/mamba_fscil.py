@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.image_backbone import ImageBackbone
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.ss2d import init_directional_, project_steps, scan_steps
 from ssmzoo.ops import causal_conv1d_fn
+from ssmzoo.zoo import create_model
 
 
 class NeckOutput(NamedTuple):
@@ -215,3 +217,49 @@ class ETFHead(nn.Module):
 
     def forward(self, f: Tensor, seen: int | None = None) -> Tensor:
         return F.normalize(f, dim=-1) @ self.etf_vec[:, :seen]
+
+
+class MambaFSCIL(nn.Module):
+    """Backbone, neck and fixed head. Images (b c y y) -> cosines with all class directions (b num_classes).
+
+    backbone       any image model of the zoo, by name; backbone_args: constructor arguments that replace the preset's
+    num_classes    all classes that will ever come
+    img_size       side of the images: the neck is built for the side of the map that the backbone makes of it
+    out_channels   width of the features, at least num_classes; the backbone's unless given
+    neck           further arguments of `MambaNeck`
+    """
+
+    def __init__(self, backbone: str = "spatial_mamba", backbone_args: dict | None = None, in_chans: int = 3,
+                 num_classes: int = 100, img_size: int = 32, out_channels: int | None = None, d_state: int = 16,
+                 version: str = "ssm", neck: dict | None = None):
+        super().__init__()
+        sizes = {"in_chans": in_chans, "num_classes": 0, "global_pool": ""}
+        self.backbone = create_model(backbone, **(sizes | dict(backbone_args or {})))
+        if not isinstance(self.backbone, ImageBackbone):
+            raise ValueError(f"backbone {backbone!r} is no image model; choose one of `ssmzoo list models --task "
+                             f"classification`")
+        self.num_classes = num_classes
+        with torch.no_grad():
+            width, rows, columns = self.feature_map(torch.zeros(1, in_chans, img_size, img_size)).shape[1:]
+        if rows != columns:
+            raise ValueError(f"{backbone} makes a map of {rows}x{columns} positions; it must be square")
+        features = out_channels or width
+        self.neck_args = dict(in_channels=width, out_channels=features, feat_size=rows, version=version,
+                              d_state=d_state, use_residual_proj=features != width) | dict(neck or {})
+        self.neck = MambaNeck(**self.neck_args)
+        self.head = ETFHead(features, num_classes)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """(b c y y) -> (b d y' y'), the backbone's normalised last map"""
+        return self.backbone.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(self.feature_map(x)).features)
+
+    def add_branch(self, detach_residual: bool = True) -> None:
+        """Give the neck its second branch, which changes nothing yet; what was learnt stays."""
+        old = self.neck.state_dict()
+        like = next(self.neck.parameters())
+        self.neck = MambaNeck(**(self.neck_args | dict(use_new_branch=True, detach_residual=detach_residual)))
+        self.neck.load_state_dict(old, strict=False)
+        self.neck.to(like.device, like.dtype)

@@ -1,0 +1,118 @@
+"""Few-shot class-incremental learning: data in sessions, fixed directions, a silent new branch, the whole protocol."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from ssmzoo.data.image_sources import from_arrays
+from ssmzoo.data.images_fewshot import CIFAR100, FewShotImages
+from ssmzoo.models.mamba_fscil import MambaFSCIL, MambaNeck, simplex_etf
+from ssmzoo.tasks.fscil import FewShotIncremental, session_rate
+from ssmzoo.tasks.objectives.fscil import dot_regression, separation, suppression
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_base_session_and_few_images_of_new_classes():
+    data = FewShotImages(image_size=16)
+    assert data.sizes["num_classes"] == 10 and data.sessions == 2 and [data.seen(i) for i in range(3)] == [6, 8, 10]
+    assert set(data._open()[0].labels) == set(range(6)) == set(data._open()[1].labels)
+    labels = torch.cat([y for _, y in data.images("few")])
+    assert labels.tolist() == [c for c in range(6, 10) for _ in range(5)]
+    assert set(torch.cat([y for _, y in data.images("test")]).tolist()) == set(range(10))
+    with pytest.raises(ValueError, match="leave 5, which sessions of data.way = 2 classes do not divide"):
+        FewShotImages(base_classes=5).setup()
+
+
+def test_index_files(tmp_path):
+    data = FewShotImages()
+    data.setup()
+    rows = data.few_shot_places()
+    file = tmp_path / "few.txt"
+    file.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    again = FewShotImages(few_shot=str(file))
+    again.setup()
+    assert np.array_equal(again.few_shot_places(), rows)
+    file.write_text("\n".join(",".join(map(str, row)) for row in rows[::-1]))
+    with pytest.raises(ValueError, match="not of the class of their row: 6, 7"):
+        again.few_shot_places()
+    assert [len(row.split(",")) for row in CIFAR100.split()] == [5] * 40
+
+
+def test_simplex_of_directions():
+    W = simplex_etf(12, 7)
+    torch.testing.assert_close(W.T @ W, torch.eye(7) * 7 / 6 - 1 / 6, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="at least as many dimensions"):
+        simplex_etf(5, 7)
+
+
+def test_losses_of_known_cases():
+    W = torch.eye(3)
+    f, labels = torch.tensor([[2.0, 0, 0], [0, 3.0, 0]]), torch.tensor([0, 1])
+    assert dot_regression(f, labels, W) == 0
+    assert dot_regression(f, 1 - labels, W) == 5  # orthogonal: 10 / 2 * 1
+    z = torch.ones(4, 2, 3)
+    found = suppression(z, torch.tensor([0, 0, 5, 5]), base=3, weight_base=100, weight_novel=10)
+    assert found["loss_supp_base"].item() == pytest.approx(100 * 12**0.5 / 12)
+    assert found["loss_supp_novel"].item() == pytest.approx(-10 * 12**0.5 / 12)
+    p = torch.zeros(2, 1, 2, 3)
+    p[0, :, 0], p[1, :, 1] = 1, 1
+    assert separation(p, torch.tensor([0, 5]), base=3) == 0
+    assert separation(torch.ones_like(p), torch.tensor([0, 5]), base=3).item() == pytest.approx(0.5)
+    assert separation(p, torch.tensor([0, 1]), base=3) == 0  # one kind only
+
+
+@pytest.mark.parametrize("version", ["ssm", "ss2d"])
+def test_a_new_branch_changes_nothing_and_learns(version):
+    model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=5, img_size=16, d_state=4, version=version).eval()
+    x = torch.randn(2, 1, 16, 16)
+    before = model(x)
+    assert before.shape == (2, 5) and before.abs().max() <= 1
+    model.add_branch()
+    torch.testing.assert_close(model(x), before)
+    model(x).square().sum().backward()
+    assert model.neck.block_new.in_proj.weight.grad.abs().max() > 0
+    assert model.neck.block.in_proj.weight.grad is None  # detached
+    with pytest.raises(ValueError, match="square maps"):
+        model.neck(torch.randn(1, 16, 3, 2))
+    with pytest.raises(ValueError, match="use_residual_proj"):
+        MambaNeck(8, 12)
+
+
+def test_any_backbone():
+    for name, extra in (("spatial_mamba", {"embed_dim": 8}), ("vim", {"img_size": 16, "embed_dim": 16})):
+        model = MambaFSCIL(name, extra, in_chans=1, num_classes=5, img_size=16, d_state=2)
+        assert model(torch.randn(2, 1, 16, 16)).shape == (2, 5)
+    with pytest.raises(ValueError, match="unknown model"):
+        MambaFSCIL("vmambo")
+
+
+def test_protocol(monkeypatch, tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 12)
+    levels = generator.integers(0, 60, (48, 16, 16), dtype=np.uint8)
+    for image, label in zip(levels, labels):
+        image[4 * label : 4 * label + 4] += 150
+    whole = from_arrays("bars", levels, labels, list("abcd"))
+    monkeypatch.setattr("ssmzoo.data.images.sources.digits", lambda fraction, seed: (whole, whole))
+    data = FewShotImages(image_size=16, base_classes=2, way=1, shot=2, batch_size=8)
+    data.setup()
+    model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=4, img_size=16, d_state=2)
+    task = FewShotIncremental(model, steps=10, lr=0.05, copy=2, base_copy=2)
+    task._trainer = types.SimpleNamespace(datamodule=data)
+    monkeypatch.setattr(FewShotIncremental, "trainer", property(lambda self: self._trainer))
+    first = model.neck.mlp_proj[0].weight.clone()
+    report = task.report(tmp_path, {"top1": 1.0})
+    assert len(report.rows["top-1 per session"].split()) == 3 and (tmp_path / "sessions.safetensors").exists()
+    assert torch.equal(model.neck.mlp_proj[0].weight, first)  # old_lr = 0
+    assert (tmp_path / "sessions.csv").read_text().count("\n") == 4
+
+
+def test_rate_of_a_session():
+    rates = [session_rate(s, 100) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[5] and rates[-1] == 0.001
