@@ -41,26 +41,23 @@ def mix_transitions(A_dict: Tensor, weights: Tensor, p_norm: float = 1.0) -> Ten
 
 def _check(A_dict, weights, inputs, p_norm=1.0, symbols=None, *, initial_state=None, mask=None, seq_idx=None,
            all_steps=True, parallel=None):
-    if A_dict.ndim != 3 or A_dict.shape[0] != A_dict.shape[1]:
-        raise ValueError(f"A_dict has shape {tuple(A_dict.shape)}, expected (n, n, k)")
-    n, k = A_dict.shape[1:]
+    sizes: dict[str, int] = {}
+    expect("A_dict", A_dict, ("n", "n", "k"), sizes)
     if p_norm <= 0:
         raise ValueError(f"p_norm = {p_norm}, expected a positive number, usually between 1 and 2")
-    rows = ("b", "l") if symbols is None else ("s",)
-    if weights.ndim != len(rows) + 1 or weights.shape[-1] != k:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}, expected ({', '.join(rows)}, {k}) "
-                         f"{'without' if symbols is None else 'with'} symbols")
     if symbols is None:
-        b, l = weights.shape[:2]
-        shapes = ((b, l, n),)
+        if weights.ndim == 2:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}, expected (b, l, k): give symbols with (s, k)")
+        expect("weights", weights, ("b", "l", "k"), sizes)
+        expect("inputs", inputs, ("b", "l", "n"), sizes)
     else:
-        if symbols.ndim != 2 or symbols.is_floating_point() or symbols.is_complex() or symbols.dtype == torch.bool:
-            raise ValueError(f"symbols is {symbols.dtype} of shape {tuple(symbols.shape)}, expected integers (b, l)")
-        b, l = symbols.shape
-        shapes = ((weights.shape[0], n), (b, l, n))
-    if tuple(inputs.shape) not in shapes:
-        raise ValueError(f"inputs has shape {tuple(inputs.shape)}, expected {' or '.join(map(str, shapes))}")
-    sizes = {"b": b, "l": l, "n": n}
+        if symbols.is_floating_point() or symbols.is_complex() or symbols.dtype == torch.bool:
+            raise ValueError(f"symbols has dtype {symbols.dtype}, expected an integer dtype such as int64")
+        if symbols.device != A_dict.device:
+            raise ValueError(f"symbols is on {symbols.device}, A_dict on {A_dict.device}; move them to one device")
+        expect("symbols", symbols, ("b", "l"), sizes)
+        expect("weights", weights, ("s", "k"), sizes)
+        expect("inputs", inputs, ("s", "n") if inputs.ndim == 2 else ("b", "l", "n"), sizes)
     if initial_state is not None:
         expect("initial_state", initial_state, ("b", "n"), sizes)
     if mask is not None:

@@ -38,9 +38,19 @@ _LIBRARY.define(f"dense_scan_mixture_backward({_MIXTURE}, {_GRADIENTS}, float p_
                 "-> (Tensor, Tensor, Tensor, Tensor)")
 
 
-for _name in ("symbols_forward", "symbols_backward", "mixture_forward", "mixture_backward"):
-    _LIBRARY.impl("dense_scan_" + _name.removesuffix("_forward"),
-                  lambda *args, name=_name: getattr(KERNELS[args[-1]], name)(*args[:-1]), "CompositeExplicitAutograd")
+
+def _serve(name: str) -> Callable:
+    def run(*args):
+        *args, backend = args
+        with torch.autocast(args[0].device.type, enabled=False):
+            return getattr(KERNELS[backend], name)(*args)
+
+    return run
+
+
+for _name in ("symbols", "mixture"):
+    _LIBRARY.impl(f"dense_scan_{_name}", _serve(f"{_name}_forward"), "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"dense_scan_{_name}_backward", _serve(f"{_name}_backward"), "CompositeExplicitAutograd")
 
 
 def _states_fake(x, keep):
