@@ -1,12 +1,13 @@
 // Causal depthwise convolution: y_t = act(bias + sum_j w_j x_{t-(k-1)+j}), and its decoding step.
 //
-// Lanes run over channels. A task takes some neighbouring tiles of VL channels through time in chunks; a chunk is brought
-// into cache as rows of VL floats together with the k-1 rows before it (and, in the backward, behind it), so that chunks
-// need nothing of each other. The convolution is recomputed in the backward.
+// Two ways. Where time is contiguous and there is one sequence, lanes run over time (rows_*). Otherwise lanes run over
+// channels (tiles_*): a task takes some neighbouring tiles of VL channels through time in
+// chunks, brought into cache as rows of VL floats. A chunk comes with the k-1 steps before it (and, in the backward,
+// behind it), so that chunks need nothing of each other. The convolution is recomputed in the backward.
 #include "parallel.h"
 #include "tensor.h"
 
-enum { CHUNK = 64 };
+enum { CHUNK = 64, LONG = 512 };  // steps, with lanes over channels and over time; multiples of VL
 
 typedef struct {
     tensor x, weight, bias, seq_idx, initial, out;  // initial (b c k-1)
@@ -87,9 +88,8 @@ INLINE void forward_rows(int64_t k, const float *x, const float *taps, const flo
     }
 }
 
-static void forward_task(void *context, int64_t index) {
-    const conv_args *a = context;
-    task_info t = make_task(a, index);
+static void tiles_forward(task_info t) {
+    const conv_args *a = t.a;
     int64_t k = a->k, gap = (2 * CHUNK + k - 1) * VL + 16 * 5;
     float *memory = scratch(sizeof(float) * (size_t)(t.tiles * (gap + (k + 1) * VL)));
     float *rows = memory, *taps = rows + t.tiles * gap, *bias = taps + t.tiles * k * VL;
@@ -149,9 +149,8 @@ static void initial_rows(int64_t k, const float *taps, const int64_t *reaches, c
     }
 }
 
-static void backward_task(void *context, int64_t index) {
-    const conv_args *a = context;
-    task_info t = make_task(a, index);
+static void tiles_backward(task_info t) {
+    const conv_args *a = t.a;
     int64_t k = a->k, past = k - 1, x_rows = CHUNK + 2 * past, dy_rows = CHUNK + past;
     int64_t gap = (x_rows + dy_rows + CHUNK) * VL + 16 * 5;
     int64_t zeroed = t.tiles * (k + 1) * VL;
@@ -193,9 +192,134 @@ static void backward_task(void *context, int64_t index) {
     free(memory);
 }
 
-void ssmzoo_causal_conv1d_forward(const conv_args *a) { parallel_for(task_count(a), a->threads, forward_task, (void *)a); }
+// ---------------------------------------------------------------------------------------------- lanes over time
 
-void ssmzoo_causal_conv1d_backward(const conv_args *a) { parallel_for(task_count(a), a->threads, backward_task, (void *)a); }
+// Steps [from, to) of one channel; initial states before step 0, zeros outside.
+static void load_row(const task_info *t, float *row, const tensor *m, const tensor *initial, int64_t channel, int64_t from,
+                     int64_t to) {
+    const conv_args *a = t->a;
+    int64_t s = from;
+    for (; s < 0; s++)
+        row[s - from] = initial && initial->data ? get(at(initial, t->batch, channel, s + a->k - 1), initial->dtype, 0) : 0.0f;
+    int64_t end = to < a->l ? to : a->l;
+    if (end > s) load_line(row + (s - from), at(m, t->batch, channel, s), m->dtype, (int)(end - s));
+    if (to > end) memset(row + (end - from), 0, sizeof(float) * (size_t)(to - end));
+}
+
+INLINE vf convolve_row(int64_t k, const float *x, const float *taps, vf sum) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < k; j++) sum += taps[j] * v_load(x + j);
+    return sum;
+}
+
+INLINE void forward_row(int64_t k, const float *x, const float *taps, float bias, int64_t silu, float *y, int64_t steps) {
+    for (int64_t s = 0; s < steps; s += VL) {
+        vf sum = convolve_row(k, x + s, taps, v_set(bias));
+        v_store(y + s, silu ? sum * v_sigmoid(sum) : sum);
+    }
+}
+
+INLINE void backward_row(int64_t k, const float *x, const float *taps, float bias, int64_t silu, float *dy, float *dx,
+                         float *dtaps, float *dbias, int64_t steps) {
+    vf sum_bias = {0};
+    for (int64_t s = 0; silu && s < steps + k - 1; s += VL) {
+        vf y = convolve_row(k, x + s, taps, v_set(bias)), sigma = v_sigmoid(y);
+        v_store(dy + s, v_load(dy + s) * (sigma * (1.0f + y * (1.0f - sigma))));
+    }
+    for (int64_t s = 0; s < steps; s += VL) {
+        vf sum = {0};
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < k; j++) sum += taps[k - 1 - j] * v_load(dy + s + j);
+        v_store(dx + s, sum);
+        sum_bias += v_load(dy + s);
+    }
+    *dbias += v_sum(sum_bias);
+    for (int64_t j = 0; j < k; j++) {
+        vf sum = {0};
+        for (int64_t s = 0; s < steps; s += VL) sum += v_load(dy + s) * v_load(x + s + j);
+        dtaps[j] += v_sum(sum);
+    }
+}
+
+#define BY_WIDTH(k, call) \
+    switch (k) { \
+    case 4: call(4); break; \
+    case 3: call(3); break; \
+    case 2: call(2); break; \
+    default: call(k); \
+    }
+
+static float *load_row_taps(const task_info *t, int64_t channel, float *taps) {
+    const conv_args *a = t->a;
+    for (int64_t j = 0; j < a->k; j++) taps[j] = get(at(&a->weight, channel, j, 0), a->weight.dtype, 0);
+    taps[a->k] = a->bias.data ? get(at(&a->bias, channel, 0, 0), a->bias.dtype, 0) : 0.0f;
+    return taps;
+}
+
+static void rows_forward(task_info t) {
+    const conv_args *a = t.a;
+    int64_t k = a->k;
+    float *memory = scratch(sizeof(float) * (size_t)(2 * LONG + 2 * k + 4 * VL));
+    float *x = memory, *y = x + LONG + k + 2 * VL, *taps = y + LONG + VL;
+    for (int64_t c = t.channel; c < t.channel + t.lanes; c++) {
+        load_row_taps(&t, c, taps);
+        for (int64_t start = 0; start < a->l; start += LONG) {
+            int64_t steps = a->l - start < LONG ? a->l - start : LONG;
+            load_row(&t, x, &a->x, &a->initial, c, start - (k - 1), start + steps);
+#define FORWARD(width) forward_row(width, x, taps, taps[k], a->silu, y, steps)
+            BY_WIDTH(k, FORWARD)
+            store_line(at(&a->out, t.batch, c, start), y, a->out.dtype, (int)steps);
+        }
+    }
+    free(memory);
+}
+
+static void rows_backward(task_info t) {
+    const conv_args *a = t.a;
+    int64_t k = a->k, past = k - 1, room = LONG + 2 * past + 2 * VL;
+    float *memory = scratch(sizeof(float) * (size_t)(3 * room + 3 * k + 2));
+    float *x = memory, *dy = x + room, *dx = dy + room, *taps = dx + room, *dtaps = taps + k + 1;
+    for (int64_t c = t.channel; c < t.channel + t.lanes; c++) {
+        float *dbias = dtaps + k, *dinitial = dbias + 1;
+        load_row_taps(&t, c, taps);
+        memset(dtaps, 0, sizeof(float) * (size_t)(k + 1 + past));
+        for (int64_t start = 0; start < a->l; start += LONG) {
+            int64_t steps = a->l - start < LONG ? a->l - start : LONG;
+            load_row(&t, x, &a->x, &a->initial, c, start - past, start + steps + past + VL);
+            load_row(&t, dy, &a->dout, NULL, c, start, start + steps + past + VL);
+#define BACKWARD(width) backward_row(width, x, taps, taps[k], a->silu, dy, dx, dtaps, dbias, steps)
+            BY_WIDTH(k, BACKWARD)
+            store_line(at(&a->dx, t.batch, c, start), dx, a->dx.dtype, (int)steps);
+            for (int64_t i = 0; start == 0 && i < past; i++)  // input at step i - past meets tap j at step i - j
+                for (int64_t j = 0; j <= i; j++) dinitial[i] += taps[j] * dy[i - j];
+        }
+        for (int64_t j = 0; j < k; j++) put(at(&a->dweight, t.batch, c, j), F32, 0, dtaps[j]);
+        if (a->dbias.data) put(at(&a->dbias, t.batch, c, 0), F32, 0, *dbias);
+        for (int64_t i = 0; a->dinitial.data && i < past; i++)
+            put(at(&a->dinitial, t.batch, c, i), a->dinitial.dtype, 0, dinitial[i]);
+    }
+    free(memory);
+}
+
+static void forward_task(void *context, int64_t index) {
+    const conv_args *a = context;
+    int in_rows = !a->seq_idx.data && a->x.stride[2] == 1 && a->out.stride[2] == 1;
+    (in_rows ? rows_forward : tiles_forward)(make_task(a, index));
+}
+
+static void backward_task(void *context, int64_t index) {
+    const conv_args *a = context;
+    int in_rows = !a->seq_idx.data && a->x.stride[2] == 1 && a->dx.stride[2] == 1 && a->dout.stride[2] == 1;
+    (in_rows ? rows_backward : tiles_backward)(make_task(a, index));
+}
+
+void ssmzoo_causal_conv1d_forward(const conv_args *a) {
+    parallel_for(task_count(a), a->threads, forward_task, (void *)a);
+}
+
+void ssmzoo_causal_conv1d_backward(const conv_args *a) {
+    parallel_for(task_count(a), a->threads, backward_task, (void *)a);
+}
 
 // One new token, contiguous float32 throughout: x, y (b c); state (b c s), s >= k - 1, shifted by one and completed with x.
 void ssmzoo_causal_conv1d_update(const float *x, float *state, const float *weight, const float *bias, float *y, int64_t b,

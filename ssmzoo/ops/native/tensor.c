@@ -1,6 +1,6 @@
 #include "tensor.h"
 
-static void load_line(float *to, const char *from, int64_t dtype, int n) {  // n contiguous elements
+void load_line(float *to, const char *from, int64_t dtype, int n) {
     switch (dtype) {
     case F32: memcpy(to, from, 4 * (size_t)n); break;
     case BF16: for (int i = 0; i < n; i++) to[i] = from_bf16(((const uint16_t *)from)[i]); break;
@@ -8,7 +8,7 @@ static void load_line(float *to, const char *from, int64_t dtype, int n) {  // n
     }
 }
 
-static void store_line(char *to, const float *from, int64_t dtype, int n) {
+void store_line(char *to, const float *from, int64_t dtype, int n) {
     switch (dtype) {
     case F32: memcpy(to, from, 4 * (size_t)n); break;
     case BF16: for (int i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]); break;

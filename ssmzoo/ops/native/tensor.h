@@ -56,6 +56,10 @@ INLINE char *at(const tensor *t, int64_t i, int64_t j, int64_t k) {
     return t->data + item_size(t->dtype) * (i * t->stride[0] + j * t->stride[1] + k * t->stride[2]);
 }
 
+// n contiguous elements.
+void load_line(float *to, const char *from, int64_t dtype, int n);
+void store_line(char *to, const float *from, int64_t dtype, int n);
+
 // tile[s * ld + lane] = source[lane * lane_stride + s * step_stride]; lanes from `lanes` up to VL are set to 0.
 void load_tile(float *tile, int64_t ld, const char *source, int64_t dtype, int64_t lane_stride, int64_t step_stride,
                int lanes, int64_t steps);
