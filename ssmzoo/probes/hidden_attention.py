@@ -1,0 +1,149 @@
+"""Hidden attention: the causal matrix that every channel of a selective scan multiplies its input with.
+
+    alpha[i, j] = sum_n C_i[n] exp(A[n] (S_i - S_j)) delta_j B_j[n],   j <= i,   S = cumulative sum of delta
+    y_i = sum_j alpha[i, j] u_j + D u_i
+
+The exponents are differences of sums of logarithms, never ratios of products, which would underflow.
+With convolution M (banded Toeplitz), SiLU and gate folded in:  F = diag(SiLU(z)) alpha diag(sigmoid(c)) M,
+y = F x + SiLU(z) D u when the convolution has no bias; c is the convolution's output before its SiLU.
+
+b batch, e channels, l length, n state size.
+Source: Ali, Zimerman & Wolf (arXiv 2403.01590); the folded form: arXiv 2405.16504.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmzoo.probes.tap import Scan, tap
+
+MATRIX_BYTES = 1 << 30
+
+
+def attention(scan: Scan, reorder: bool = True, max_bytes: int = MATRIX_BYTES) -> Tensor:
+    """alpha (b e l l) of the scan's channels; rows are outputs, columns inputs.
+
+    reorder    index both axes by tokens, whatever the direction of the channel; False: by the scan's own steps
+    max_bytes  the matrices may take so much; a ValueError names the bound
+    """
+    b, e, l = scan.u.shape
+    n = scan.A.shape[1]
+    size = scan.u.element_size() * b * e * l * l
+    if size > max_bytes:
+        raise ValueError(f"{b} x {e} matrices of {l} x {l} take {size:,} bytes, more than max_bytes = {max_bytes:,}: choose "
+                         f"fewer channels (scan.take), a shorter input, or raise max_bytes")
+    S = scan.delta.cumsum(-1)  # (b e l)
+    span = S[..., :, None] - S[..., None, :]  # (b e i j)
+    causal = torch.ones(l, l, dtype=torch.bool, device=S.device).tril()
+    if scan.seq_idx is not None:
+        document = torch.cat([S.new_zeros(b, 1), (scan.seq_idx[:, 1:] != scan.seq_idx[:, :-1]).to(S.dtype)], 1).cumsum(1)
+        causal = causal & (document[:, None, :, None] == document[:, None, None, :])
+    span = span.masked_fill(~causal, 0.0)
+    C, B = scan.read(), scan.write()  # (b e l n)
+    alpha = torch.zeros_like(span)
+    for i in range(n):
+        alpha = alpha + torch.exp(scan.A[:, i, None, None] * span) * C[..., :, None, i] * B[..., None, :, i]
+    alpha = alpha.masked_fill(~causal, 0.0)
+    return to_tokens(alpha, scan) if reorder else alpha
+
+
+def to_tokens(matrix: Tensor, scan: Scan) -> Tensor:
+    """(b e l l) indexed by steps -> by tokens, channel by channel."""
+    if scan.orders is None:
+        return matrix
+    step = torch.stack([scan.places(c) for c in range(matrix.shape[1])]).argsort(-1)  # (e l): step of every token
+    matrix = matrix.gather(2, step[None, :, :, None].expand_as(matrix))
+    return matrix.gather(3, step[None, :, None, :].expand_as(matrix))
+
+
+def attention_row(scan: Scan, row: int) -> Tensor:
+    """One row of alpha, (b e l), by steps, in O(l n) per channel."""
+    S = scan.delta.cumsum(-1)
+    span = (S[..., row, None] - S[..., : row + 1])[..., None]  # (b e row+1 1)
+    C = scan.read()[:, :, row]  # (b e n)
+    weights = (torch.exp(scan.A[:, None] * span) * scan.write()[:, :, : row + 1] * C[:, :, None]).sum(-1)
+    return torch.nn.functional.pad(weights, (0, scan.u.shape[-1] - row - 1))
+
+
+def scan_output(scan: Scan) -> Tensor:
+    """alpha u + D u (b e l), by steps: the scan's output before its gate."""
+    y = torch.einsum("beij,bej->bei", attention(scan, reorder=False), scan.u)
+    return y if scan.D is None else y + scan.D[:, None] * scan.u
+
+
+def implicit_attention(scan: Scan, reorder: bool = True) -> Tensor:
+    """F (b e l l): alpha with the convolution, its SiLU and the gate folded in; the skip D and the bias are left out."""
+    if scan.conv is None:
+        raise ValueError(f"{scan.name} has no causal convolution in front of its scan; `attention` is all there is")
+    l, taps = scan.u.shape[-1], scan.conv.weight.shape[1]
+    lag = torch.arange(l)[:, None] - torch.arange(l)[None]  # i - j
+    M = scan.conv.weight[:, (taps - 1 - lag).clamp(0, taps - 1)] * ((lag >= 0) & (lag < taps)).to(scan.u.device)
+    F_ = (attention(scan, reorder=False) * scan.conv.output().sigmoid()[..., None, :]) @ M
+    if scan.z is not None:
+        F_ = torch.nn.functional.silu(scan.z)[..., None] * F_
+    return to_tokens(F_, scan) if reorder else F_
+
+
+def class_row(scan: Scan, token: int, missing_decay: bool = False) -> Tensor:
+    """How much `token` reads from every other token, (b e l): forward channels before it, backward ones behind it.
+
+    scan           two directions of e channels each, as in Vim; column `token` itself is 0
+    missing_decay  as the released code has it: without the factor exp(delta A) of the reading step itself
+    """
+    if scan.directions != 2:
+        raise ValueError(f"{scan.name} scans in {scan.directions} directions; the row of a class token in the middle "
+                         f"needs two")
+    e, l = scan.total // 2, scan.u.shape[-1]
+    parts = []
+    for half, row in ((range(e), token), (range(e, 2 * e), l - 1 - token)):
+        part = scan.take(half)
+        if missing_decay:
+            part.delta = torch.cat([part.delta[..., :row], torch.zeros_like(part.delta[..., :1]), part.delta[..., row + 1:]], -1)
+        weights = attention_row(part, row)
+        parts.append(weights.masked_fill(torch.arange(l, device=weights.device) == row, 0.0))
+    return parts[0] + parts[1].flip(-1)
+
+
+# ---- golden cases ---------------------------------------------------------------------------------------------------
+
+
+def golden_hidden_attention(case) -> dict[str, Tensor]:
+    """The released Mamba block with its matrices, or the maps made of given rows."""
+    from ssmzoo.layers.mamba import Mamba
+    from ssmzoo.models.vim import VimMixer, official_mixer_arguments
+    from ssmzoo.probes import attribution_maps as maps
+
+    kwargs = case.official_kwargs
+    if "xai_b" in case.inputs:
+        rows, gradient, at = case.inputs["xai_b"], case.inputs["residual_grad"], kwargs["cls_position"]
+        start, stop = kwargs.get("start_layer", 15), kwargs.get("num_layers", len(rows))
+        rows, gradient = rows[:stop], gradient[:stop]
+        return {"raw_attention": maps.raw(rows, at, start), "rollout": maps.rollout_cls_row(rows, at, start),
+                "mamba_attribution": maps.attribution(rows, gradient, at, start)}
+    if "if_devide_out" in kwargs:
+        kwargs["if_divide_out"] = kwargs.pop("if_devide_out")
+    both = kwargs.get("bimamba_type", "none") != "none"
+    if both:
+        mixer = VimMixer(**official_mixer_arguments(**kwargs))
+    else:
+        ours = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "bimamba_type", "if_divide_out",
+                                                             "init_layer_scale")}
+        mixer = Mamba(**ours)
+    with tap(mixer, keep_graph=True) as scans:
+        out = torch.func.functional_call(mixer, dict(case.params), (case.inputs["x"],))
+    out, scan = (out if both else out[0]), scans[0]
+    got = {"out": out}
+    if not both:
+        with torch.no_grad():  # as released: the matrices carry no gradient
+            return got | {"attention": attention(scan), "y_ssm": scan_output(scan),
+                          "full_implicit_attention": implicit_attention(scan)}
+    e, l = scan.total // 2, scan.u.shape[-1]
+    matrices = attention(scan) if l <= 64 or "attn_matrix_a" in case.outputs else None
+    if matrices is not None:
+        got |= {"attn_matrix_a": matrices[:, :e], "attn_matrix_b": matrices[:, e:]}
+    token = (l - 1) // 2
+    exact = {f"exact_row{token}_{name}": attention_row(scan.take(half), row) for name, half, row in
+             (("forward", range(e), token), ("backward", range(e, 2 * e), l - 1 - token))}
+    exact[f"exact_row{token}_backward"] = exact[f"exact_row{token}_backward"].flip(-1)
+    return got | exact | {"xai_vector": class_row(scan, token, missing_decay=True)}

@@ -1,0 +1,68 @@
+"""Stand between models and the operators they call, without an `if` inside any model.
+
+Layers look their operators up in the module they are written in (`from ssmzoo.ops import selective_scan_fn`). Within
+`operators(model, selective_scan_fn=mine)` every such name means `mine`, which receives the real operator first and the
+layer's own arguments behind it. The exchange holds for the process, not for one thread, like a choice of backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from ssmzoo import ops
+
+
+@contextlib.contextmanager
+def operators(model: nn.Module, **replacements: Callable) -> Iterator[None]:
+    """Within the block, `name=function` serves the operator `name`: function(operator, *args, **kwargs).
+
+    Reached are the modules of ssmzoo's layers and models and those in which the classes of `model` are written.
+    """
+    homes = {c.__module__ for m in model.modules() for c in type(m).__mro__}
+    homes |= {name for name in sys.modules if name.startswith(("ssmzoo.layers.", "ssmzoo.models."))}
+    homes = [sys.modules[name] for name in homes if name in sys.modules and not name.startswith("torch.")]
+    undo = []
+    try:
+        for name, function in replacements.items():
+            original = getattr(ops, name)
+            wrapped = functools.partial(function, original)
+            for home in homes:
+                for alias, value in list(vars(home).items()):
+                    if value is original:
+                        undo.append((home, alias, original))
+                        setattr(home, alias, wrapped)
+        yield
+    finally:
+        for home, alias, original in undo:
+            setattr(home, alias, original)
+
+
+class Whereabouts:
+    """Name of the innermost module of a model whose forward is running: `with Whereabouts(model) as at: ... at.name`."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.path, self.hooks = model, [], []
+
+    def __enter__(self) -> Whereabouts:
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.path.append((name, m))))
+            self.hooks.append(module.register_forward_hook(lambda m, x, y: self.path.pop() and None, always_call=True))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.path = [], []
+
+    @property
+    def name(self) -> str:
+        return self.path[-1][0] if self.path else ""
+
+    @property
+    def module(self) -> nn.Module:
+        return self.path[-1][1] if self.path else self.model
