@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.ops import mix_transitions
 from ssmzoo.ops.cross_scan import orders
 from ssmzoo.probes.interception import Whereabouts, operators
 
@@ -87,7 +88,8 @@ class Scan:
         """The same scan with fewer channels, given by their place in `channels`."""
         at = torch.as_tensor(list(channels), device=self.u.device)
         if at.numel() and not -len(self.channels) <= int(at.min()) <= int(at.max()) < len(self.channels):
-            raise ValueError(f"channels {at.tolist()}: {self.name} has {len(self.channels)} channels tapped, numbered from 0")
+            raise ValueError(f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, numbered "
+                             f"from 0")
         cut = {k: None if v is None else v[:, at] for k, v in (("z", self.z), ("initial_state", self.initial_state))}
         conv = self.conv and Convolution(self.conv.x[:, at], self.conv.weight[at],
                                          None if self.conv.bias is None else self.conv.bias[at])
@@ -117,16 +119,19 @@ class Scan:
         """C: (b e l n)"""
         return self.per_channel(self.C)
 
-    def states(self) -> Tensor:
-        """h after every step, (b e l n), by the recurrence itself."""
-        decay, x = self.decay(), self.write() * self.u[..., None]
-        h = torch.zeros_like(x[:, :, 0]) if self.initial_state is None else self.initial_state.to(x.dtype)
+    def states(self, positions: Iterable[int] | None = None) -> Tensor:
+        """h after the steps `positions` (all of them by default), (b e p n), by the recurrence itself."""
+        length = self.u.shape[-1]
+        wanted = set(range(length)) if positions is None else {p % length for p in positions}
+        B, dt = self.per_channel(self.B), self.delta[..., None]
+        h = torch.zeros_like(B[:, :, 0]) if self.initial_state is None else self.initial_state.to(B.dtype)
         out = []
-        for t in range(x.shape[2]):
+        for t in range(length):
             if self.seq_idx is not None and t:
                 h = h * (self.seq_idx[:, t] == self.seq_idx[:, t - 1])[:, None, None]
-            h = decay[:, :, t] * h + x[:, :, t]
-            out.append(h)
+            h = torch.exp(dt[:, :, t] * self.A) * h + dt[:, :, t] * B[:, :, t] * self.u[:, :, t, None]
+            if t in wanted:
+                out.append(h)
         return torch.stack(out, dim=2)
 
 
@@ -145,20 +150,18 @@ class Taps(list):
     """The scans of a pass, in the order of their calls; `taps["layers.0.mixer"]` is that module's first scan."""
 
     def __getitem__(self, key):
-        if isinstance(key, str):
-            found = [scan for scan in self if scan.name == key]
-            if not found:
-                raise KeyError(f"no scan in {key!r}; there are scans in {', '.join(dict.fromkeys(s.name for s in self))}")
-            return found[0]
-        return super().__getitem__(key)
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        found = [scan for scan in self if scan.name == key]
+        if not found:
+            raise KeyError(f"no scan in {key!r}; there are scans in {', '.join(dict.fromkeys(s.name for s in self))}")
+        return found[0]
 
-    def require(self, model: nn.Module, kind: type = Scan) -> Taps:
-        """Self, or a ValueError when the pass met no scan of the kind."""
-        if not any(isinstance(scan, kind) for scan in self):
-            wanted = "selective scan" if kind is Scan else "dense scan"
-            raise ValueError(f"{type(model).__name__} ran no {wanted}, so there is nothing to tap; memory and recall "
-                             f"look at inputs and outputs only and work for it")
-        return self
+    def bytes(self) -> int:
+        """Memory that the records keep alive, views counted with what they are views of."""
+        tensors = [t for s in self for t in vars(s).values() if isinstance(t, Tensor)]
+        tensors += [t for s in self for t in vars(getattr(s, "conv", None) or object).values() if isinstance(t, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 @contextlib.contextmanager
@@ -173,113 +176,126 @@ def tap(model: nn.Module, layers: Iterable[int | str] | None = None, channels: I
     max_bytes   the tap refuses to hold more than this (1 GiB) and says what to choose
 
     Steps that decode one token with carried state run in a fused operator and are not seen: tap a whole sequence.
+    Raises ValueError for a model that ran no scan, and for layers and channels that do not exist.
     """
-    found, counter, convs, maps = Taps(), {}, {}, {}
-    wanted = None if layers is None else set(layers)
-    picked = None if channels is None else torch.as_tensor(sorted(set(channels)))
-    seen = 0
+    recorder = _Recorder(model, layers, channels, rows, keep_graph, max_bytes)
+    with recorder.at, operators(model, selective_scan_fn=recorder.diagonal, mamba_chunk_scan_combined=recorder.scalar,
+                                dense_scan=recorder.dense, causal_conv1d_fn=recorder.convolve,
+                                cross_scan=recorder.lay_out):
+        yield recorder.found
+    recorder.check()
 
-    def keep(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        return t[:rows] if keep_graph else t[:rows].detach()
 
-    def number(at: Whereabouts) -> int | None:
-        """Which call of the module this is, or None when it was not asked for."""
-        nonlocal seen
-        place, seen = seen, seen + 1
-        counter[at.name] = counter.get(at.name, -1) + 1
-        if wanted is not None and place not in wanted and at.name not in wanted:
-            return None
-        return counter[at.name]
+class _Recorder:
+    """Serves the operators of a model and keeps what was asked for."""
 
-    def add(scan) -> None:
-        found.append(scan)
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for s in found for t in vars(s).values() if isinstance(t, Tensor)}
-        if sum(held.values()) > max_bytes:
-            raise ValueError(f"the tap would hold {sum(held.values()):,} bytes, more than max_bytes = {max_bytes:,}: choose "
-                             f"layers=, channels= or rows=, shorten the input, or raise max_bytes")
+    def __init__(self, model, layers, channels, rows, keep_graph, max_bytes):
+        self.model, self.rows, self.keep_graph, self.max_bytes = model, rows, keep_graph, max_bytes
+        self.layers = None if layers is None else set(layers)
+        self.channels = None if channels is None else torch.as_tensor(sorted(set(channels)), dtype=torch.long)
+        self.found, self.at = Taps(), Whereabouts(model)
+        self.calls: dict[str, int] = {}  # scans so far, by module
+        self.convs: dict[str, Convolution] = {}
+        self.maps: dict[str, Tensor] = {}
 
-    def diagonal(call, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *args, **kwargs):
+    def check(self) -> None:
+        seen = sum(self.calls.values())
+        if not seen:
+            raise ValueError(f"{type(self.model).__name__} ran no scan, so there is nothing to tap; the probes memory, "
+                             f"recall and receptive_field look at inputs and outputs only and apply to any model")
+        wrong = [w for w in self.layers or () if w not in self.calls and (isinstance(w, str) or not 0 <= w < seen)]
+        if wrong:
+            raise ValueError(f"layers {wrong} do not exist: the pass ran {seen} scans, numbered from 0, in "
+                             f"{', '.join(self.calls)}")
+
+    # -- in place of the operators
+
+    def diagonal(self, call, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, *args, **kwargs):
         out = call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, *args, **kwargs)
-        index = number(at)
-        if index is None:
-            return out
-        dt = step_size(delta, delta_bias, delta_softplus)
-        add(cut(at, index, u, dt, A, B, C, D, z, out[0] if isinstance(out, tuple) else out, kwargs))
+        if (index := self.wanted()) is not None:
+            y = out[0] if isinstance(out, tuple) else out
+            self.add(index, u, step_size(delta, delta_bias, delta_softplus), A, B, C, D, z, y,
+                     kwargs.get("initial_state"), kwargs.get("seq_idx"))
         return out
 
-    def scalar(call, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-               dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):
+    def scalar(self, call, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None,
+               seq_idx=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):
         out = call(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
                    return_final_states)
-        index = number(at)
-        if index is None:
-            return out
-        h, p = x.shape[2:]
-        dt = step_size(dt.transpose(1, 2), dt_bias, dt_softplus).clamp(*dt_limit)  # (b h l)
-        wide = [None if t is None else t.permute(0, 2, 3, 1).flatten(1, 2) for t in
-                (x, z, out[0] if return_final_states else out)]  # (b hp l)
-        D = D if D is None else D.reshape(h, -1).expand(h, p).flatten()
-        state = {"seq_idx": seq_idx, "initial_state": None if initial_states is None else initial_states.flatten(1, 2)}
-        add(cut(at, index, wide[0], dt.repeat_interleave(p, 1), A[:, None].expand(h, B.shape[-1]).repeat_interleave(p, 0),
-                B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), D, wide[1], wide[2], state))
+        if (index := self.wanted()) is not None:
+            h, p = x.shape[2:]
+            y = out[0] if return_final_states else out
+            u, z, y = (None if t is None else t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, z, y))  # (b hp l)
+            dt = step_size(dt.transpose(1, 2), dt_bias, dt_softplus).clamp(*dt_limit)  # (b h l)
+            D = None if D is None else D.reshape(h, -1).expand(h, p).flatten()
+            h0 = None if initial_states is None else initial_states.flatten(1, 2)
+            self.add(index, u, dt.repeat_interleave(p, 1), A[:, None].expand(h, B.shape[-1]).repeat_interleave(p, 0),
+                     B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), D, z, y, h0, seq_idx)
         return out
 
-    def dense(call, A_dict, weights, inputs, p_norm=1.0, symbols=None, *args, **kwargs):
-        from ssmzoo.ops import mix_transitions
-
+    def dense(self, call, A_dict, weights, inputs, p_norm=1.0, symbols=None, *args, **kwargs):
         out = call(A_dict, weights, inputs, p_norm, symbols, *args, **kwargs)
-        index = number(at)
-        if index is not None:
-            T = mix_transitions(A_dict, weights, p_norm)
+        if (index := self.wanted()) is not None:
+            weights = weights if symbols is not None else weights[: self.rows]
+            T, x = mix_transitions(A_dict, weights, p_norm), inputs
             if symbols is not None:
-                T = T[symbols[:rows]]
-                inputs = inputs[symbols] if inputs.ndim == 2 else inputs
-            add(DenseScan(at.name, index, keep(T), keep(inputs), keep(out[0])))
+                T, x = T[symbols[: self.rows]], (x[symbols] if x.ndim == 2 else x)
+            self.keep(DenseScan(self.at.name, index, self.cut(T), self.cut(x), self.cut(out[0])))
         return out
 
-    def convolve(call, x, weight, bias=None, *args, **kwargs):
-        convs[at.name] = (x, weight, bias)
+    def convolve(self, call, x, weight, bias=None, *args, **kwargs):
+        self.convs[self.at.name] = Convolution(x, weight, bias)
         return call(x, weight, bias, *args, **kwargs)
 
-    def lay_out(call, x, scans="cross"):
-        maps[at.name] = orders(*x.shape[-2:], scans, x.device)
+    def lay_out(self, call, x, scans="cross"):
+        self.maps[self.at.name] = orders(*x.shape[-2:], scans, x.device)
         return call(x, scans)
 
-    def cut(at, index, u, dt, A, B, C, D, z, y, state) -> Scan:
-        e = u.shape[1]
-        some = torch.arange(e) if picked is None else picked
-        if len(some) and not 0 <= int(some.min()) <= int(some.max()) < e:
-            raise ValueError(f"channels {some.tolist()}: {at.name or type(model).__name__} has {e} channels, numbered from 0")
-        chosen = (lambda t: t) if picked is None else (lambda t: t.index_select(t.ndim - 2, some.to(t.device)))
-        at_rows = {k: None if t is None else chosen(keep(t)) for k, t in (("u", u), ("dt", dt), ("z", z), ("y", y))}
-        B, C = (chosen(M if keep_graph else M.detach()) if M.ndim == 2 else keep(M) for M in (B, C))
-        h0 = state.get("initial_state")
-        k, places = directions_of(at.module, e, u.shape[-1], B, maps.get(at.name), u.device)
-        A, D = (None if t is None else (t if keep_graph else t.detach()) for t in (A, D))
-        conv = convs.get(at.name)
-        if conv is not None and conv[0].shape == u.shape:
-            x, w, bias = (None if t is None else (t if keep_graph else t.detach()) for t in conv)
-            rows_x = chosen(x[:rows])
-            conv = Convolution(rows_x, w if picked is None else w[some], None if bias is None else bias[some])
-        else:
-            conv = None
-        pick = (lambda t: t) if picked is None else (lambda t: t[some])
-        return Scan(at.name, index, at_rows["u"], at_rows["dt"], pick(A), B, C, None if D is None else pick(D),
-                    at_rows["z"], at_rows["y"], None if h0 is None else chosen(keep(h0)), keep(state.get("seq_idx")),
-                    some, e, k, places, conv)
+    # -- what is kept
 
-    with Whereabouts(model) as at, operators(model, selective_scan_fn=diagonal, mamba_chunk_scan_combined=scalar,
-                                             dense_scan=dense, causal_conv1d_fn=convolve, cross_scan=lay_out):
-        yield found
-    if wanted is not None:
-        numbers = [w for w in wanted if not isinstance(w, str) and not 0 <= w < seen]
-        names = [w for w in wanted if isinstance(w, str) and w not in counter]
-        if numbers or names:
-            raise ValueError(f"layers {numbers + names} do not exist: the pass ran {seen} scans, numbered from 0, in "
-                             f"{', '.join(counter) or 'no module'}")
+    def wanted(self) -> int | None:
+        """Which call of its module this is, or None when it was not asked for."""
+        name, place = self.at.name, sum(self.calls.values())
+        index = self.calls[name] = self.calls.get(name, 0) + 1
+        asked = self.layers is None or place in self.layers or name in self.layers
+        return index - 1 if asked else None
+
+    def cut(self, t: Tensor | None, axis: int | None = None, batched: bool = True) -> Tensor | None:
+        """The rows, and along `axis` the channels, asked for."""
+        if t is None:
+            return None
+        t = t if self.keep_graph else t.detach()
+        if batched and self.rows is not None and self.rows < len(t):
+            t = t[: self.rows].clone()  # a view would keep the whole batch alive
+        return t if axis is None or self.channels is None else t.index_select(axis, self.channels.to(t.device))
+
+    def add(self, index, u, delta, A, B, C, D, z, y, initial_state, seq_idx) -> None:
+        e, l, name = u.shape[1], u.shape[2], self.at.name
+        channels = torch.arange(e) if self.channels is None else self.channels
+        if len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < e:
+            raise ValueError(f"channels {channels.tolist()}: the scan in {name or type(self.model).__name__} has {e} "
+                             f"channels, numbered from 0")
+        B, C = (self.cut(M, 0, batched=False) if M.ndim == 2 else self.cut(M) for M in (B, C))
+        k, places = directions_of(self.at.module, l, self.maps.get(name), u.device)
+        self.keep(Scan(name, index, self.cut(u, 1), self.cut(delta, 1), self.cut(A, 0, False), B, C,
+                       self.cut(D, 0, False), self.cut(z, 1), self.cut(y, 1), self.cut(initial_state, 1),
+                       self.cut(seq_idx), channels, e, k, places, self.convolution(e, l)))
+
+    def convolution(self, e: int, l: int) -> Convolution | None:
+        """The one in front of this scan; Mamba-2 convolves B and C as well, behind the channels of u."""
+        conv = self.convs.get(self.at.name)
+        if conv is None or conv.x.shape[1] < e or conv.x.shape[2] != l:
+            return None
+        bias = None if conv.bias is None else self.cut(conv.bias[:e], 0, False)
+        return Convolution(self.cut(conv.x[:, :e], 1), self.cut(conv.weight[:e], 0, False), bias)
+
+    def keep(self, scan: Scan | DenseScan) -> None:
+        self.found.append(scan)
+        held = self.found.bytes()
+        if held > self.max_bytes:
+            self.found.clear()
+            raise ValueError(f"the tap would hold {held:,} bytes, more than max_bytes = {self.max_bytes:,}: choose "
+                             f"layers=, channels= or rows=, shorten the input, or raise max_bytes")
 
 
 def step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
@@ -289,7 +305,7 @@ def step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     return F.softplus(delta) if softplus else delta
 
 
-def directions_of(module: nn.Module, e: int, l: int, B: Tensor, on_map: Tensor | None, device) -> tuple[int, Tensor | None]:
+def directions_of(module: nn.Module, l: int, on_map: Tensor | None, device) -> tuple[int, Tensor | None]:
     """(k, (k l) token of every step or None) from what the module says about itself or how it laid out its map."""
     if on_map is not None and on_map.shape[1] == l:
         return len(on_map), on_map
