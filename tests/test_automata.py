@@ -64,8 +64,8 @@ def test_group_from_generators():
 
 
 def test_users_own_automaton(tmp_path):
-    table = {"symbols": ["a", "b"], "state_names": ["no", "yes"], "delta": [["no", "yes"], ["yes", "no"]], "accepting": ["yes"],
-             "initial_state": "no"}
+    table = {"symbols": ["a", "b"], "state_names": ["no", "yes"], "delta": [["no", "yes"], ["yes", "no"]],
+             "accepting": ["yes"], "initial_state": "no"}
     (tmp_path / "mine.json").write_text(json.dumps(table))
     (tmp_path / "mine.yaml").write_text("delta: [[0, 1], [1, 0]]\noutput: [0, 1]\nsymbols: [a, b]\n")
     for file in ("mine.json", "mine.yaml"):
@@ -115,7 +115,8 @@ def test_bad_requests():
         automaton("parity").draw(np.random.default_rng(0), 1, 0)
     with pytest.raises(ValueError, match="outside the alphabet"):
         automaton("parity").run(np.array([[0, 2]]))
-    for arguments, message in (({"min_length": 0}, "min_length is 0"), ({"curriculum": "steep"}, "increasing, uniform, fixed"),
+    for arguments, message in (({"min_length": 0}, "min_length is 0"),
+                               ({"curriculum": "steep"}, "increasing, uniform, fixed"),
                                ({"query_token": True}, "supervise=last"), ({"regex": "a*"}, "alphabet"),
                                ({"language": "even_pairs", "group": True}, "not a permutation"),
                                ({"regex": "a*", "alphabet": "a", "automaton": "x.yaml"}, "both given")):

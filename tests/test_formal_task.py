@@ -1,4 +1,5 @@
-"""The formal task: losses with known answers, the curve of lengths, training as a user runs it, and exactness at length."""
+"""The formal task: losses with known answers, the curve of lengths, training as a user runs it, and exactness at
+length."""
 
 import csv
 import sys
@@ -48,7 +49,8 @@ def test_length_curve_counts_exactly():
     assert curve.right.tolist() == [0, 2, 1, 1] and curve.count.tolist() == [0, 2, 2, 1]
     assert curve.first_below_100 == 2 and curve.distinct == 5 and curve.mean() == pytest.approx(250 / 3)
     query = LengthCurve(2)
-    query.add(np.array([[False, False, True]]), np.array([[False, False, True]]), np.zeros((1, 3), np.uint64), query=True)
+    last = np.array([[False, False, True]])
+    query.add(last, last, np.zeros((1, 3), np.uint64), query=True)
     assert query.count.tolist() == [0, 0, 1] and query.right.tolist() == [0, 0, 1]
 
 
@@ -143,8 +145,9 @@ def test_any_sequence_model_on_any_language(call, tmp_path, arguments):
     assert lengths == list(range(1, 61))
 
 
-@pytest.mark.parametrize("arguments", [["data=formal_words", "data.group=S3", "data.test_lengths=[8]", "data.val_samples=8"],
-                                       ["data=formal_fixedset", "data.language=cycle_nav", "data.val_samples=8"]])
+@pytest.mark.parametrize("arguments", [
+    ["data=formal_words", "data.group=S3", "data.test_lengths=[8]", "data.val_samples=8"],
+    ["data=formal_fixedset", "data.language=cycle_nav", "data.val_samples=8"]])
 def test_other_protocols(call, arguments):
     status, out, err = call("model=lstm", *arguments, *SHORT[:4], "name=a")
     assert status == 0 and "validation accuracy" in out, err
@@ -154,7 +157,8 @@ def test_bad_input_is_one_message(call, tmp_path):
     (tmp_path / "bad.yaml").write_text("delta: [[0, 1], [0]]\n")
     for argument, message in (("data.language=parityy", "unknown language 'parityy'"),
                               (f"data.automaton={tmp_path / 'bad.yaml'}", "delta[1] lacks 1 of 2 transitions"),
-                              ("data.min_length=0", "data.min_length is 0"), ("data.generators=[[0,0]]", "generators[0]"),
+                              ("data.min_length=0", "data.min_length is 0"),
+                              ("data.generators=[[0,0]]", "generators[0]"),
                               ("data.test_length=0", "data.test_length is 0")):
         status, _, err = call("model=sd_ssm", argument)
         assert status == 2 and message in err and err.count("\n") <= 2
@@ -192,3 +196,12 @@ def test_probe_reads_mambas_diagonal(tmp_path):
     values = diagonal_transitions(model, ids, 2)
     assert len(values) == 2 and all(((v > 0) & (v < 1)).all() for v in values)
     assert "they commute" in summarise(model, automaton("D4"), tmp_path, steps=200).text
+
+
+def test_notebook_runs():
+    """notebooks/expressivity.ipynb, from the shipped checkpoints to the last figure."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "notebooks/expressivity.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "lead to the right state: 100.0 %" in text and "0 of 200" in text and "they commute" in text

@@ -1,4 +1,5 @@
-"""SD-SSM and its baselines: parameter counts, initialisation, token ids as one-hot vectors, carried state, exactness."""
+"""SD-SSM and its baselines: parameter counts, initialisation, token ids as one-hot vectors, carried state,
+exactness."""
 
 import math
 
@@ -34,7 +35,8 @@ def model(name):
 
 
 @pytest.mark.parametrize("language, K, extra, expected", [
-    ("parity", 8, 1, 33_250), ("even_pairs", 8, 1, 33_250), ("cycle", 8, 1, 33_517), ("modular_arithmetic", 18, 1, 75_019),
+    ("parity", 8, 1, 33_250), ("even_pairs", 8, 1, 33_250), ("cycle", 8, 1, 33_517),
+    ("modular_arithmetic", 18, 1, 75_019),
     ("C2xC4", 6, 0, 25_370), ("D4", 6, 0, 25_370), ("A5", 6, 0, 28_750)])
 def test_published_parameter_counts(language, K, extra, expected):
     table = automaton(language)
@@ -53,7 +55,8 @@ def test_initialisation():
     near = SDSSMModel(3, 5, 64, 8, init="identity", init_noise=0.01).block.A_dict
     assert (near.mean(-1) - torch.eye(64)).abs().max() < 0.03
     phasors = ComplexDiagonalModel(3, 5, 16).blocks[0].init_state
-    assert torch.allclose(phasors.abs(), torch.ones(16)) and "blocks.0.init_state" in ComplexDiagonalModel(3, 5, 16).state_dict()
+    assert torch.allclose(phasors.abs(), torch.ones(16))
+    assert "blocks.0.init_state" in ComplexDiagonalModel(3, 5, 16).state_dict()
     loss = F.cross_entropy(model(torch.randint(3, (64, 20))).logits[:, -1], torch.randint(5, (64,)))
     assert abs(float(loss.detach()) - math.log(5)) < 0.5
 
@@ -177,4 +180,5 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("name", ["sd_ssm", "complex_diagonal_ssm", "lstm", "rnn"])
 def test_presets_build(name):
-    assert create_model(name, input_size=3, num_classes=2)(torch.zeros(1, 2, dtype=torch.long)).logits.shape == (1, 2, 2)
+    model = create_model(name, input_size=3, num_classes=2)
+    assert model(torch.zeros(1, 2, dtype=torch.long)).logits.shape == (1, 2, 2)

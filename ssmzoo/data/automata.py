@@ -119,7 +119,8 @@ class Automaton:
              weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """`batch` strings of `length` symbols and the states after every symbol, both (b l).
 
-        Every symbol is uniform over those that can come in its state, or drawn with the row's `weights` (b symbols) among
+        Every symbol is uniform over those that can come in its state, or drawn with the row's `weights` (b symbols)
+        among
         them; where all can always come and no weights are given, strings are uniform.
         """
         if length < 1:
@@ -212,12 +213,16 @@ class Automaton:
         States may be numbers or names from `state_names`; `accepting: [states]` may stand for a 0/1 output.
         """
         if not isinstance(table, dict) or "delta" not in table:
-            raise AutomatonError(f"{name}: an automaton is a mapping with the key 'delta' (and 'output', 'initial_state', "
-                                 f"'symbols', 'state_names'); got {sorted(table) if isinstance(table, dict) else table!r}")
-        known = {"delta", "output", "accepting", "initial_state", "symbols", "state_names", "name", "task", "num_symbols",
+            raise AutomatonError(f"{name}: an automaton is a mapping with the key 'delta' (and 'output', "
+                                 f"'initial_state', "
+                                 f"'symbols', 'state_names'); got "
+                                 f"{sorted(table) if isinstance(table, dict) else table!r}")
+        known = {"delta", "output", "accepting", "initial_state", "symbols", "state_names", "name", "task",
+                 "num_symbols",
                  "num_states", "num_classes", "convention", "element_names", "note", "source"}
         if set(table) - known:
-            raise AutomatonError(f"{name}: unknown key {sorted(set(table) - known)[0]!r}; known: {', '.join(sorted(known))}")
+            raise AutomatonError(f"{name}: unknown key {sorted(set(table) - known)[0]!r}; known: "
+                                 f"{', '.join(sorted(known))}")
         names = [str(s) for s in table.get("state_names") or table.get("element_names") or []]
         number = {s: i for i, s in enumerate(names)}
 
@@ -307,7 +312,8 @@ def _table(delta, name: str) -> np.ndarray:
                                  f"symbol, or -1 for a symbol that cannot come there")
         for j, value in enumerate(row):
             if not isinstance(value, (int, np.integer)) or not -1 <= value < len(rows):
-                raise AutomatonError(f"{name}: delta[{i}][{j}] is {value!r}; the states are 0 to {len(rows) - 1} (-1: cannot come)")
+                raise AutomatonError(f"{name}: delta[{i}][{j}] is {value!r}; the states are 0 to {len(rows) - 1} (-1: "
+                                     f"cannot come)")
     if width == 0:
         raise AutomatonError(f"{name}: delta has no symbols")
     return np.array(rows, dtype=np.int64)
@@ -316,8 +322,10 @@ def _table(delta, name: str) -> np.ndarray:
 def _vector(output, n: int, name: str) -> np.ndarray:
     values = np.asarray(output)
     if values.shape != (n,) or values.dtype.kind not in "iu":
-        raise AutomatonError(f"{name}: output has shape {values.shape} of {values.dtype}, expected one class per state ({n})")
+        raise AutomatonError(f"{name}: output has shape {values.shape} of {values.dtype}, expected one class per "
+                             f"state ({n})")
     if values.min() < -1 or values.max() < 0:
-        raise AutomatonError(f"{name}: output must hold classes from 0 (and -1 where no string can end), got {values.tolist()}")
+        raise AutomatonError(f"{name}: output must hold classes from 0 (and -1 where no string can end), got "
+                             f"{values.tolist()}")
     return values.astype(np.int64)
 

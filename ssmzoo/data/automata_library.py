@@ -18,7 +18,8 @@ from ssmzoo.data.automata import Automaton, AutomatonError
 
 ALIASES = {"parity": "parity_check", "cycle": "cycle_navigation", "cycle_nav": "cycle_navigation",
            "modular": "modular_arithmetic", "mod_arith": "modular_arithmetic"}
-BENCHMARK = ("parity_check", "even_pairs", "cycle_navigation", "modular_arithmetic", "C2xC4", "D4", "A5", "C2xC30", "D30")
+BENCHMARK = ("parity_check", "even_pairs", "cycle_navigation", "modular_arithmetic", "C2xC4", "D4", "A5",
+             "C2xC30", "D30")
 MAX_GROUP = 20_000  # elements that a group from generators may have
 
 
@@ -40,7 +41,8 @@ def automaton(name: str) -> Automaton:
     if name.startswith("word_"):
         return word_problem(name.removeprefix("word_"))
     raise ValueError(f"unknown language {name!r}; choose {', '.join(BENCHMARK)}, C2xC<n>, D<n>, word_<group> "
-                     f"(S<n>, A<n>, Z<n>, products such as A4_x_Z5), or give data.automaton, data.regex or data.generators")
+                     f"(S<n>, A<n>, Z<n>, products such as A4_x_Z5), or give data.automaton, data.regex or "
+                     f"data.generators")
 
 
 def parity_check() -> Automaton:

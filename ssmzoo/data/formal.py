@@ -17,16 +17,26 @@ from torch import Tensor
 from ssmzoo.data.automata import Automaton, AutomatonError
 from ssmzoo.data.automata_groups import permutation_matrices
 from ssmzoo.data.automata_library import automaton, group_automaton
-from ssmzoo.data.formal_strings import (BatchStream, FixedBatches, HeldOut, Strings, TrainingStrings, answers, append_query, test_prefixes,
-                                        test_strings)
+from ssmzoo.data.formal_strings import (
+    BatchStream,
+    FixedBatches,
+    HeldOut,
+    Strings,
+    TrainingStrings,
+    answers,
+    append_query,
+    test_prefixes,
+    test_strings,
+)
 
 CURRICULA = ("increasing", "uniform", "fixed")
 
 
-def choose_automaton(language: str | None, path: str | None = None, regex: str | None = None, alphabet: str | None = None,
-                     generators: list | None = None) -> Automaton:
+def choose_automaton(language: str | None, path: str | None = None, regex: str | None = None,
+                     alphabet: str | None = None, generators: list | None = None) -> Automaton:
     """The automaton of a name, a YAML or JSON file, a regular expression, or permutations; errors name the field."""
-    given = [name for name, value in (("automaton", path), ("regex", regex), ("generators", generators)) if value is not None]
+    sources = {"automaton": path, "regex": regex, "generators": generators}
+    given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"data.{given[0]} and data.{given[1]} are both given; choose one")
     if alphabet is not None and regex is None:
@@ -50,28 +60,32 @@ class FormalData(LightningDataModule):
     regex        regular expression over `alphabet` (classes: 0 rejected, 1 accepted),
     generators   permutations as lists of images (the state is the product) is given
     group        insist that every symbol permutes the states
-    batch_size, min_length, max_length, curriculum, curriculum_steps, supervise, query_token, skewed   see TrainingStrings
+    batch_size, min_length, max_length, curriculum, curriculum_steps, supervise, query_token, skewed   see
+                                                                                                       TrainingStrings
     held_out     share of the strings kept for testing at lengths that training also sees
     val_samples  strings of `test_length` that validation reads at every prefix
     test_length  longest length of the per-length test;  test_samples  strings per length
-    test_strings "independent": fresh strings for every length (published protocol); "prefixes": every prefix of the same
+    test_strings "independent": fresh strings for every length (published protocol); "prefixes": every prefix of the
+    same
                  strings, far cheaper; None: prefixes, or independent with a query token
     seed         of everything drawn
 
     A batch is {"input_ids" (b l), "labels" (b l)}: labels are -100 where no answer is asked for.
-    sizes: num_symbols (query token included), num_classes, num_states, and vocab_size = max(num_symbols, num_classes) for
+    sizes: num_symbols (query token included), num_classes, num_states, and vocab_size = max(num_symbols, num_classes)
+    for
     language models, whose first num_classes logits are read.
     """
 
-    def __init__(self, language: str | None = "cycle_navigation", automaton: str | None = None, regex: str | None = None,
-                 alphabet: str | None = None, generators: list | None = None, group: bool = False, batch_size: int = 128,
-                 min_length: int = 1, max_length: int = 40, curriculum: str = "increasing", curriculum_steps: int = 500,
-                 supervise: str = "every", query_token: bool = False, skewed: float = 0.0, held_out: float = 0.125,
-                 val_samples: int = 64, test_length: int = 500, test_samples: int = 512, test_strings: str | None = None,
-                 seed: int = 0):
+    def __init__(self, language: str | None = "cycle_navigation", automaton: str | None = None,
+                 regex: str | None = None, alphabet: str | None = None, generators: list | None = None,
+                 group: bool = False, batch_size: int = 128, min_length: int = 1, max_length: int = 40, curriculum: str = "increasing",
+                 curriculum_steps: int = 500, supervise: str = "every", query_token: bool = False, skewed: float = 0.0,
+                 held_out: float = 0.125, val_samples: int = 64, test_length: int = 500, test_samples: int = 512,
+                 test_strings: str | None = None, seed: int = 0):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("min_length", min_length), ("curriculum_steps", curriculum_steps),
-                            ("val_samples", val_samples), ("test_length", test_length), ("test_samples", test_samples)):
+        for name, value in (("batch_size", batch_size), ("min_length", min_length), ("val_samples", val_samples),
+                            ("curriculum_steps", curriculum_steps), ("test_length", test_length),
+                            ("test_samples", test_samples)):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be at least 1")
         if max_length < min_length:
@@ -84,7 +98,8 @@ class FormalData(LightningDataModule):
             if not 0 <= value <= (1 if name == "skewed" else 0.5):
                 raise ValueError(f"data.{name} is {value}; give a share between 0 and {1 if name == 'skewed' else 0.5}")
         if query_token and (supervise == "every" or test_strings == "prefixes"):
-            raise ValueError("data.query_token=true reads one answer per string, after it: it needs data.supervise=last and "
+            raise ValueError("data.query_token=true reads one answer per string, after it: it needs "
+                             "data.supervise=last and "
                              "data.test_strings=independent")
         self.language = choose_automaton(language, automaton, regex, alphabet, generators)
         if group:
@@ -108,7 +123,8 @@ class FormalData(LightningDataModule):
     def describe(self) -> dict[str, str | int]:
         table = repr(self.language.to_dict()).encode()
         return {"language": self.language.name, "states": self.language.num_states,
-                "automaton_sha256": hashlib.sha256(table).hexdigest()[:16], "max_length": self.max_length, "seed": self.seed}
+                "automaton_sha256": hashlib.sha256(table).hexdigest()[:16], "max_length": self.max_length,
+                "seed": self.seed}
 
     def train_dataloader(self) -> BatchStream:
         attached = self.trainer is not None
@@ -120,7 +136,8 @@ class FormalData(LightningDataModule):
         rng = np.random.default_rng([self.seed, 1 << 40])
         if self.query_token:
             lengths = sorted({self.language.closest_length(max(1, self.test_length * i // 8)) for i in range(1, 9)})
-            drawn = [self._with_query(test_strings(self.language, self.held_out, rng, self.val_samples, l)) for l in lengths]
+            drawn = [self._with_query(test_strings(self.language, self.held_out, rng, self.val_samples, length))
+                     for length in lengths]
         else:
             drawn = test_prefixes(self.language, self.held_out, rng, self.val_samples, self.test_length)[:1]
         return FixedBatches([{"input_ids": torch.from_numpy(s.ids.copy()), "labels": torch.from_numpy(s.labels.copy())}
@@ -146,7 +163,8 @@ class FormalData(LightningDataModule):
         return Strings(ids, labels, np.concatenate([strings.hashes, strings.hashes[:, -1:]], axis=1))
 
     def stream(self, rows: int, length: int, chunk: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
-        """`rows` strings of `length` symbols in chunks: (ids, labels at every prefix), the automaton's state carried."""
+        """`rows` strings of `length` symbols in chunks: (ids, labels at every prefix), the automaton's state
+        carried."""
         rng = np.random.default_rng([self.seed, 1 << 42])
         state = None
         for start in range(0, length, chunk):

@@ -1,9 +1,11 @@
 """Two more published protocols over the same automata: fixed sets of token ids (B) and word problems (C).
 
-B, "fixedset": inputs and labels share one vocabulary, 0 pads on the right, the last real token carries the label, lengths
+B, "fixedset": inputs and labels share one vocabulary, 0 pads on the right, the last real token carries the label,
+lengths
    vary within a batch, and sample i is drawn under a seed of its own: the published data sets bit for bit.
    Source: IBM/expressive-sparse-state-space-model @8682e78, state_tracking_PyTorch/data_dir/fl_tasks.
-C, "words": all elements of a group are symbols, the running product is the label at every token, [BOS] stands in front of
+C, "words": all elements of a group are symbols, the running product is the label at every token, [BOS] stands in
+front of
    inputs and labels. Source: jopetty/word-problem @8f910f9 (arXiv 2404.08819).
 """
 
@@ -20,7 +22,15 @@ from torch import Tensor
 
 from ssmzoo.data.automata import Automaton
 from ssmzoo.data.automata_library import automaton, word_problem
-from ssmzoo.data.formal_strings import IGNORE, BatchStream, FixedBatches, HeldOut, Strings, TrainingStrings, test_strings
+from ssmzoo.data.formal_strings import (
+    IGNORE,
+    BatchStream,
+    FixedBatches,
+    HeldOut,
+    Strings,
+    TrainingStrings,
+    test_strings,
+)
 
 PAD = 0
 FIXED_SETS = {  # name: (vocabulary, automaton, automaton's symbol of token 1, 2, ..., first label id)
@@ -43,7 +53,8 @@ class FixedSet:
         if name not in FIXED_SETS:
             raise ValueError(f"data.language is {name!r}; the fixed sets are {', '.join(FIXED_SETS)}")
         if not 1 <= min_length <= max_length or (name == "mod_arith_no_brack" and max_length < 2):
-            raise ValueError(f"data.min_length = {min_length} and data.max_length = {max_length} do not make a range of lengths")
+            raise ValueError(f"data.min_length = {min_length} and data.max_length = {max_length} do not make a range "
+                             f"of lengths")
         self.name, self.min_length, self.max_length = name, min_length, max_length
         self.vocab_size, language, self.symbols, self.first_label = FIXED_SETS[name]
         self.automaton = automaton(language)
@@ -101,7 +112,8 @@ class FixedSetData(LightningDataModule):
                  num_samples: int = 25_600_000, val_samples: int = 8192, val_max_length: int = 256, seed: int = 1234):
         super().__init__()
         if batch_size < 1 or val_samples < 1 or num_samples < batch_size:
-            raise ValueError(f"data.batch_size = {batch_size} and data.val_samples = {val_samples} must be at least 1, and "
+            raise ValueError(f"data.batch_size = {batch_size} and data.val_samples = {val_samples} must be at least "
+                             f"1, and "
                              f"data.num_samples = {num_samples} at least one batch")
         self.train_set = FixedSet(language, min_length, max_length)
         self.val_set = FixedSet(language, max_length, val_max_length)
@@ -131,7 +143,8 @@ class FixedSetData(LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError("data=formal_fixedset draws its samples in order and runs on one process; use trainer.devices=1")
+            raise ValueError("data=formal_fixedset draws its samples in order and runs on one process; use "
+                             "trainer.devices=1")
         return BatchStream(self._batch)
 
     def val_dataloader(self) -> FixedBatches:
@@ -153,27 +166,30 @@ class WordProblemData(LightningDataModule):
     held_out      share of the strings of a length that is never trained on (published: 0.2)
     batch_size, val_samples, seed   strings per step, validation strings per length, everything drawn
 
-    Vocabulary: the elements, then [PAD] n, [BOS] n+1, [UNK], [EOS], [SEP], [CLS], [MASK]. As published, the model is also
+    Vocabulary: the elements, then [PAD] n, [BOS] n+1, [UNK], [EOS], [SEP], [CLS], [MASK]. As published, the model is
+    also
     trained to answer [BOS] at the first position. One length per batch: no [PAD] is ever trained.
     """
 
     SPECIAL = 7
 
     def __init__(self, group: str = "A5", batch_size: int = 512, max_length: int = 20, strict_len: bool = False,
-                 test_lengths: tuple[int, ...] | list[int] = (20, 40, 100), held_out: float = 0.2, val_samples: int = 256,
-                 seed: int = 0):
+                 test_lengths: tuple[int, ...] | list[int] = (20, 40, 100), held_out: float = 0.2,
+                 val_samples: int = 256, seed: int = 0):
         super().__init__()
         if batch_size < 1 or val_samples < 1 or max_length < 2 or not test_lengths or min(test_lengths) < 1:
-            raise ValueError(f"data: batch_size = {batch_size} and val_samples = {val_samples} must be at least 1, max_length = "
-                             f"{max_length} at least 2, test_lengths = {list(test_lengths)} at least one positive length")
+            raise ValueError(f"data: batch_size = {batch_size} and val_samples = {val_samples} must be at least 1, "
+                             f"max_length = "
+                             f"{max_length} at least 2, test_lengths = {list(test_lengths)} at least one positive "
+                             f"length")
         if not 0 <= held_out <= 0.5:
             raise ValueError(f"data.held_out is {held_out}; give a share between 0 and 0.5")
         self.language = word_problem(group)
         self.batch_size, self.max_length, self.strict_len = batch_size, max_length, strict_len
         self.test_lengths, self.val_samples, self.seed = tuple(test_lengths), val_samples, seed
         self.held_out = HeldOut(self.language, held_out, max_length)
-        self.training = TrainingStrings(self.language, self.held_out, batch_size, 1, max_length, "fixed", 1, "every", False,
-                                        0.0, seed)
+        self.training = TrainingStrings(self.language, self.held_out, batch_size, 1, max_length, "fixed", 1, "every",
+                                        False, 0.0, seed)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -136,10 +136,12 @@ def append_query(ids: np.ndarray, labels: np.ndarray, token: int) -> tuple[np.nd
 class BatchStream:
     """A loader without end whose batch is a function of its number; resumes exactly.
 
-    make  number -> batch;  per_epoch  batches that one `iter()` yields;  rank, world_size  which of the numbers are ours
+    make  number -> batch;  per_epoch  batches that one `iter()` yields;  rank, world_size  which of the numbers are
+          ours
     """
 
-    def __init__(self, make: Callable[[int], dict[str, Tensor]], per_epoch: int = 1000, rank: int = 0, world_size: int = 1):
+    def __init__(self, make: Callable[[int], dict[str, Tensor]], per_epoch: int = 1000, rank: int = 0,
+                 world_size: int = 1):
         self.make, self.per_epoch, self.rank, self.world_size, self.position = make, per_epoch, rank, world_size, 0
 
     def __len__(self) -> int:
@@ -186,7 +188,8 @@ def test_strings(automaton: Automaton, held_out: HeldOut, rng: np.random.Generat
     return Strings(ids, answers(automaton, automaton.run(ids)), prefix_hashes(ids))
 
 
-def test_prefixes(automaton: Automaton, held_out: HeldOut, rng: np.random.Generator, count: int, length: int) -> list[Strings]:
+def test_prefixes(automaton: Automaton, held_out: HeldOut, rng: np.random.Generator, count: int,
+                  length: int) -> list[Strings]:
     """`count` strings of `length`, read at every prefix that is fair to test, and enough short ones to make up for the
     prefixes that training uses."""
     sets = [(count, length)]

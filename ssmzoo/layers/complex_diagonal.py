@@ -19,7 +19,8 @@ class ComplexState(NamedTuple):
 def complex_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = a_t h_{t-1} + b_t from h_0 = 0, and the products a_1 ... a_t, along axis 1 in log2(l) vectorised rounds.
 
-    a, b (b l n) complex -> products (b l n), h (b l n). Only products of a are formed, so nothing overflows for |a| <= 1.
+    a, b (b l n) complex -> products (b l n), h (b l n). Only products of a are formed, so nothing overflows for |a|
+    <= 1.
     """
     step, l = 1, a.shape[1]
     while step < l:
@@ -49,7 +50,8 @@ class ComplexDiagonalSSM(nn.Module):
         if scale_eigv <= 0:
             raise ValueError(f"scale_eigv = {scale_eigv}; it must be positive")
         self.d_state, self.scale_eigv = d_state, scale_eigv if use_B else 1.0
-        self.A_generator = nn.Sequential(nn.Linear(d_input, 4 * d_state), nn.ReLU(), nn.Linear(4 * d_state, 2 * d_state))
+        self.A_generator = nn.Sequential(nn.Linear(d_input, 4 * d_state), nn.ReLU(),
+                                         nn.Linear(4 * d_state, 2 * d_state))
         self.register_buffer("init_state", torch.empty(d_state, dtype=torch.complex64))
         if use_B:
             self.B_re = nn.Parameter(torch.empty(d_state, d_input))

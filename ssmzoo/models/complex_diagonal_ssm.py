@@ -37,7 +37,8 @@ class ComplexDiagonalModel(nn.Module):
         if readout not in ("linear", "nonlinear"):
             raise ValueError(f"readout = {readout!r}; choose 'linear' or 'nonlinear'")
         if n_layer < 1 or (n_layer > 1 and (not use_B or readout == "linear")):
-            raise ValueError(f"n_layer = {n_layer} with use_B = {use_B} and readout = {readout!r}: at least one layer, and "
+            raise ValueError(f"n_layer = {n_layer} with use_B = {use_B} and readout = {readout!r}: at least one "
+                             f"layer, and "
                              f"several need use_B=True and readout='nonlinear'")
         num_classes = input_size if num_classes is None else num_classes
         embed_size = input_size if embed_size is None else embed_size

@@ -2,8 +2,8 @@
 
     tokens (one-hot) -> nn.RNN or nn.LSTM -> Linear without bias
 
-Source: IBM/selective-dense-state-space-model @5bdc7f7 (Apache-2.0), models/rnn.py and lstm.py; parameter names are theirs.
-Their `bidirectional` switch is left out: its projection has the wrong width and cannot run.
+Source: IBM/selective-dense-state-space-model @5bdc7f7 (Apache-2.0), models/rnn.py and lstm.py; parameter names are
+theirs. Their `bidirectional` switch is left out: its projection has the wrong width and cannot run.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def official_regular_rnn_baselines(state: dict[str, Tensor], *, output_size: int
     """ElmanRNN and LSTM, told apart by the height of their gates."""
     del embed_size  # accepted and ignored by the official models
     if bidirectional:
-        raise ValueError("bidirectional=True cannot run in the official model either: its projection expects one direction")
+        raise ValueError("bidirectional=True cannot run in the official model either: its projection expects one "
+                         "direction")
     lstm = state["rnn.weight_hh_l0"].shape[0] == 4 * state_size and state_size > 0
     return _OfficialRNN(input_size, output_size, state_size, num_layers, "lstm" if lstm else nonlinearity), state

@@ -34,8 +34,8 @@ class SDSSMModel(nn.Module):
     """
 
     def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64,
-                 num_transition_matrices: int = 8, p_norm: float = 1.2, mlp_size: int | None = None, init: str = "xavier",
-                 init_noise: float = 0.05, state_penalty: float = 0.0, state_cap: float = 0.5):
+                 num_transition_matrices: int = 8, p_norm: float = 1.2, mlp_size: int | None = None,
+                 init: str = "xavier", init_noise: float = 0.05, state_penalty: float = 0.0, state_cap: float = 0.5):
         super().__init__()
         num_classes = input_size if num_classes is None else num_classes
         for name, value in (("num_classes", num_classes), ("mlp_size", 1 if mlp_size is None else mlp_size)):
@@ -132,7 +132,8 @@ def golden_sd_ssm(case) -> dict[str, Tensor]:
 
 
 def append_query_token(x: Tensor) -> Tensor:
-    """One-hot (b l e) -> (b l+1 e+1): a new last column, set only in one more row at the end, where the answer is read."""
+    """One-hot (b l e) -> (b l+1 e+1): a new last column, set only in one more row at the end, where the answer is
+    read."""
     x = nn.functional.pad(x, (0, 1, 0, 1))
     x[:, -1, -1] = 1
     return x

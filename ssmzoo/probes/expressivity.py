@@ -136,8 +136,10 @@ class Summary(NamedTuple):
 
 
 @torch.no_grad()
-def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps: int = 10_000, length: int = 40) -> Summary:
-    """All figures for one model: moves (SD-SSM), spectrum (SD-SSM and Mamba), trajectories and drift (any with a state)."""
+def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps: int = 10_000,
+              length: int = 40) -> Summary:
+    """All figures for one model: moves (SD-SSM), spectrum (SD-SSM and Mamba), trajectories and drift (any with a
+    state)."""
     from ssmzoo.probes import expressivity_figures as draw_figures
 
     out_dir = Path(out_dir)
@@ -148,7 +150,8 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
     x, at = logits[:, 1:, : automaton.num_classes], states[:, 1:]  # what the readout makes of the state
     answers = torch.from_numpy(automaton.output)[at]
     centres = find_centres(x[answers >= 0], answers[answers >= 0], automaton.num_classes)
-    lines = [f"{type(model).__name__} on {automaton.name} ({automaton.num_states} states, {automaton.num_symbols} symbols)",
+    lines = [f"{type(model).__name__} on {automaton.name} ({automaton.num_states} states, {automaton.num_symbols} "
+             f"symbols)",
              f"spread of the logits within a class over half the gap between classes, lengths 2 to {length}: "
              f"{centres.spread / (centres.gap / 2):.2e}"]
     figures = []
@@ -167,7 +170,8 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
                                             [torch.linalg.eigvals(t) for t in truth], automaton))
     elif any(hasattr(m, "x_proj") for m in model.modules()):
         values = diagonal_transitions(model, ids, automaton.num_symbols)
-        lines.append(f"largest diagonal transition: {max(float(v.max()) for v in values):.4f}; all are real, positive and "
+        lines.append(f"largest diagonal transition: {max(float(v.max()) for v in values):.4f}; all are real, positive "
+                     f"and "
                      f"diagonal, so they commute")
         figures.append(draw_figures.spectra(out_dir / "spectrum.png", values,
                                             [torch.linalg.eigvals(t) for t in true_moves(automaton)], automaton))
@@ -178,7 +182,8 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
         wrong = path.steps[path.accuracy < 1]
         lines.append(f"recorded steps with a wrong answer up to {steps:,}: {len(wrong)} of {len(path.steps)}"
                      + (f", first at {wrong[0]:,}" if len(wrong) else ""))
-        lines.append(f"distance of the logits from the right class's over half the gap at step {path.steps[-1]:,}: {path.distance[-1]:.2e}")
+        lines.append(f"distance of the logits from the right class's over half the gap at step {path.steps[-1]:,}: "
+                     f"{path.distance[-1]:.2e}")
         figures.append(draw_figures.drift(out_dir / "drift.png", path, automaton))
     return Summary("\n".join(lines), figures)
 
@@ -191,7 +196,8 @@ def load(ckpt: str | Path) -> tuple[nn.Module, Automaton]:
     model, manifest = load_model(ckpt)
     data = manifest["config"].get("data", {})
     if not str(data.get("_target_", "")).startswith("ssmzoo.data.formal.FormalData"):
-        raise ValueError(f"{ckpt} was not trained with data=formal but with {data.get('_target_')}; this probe needs an automaton")
+        raise ValueError(f"{ckpt} was not trained with data=formal but with {data.get('_target_')}; this probe needs "
+                         f"an automaton")
     keys = ("automaton", "regex", "alphabet", "generators")
     return model, choose_automaton(data.get("language", "cycle_navigation"), *(data.get(k) for k in keys))
 

@@ -22,7 +22,8 @@ IGNORE = -100
 def consistency(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Variance of the logits within a class over their whole variance; 0 when equal answers have equal logits.
 
-    logits (m c), labels (m) without ignored ones. Cross entropy fades once every answer is right; this does not, so that a
+    logits (m c), labels (m) without ignored ones. Cross entropy fades once every answer is right; this does not, so
+    that a
     recurrence keeps being pulled towards one that neither drifts nor decays.
     """
     counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).unsqueeze(-1)

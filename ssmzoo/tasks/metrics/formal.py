@@ -49,7 +49,8 @@ class LengthCurve:
         rows = {f"accuracy, lengths 1 to {last}": f"{self.mean():.3f} % (mean over lengths), lowest "
                                                    f"{100 * np.nanmin(self.accuracy):.2f} %"}
         if trained < last:
-            rows[f"accuracy, lengths {trained + 1} to {last}"] = f"{self.mean(trained + 1):.3f} % (never seen in training)"
+            key = f"accuracy, lengths {trained + 1} to {last}"
+            rows[key] = f"{self.mean(trained + 1):.3f} % (never seen in training)"
         first = self.first_below_100
         rows["first length under 100 %"] = f"none up to {last}" if first is None else str(first)
         rows["strings tested"] = f"{int(self.count.sum()):,} ({self.distinct:,} distinct)"
@@ -84,7 +85,8 @@ class StreamCurve:
             if target <= self.length and end not in shown:
                 shown.add(end)
                 rows[f"accuracy around length {end:,}"] = f"{100 * accuracy:.3f} %"
-        rows["first wrong position in long strings"] = f"none up to {self.length:,}" if self.first_wrong is None else f"{self.first_wrong:,}"
+        first = f"none up to {self.length:,}" if self.first_wrong is None else f"{self.first_wrong:,}"
+        rows["first wrong position in long strings"] = first
         return rows
 
 
