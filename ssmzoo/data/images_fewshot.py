@@ -57,8 +57,8 @@ class FewShotImages(ImageData):
         train, val = self._all
         novel = len(train.classes) - self.base_classes
         if novel < self.way or novel % self.way:
-            raise ValueError(f"{len(train.classes)} classes minus data.base_classes = {self.base_classes} leave {novel}, "
-                             f"which sessions of data.way = {self.way} classes do not divide")
+            raise ValueError(f"{len(train.classes)} classes minus data.base_classes = {self.base_classes} leave {novel}"
+                             f", which sessions of data.way = {self.way} classes do not divide")
         return tuple(side.subset(np.flatnonzero(side.labels < self.base_classes)) for side in (train, val))
 
     @property

@@ -53,6 +53,12 @@ class FewShotIncremental(Task):
         self.mix_prob, self.old_lr, self.with_len_base, self.with_len = mix_prob, old_lr, with_len_base, with_len
         self.detach_residual = detach_residual
 
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if not hasattr(data, "base_classes"):
+            raise ValueError(f"task=fscil needs data in sessions, such as data=digits_fewshot, cifar100_fewshot or "
+                             f"image_folder_fewshot, not {type(data).__name__}")
+
     def step(self, batch, training: bool) -> StepOutput:
         labels, model = batch["label"], self.model
         features = model.neck(model.feature_map(batch["image"])).features
