@@ -208,16 +208,19 @@ def constant_scan(call, u, delta, A, B, C, D, constants: Collection[str], option
 
 
 class Relevance(NamedTuple):
-    """relevance (b l) of every position | gradient (b l d) it was made with | logit (b) explained | logits (b classes)"""
+    """relevance (b l) of every position | gradient (b l d) it was made with | logit (b) explained | logits (b classes) |
+    absorbed: what the biases of the model kept for themselves, summed over the batch."""
 
     relevance: Tensor
     gradient: Tensor
     logit: Tensor
     logits: Tensor
+    absorbed: Tensor
 
-    def conservation_error(self) -> Tensor:
-        """(b) |sum of relevances - logit| / |logit|"""
-        return (self.relevance.sum(1) - self.logit).abs() / self.logit.abs().clamp(min=1e-12)
+    def conservation_error(self) -> float:
+        """|relevances + what biases absorbed - logits| / |logits|, sums over the batch."""
+        total = self.relevance.sum() + self.absorbed
+        return float((total - self.logit.sum()).abs() / self.logit.abs().sum().clamp(min=1e-12))
 
 
 def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings: Tensor, target: Tensor,
@@ -228,17 +231,23 @@ def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings
     target      (b) class or token to explain
     on          the rules; () gives plain gradient x input
     options     of `rules`
+
+    Biases take part in a logit and keep relevance; time steps' biases take none (they are in constants of the scan).
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"relevance needs float32 or float64, got {embeddings.dtype}: the stabiliser 1e-6 vanishes in it")
+        raise ValueError(f"relevance needs float32 or float64, got {embeddings.dtype}, in which the stabiliser 1e-6 "
+                         f"vanishes")
     leaf = embeddings.detach().requires_grad_()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
     with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False), rules(model, on, **options):
         logits = function(leaf)
         if logits.ndim != 2:
             raise ValueError(f"function must return logits (batch, classes), got {tuple(logits.shape)}")
         logit = logits.gather(1, target[:, None])[:, 0]
-        gradient, = torch.autograd.grad(logit.sum(), leaf)
-    return Relevance((leaf * gradient).sum(-1).detach(), gradient, logit.detach(), logits.detach())
+        gradient, *shares = torch.autograd.grad(logit.sum(), [leaf, *biases], allow_unused=True)
+    gradient = torch.zeros_like(leaf) if gradient is None else gradient
+    absorbed = sum(((p * g).sum().detach() for p, g in zip(biases, shares) if g is not None), gradient.new_zeros(()))
+    return Relevance((leaf * gradient).sum(-1).detach(), gradient, logit.detach(), logits.detach(), absorbed)
 
 
 def integrated_gradients(function, embeddings: Tensor, target: Tensor, steps: int = 32, baseline: Tensor | None = None) -> Tensor:

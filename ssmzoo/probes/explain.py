@@ -1,0 +1,144 @@
+"""Explanations of one prediction, by every method of the probes, for language and image models alike.
+
+    raw          mean over layers of what the read-out tokens attend to, |alpha| averaged over channels
+    rollout      read-out rows of the product over layers of row-normalised I + |alpha|
+    attribution  the same with clamp(alpha) scaled to [0, 1] and its columns weighted by the gradient of the logit at the
+                 layer's input
+    lrp, gradient_x_input, integrated_gradients     see mamba_lrp
+
+Attention of several directions is added, token by token. In a pyramid the rollout runs within every stage; the map is
+that of the last stage whose scans see the whole map, enlarged to the first one's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.probes.attribution_maps import gradient_weight, min_max, rollout
+from ssmzoo.probes.entry import Entry
+from ssmzoo.probes.hidden_attention import attention
+from ssmzoo.probes.mamba_lrp import ALL, integrated_gradients, relevance
+from ssmzoo.probes.tap import Scan, Taps, tap
+
+NORMS = (RMSNorm, nn.LayerNorm)
+ATTENTION_METHODS = ("raw", "rollout", "attribution")
+METHODS = ("lrp", "gradient_x_input", "integrated_gradients", *ATTENTION_METHODS)
+
+
+class Streams:
+    """The residual stream entering every module: the input of the norm that was last called before it."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.latest, self.of, self.hooks = model, None, {}, []
+
+    def __enter__(self) -> Streams:
+        for name, module in self.model.named_modules():
+            if isinstance(module, NORMS):
+                self.hooks.append(module.register_forward_pre_hook(self.see))
+            self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.assign(name)))
+        return self
+
+    def see(self, module: nn.Module, inputs: tuple) -> None:
+        self.latest = inputs[0]
+
+    def assign(self, name: str) -> None:
+        self.of[name] = self.latest
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+
+def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1, chunk: int = 16) -> Tensor:
+    """function(alpha) averaged over the channels of every direction and added over directions: (b l l) by tokens.
+
+    every  use only every so many channels | chunk  channels whose matrices are held at a time
+    """
+    chosen = list(range(0, len(scan.channels), every))
+    total: Tensor | float = 0.0
+    for i in range(0, len(chosen), chunk):
+        total = total + function(attention(scan.take(chosen[i : i + chunk]))).sum(1)
+    return total * scan.directions / len(chosen)
+
+
+class Layers(NamedTuple):
+    """Per scan: its record, the signed and the absolute token map (b l l), weight s (b l) of the gradient."""
+
+    scans: Taps
+    absolute: list[Tensor]
+    positive: list[Tensor]
+    weight: list[Tensor]
+
+
+def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layers=None) -> Layers:
+    """Token maps of every scan that works on whole sequences, and the gradients at the streams that enter them."""
+    with Streams(entry.model) as streams, tap(entry.model, layers=layers) as scans, torch.enable_grad():
+        logits = entry.logits(entry.values.detach().requires_grad_())
+        logit = logits.gather(1, target[:, None]).sum()
+    scans = Taps(s for s in scans if isinstance(s, Scan) and s.u.shape[0] == len(logits))
+    if not scans:
+        raise ValueError(f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the methods "
+                         f"lrp, gradient_x_input and integrated_gradients apply")
+    gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
+    with torch.no_grad():
+        every = [max(1, len(s.channels) // max_channels) for s in scans]
+        absolute = [token_map(s, torch.abs, n) for s, n in zip(scans, every)]
+        positive = [min_max(token_map(s, F.relu, n), (1, 2)) for s, n in zip(scans, every)]
+        weight = [gradient_weight(g.reshape(len(g), -1, g.shape[-1])) for g in gradients]
+    return Layers(scans, absolute, positive, weight)
+
+
+def attention_scores(entry: Entry, layers: Layers, method: str) -> Tensor:
+    """Scores (b l) of the entry's vectors for "raw", "rollout" or "attribution"."""
+    if method not in ATTENTION_METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(ATTENTION_METHODS)}")
+    lengths = [a.shape[-1] for a in layers.absolute]
+    stage = [i for i, n in enumerate(lengths) if n == lengths[-1]]
+    if method == "raw":
+        scores = torch.stack([min_max(read_out(entry, layers.absolute[i]), (1,)) for i in stage]).mean(0)
+    elif method == "rollout":
+        scores = read_out(entry, rollout([layers.absolute[i] for i in stage]))
+    else:
+        maps = [layers.positive[i] * layers.weight[i][:, None] for i in stage]
+        scores = read_out(entry, rollout(maps))
+    return enlarge(entry, scores)
+
+
+def read_out(entry: Entry, matrix: Tensor) -> Tensor:
+    """The row (b l) of the tokens that the prediction is read from: class tokens, all patches, or the last token."""
+    if entry.grid is None:
+        return matrix[:, -1]
+    special = [t for t in entry.special if t < matrix.shape[1]]
+    return matrix[:, special].mean(1) if special else matrix.mean(1)
+
+
+def enlarge(entry: Entry, scores: Tensor) -> Tensor:
+    """Scores of a coarser map -> the entry's grid (b l)."""
+    if entry.grid is None or scores.shape[1] == entry.values.shape[1]:
+        return scores
+    ratio = (scores.shape[1] / (entry.grid[0] * entry.grid[1])) ** 0.5
+    coarse = round(entry.grid[0] * ratio), round(entry.grid[1] * ratio)
+    if coarse[0] * coarse[1] != scores.shape[1]:
+        raise ValueError(f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x {entry.grid[1]} map")
+    return F.interpolate(scores.unflatten(1, coarse)[:, None], entry.grid, mode="bilinear")[:, 0].flatten(1)
+
+
+def explain(entry: Entry, target: Tensor, method: str, steps: int = 32, max_channels: int = 64, on=ALL) -> Tensor:
+    """Scores (b l) of the entry's vectors for the logits of `target` (b); see METHODS.
+
+    steps         of integrated_gradients | max_channels   per layer, for attention | on   rules of lrp
+    """
+    if method in ATTENTION_METHODS:
+        return attention_scores(entry, attention_layers(entry, target, max_channels), method)
+    if method == "integrated_gradients":
+        return integrated_gradients(entry.logits, entry.values, target, steps)
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    return relevance(entry.logits, entry.model, entry.values, target, on=on if method == "lrp" else ()).relevance

@@ -1,0 +1,149 @@
+"""Does a bound on the generalisation gap grow with the sequence length? Constants of a selective SSM, and curves over T.
+
+    s_A     largest entry of A (spectral abscissa), per unit of time
+    delta   >= log(1 + exp(p - B_q B_u)) =: delta_min   for every token u, |u| <= B_u, delta = softplus(p + q^T u)
+    rho_A   = exp(delta_min s_A) = (1 + exp(p - B_q B_u))^s_A < 1 for s_A < 0; for s_A > 0 with + in place of -
+    G_T     = sum_{k<T} rho_A^k: -> 1 / (1 - rho_A), or T at rho_A = 1, or exponential growth
+
+The gap of the theorem scales like constants x G_T / sqrt(samples); its prefactors are not reproduced, so what is
+offered is a surrogate, not a certificate. The output bound |y_T| <= G_T delta_max B_B B_C B_u^3 is elementary.
+A Mamba layer has A = -exp(A_log) < 0 always.
+
+d width, e channels, n state size, T length.
+Source: Honarpisheh et al. 2025 (arXiv 2502.01473); the case s_A > 0 and the output bound are derived here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.probes.tap import Scan
+
+
+def constants(ssm: nn.Module, embedding: Tensor) -> dict[str, float]:
+    """s_A, L_p, B_q, B_B, M_B, B_C, M_C, B_A, B_u of a FreeASSM and the table (v d) of its tokens, by the paper's names."""
+    W_B, W_C = ssm.W_B, ssm.W_C
+    values = {"s_A": ssm.A.max(), "L_p": ssm.p_delta.norm(), "B_q": ssm.q_delta.norm(), "B_B": W_B.norm(),
+              "M_B": W_B.abs().sum(), "B_C": W_C.norm(), "M_C": W_C.abs().sum(), "B_A": ssm.A.abs().max(),
+              "B_u": embedding.norm(dim=-1).max()}
+    return {name: float(value.detach()) for name, value in values.items()}
+
+
+def decay_rate(s_A: float, p: float, B_q: float, B_u: float) -> float:
+    """rho_A, the slowest decay (or fastest growth) per token; p is the signed offset of the time step."""
+    worst = p - B_q * B_u if s_A < 0 else p + B_q * B_u
+    return float(torch.exp(s_A * nn.functional.softplus(torch.tensor(worst, dtype=torch.float64))))
+
+
+def length_factor(rho: float, T: Tensor) -> Tensor:
+    """G_T = (1 - rho^T) / (1 - rho) for lengths T, or T at rho = 1; infinite where it overflows."""
+    T = T.double()
+    if rho == 1:
+        return T
+    return torch.expm1(T * torch.log(torch.tensor(rho, dtype=torch.float64))) / (rho - 1)
+
+
+def output_bound(ssm: nn.Module, embedding: Tensor, T: Tensor) -> Tensor:
+    """G_T delta_max B_B B_C B_u^3 for lengths T: no read-out of unit norm exceeds it."""
+    c, p = constants(ssm, embedding), float(ssm.p_delta)
+    delta = torch.tensor(p + c["B_q"] * c["B_u"], dtype=torch.float64)
+    delta = nn.functional.softplus(delta) if ssm.use_delta else torch.ones(())
+    rho = decay_rate(c["s_A"], p, c["B_q"], c["B_u"]) if ssm.use_delta else float(torch.tensor(c["s_A"]).exp())
+    return length_factor(rho, T) * delta * c["B_B"] * c["B_C"] * c["B_u"] ** 3
+
+
+class LayerStability(NamedTuple):
+    """One scan: s_A | rho: slowest decay per token met on the data, exp(min delta x s_A) | mean of exp(delta A) over data
+    | horizon 1 / (1 - rho) in tokens | histogram (bins) of exp(delta A), shares over [0, 1] (beyond: last bin)."""
+
+    name: str
+    s_A: float
+    rho: float
+    mean_decay: float
+    horizon: float
+    histogram: Tensor
+
+
+@torch.no_grad()
+def stability(scan: Scan, bins: int = 40) -> LayerStability:
+    """Decays that a trained layer shows on data, in place of what its norms could allow at worst."""
+    abscissa = scan.A.max(-1).values  # (e)
+    step = scan.delta.amin((0, 2)) if float(abscissa.max()) < 0 else scan.delta.amax((0, 2))
+    rho = float(torch.exp(step * abscissa).max())
+    total, mean = torch.zeros(bins, dtype=torch.float64), []
+    for i in range(scan.u.shape[1]):  # channel by channel: (b l n) at a time
+        decay = torch.exp(scan.delta[:, i, :, None] * scan.A[i])
+        mean.append(decay.mean().double())
+        total += torch.bincount((decay.clamp(0, 1).flatten() * bins).long().clamp(max=bins - 1).cpu(), minlength=bins)
+    horizon = float("inf") if rho >= 1 else 1 / (1 - rho)
+    return LayerStability(scan.name, float(abscissa.max()), rho, float(torch.stack(mean).mean()), horizon,
+                          total / total.sum())
+
+
+# ---- the majority experiment ----------------------------------------------------------------------------------------
+
+
+def majority(samples: int, T: int, generator: torch.Generator, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Strings (samples T) of 0 and 1, the number of ones uniform in 0..T; label 1 where they exceed T / 2.
+
+    noise  share of the ones that is turned to zero after labelling (0.25 in the published training data)
+    """
+    ones = torch.randint(0, T + 1, (samples, 1), generator=generator)
+    ids = (torch.rand(samples, T, generator=generator).argsort(1) < ones).long()
+    label = (ones[:, 0] > T / 2).float()
+    return ids * (torch.rand(samples, T, generator=generator) >= noise), label
+
+
+class GapPoint(NamedTuple):
+    """T | training and test accuracy (%), test loss minus training loss (nats) | s_A, rho_A after training | surrogate
+    G_T / sqrt(samples) | s_A after every epoch."""
+
+    T: int
+    train: float
+    test: float
+    gap: float
+    s_A: float
+    rho: float
+    surrogate: float
+    s_A_path: list[float]
+
+
+def train_majority(T: int, s_A: float = 0.0, epochs: int = 10, samples: int = 1000, batch: int = 64, seed: int = 0,
+                   d_model: int = 4, d_state: int = 4) -> GapPoint:
+    """The paper's experiment on majority strings: Adam 1e-2, weight decay 1e-5, gradients cut at norm 5, rate x 0.9 on
+    a plateau, and a penalty while the answers of a batch hardly differ."""
+    from ssmzoo.models.free_a_ssm import FreeAClassifier
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FreeAClassifier(2, d_model, d_state, s_A)
+    train, test = majority(samples, T, generator, noise=0.25), majority(samples, T, generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=5, threshold=0.01)
+    path = []
+    for _ in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(samples, generator=generator).split(batch):
+            logits = model(train[0][rows])[0]
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, train[1][rows])
+            if len(rows) > 1:
+                loss = loss + (10 * (0.1 - logits.sigmoid().std())).clamp(min=0)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            total += loss.item() * len(rows)
+        schedule.step(total / samples)
+        path.append(float(model.ssm.A.detach().max()))
+    with torch.no_grad():
+        found = [(model(ids)[0], label) for ids, label in (train, test)]
+    accuracy = [100 * float(((logits > 0) == (label > 0)).double().mean()) for logits, label in found]
+    losses = [float(nn.functional.binary_cross_entropy_with_logits(logits, label)) for logits, label in found]
+    c = constants(model.ssm, model.embedding.weight)
+    rho = decay_rate(c["s_A"], float(model.ssm.p_delta), c["B_q"], c["B_u"])
+    surrogate = float(length_factor(rho, torch.tensor([T]))[0]) / samples**0.5
+    return GapPoint(T, *accuracy, losses[1] - losses[0], c["s_A"], rho, surrogate, path)

@@ -1,0 +1,93 @@
+"""How far back does an input still move the output?
+
+Of a channel: the weights |alpha[i, i - lag]| with which a scan's output reads its past (see hidden_attention);
+of a model: the change of its prediction when the vector at a lag is altered. Either way
+
+    memory = the smallest lag within which 90 % of the influence lies, in tokens (0: only the present token).
+
+The first needs scans, the second works for any sequence model.
+
+b batch, l length, e channels, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmzoo.probes.entry import Entry
+from ssmzoo.probes.hidden_attention import attention_row
+from ssmzoo.probes.tap import Scan
+
+SHARE = 0.9
+
+
+class Influence(NamedTuple):
+    """curve (l) influence by lag, its largest value 1 | memory: lag within which SHARE of it lies, in tokens."""
+
+    curve: Tensor
+    memory: int
+
+
+def memory_length(weights: Tensor, share: float = SHARE) -> Tensor:
+    """(... lags) non-negative, lag 0 first -> (...) smallest lag within which `share` of the sum lies."""
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}; expected a number between 0 and 1, such as 0.9")
+    reached = weights.cumsum(-1) >= share * weights.sum(-1, keepdim=True)
+    return reached.to(torch.uint8).argmax(-1)
+
+
+@torch.no_grad()
+def channel_memory(scan: Scan, rows: int = 4, share: float = SHARE, chunk: int = 64) -> Tensor:
+    """Memory (e) of every channel, mean over the batch and over `rows` read-outs in the last quarter of the sequence."""
+    l = scan.u.shape[-1]
+    reads = torch.linspace(3 * l // 4, l - 1, max(1, min(rows, l - 3 * l // 4))).long().tolist()
+    out = []
+    for i in range(0, len(scan.channels), chunk):
+        part = scan.take(range(i, min(i + chunk, len(scan.channels))))
+        lengths = [memory_length(attention_row(part, r)[..., : r + 1].abs().flip(-1), share).double() for r in reads]
+        out.append(torch.stack(lengths).mean((0, 1)))
+    return torch.cat(out)
+
+
+def gradient_influence(entry: Entry, probes: int = 8, seed: int = 0) -> Influence:
+    """|d <v, logits at the last position> / d value at every lag|, mean over `probes` random directions v and the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    total: Tensor | float = 0.0
+    with torch.enable_grad():
+        leaf = entry.values.detach().requires_grad_()
+        logits = entry.logits(leaf).log_softmax(-1)
+        for i in range(probes):
+            v = torch.randn(logits.shape[-1], generator=generator).to(logits)
+            gradient, = torch.autograd.grad((logits @ v).sum(), leaf, retain_graph=i + 1 < probes)
+            total = total + gradient.norm(dim=-1).mean(0)
+    return _influence(total / probes)
+
+
+@torch.no_grad()
+def substitution_influence(entry: Entry, lags: Sequence[int], seed: int = 0) -> Tensor:
+    """KL divergence (nats) of the next-token prediction after the vector at every lag is replaced by another token's.
+
+    The replacements are vectors of the same input at random places. Returns (len(lags))
+    """
+    b, l = entry.values.shape[:2]
+    if lags and not 0 <= min(lags) <= max(lags) < l:
+        raise ValueError(f"lags go from 0 to {l - 1} in a sequence of {l} tokens, got {min(lags)} to {max(lags)}")
+    generator = torch.Generator().manual_seed(seed)
+    before = entry.logits(entry.values).log_softmax(-1)
+    change = []
+    for lag in lags:
+        other = torch.randint(0, l, (b,), generator=generator).to(entry.values.device)
+        values = entry.values.clone()
+        values[:, l - 1 - lag] = entry.values[torch.arange(b), other]
+        after = entry.logits(values).log_softmax(-1)
+        change.append((before.exp() * (before - after)).sum(-1).mean())
+    return torch.stack(change)
+
+
+def _influence(by_position: Tensor) -> Influence:
+    curve = by_position.flip(0)
+    return Influence(curve / curve.max().clamp(min=1e-30), int(memory_length(curve)))

@@ -1,0 +1,80 @@
+"""Recall and copying against distance, for any language model, without training for it.
+
+    copy     [ w_1 .. w_m | filler of length g | w_1 .. w_m ]   accuracy and loss on the second w_3 .. w_m
+    recall   [ k v | filler of length g | k ] -> v              accuracy and log-probability gained over a novel pair
+
+Words and filler are drawn from the tokens of real text when some is given, uniformly otherwise.
+
+b sequences, m words, g gap (distance in tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Curve(NamedTuple):
+    """By distance: share of right tokens (%), loss in nats per token, and the same loss for a novel pattern."""
+
+    distances: list[int]
+    accuracy: Tensor
+    loss: Tensor
+    novel_loss: Tensor
+
+
+@torch.no_grad()
+def copying(model: nn.Module, vocab_size: int, distances: Sequence[int], words: int = 16, sequences: int = 32,
+            text: Tensor | None = None, seed: int = 0) -> Curve:
+    """Copy `words` tokens across every distance; the first two of the second copy only say which pattern it is."""
+    if words < 3:
+        raise ValueError(f"words is {words}; two tokens announce the copy, so at least 3 are needed")
+    return _curve(model, vocab_size, distances, words, 2, sequences, text, seed)
+
+
+@torch.no_grad()
+def recalling(model: nn.Module, vocab_size: int, distances: Sequence[int], sequences: int = 64,
+              text: Tensor | None = None, seed: int = 0) -> Curve:
+    """Name the value of a key seen once, `distance` tokens ago."""
+    return _curve(model, vocab_size, distances, 2, 1, sequences, text, seed)
+
+
+def _curve(model, vocab_size, distances, words, given, sequences, text, seed) -> Curve:
+    if not distances or min(distances) < 0:
+        raise ValueError(f"distances must be numbers of tokens from 0, got {list(distances)}")
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    rows = []
+    for gap in distances:
+        pattern = draw(vocab_size, sequences, words, text, generator)
+        novel = draw(vocab_size, sequences, words, text, generator)
+        filler = draw(vocab_size, sequences, gap, text, generator, contiguous=True)
+        rows.append([*_second(model, pattern, filler, pattern, given, device),
+                     _second(model, novel, filler, pattern, given, device)[1]])
+    accuracy, loss, novel_loss = torch.tensor(rows, dtype=torch.float64).T
+    return Curve(list(distances), accuracy, loss, novel_loss)
+
+
+def _second(model, first: Tensor, filler: Tensor, second: Tensor, given: int, device) -> tuple[float, float]:
+    ids = torch.cat([first, filler, second], dim=1).to(device)
+    out = model(ids)
+    logits = (out.logits if hasattr(out, "logits") else out)[:, ids.shape[1] - second.shape[1] + given - 1 : -1]
+    wanted = second[:, given:].to(device)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
+    return 100 * (logits.argmax(-1) == wanted).double().mean().item(), loss.item()
+
+
+def draw(vocab_size: int, rows: int, length: int, text: Tensor | None, generator: torch.Generator,
+         contiguous: bool = False) -> Tensor:
+    """Tokens (rows length): pieces of `text` (n) if contiguous, else single tokens of it; uniform ids without text."""
+    if text is None:
+        return torch.randint(0, vocab_size, (rows, length), generator=generator)
+    if contiguous and len(text) <= length:
+        raise ValueError(f"a gap of {length} tokens needs a longer text than the {len(text)} tokens given")
+    if not contiguous:
+        return text.unique()[torch.randint(0, len(text.unique()), (rows, length), generator=generator)]
+    start = torch.randint(0, len(text) - length, (rows, 1), generator=generator)
+    return text[start + torch.arange(length)]

@@ -1,0 +1,56 @@
+"""Effective receptive field of an image model: which pixels move the feature in the middle of the last map.
+
+    ERF(pixel) = mean over images and output channels' signs of |d sum of the central feature / d pixel|
+
+Source: Luo et al. 2016 (arXiv 1701.04128), as VMamba (arXiv 2401.10166) plots it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Field(NamedTuple):
+    """map (y x), largest value 1 | shares: side of the smallest centred square with 50, 75, 95 and 99 % of the whole,
+    over the side of the image."""
+
+    map: Tensor
+    shares: dict[int, float]
+
+
+def receptive_field(model: nn.Module, images: Tensor) -> Field:
+    """images (b c y x); the model must offer forward_features, as every image model of the zoo does."""
+    if not hasattr(model, "forward_features") or images.ndim != 4:
+        raise ValueError(f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an image model "
+                         f"with forward_features and images (batch, channels, height, width)")
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        middle = central_feature(model, model.forward_features(leaf), images.shape[-2:])
+        gradient, = torch.autograd.grad(middle.relu().sum(), leaf)
+    field = gradient.abs().sum(1).mean(0)
+    field = field / field.max().clamp(min=1e-30)
+    return Field(field, {share: centred_share(field, share / 100) for share in (50, 75, 95, 99)})
+
+
+def central_feature(model: nn.Module, features: Tensor, size: torch.Size) -> Tensor:
+    """(b c): of a map (b c y x), or of a sequence (b l c) with class tokens among its patches."""
+    if features.ndim == 3:
+        special = set(model.places(features.shape[1])) if hasattr(model, "places") else set()
+        patches = [i for i in range(features.shape[1]) if i not in special]
+        rows, columns = model.patch_embed.grid(*size)
+        return features[:, patches[rows // 2 * columns + columns // 2]]
+    return features[:, :, features.shape[2] // 2, features.shape[3] // 2]
+
+
+def centred_share(field: Tensor, share: float) -> float:
+    """Side of the smallest centred square with `share` of the sum, over the longer side of the field."""
+    y, x = field.shape
+    total, longest = field.sum(), max(y, x)
+    for half in range(1, longest // 2 + 2):
+        part = field[max(0, y // 2 - half) : y // 2 + half, max(0, x // 2 - half) : x // 2 + half]
+        if float(part.sum()) >= share * float(total):
+            return min(1.0, 2 * half / longest)
+    return 1.0
