@@ -59,6 +59,28 @@ def test_every_parameter_receives_a_gradient(model):
     assert not without
 
 
+@pytest.mark.parametrize("build", [lambda: MambaIR(2, drop_path_rate=0.0, **TINY), lambda: MambaIRv2(2, **TINY_V2)])
+def test_grad_checkpointing_changes_no_gradient(build):
+    model, x = build().train(), torch.rand(1, 3, 6, 6)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+
+
+def test_bicubic_skip_starts_as_bicubic_enlargement_or_the_picture_itself():
+    from ssmzoo.ops.imresize import imresize
+
+    x = torch.rand(1, 3, 7, 9)
+    with torch.no_grad():
+        for model in (MambaIR(2, bicubic_skip=True, **TINY), MambaIRv2(2, bicubic_skip=True, **TINY_V2)):
+            assert (model.eval()(x) - imresize(x, 2.0)).abs().max() < 0.05
+        assert (MambaIR(1, bicubic_skip=True, **TINY).eval()(x) - x).abs().max() < 0.05
+
+
 def test_batch_members_do_not_mix():
     for model in (MambaIR(2, **TINY), MambaIRv2(2, **TINY_V2)):
         x = torch.rand(3, 3, 6, 5)

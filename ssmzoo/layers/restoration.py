@@ -10,6 +10,7 @@ those of the released weights. Source: MambaIR (arXiv 2402.15648), which follows
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ssmzoo.ops.imresize import imresize
@@ -87,7 +88,7 @@ class RestorationNet(nn.Module):
             self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, HEAD_WIDTH, 3, padding=1),
                                                       nn.LeakyReLU(0.01))
             self._wide_head(upscale, in_chans)
-        self.bicubic_skip = bicubic_skip
+        self.bicubic_skip, self.grad_checkpointing = bicubic_skip, False
         if bicubic_skip:
             last = self.upsample[0] if self.upsampler == "pixelshuffledirect" else self.conv_last
             nn.init.normal_(last.weight, std=1e-3)
@@ -101,6 +102,15 @@ class RestorationNet(nn.Module):
                 setattr(self, name, nn.Conv2d(HEAD_WIDTH, HEAD_WIDTH, 3, padding=1))
             self.nearest, self.lrelu = nn.Upsample(scale_factor=2, mode="nearest"), nn.LeakyReLU(0.2)
         self.conv_last = nn.Conv2d(HEAD_WIDTH, in_chans, 3, padding=1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every residual group in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def run_group(self, group: nn.Module, *args):
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(group, *args, use_reentrant=False)
+        return group(*args)
 
     def features(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define features(x (b d y x)) -> (b d y x)")

@@ -26,6 +26,8 @@ from ssmzoo.layers.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.ss2d import SS2D
 
+BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result
+LEGACY = ("type", "window_size", "num_heads", "interval")  # keys of old option files, ignored by the released class too
 INIT_ONLY = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # official arguments a checkpoint overrides
 
 
@@ -131,7 +133,7 @@ class MambaIR(RestorationNet):
             x = self.patch_embed["norm"](x)
         x = self.pos_drop(x)
         for group in self.layers:
-            x = group(x)
+            x = self.run_group(group, x)
         return self.norm(x).permute(0, 3, 1, 2).contiguous()
 
 
@@ -147,8 +149,8 @@ def squeeze_of(state: dict[str, Tensor]) -> int:
 def official_mambair(state: dict[str, Tensor], **official_kwargs):
     """MambaIR, MambaIRUNet, VSSBlock or SS2D by the released names; which one is read off the checkpoint's keys.
 
-    The arguments are those of the official class. Bookkeeping arguments (img_size, patch_size, use_checkpoint) and
-    those that only set initial values have no influence on a loaded model.
+    The arguments are those of the official class. Those that only size bookkeeping or set initial values are accepted
+    and have no influence on a loaded model; so are the keys of old option files that the released class ignores.
     """
     from ssmzoo.models.mambair_unet import build_official_unet
 
@@ -157,8 +159,7 @@ def official_mambair(state: dict[str, Tensor], **official_kwargs):
         return official_ss2d(**{k: v for k, v in kwargs.items() if k not in INIT_ONLY}), state
     if "patch_embed.proj.weight" in state:
         return build_official_unet(state, squeeze_factor=squeeze_of(state), **kwargs), state
-    for key in ("img_size", "patch_size", "use_checkpoint", "norm_layer"):
-        kwargs.pop(key, None)
+    kwargs = {k: v for k, v in kwargs.items() if k not in BOOKKEEPING + LEGACY}
     if "self_attention.x_proj_weight" in state:
         return official_block(state, **kwargs), state
     defaults = {"embed_dim": 96, "depths": (6, 6, 6, 6), "upscale": 2, "upsampler": ""}

@@ -267,7 +267,7 @@ class MambaIRv2(RestorationNet):
                                  f"exactly {self.absolute_pos_embed.shape[1]} pixels (ape squared)")
             x = x + self.absolute_pos_embed
         for group in self.layers:
-            x = group(x, size)
+            x = self.run_group(group, x, size)
         return self.norm(x).mT.unflatten(-1, size).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def official_mambair_v2(state: dict[str, Tensor], *, img_size: int = 64, patch_s
     img_size, patch_size  only size the position table of `ape`; use_checkpoint is without effect, as in the release
     routing               'argmax' (default here: results repeat) or 'gumbel', the released behaviour
     """
-    kwargs = {k: v for k, v in official_kwargs.items() if k not in ("use_checkpoint", "norm_layer")}
+    kwargs = {k: v for k, v in official_kwargs.items() if k not in ("use_checkpoint", "norm_layer", "type")}
     light = any(".convffn1.sg." in key for key in state)
     defaults = {"embed_dim": 48, "d_state": 8, "depths": (6, 6, 6, 6), "num_heads": (4, 4, 4, 4), "window_size": 16,
                 "inner_rank": 32, "num_tokens": 64, "upscale": 2, "upsampler": ""}
