@@ -32,6 +32,14 @@ from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.zoo import build_model
 
 
+RUN_DIR = "SSMZOO_RUN_DIR"  # environment variable by which the processes of one run find its folder
+
+
+def _rank() -> int:
+    """This process's number within the run, before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
+
+
 class UserError(ValueError):
     """What the user gave cannot be used; nothing was written."""
 
@@ -54,9 +62,12 @@ def train(cfg: DictConfig) -> float:
     _quiet()
     cfg, run_dir, resuming = _choose_run(cfg)
     model_name, data, task, plain = _build(cfg, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    print(f"{model_name} in {run_dir}\n{optim.roles_table(task.model)}", flush=True)
+    main_process = _rank() == 0
+    if main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        os.environ[RUN_DIR] = str(run_dir)  # processes that Lightning starts from here belong to the same run
+        print(f"{model_name} in {run_dir}\n{optim.roles_table(task.model)}", flush=True)
     trainer, checkpointer, signals = _trainer(plain, run_dir, task, data, model_name)
     checkpoint = None
     if resuming:
@@ -80,8 +91,14 @@ def train(cfg: DictConfig) -> float:
         _status(run_dir, "stopped")
         print(f"stopped by {signals.received} at step {trainer.global_step}; continue with: {_resume_command(run_dir)}")
         sys.exit(RESUME_ME)
+    if trainer.world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if not main_process:
+        sys.exit(0)
     value = _finish(plain, run_dir, model_name, trainer, task, data, time.monotonic() - started)
     _status(run_dir, "finished")
+    os.environ.pop(RUN_DIR, None)
     return value
 
 
@@ -95,7 +112,9 @@ def _choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
     if cfg.resume is None:
         name = f"{cfg.name}-{hydra_cfg.job.num}" if hydra_cfg.mode.name == "MULTIRUN" else cfg.name
         run_dir = Path(cfg.runs_dir) / model_name / str(name)
-        if (run_dir / "config.yaml").exists():
+        if _rank() > 0:
+            run_dir = Path(os.environ.get(RUN_DIR, run_dir))
+        elif (run_dir / "config.yaml").exists():
             raise UserError(f"{run_dir} holds a run already; choose another name= or continue it with resume={run_dir}")
         OmegaConf.update(cfg, "model_name", model_name, force_add=True)
         return cfg, run_dir, False
@@ -317,6 +336,8 @@ def _build_evaluation(cfg: DictConfig):
 
 
 def _status(run_dir: Path, status: str) -> None:
+    if _rank() > 0:
+        return
     try:
         write_text(run_dir / "status.txt", status + "\n")
     except OSError as error:
