@@ -78,7 +78,8 @@ class FormalData(LightningDataModule):
 
     def __init__(self, language: str | None = "cycle_navigation", automaton: str | None = None,
                  regex: str | None = None, alphabet: str | None = None, generators: list | None = None,
-                 group: bool = False, batch_size: int = 128, min_length: int = 1, max_length: int = 40, curriculum: str = "increasing",
+                 group: bool = False, batch_size: int = 128, min_length: int = 1, max_length: int = 40,
+                 curriculum: str = "increasing",
                  curriculum_steps: int = 500, supervise: str = "every", query_token: bool = False, skewed: float = 0.0,
                  held_out: float = 0.125, val_samples: int = 64, test_length: int = 500, test_samples: int = 512,
                  test_strings: str | None = None, seed: int = 0):
