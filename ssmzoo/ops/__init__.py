@@ -15,6 +15,8 @@ from ssmzoo.ops.native import state_fusion as _native_state_fusion  # noqa: F401
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.state_fusion import state_fusion
+from ssmzoo.ops.triton import causal_conv1d as _triton_causal_conv1d  # noqa: F401
+from ssmzoo.ops.triton import selective_scan as _triton_selective_scan  # noqa: F401
 
 __all__ = [
     "BACKENDS",

@@ -1,0 +1,112 @@
+"""The causal depthwise convolution on a GPU: every program one tile of channels and time (C T) of one sequence.
+
+Positions count from the first token; -(k-1) to -1 are the initial states. `segment` (b l) counts the resets so far: no
+tap reaches across a change of it, and what comes before the first token has segment 0.
+"""
+
+import triton
+import triton.language as tl
+
+from ssmzoo.ops.triton.functions import silu, silu_slope
+
+
+@triton.jit
+def _place(channels, tiles, C: tl.constexpr, T: tl.constexpr):
+    """(sequence, channels (C), positions (T)) of this program"""
+    program, blocks = tl.program_id(0) // tiles, tl.cdiv(channels, C)
+    c = program % blocks * C + tl.arange(0, C)
+    t = (tl.program_id(0) % tiles).to(tl.int64) * T + tl.arange(0, T)
+    return (program // blocks).to(tl.int64), c.to(tl.int64), t
+
+
+@triton.jit
+def _tap(x, x_stride, first, first_stride, segment, b, c, t, p, inside, channels, length, K: tl.constexpr):
+    """(C T) of the inputs at positions p as seen from positions t."""
+    own = (c < channels)[:, None]
+    seen = inside & (p >= 0)
+    if segment is not None:
+        here = tl.load(segment + b * length + t, inside, 0)
+        seen = seen & (tl.load(segment + b * length + p, seen, 0) == here)
+    value = tl.load(x + b * x_stride[0] + c[:, None] * x_stride[1] + p[None, :] * x_stride[2], own & seen[None, :], 0.0)
+    value = value.to(tl.float32)
+    if first is not None:
+        before = inside & (p < 0)
+        if segment is not None:
+            before = before & (here == 0)
+        place = b * first_stride[0] + c[:, None] * first_stride[1] + (p + K - 1)[None, :] * first_stride[2]
+        # as the inputs: rounded to their dtype
+        past = tl.load(first + place, own & before[None, :], 0.0).to(x.dtype.element_ty).to(tl.float32)
+        value = tl.where(before[None, :], past, value)
+    return value
+
+
+@triton.jit
+def _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length,
+              K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """(C T), before the activation."""
+    own, inside = c < channels, t < length
+    y = tl.zeros([C, T], tl.float32)
+    for j in range(K):
+        tap = _tap(x, x_stride, first, first_stride, segment, b, c, t, t - (K - 1) + j, inside, channels, length, K)
+        y += tap * tl.load(weight + c * K + j, own, 0.0)[:, None]
+    if bias is not None:
+        y += tl.load(bias + c, own, 0.0)[:, None]
+    return y
+
+
+@triton.jit
+def forward(x, weight, bias, first, segment, out, x_stride, first_stride, out_stride, channels, length, tiles,
+            SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    b, c, t = _place(channels, tiles, C, T)
+    y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
+    if SILU:
+        y = silu(y)
+    place = b * out_stride[0] + c[:, None] * out_stride[1] + t[None, :] * out_stride[2]
+    tl.store(out + place, y.to(out.dtype.element_ty), (c < channels)[:, None] & (t < length)[None, :])
+
+
+@triton.jit
+def backward_weights(dout, x, weight, bias, first, segment, dy, dweight, dbias,
+                     dout_stride, x_stride, first_stride, dy_stride, channels, length, tiles,
+                     SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """dy, the gradient before the activation, and sums for dweight (b tile c k), dbias (b tile c)."""
+    b, c, t = _place(channels, tiles, C, T)
+    own, inside = c < channels, t < length
+    mask = own[:, None] & inside[None, :]
+    place = b * dout_stride[0] + c[:, None] * dout_stride[1] + t[None, :] * dout_stride[2]
+    grad = tl.load(dout + place, mask, 0.0).to(tl.float32)
+    if SILU:
+        y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
+        grad = grad * silu_slope(y)
+    tl.store(dy + b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2], grad, mask)
+    sums = (b * tiles + tl.program_id(0) % tiles) * channels + c
+    for j in range(K):
+        tap = _tap(x, x_stride, first, first_stride, segment, b, c, t, t - (K - 1) + j, inside, channels, length, K)
+        tl.store(dweight + sums * K + j, tl.sum(grad * tap, 1), own)
+    if dbias is not None:
+        tl.store(dbias + sums, tl.sum(grad, 1), own)
+
+
+@triton.jit
+def backward_inputs(dy, weight, segment, dx, dfirst, dy_stride, dx_stride, dfirst_stride, channels, length, tiles,
+                    K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """dx and, for the positions before the first token, dfirst: each input gathers from the k outputs that saw it."""
+    b, c, p = _place(channels, tiles, C, T)
+    p -= K - 1
+    own, known = c < channels, (p >= 0) & (p < length)
+    if segment is not None:
+        here = tl.load(segment + b * length + p, known, 0)
+    total = tl.zeros([C, T], tl.float32)
+    for j in range(K):
+        t = p + (K - 1) - j
+        seen = (t >= 0) & (t < length) & (p < length)
+        if segment is not None:
+            seen = seen & (tl.load(segment + b * length + t, seen, 0) == here)
+        place = b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2]
+        grad = tl.load(dy + place, own[:, None] & seen[None, :], 0.0)
+        total += grad * tl.load(weight + c * K + j, own, 0.0)[:, None]
+    place = b * dx_stride[0] + c[:, None] * dx_stride[1] + p[None, :] * dx_stride[2]
+    tl.store(dx + place, total.to(dx.dtype.element_ty), own[:, None] & known[None, :])
+    if dfirst is not None:
+        place = b * dfirst_stride[0] + c[:, None] * dfirst_stride[1] + (p + K - 1)[None, :] * dfirst_stride[2]
+        tl.store(dfirst + place, total.to(dfirst.dtype.element_ty), own[:, None] & (p < 0)[None, :])

@@ -1,0 +1,33 @@
+"""Small functions that the kernels share, in fp32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chain(a1, x1, a2, x2):
+    """h -> a1 h + x1, then h -> a2 h + x2, as one such map: what associative_scan needs for h_t = a_t h_{t-1} + x_t."""
+    return a1 * a2, a2 * x1 + x2
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exact to rounding also where it is tiny: log1p(e) = 2 artanh(e / (2 + e)) as a series."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)  # at most 1/3, so that eight terms are enough
+    q = s * s
+    p = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))
+    p = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * p)))
+    return tl.maximum(x, 0.0) + 2.0 * s * p
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu_slope(x):
+    """d silu / dx"""
+    sigma = 1.0 / (1.0 + tl.exp(-x))
+    return sigma * (1.0 + x * (1.0 - sigma))
