@@ -27,8 +27,8 @@ MODELS = {  # model: (name in the table, overrides, seeds, fresh strings for eve
     "sd_ssm": ("SD-SSM", [], (0, 1, 2), True),
     "lstm": ("LSTM", [], (0,), True),
     "complex_diagonal_ssm": ("complex diagonal", [], (0,), True),
-    "mamba": ("Mamba, 2 layers", ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"], (0,),
-              False),
+    "mamba": ("Mamba, 2 layers",
+              ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"], (0,), False),
 }
 PAGE, FIGURE = ROOT / "docs/results/regular_languages.md", ROOT / "docs/results/regular_languages.png"
 
@@ -95,15 +95,11 @@ def page(runs: Path) -> str:
              f"{os.cpu_count()} CPU cores (shared with other work, so that times are upper bounds).", "",
              "## SD-SSM", "",
              "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
-             "length; "
-             "no training string among them where the space allows), best and mean of the seeds; the longest training "
-             "string "
-             "has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, position of the "
-             "first "
-             "wrong answer, one entry per seed.", "",
+             "length; no training string among them where the space allows), best and mean of the seeds; the longest "
+             "training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, position of the "
+             "first wrong answer, one entry per seed.", "",
              "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
-             "length under 100 % "
-             "| long strings: first wrong | steps | training and test |", "|---|---|---|---|---|---|---|---|---|"]
+             "length under 100 % | long strings: first wrong | steps | training and test |", "|---|---|---|---|---|---|---|---|---|"]
     for cell in CELLS:
         results = found["sd_ssm", cell]
         if not results:
@@ -111,13 +107,11 @@ def page(runs: Path) -> str:
         best = max(results, key=lambda r: r.mean)
         seconds = [r.seconds for r in results if r.seconds]
         lines.append(f"| {cell} | {len(results)} | {best.mean:.3f} % | {statistics.mean(r.mean for r in results):.3f} "
-                     f"% | "
-                     f"{best.lowest:.2f} % | {', '.join(str(r.first or 'none') for r in results)} | "
+                     f"% | {best.lowest:.2f} % | {', '.join(str(r.first or 'none') for r in results)} | "
                      f"{'; '.join(r.along() for r in results)} | {best.steps:,} | "
                      f"{max(seconds) if seconds else '?'} s |")
     lines += ["", "## Beside it", "", "Mean accuracy over the lengths 41 to 500 (never seen in training), in %: the "
-                                      "same strings, answers, steps and "
-              "batch; for SD-SSM the mean of its seeds, for the others one seed.", "",
+              "same strings, answers, steps and batch; for SD-SSM the mean of its seeds, for the others one seed.", "",
               "| language | " + " | ".join(v[0] for v in MODELS.values()) + " |", "|---" * (len(MODELS) + 1) + "|"]
     for cell in CELLS:
         cells = [f"{statistics.mean(r.beyond for r in found[m, cell]):.1f}" if found[m, cell] else "" for m in MODELS]

@@ -4,7 +4,8 @@ An automaton is followed for ever when every symbol's transition permutes a set 
 eigenvalues that matter then lie on the unit circle, and non-commutative automata need matrices that do not commute.
 Mamba's transitions are diagonal, real and inside (0, 1): they commute and they forget.
 
-    figures = run("runs/sd_ssm/<name>", "out")     # or: ssmzoo probe expressivity runs/sd_ssm/<name>
+    model, manifest = ssmzoo.train.checkpoint.load_model("runs/sd_ssm/<name>")
+    print(run(model, manifest["config"]["data"], "out").text)
 """
 
 from __future__ import annotations
@@ -188,22 +189,23 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
     return Summary("\n".join(lines), figures)
 
 
-def load(ckpt: str | Path) -> tuple[nn.Module, Automaton]:
-    """Model and automaton of a run folder or checkpoint folder of ours that was trained with data=formal."""
+def language(data: dict) -> Automaton:
+    """The automaton that a run's data configuration names. Raises ValueError for other data than data=formal."""
     from ssmzoo.data.formal import choose_automaton
-    from ssmzoo.train.checkpoint import load_model
 
-    model, manifest = load_model(ckpt)
-    data = manifest["config"].get("data", {})
     if not str(data.get("_target_", "")).startswith("ssmzoo.data.formal.FormalData"):
-        raise ValueError(f"{ckpt} was not trained with data=formal but with {data.get('_target_')}; this probe needs "
-                         f"an automaton")
+        raise ValueError(f"the model was trained with {data.get('_target_')}, not with data=formal; this probe needs an "
+                         f"automaton")
     keys = ("automaton", "regex", "alphabet", "generators")
-    return model, choose_automaton(data.get("language", "cycle_navigation"), *(data.get(k) for k in keys))
+    return choose_automaton(data.get("language", "cycle_navigation"), *(data.get(k) for k in keys))
 
 
-def run(ckpt: str | Path, out_dir: str | Path, steps: int = 10_000) -> Summary:
-    """Write transitions.png, spectrum.png, trajectories.png, drift.png and expressivity.txt for a checkpoint."""
-    summary = summarise(*load(ckpt), out_dir, steps)
+def run(model: nn.Module, data: dict, out_dir: str | Path, steps: int = 10_000) -> Summary:
+    """Write transitions.png, spectrum.png, trajectories.png, drift.png and expressivity.txt.
+
+    model, data  a trained model and the data configuration of its run: `load_model(path)` gives the model and a manifest
+                 whose ["config"]["data"] is the latter
+    """
+    summary = summarise(model, language(data), out_dir, steps)
     (Path(out_dir) / "expressivity.txt").write_text(summary.text + "\n", encoding="utf-8")
     return summary
