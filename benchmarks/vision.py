@@ -1,0 +1,79 @@
+"""Image models in figures: python benchmarks/vision.py size | speed [--sizes 224 512] [--batch 8] [--train] [--models ...]
+
+size   parameters and operations of the published sizes, beside the papers' figures
+speed  images per second on this machine against timm's swin_tiny, convnext_tiny and mambaout_tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+import ssmzoo.timm
+from ssmzoo.probes.flops import count_operations, giga
+from ssmzoo.zoo import build_model
+
+PAPER = {  # parameters, 10^9 operations at 224 pixels (None: not published)
+    "spatial_mamba_tiny": (26_748_862, 4.5), "spatial_mamba_small": (43_074_280, 7.1),
+    "spatial_mamba_base": (95_745_592, 15.8), "vmamba_tiny": (30_249_064, 4.9), "vmamba_small": (50_147_752, 8.7),
+    "vmamba_base": (88_557_800, 15.4), "vmamba_vanilla_tiny": (22_893_448, 5.6),
+    "vmamba_vanilla_small": (44_417_416, 11.2), "vmamba_vanilla_base": (76_254_056, 18.0),
+    "vim_tiny": (7_148_008, None), "vim_small": (25_796_584, None), "vim_base": (97_598_440, None),
+    "shuffle_mamba_base": (97_598_440, None), "shuffle_mamba_reg_base": (99_301_096, None),
+    "adventurer_tiny": (11_608_840, None), "adventurer_small": (44_491_816, None), "adventurer_base": (98_657_608, None)}
+COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny"]
+
+
+def size() -> None:
+    print(f"{'model':24}{'parameters':>14}{'paper':>14}{'Gops':>9}{'paper':>7}")
+    for name, (parameters, operations) in PAPER.items():
+        cls, arguments = ssmzoo.timm.arguments_of(name)
+        with torch.device("meta"):
+            model = build_model({"_target_": f"{cls.__module__}.{cls.__name__}", **arguments})
+        count = sum(p.numel() for p in model.parameters())
+        found = giga(count_operations(model, 1, 3, 224, 224))
+        print(f"{name:24}{count:>14,}{parameters:>14,}{found:>9.2f}{operations or '-':>7}", flush=True)
+
+
+def speed(names: list[str], sizes: list[int], batch: int, train: bool, repeats: int) -> None:
+    """Median of `repeats` timed calls after one warm-up, in images per second."""
+    import timm
+
+    print(f"{'images/s, ' + ('training' if train else 'inference'):32}" + "".join(f"{s:>9} px" for s in sizes))
+    for name in names:
+        extra = {"img_size": sizes[0]} if name.startswith("swin") else {}
+        row = []
+        for side in sizes:
+            model = timm.create_model(name, **(extra | ({"img_size": side} if extra else {}))).train(train)
+            x, times = torch.randn(batch, 3, side, side), []
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                with torch.set_grad_enabled(train):
+                    y = model(x)
+                if train:
+                    y.sum().backward()
+                times.append(time.perf_counter() - started)
+            row.append(batch / statistics.median(times[1:]))
+        print(f"{name:32}" + "".join(f"{v:>12.2f}" for v in row), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("size", "speed"))
+    parser.add_argument("--models", nargs="+", default=COMPARED)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--train", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.what == "size":
+        size()
+    else:
+        speed(arguments.models, arguments.sizes, arguments.batch, arguments.train, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Operations of one forward pass, by the convention of the vision papers: a multiplication with its addition counts one.
+
+    linear layers, convolutions, matrix products    multiply-adds, as torch's counter finds them
+    selective scan                                   9 b l e n, + b l e each for the skip D and the gate z; 7 b l e n if the
+                                                     states themselves are wanted (C constant)
+    state-space duality                              its recurrence: 4 b l h p n, + b l h p for the skip
+    causal convolution, state fusion                 b l c k; 27 b l d
+    LayerNorm, RMSNorm, BatchNorm                    5, 5 and 2 per element
+
+The model runs on the meta device: nothing is computed, and images of any size cost nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from torch import nn
+
+from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm
+from ssmzoo.probes.interception import operators
+
+PER_ELEMENT = {nn.LayerNorm: 5, RMSNorm: 5, GatedRMSNorm: 5, nn.BatchNorm2d: 2}
+
+
+def count_operations(model: nn.Module, *shape: int) -> Counter:
+    """{"matrices", "scan", "convolution of a scan", "state fusion", "norm"} -> operations for an input of `shape`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found: Counter = Counter()
+
+    def scan(operator, u, delta, A, B, C, D=None, z=None, *args, return_last_state: bool = False, **kwargs):
+        states_only = C.ndim == 2 and D is None and z is None
+        found["scan"] += u.numel() * ((7 if states_only else 9) * A.shape[1] + (D is not None) + (z is not None))
+        y = torch.empty_like(u)
+        return (y, u.new_empty(u.shape[0], *A.shape)) if return_last_state else y
+
+    def duality(operator, x, dt, A, B, C, *args, D=None, return_final_states: bool = False, **kwargs):
+        found["scan"] += x.numel() * (4 * B.shape[-1] + (D is not None))
+        y = torch.empty_like(x)
+        return (y, x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1])) if return_final_states else y
+
+    def convolution(operator, x, weight, *args, **kwargs):
+        found["convolution of a scan"] += x.numel() * weight.shape[-1]
+        return torch.empty_like(x)
+
+    def fusion(operator, x, kernels, alpha):
+        found["state fusion"] += 27 * x.numel()
+        return torch.empty_like(x)
+
+    def norm(module, inputs, output):
+        kinds = [per for kind, per in PER_ELEMENT.items() if isinstance(module, kind)]
+        found["norm"] += kinds[0] * inputs[0].numel()
+
+    model = copy.deepcopy(model).to("meta").eval()
+    for module in model.modules():
+        if isinstance(module, tuple(PER_ELEMENT)):
+            module.register_forward_hook(norm)
+    served = operators(model, selective_scan_fn=scan, mamba_chunk_scan_combined=duality, causal_conv1d_fn=convolution,
+                       state_fusion=fusion)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), served, counter:
+        model(torch.empty(shape, device="meta"))
+    found["matrices"] = counter.get_total_flops() // 2
+    return found
+
+
+def giga(found: Counter) -> float:
+    """The total in units of 10^9, as the papers' tables give it."""
+    return sum(found.values()) / 1e9
