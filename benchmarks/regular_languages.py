@@ -96,10 +96,10 @@ def page(runs: Path) -> str:
              "## SD-SSM", "",
              "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
              "length; no training string among them where the space allows), best and mean of the seeds; the longest "
-             "training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, position of the "
-             "first wrong answer, one entry per seed.", "",
+             "training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, "
+             "position of the first wrong answer, one entry per seed.", "",
              "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
-             "length under 100 % | long strings: first wrong | steps | training and test |", "|---|---|---|---|---|---|---|---|---|"]
+             "length under 100 % | long strings: first wrong | steps | training and test |", "|---" * 9 + "|"]
     for cell in CELLS:
         results = found["sd_ssm", cell]
         if not results:
@@ -183,10 +183,8 @@ def _generation(data, attempt: int) -> float:
 NOTES = """## Published figures
 
 Not measured here. The paper of SD-SSM (arXiv 2412.19350) claims perfect length generalisation of SD-SSM on its seven
-tasks
-and failure of diagonal models on the non-commutative ones. Under a related protocol (two layers, width 128, one
-answer per
-string, training to length 40, test 40 to 256, five seeds; arXiv 2509.22284 and 2505.17761):
+tasks and failure of diagonal models on the non-commutative ones. Under a related protocol (two layers, width 128, one
+answer per string, training to length 40, test 40 to 256, five seeds; arXiv 2509.22284 and 2505.17761), accuracy in %:
 
 | published | cycle | even pairs | modular arithmetic | parity |
 |---|---|---|---|---|
@@ -200,27 +198,21 @@ string, training to length 40, test 40 to 256, five seeds; arXiv 2509.22284 and 
 
 The published recipe (`experiment=regular_languages/published`) takes a million steps at one answer per string.
 
-- **An answer at every prefix** instead of one per string: a prefix of a uniform string is a uniform string, so every
-  batch
+- **An answer at every prefix** instead of one per string: a prefix of a uniform string is a uniform string, so a batch
   holds 40 times as many examples. No query token is then needed.
-- **Identity initialisation** of the dictionary (plus noise of 0.05): the Xavier start has a spectral radius of about
-  0.25
-  after column normalisation, so that no gradient crosses more than a few tokens.
-- **Consistency**: cross entropy fades once every answer is right at length 40, and a recurrence that drifts by a
-  hundredth of
-  a degree per symbol stays. The variance of the logits within a class, divided by their whole variance, keeps pulling.
-- **State penalty** on mean squared states above 0.5: LayerNorm hides a growing mean from the loss until it overflows,
-  which
-  happened between 300 and 500 symbols.
-- **Adam with beta2 = 0.95, learning rate 1e-2 to 0 by a cosine**: with 0.999 the second moments remember the large
-  early
-  gradients, and steps become too small to finish the work. Its epsilon is 1e-15: with 1e-8 refinement ends when
-  gradients
-  get that small, and parity, then right to 10,000 symbols, is right to 100,000.
+- **Identity initialisation** of the dictionary, plus noise: the column norm shrinks the Xavier start to a spectral
+  radius far below one, so that no gradient crosses more than a few tokens.
+- **Consistency**: cross entropy fades once every answer is right at length 40, and a recurrence that drifts a little per
+  symbol stays as it is. The variance of the logits within a class over their whole variance keeps pulling.
+- **State penalty** on mean squared states above 0.5: LayerNorm hides a growing mean from the loss until it overflows
+  (compare `model.state_penalty=0`).
+- **Adam with beta2 = 0.95, learning rate 1e-2 to 0 by a cosine**: with 0.999 the second moments remember the large early
+  gradients, and steps become too small to finish the work. Epsilon is 1e-15: with 1e-8 (`optim.eps=1e-8`) refinement
+  ends when gradients get that small, and parity is lost along 100,000 symbols.
 - **Half of the training strings have unequal symbol frequencies**: within 40 uniform symbols C2 x C30 almost never
-  passes
-  its 30th position. Test strings are uniform.
-- **Lengths grow** from 1 to 40 over the first 500 batches; modular arithmetic does not start otherwise.
+  passes its 30th position. Test strings are uniform.
+- **Lengths grow** from 1 to 40 over the first 500 batches; modular arithmetic does not start otherwise
+  (`data.curriculum=fixed`).
 """
 
 

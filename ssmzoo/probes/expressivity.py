@@ -194,8 +194,8 @@ def language(data: dict) -> Automaton:
     from ssmzoo.data.formal import choose_automaton
 
     if not str(data.get("_target_", "")).startswith("ssmzoo.data.formal.FormalData"):
-        raise ValueError(f"the model was trained with {data.get('_target_')}, not with data=formal; this probe needs an "
-                         f"automaton")
+        raise ValueError(f"the model was trained with {data.get('_target_')}, not with data=formal; this probe needs "
+                         f"an automaton")
     keys = ("automaton", "regex", "alphabet", "generators")
     return choose_automaton(data.get("language", "cycle_navigation"), *(data.get(k) for k in keys))
 
@@ -203,8 +203,8 @@ def language(data: dict) -> Automaton:
 def run(model: nn.Module, data: dict, out_dir: str | Path, steps: int = 10_000) -> Summary:
     """Write transitions.png, spectrum.png, trajectories.png, drift.png and expressivity.txt.
 
-    model, data  a trained model and the data configuration of its run: `load_model(path)` gives the model and a manifest
-                 whose ["config"]["data"] is the latter
+    model, data  a trained model and the data configuration of its run: `load_model(path)` gives the model and a
+                 manifest whose ["config"]["data"] is the latter
     """
     summary = summarise(model, language(data), out_dir, steps)
     (Path(out_dir) / "expressivity.txt").write_text(summary.text + "\n", encoding="utf-8")
