@@ -48,7 +48,7 @@ def length_factor(rho: float, T: Tensor) -> Tensor:
 
 def output_bound(ssm: nn.Module, embedding: Tensor, T: Tensor) -> Tensor:
     """G_T delta_max B_B B_C B_u^3 for lengths T: no read-out of unit norm exceeds it."""
-    c, p = constants(ssm, embedding), float(ssm.p_delta)
+    c, p = constants(ssm, embedding), ssm.p_delta.item()
     delta = torch.tensor(p + c["B_q"] * c["B_u"], dtype=torch.float64)
     delta = nn.functional.softplus(delta) if ssm.use_delta else torch.ones(())
     rho = decay_rate(c["s_A"], p, c["B_q"], c["B_u"]) if ssm.use_delta else float(torch.tensor(c["s_A"]).exp())
@@ -81,6 +81,36 @@ def stability(scan: Scan, bins: int = 40) -> LayerStability:
     horizon = float("inf") if rho >= 1 else 1 / (1 - rho)
     return LayerStability(scan.name, float(abscissa.max()), rho, float(torch.stack(mean).mean()), horizon,
                           total / total.sum())
+
+
+def probe(subject):
+    """Slowest decays of every layer on the data, and the length factor that a bound would carry."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.subject import Finding
+    from ssmzoo.probes.tap import tap
+
+    with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans:
+        subject.model(subject.inputs[:2])
+    found = [stability(s) for s in scans if isinstance(s, Scan)]
+    if not found:
+        raise ValueError(f"{type(subject.model).__name__} has dense transitions, whose bound is the column norm they are "
+                         f"divided by; the spectral abscissa is for diagonal scans")
+    finding = Finding({"largest s_A": f"{max(f.s_A for f in found):.4g}", "slowest decay rho": f"{max(f.rho for f in found):.6f}",
+                       "longest horizon (tokens)": f"{max(f.horizon for f in found):.4g}",
+                       "meaning": "a surrogate, not a certificate: the theorem's prefactors are not reproduced"})
+    finding.tables["layers"] = (("layer", "s_A", "rho", "mean decay", "horizon (tokens)"), [
+        (f.name, f"{f.s_A:.5g}", f"{f.rho:.6f}", f"{f.mean_decay:.5f}", f"{f.horizon:.5g}") for f in found])
+    T = torch.logspace(0, 4, 41)
+    shown = found[:: max(1, len(found) // 6)][:6]
+    curves = {f"{i}: rho {f.rho:.4f}": length_factor(f.rho, T) for i, f in enumerate(shown)}
+    figure, axes = figures.canvas(1, 2, (4.6, 3.4))
+    figures.lines(axes[0, 0], T.tolist(), curves | {"no decay: T": T}, "length T (tokens)", "G_T", "growth with length", xscale="log",
+                  yscale="log")
+    bins = (torch.arange(len(found[0].histogram)) + 0.5) / len(found[0].histogram)
+    figures.lines(axes[0, 1], bins.tolist(), {f"{i}: {f.name[-24:]}": f.histogram * 100 for i, f in enumerate(shown)},
+                  "decay exp(delta A) per token", "share (%)", "decays on data")
+    finding.figures["bound"] = figure
+    return finding
 
 
 # ---- the majority experiment ----------------------------------------------------------------------------------------
@@ -144,6 +174,6 @@ def train_majority(T: int, s_A: float = 0.0, epochs: int = 10, samples: int = 10
     accuracy = [100 * float(((logits > 0) == (label > 0)).double().mean()) for logits, label in found]
     losses = [float(nn.functional.binary_cross_entropy_with_logits(logits, label)) for logits, label in found]
     c = constants(model.ssm, model.embedding.weight)
-    rho = decay_rate(c["s_A"], float(model.ssm.p_delta), c["B_q"], c["B_u"])
+    rho = decay_rate(c["s_A"], model.ssm.p_delta.item(), c["B_q"], c["B_u"])
     surrogate = float(length_factor(rho, torch.tensor([T]))[0]) / samples**0.5
     return GapPoint(T, *accuracy, losses[1] - losses[0], c["s_A"], rho, surrogate, path)

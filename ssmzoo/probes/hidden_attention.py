@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.probes.tap import Scan, tap
+from ssmzoo.probes.tap import DenseScan, Scan, tap
 
 MATRIX_BYTES = 1 << 30
 
@@ -103,6 +103,78 @@ def class_row(scan: Scan, token: int, missing_decay: bool = False) -> Tensor:
         weights = attention_row(part, row)
         parts.append(weights.masked_fill(torch.arange(l, device=weights.device) == row, 0.0))
     return parts[0] + parts[1].flip(-1)
+
+
+def dense_map(scan: DenseScan) -> Tensor:
+    """How strongly SD-SSM carries token j to step i: the spectral norm of T_i ... T_{j+1}, (b l l)"""
+    T, l = scan.transitions, scan.transitions.shape[1]
+    eye = torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
+    out = T.new_zeros(len(T), l, l)
+    carried = T.new_zeros(len(T), l, *T.shape[-2:])
+    for i in range(l):
+        carried[:, :i] = T[:, i, None] @ carried[:, :i]
+        carried[:, i] = eye
+        out[:, i, : i + 1] = torch.linalg.matrix_norm(carried[:, : i + 1], 2)
+    return out
+
+
+# ---- the probe ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe(subject):
+    """Matrices of some channels, the token map of every layer, and how exactly they reproduce the scans."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.explain import token_map
+    from ssmzoo.probes.subject import Finding
+
+    with tap(subject.model, layers=subject.layers, rows=1, max_bytes=subject.max_bytes) as scans:
+        subject.model(subject.inputs[:1])
+    finding, maps = Finding(), {}
+    diagonal = [s for s in scans if isinstance(s, Scan)]
+    for number, scan in enumerate(scans):
+        key = f"{number}: {scan.name}"
+        if isinstance(scan, DenseScan):
+            maps[key] = dense_map(scan)[0]
+            continue
+        every = max(1, len(scan.channels) // 32)
+        maps[key] = token_map(scan, torch.abs, every)[0]
+        if subject.channels is None:
+            picked = [0, scan.total // 2] if scan.directions > 1 else range(min(2, scan.total))
+        else:
+            picked = subject.channels
+        some = scan.take(picked)
+        y = torch.einsum("beij,bej->bei", attention(some, False, subject.max_bytes), some.u)
+        y = y if some.D is None else y + some.D[:, None] * some.u
+        y = y if some.z is None else y * torch.nn.functional.silu(some.z)
+        error = float((y - some.y).norm() / some.y.norm().clamp(min=1e-30))
+        finding.summary[f"{key}, |alpha u + D u - scan| / |scan|"] = f"{error:.1e}"
+    columns = min(4, len(maps))
+    figure, axes = figures.canvas(-(-len(maps) // columns), columns)
+    for axis, (key, m) in zip(axes.flat, maps.items()):
+        figures.heat(figure, axis, m, "token read", "token reading", key, label="weight")
+    for axis in list(axes.flat)[len(maps):]:
+        axis.set_axis_off()
+    finding.figures["token_maps"] = figure
+    if diagonal:
+        finding.figures["channels"] = _channel_figure(diagonal, subject)
+    rows = [(key, i, j, f"{float(m[i, j]):.6g}") for key, m in maps.items() for i in (len(m) - 1,) for j in range(len(m))]
+    finding.tables["last_row"] = (("layer", "reader", "read", "weight"), rows)
+    return finding
+
+
+def _channel_figure(scans: list[Scan], subject):
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.attribution_maps import min_max
+
+    shown = scans[: min(4, len(scans))]
+    figure, axes = figures.canvas(len(shown), 4)
+    for row, scan in zip(axes, shown):
+        channels = list(subject.channels or [i * scan.total // 4 for i in range(4)])[:4]
+        for axis, channel, matrix in zip(row, channels, attention(scan.take(channels), True, subject.max_bytes)[0]):
+            figures.heat(figure, axis, min_max(matrix.abs()), "token read", "token reading",
+                         f"{scan.name}, channel {channel}", label="|alpha|, min-max")
+    return figure
 
 
 # ---- golden cases ---------------------------------------------------------------------------------------------------

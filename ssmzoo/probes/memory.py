@@ -88,6 +88,52 @@ def substitution_influence(entry: Entry, lags: Sequence[int], seed: int = 0) -> 
     return torch.stack(change)
 
 
+def probe(subject):
+    """Memory of every channel of every scan, and of the whole model."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.entry import enter
+    from ssmzoo.probes.subject import Finding
+    from ssmzoo.probes.tap import tap
+
+    finding, by_layer = Finding(), {}
+    if any(hasattr(m, "A_log") or hasattr(m, "A_logs") for m in subject.model.modules()):
+        with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans:
+            subject.model(subject.inputs[:2])
+        by_layer = {f"{i}: {s.name}": channel_memory(s) for i, s in enumerate(scans) if isinstance(s, Scan)}
+    for name, memory in by_layer.items():
+        finding.summary[f"{name}, tokens: median, 90 %, largest"] = ", ".join(
+            f"{float(v):.1f}" for v in (memory.median(), memory.quantile(0.9), memory.max()))
+    figure, axes = figures.canvas(1, 2, (4.6, 3.4))
+    longest = subject.inputs[0].numel() if not subject.is_image else max(float(m.max()) for m in by_layer.values()) + 1
+    if by_layer:
+        edges = torch.logspace(0, torch.log10(torch.tensor(float(longest))), 21).tolist()
+        shares = {n: (m[:, None] + 1 <= torch.tensor(edges)).double().mean(0) * 100 for n, m in by_layer.items()}
+        shown = list(shares)[:: max(1, len(shares) // 7)][:7]
+        figures.lines(axes[0, 0], edges, {n: shares[n] for n in shown}, "memory + 1 (tokens)", "channels with at most that (%)",
+                      "memory of channels", xscale="log")
+        finding.tables["channels"] = (("layer", "channel", "memory (tokens)"), [
+            (n, i, f"{float(v):.2f}") for n, m in by_layer.items() for i, v in enumerate(m)])
+    else:
+        axes[0, 0].set_axis_off()
+    if subject.is_image:
+        axes[0, 1].set_axis_off()
+    else:
+        entry = enter(subject.model, subject.inputs)
+        influence = gradient_influence(entry)
+        l = entry.values.shape[1]
+        lags = sorted({int(round(l ** (i / 12))) - 1 for i in range(13)} & set(range(l)))
+        change = substitution_influence(entry, lags)
+        finding.summary["memory of the model by gradients (90 %, tokens)"] = str(influence.memory)
+        finding.summary[f"KL after replacing the token {lags[-1]} back (nats)"] = f"{float(change[-1]):.3g}"
+        finding.tables["influence"] = (("lag (tokens)", "gradient (relative)", "substitution (nats)"), [
+            (t, f"{float(influence.curve[t]):.4g}", f"{float(c):.4g}") for t, c in zip(lags, change)])
+        relative = change / change.max().clamp(min=1e-30)
+        figures.lines(axes[0, 1], [t + 1 for t in lags], {"gradient": influence.curve[lags], "substitution (KL)": relative},
+                      "lag + 1 (tokens)", "influence, largest = 1", "memory of the model", xscale="log", yscale="log")
+    finding.figures["memory"] = figure
+    return finding
+
+
 def _influence(by_position: Tensor) -> Influence:
     curve = by_position.flip(0)
     return Influence(curve / curve.max().clamp(min=1e-30), int(memory_length(curve)))

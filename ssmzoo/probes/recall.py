@@ -61,7 +61,11 @@ def _curve(model, vocab_size, distances, words, given, sequences, text, seed) ->
 def _second(model, first: Tensor, filler: Tensor, second: Tensor, given: int, device) -> tuple[float, float]:
     ids = torch.cat([first, filler, second], dim=1).to(device)
     out = model(ids)
-    logits = (out.logits if hasattr(out, "logits") else out)[:, ids.shape[1] - second.shape[1] + given - 1 : -1]
+    logits = out.logits if hasattr(out, "logits") else out
+    if logits.shape[-1] <= int(ids.max()):
+        raise ValueError(f"the model answers with {logits.shape[-1]} classes, fewer than its tokens: it names no tokens, so "
+                         f"recall does not apply to it")
+    logits = logits[:, ids.shape[1] - second.shape[1] + given - 1 : -1]
     wanted = second[:, given:].to(device)
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
     return 100 * (logits.argmax(-1) == wanted).double().mean().item(), loss.item()
@@ -78,3 +82,34 @@ def draw(vocab_size: int, rows: int, length: int, text: Tensor | None, generator
         return text.unique()[torch.randint(0, len(text.unique()), (rows, length), generator=generator)]
     start = torch.randint(0, len(text) - length, (rows, 1), generator=generator)
     return text[start + torch.arange(length)]
+
+
+def probe(subject):
+    """Both curves over distances up to what the input allows."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.subject import Finding
+
+    if subject.is_image or subject.vocab_size is None:
+        raise ValueError("recall asks for tokens to be named again: it applies to language models, not to image models or "
+                         "models of automata")
+    longest = subject.inputs.shape[1] if subject.text is None else min(1024, len(subject.text) - 1)
+    distances = sorted({d for d in (0, 4, 16, 64, 128, 256, 512, 1024) if d <= longest})
+    copy = copying(subject.model, subject.vocab_size, distances, text=subject.text)
+    pair = recalling(subject.model, subject.vocab_size, distances, text=subject.text)
+    finding = Finding({"longest distance": f"{distances[-1]} tokens"})
+    for name, curve in (("copy", copy), ("recall", pair)):
+        gain = curve.novel_loss - curve.loss
+        finding.summary[f"{name}: accuracy at distance {distances[0]} and {distances[-1]} (%)"] = \
+            f"{float(curve.accuracy[0]):.1f}, {float(curve.accuracy[-1]):.1f}"
+        finding.summary[f"{name}: gain over a novel pattern (nats per token)"] = f"{float(gain[0]):.2f}, {float(gain[-1]):.2f}"
+        finding.tables[name] = (("distance (tokens)", "accuracy (%)", "loss (nats)", "loss of a novel pattern (nats)"), [
+            (d, f"{a:.2f}", f"{x:.4f}", f"{n:.4f}") for d, a, x, n in zip(distances, *(v.tolist() for v in curve[1:]))])
+    figure, axes = figures.canvas(1, 2, (4.4, 3.4))
+    x = [d + 1 for d in distances]
+    figures.lines(axes[0, 0], x, {"copy": copy.accuracy, "recall": pair.accuracy}, "distance + 1 (tokens)", "accuracy (%)",
+                  "right tokens", xscale="log", ylim=(-3, 103))
+    figures.lines(axes[0, 1], x, {"copy": copy.novel_loss - copy.loss, "recall": pair.novel_loss - pair.loss},
+                  "distance + 1 (tokens)", "loss of a novel minus of a seen pattern (nats)", "what was gained", xscale="log")
+    finding.figures["recall"] = figure
+    return finding
+

@@ -54,3 +54,20 @@ def centred_share(field: Tensor, share: float) -> float:
         if float(part.sum()) >= share * float(total):
             return min(1.0, 2 * half / longest)
     return 1.0
+
+
+def probe(subject):
+    """The field over all given images."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.subject import Finding
+
+    field = receptive_field(subject.model, subject.inputs)
+    finding = Finding({f"side of the centred square with {share} % (share of the image's side)": f"{side:.3f}"
+                       for share, side in field.shares.items()})
+    finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in field.shares.items()])
+    figure, axes = figures.canvas(1, 1, (4.2, 3.6))
+    figures.heat(figure, axes[0, 0], (field.map + 1e-6).log10(), "x (pixels)", "y (pixels)", "effective receptive field",
+                 label="log10 |gradient|, largest = 0")
+    finding.figures["receptive_field"] = figure
+    return finding
+

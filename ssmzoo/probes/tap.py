@@ -201,8 +201,8 @@ class _Recorder:
     def check(self) -> None:
         seen = sum(self.calls.values())
         if not seen:
-            raise ValueError(f"{type(self.model).__name__} ran no scan, so there is nothing to tap; the probes memory, "
-                             f"recall and receptive_field look at inputs and outputs only and apply to any model")
+            raise ValueError(f"{type(self.model).__name__} ran no scan, so there is nothing to tap; the probes "
+                             f"relevance, memory, recall and receptive_field look at inputs and outputs only and apply")
         wrong = [w for w in self.layers or () if w not in self.calls and (isinstance(w, str) or not 0 <= w < seen)]
         if wrong:
             raise ValueError(f"layers {wrong} do not exist: the pass ran {seen} scans, numbered from 0, in "

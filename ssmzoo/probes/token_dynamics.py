@@ -112,6 +112,57 @@ def integrate(x: Tensor, S_C: Tensor, S_B: Tensor, S_dt: Tensor, a: float = 1.0,
     return torch.tensor(times, dtype=torch.float64), torch.stack(path)
 
 
+def trajectories(model: nn.Module, inputs: Tensor) -> tuple[list[str], list[Tensor]]:
+    """The residual stream (b l d) entering every block with a scan, by depth, from one forward pass."""
+    from ssmzoo.probes.explain import Streams
+    from ssmzoo.probes.tap import tap
+
+    with torch.no_grad(), Streams(model) as streams, tap(model, rows=0) as scans:
+        model(inputs)
+    names = [n for n in dict.fromkeys(s.name for s in scans) if streams.of.get(n) is not None]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no norm in front of its scans, so no residual stream to follow")
+    streams = [streams.of[n] for n in names]
+    return names, [s.reshape(len(s), -1, s.shape[-1]) for s in streams]
+
+
+def probe(subject):
+    """Eigenvalue signs of every layer, and token norms and similarities over depth."""
+    from ssmzoo.probes import figures
+    from ssmzoo.probes.subject import Finding
+
+    found = criterion(subject.model)
+    names, path = trajectories(subject.model, subject.inputs)
+    norms = [x.norm(dim=-1).double() for x in path]  # (b l) each
+    alike = [F.cosine_similarity(x[:, :, None], x[:, None], dim=-1).mean().item() for x in
+             ([s[:, :: max(1, s.shape[1] // 64)] for s in path])]
+    finding = Finding({"scans": str(len(found))})
+    for kind in ("convergent", "mixed", "divergent"):
+        finding.summary[f"{kind} scans"] = str(sum(c.scenario == kind for c in found))
+    finding.summary["median token norm, first and last block"] = f"{norms[0].median():.4g}, {norms[-1].median():.4g}"
+    finding.tables["criterion"] = (("layer", "direction", "scenario", "positive share", "smallest", "largest"), [
+        (c.name, c.direction, c.scenario, f"{c.positive:.3f}", f"{c.eigenvalues[0]:.5g}", f"{c.eigenvalues[-1]:.5g}")
+        for c in found])
+    finding.tables["norms"] = (("block", "5 %", "median", "95 %", "mean cosine between tokens"), [
+        (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}") for n, v, a in zip(names, norms, alike)])
+    figure, axes = figures.canvas(1, 3, (4, 3.4))
+    depth = list(range(len(names)))
+    for i, c in enumerate(found):
+        sign = c.eigenvalues > 0
+        for part, marker, colour in ((sign, "^", figures.COLOURS[0]), (~sign, "v", figures.COLOURS[1])):
+            axes[0, 0].scatter([i] * int(part.sum()), c.eigenvalues[part], s=12, marker=marker, color=colour)
+    axes[0, 0].scatter([], [], marker="^", color=figures.COLOURS[0], label="positive: diverge")
+    axes[0, 0].scatter([], [], marker="v", color=figures.COLOURS[1], label="negative: converge")
+    axes[0, 0].axhline(0, color="0.6", linewidth=0.8)
+    axes[0, 0].set(xlabel="scan, by depth", ylabel="eigenvalue of S_C^T S_B (real part)", title="criterion")
+    axes[0, 0].legend(fontsize=7)
+    figures.lines(axes[0, 1], depth, {f"{q} %": [float(v.quantile(q / 100)) for v in norms] for q in (5, 50, 95)},
+                  "block", "norm of the residual stream", "token norms over depth")
+    figures.lines(axes[0, 2], depth, {"mean over pairs": alike}, "block", "cosine between tokens", "similarity over depth")
+    finding.figures["token_dynamics"] = figure
+    return finding
+
+
 # ---- golden cases ---------------------------------------------------------------------------------------------------
 
 NAMES = {"pos": "divergent", "neg": "convergent", "real": "mixed"}

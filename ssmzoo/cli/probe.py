@@ -1,0 +1,166 @@
+"""`ssmzoo probe NAME <checkpoint>`: look inside a trained model; writes PNG, CSV and a Markdown summary."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    from ssmzoo.probes.subject import probes
+
+    known = probes()
+    parser = subparsers.add_parser(
+        "probe", help="look inside a trained model", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Probes:\n" + "\n".join(f"  {name:22s}{text}" for name, text in known.items()))
+    add = parser.add_argument
+    add("name", choices=known, metavar="NAME", help=", ".join(known))
+    add("checkpoint", help="a run folder, or a checkpoint folder inside one")
+    add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
+    add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
+    add("--layers", type=numbers, metavar="0,2", help="scans to show, numbered by depth")
+    add("--channels", type=numbers, metavar="0,1", help="channels to show")
+    add("--target", type=int, help="token id or class to explain; default: the model's first choice")
+    add("--length", type=int, default=128, help="tokens to read of a text (128)")
+    add("--batch", type=int, default=4, help="samples of the validation data (4)")
+    add("--max-bytes", type=float, default=2**30, help="memory that a probe may hold (1 GiB)")
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    from ssmzoo.train.checkpoint import find_checkpoint
+
+    folder = find_checkpoint(args.checkpoint)
+    out = args.out or folder.parent.parent / "probes" / args.name
+    command = shlex.join(["ssmzoo", *sys.argv[1:]])
+    module = importlib.import_module(f"ssmzoo.probes.{args.name}")
+    if args.name == "expressivity":
+        return expressivity(module, folder, out, command)
+    subject = load_subject(folder, args)
+    finding = module.probe(subject)
+    files = finding.write(out, f"{args.name}: {type(subject.model).__name__} of {args.checkpoint}", command)
+    for key, value in finding.summary.items():
+        print(f"{key}: {value}")
+    print(f"written to {out}: {', '.join(f.name for f in files)}")
+    return 0
+
+
+def expressivity(module, folder: Path, out: Path, command: str) -> int:
+    found = module.run(folder, out)
+    figures = "\n".join(f"![{f.stem}]({f.name})" for f in found.figures)
+    (out / "summary.md").write_text(f"# expressivity\n\n`{command}`\n\n{found.text}\n\n{figures}\n", encoding="utf-8")
+    print(f"{found.text}\nwritten to {out}")
+    return 0
+
+
+def load_subject(folder: Path, args: argparse.Namespace):
+    """The model with an input of its kind: text, a picture, or validation data of the run."""
+    from ssmzoo.probes.subject import Subject
+    from ssmzoo.train.checkpoint import load_model
+
+    model, manifest = load_model(folder)
+    chosen = dict(layers=args.layers, channels=args.channels, target=args.target, max_bytes=int(args.max_bytes))
+    if "tokenizer" in manifest:
+        return Subject(model, **read_text(manifest, args), **chosen)
+    return Subject(model, **read_samples(model, manifest, args), **chosen)
+
+
+def read_text(manifest: dict, args) -> dict:
+    import torch
+
+    from ssmzoo.data.text_tokenizer import from_dict
+
+    tokenizer = from_dict(manifest["tokenizer"])
+    stream = validation_text(manifest)
+    if args.input is None:
+        ids = stream[: args.batch * args.length].unflatten(0, (-1, args.length))
+    else:
+        text = Path(args.input[1:]).read_text(encoding="utf-8") if args.input.startswith("@") else args.input
+        ids = torch.as_tensor(tokenizer.encode(text), dtype=torch.long)[None]
+        if ids.shape[1] < 2:
+            raise ValueError(f"--input {args.input!r} has {ids.shape[1]} tokens; give at least 2")
+        if ids.shape[1] > args.length:
+            raise ValueError(f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it (memory "
+                             f"of hidden attention grows with its square) or shorten the text")
+    return dict(inputs=ids, labels=[tokenizer.decode([i]) for i in ids[0].tolist()], text=stream,
+                classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], vocab_size=tokenizer.vocab_size)
+
+
+def data_module(manifest: dict):
+    from omegaconf import OmegaConf
+
+    from ssmzoo.train import config
+
+    plain = OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"]
+    if "tokenizer" in manifest and "tokenizer" in plain:
+        plain |= {"tokenizer": manifest["tokenizer"], "bpe_vocab_size": None}
+    data = config.build_node(plain, "ssmzoo.data.")
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def validation_text(manifest: dict, tokens: int = 20_000):
+    """(n) ids of the run's validation data."""
+    import torch
+
+    found, total = [], 0
+    for batch in data_module(manifest).val_dataloader():
+        ids = batch["input_ids"].flatten()
+        found.append(ids)
+        total += len(ids)
+        if total >= tokens:
+            break
+    return torch.cat(found)[:tokens].long()
+
+
+def read_samples(model, manifest: dict, args) -> dict:
+    """Images or strings of the validation data, or the picture given."""
+    import torch
+
+    if args.input is not None:
+        return {"inputs": read_image(model, manifest, Path(args.input))}
+    data = data_module(manifest)
+    batch = next(iter(data.val_dataloader()))
+    key = next((k for k in ("input_ids", "image", "lq") if k in batch), None)
+    if key is None:
+        raise ValueError(f"the run's data gives {', '.join(batch)}, none of which a probe can read; pass --input")
+    inputs = batch[key][: args.batch]
+    if not inputs.is_floating_point():
+        inputs = inputs.long()[:, : args.length]
+        labels = [str(i) for i in inputs[0].tolist()]
+        return dict(inputs=inputs, labels=labels)
+    answers = batch.get("label")
+    return dict(inputs=inputs, classes=getattr(data, "classes", None),
+                answers=None if answers is None else torch.as_tensor(answers)[: args.batch])
+
+
+def read_image(model, manifest: dict, file: Path):
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from ssmzoo.data.image_file import read_picture
+
+    if not file.exists():
+        raise ValueError(f"--input {file}: no such picture (texts are for language models only)")
+    picture = read_picture(file)
+    image = torch.from_numpy(np.ascontiguousarray(picture.levels.astype(np.float32))).permute(2, 0, 1)[None] / picture.top
+    data = data_module(manifest)
+    channels, side = data.sizes.get("in_chans", 3), data.sizes.get("img_size", image.shape[-1])
+    image = image.mean(1, keepdim=True).expand(-1, channels, -1, -1) if image.shape[1] != channels else image
+    image = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    if hasattr(data, "normalisation"):
+        mean, std = (torch.as_tensor(v).float().view(1, -1, 1, 1) for v in data.normalisation())
+        image = (image - mean) / std
+    return image
