@@ -63,7 +63,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(p for e in ("bin", "pth", "pt") for p in path.glob(f"*.{e}"))
+        files = sorted(path.glob("*.safetensors")) or sorted(
+            p for e in ("bin", "pth", "pt") for p in path.glob(f"*.{e}")
+        )
         if not files:
             raise CheckpointError(f"{path} holds no .safetensors, .bin, .pth or .pt file")
         return {key: value for file in files for key, value in read_state_dict(file).items()}
@@ -124,10 +126,16 @@ def fit_state_dict(module: nn.Module, state: dict[str, Tensor], what: str = "the
     own = module.state_dict()
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [f"{k}: {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model"
-             for k, v in own.items() if k in state and state[k].shape != v.shape]
-    problems = [f"{name} {len(keys)}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
-                for name, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong)) if keys]
+    wrong = [
+        f"{k}: {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    problems = [
+        f"{name} {len(keys)}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
+        for name, keys in (("missing keys", missing), ("unexpected keys", extra), ("wrong shapes", wrong))
+        if keys
+    ]
     if problems:
         raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems))
     module.load_state_dict(state)

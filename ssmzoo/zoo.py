@@ -65,7 +65,7 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
 
 
 def model_class(target: str) -> type[nn.Module]:
-    """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run other code."""
+    """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run others."""
     module, _, name = target.rpartition(".")
     if not module.startswith("ssmzoo.models."):
         raise ValueError(f"model._target_ is {target!r}: only classes inside ssmzoo.models can be built")
@@ -83,7 +83,9 @@ def build_model(node: dict) -> nn.Module:
     known = [p for p in inspect.signature(cls).parameters]
     for key in arguments:
         if key not in known:
-            raise TypeError(f"{cls.__name__} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
+            raise TypeError(
+                f"{cls.__name__} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
+            )
     return cls(**arguments)
 
 

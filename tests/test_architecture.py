@@ -16,8 +16,13 @@ FILES = sorted((ROOT / "ssmzoo").rglob("*.py"))
 def top_level_imports(file: Path):
     """(line, imported part of ssmzoo) of every import statement, inside functions too."""
     for node in ast.walk(ast.parse(file.read_text())):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else \
-            [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module]
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         for name in names:
             if name and name.startswith("ssmzoo."):
                 yield node.lineno, name.split(".")[1]
@@ -35,7 +40,17 @@ def test_imports_point_one_way(file):
 
 
 def test_import_is_light():
-    heavy = ("lightning", "hydra", "timm", "torchvision", "torchmetrics", "wandb", "datasets", "transformers", "matplotlib")
+    heavy = (
+        "lightning",
+        "hydra",
+        "timm",
+        "torchvision",
+        "torchmetrics",
+        "wandb",
+        "datasets",
+        "transformers",
+        "matplotlib",
+    )
     code = f"import sys, ssmzoo, ssmzoo.ops, ssmzoo.zoo; print([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 

@@ -13,8 +13,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TINY = ["model.d_model=16", "data.seq_len=32", "data.batch_size=4", "data.val_tokens=512", "task.sample_tokens=8",
-        "trainer.accelerator=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
+TINY = [
+    "model.d_model=16",
+    "data.seq_len=32",
+    "data.batch_size=4",
+    "data.val_tokens=512",
+    "task.sample_tokens=8",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +58,27 @@ def call(monkeypatch, capsys, tmp_path, corpus):
 
 @pytest.mark.parametrize("model", ["mamba", "moe_mamba", "transformer", "transformer_moe"])
 def test_training_leaves_a_run_folder_that_explains_itself(call, tmp_path, model):
-    size = {"mamba": ["model.n_layer=1"], "transformer": ["model.n_blocks=1", "model.n_heads=2"],
-            "moe_mamba": ["model.n_blocks=1", "model.n_experts=4"],
-            "transformer_moe": ["model.n_blocks=1", "model.n_heads=2", "model.n_experts=4"]}[model]
+    size = {
+        "mamba": ["model.n_layer=1"],
+        "transformer": ["model.n_blocks=1", "model.n_heads=2"],
+        "moe_mamba": ["model.n_blocks=1", "model.n_experts=4"],
+        "transformer_moe": ["model.n_blocks=1", "model.n_heads=2", "model.n_experts=4"],
+    }[model]
     status, out, err = call(f"model={model}", *TINY, *size, "name=a")
     assert (status, err) == (0, "")
     run = tmp_path / model / "a"
     for file in ("config.yaml", "metrics.csv", "curves.png", "report.md", "checkpoints/index.json"):
         assert (run / file).stat().st_size > 0, file
-    for shown in ("validation loss", "perplexity", "bits per byte", "unigram", "tokens/s", "tokens seen", "sampled continuation",
-                  f"run folder: {run}"):
+    for shown in (
+        "validation loss",
+        "perplexity",
+        "bits per byte",
+        "unigram",
+        "tokens/s",
+        "tokens seen",
+        "sampled continuation",
+        f"run folder: {run}",
+    ):
         assert shown in out
     assert ("experts' load" in out and "tokens dropped" in out and "active per token" in out) == ("moe" in model)
     index = json.loads((run / "checkpoints/index.json").read_text())
@@ -77,22 +97,25 @@ def test_one_seed_gives_one_result_and_the_resolved_config_recreates_the_run(cal
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["model=mambo"], ["unknown model 'mambo'", "nearest: mamba"]),
-    (["data=texts"], ["unknown data 'texts'", "nearest: text"]),
-    (["task=languages"], ["unknown task", "nearest: language"]),
-    (["sead=1"], ["sead", "nearest: seed"]),
-    (["model=mamba", "model.d_modell=8"], ["model.d_modell", "nearest: d_model"]),
-    (["model=mamba", "model.d_model=-8"], ["-8"]),
-    (["model=mamba", "model.d_model=wide"], ["model.d_model", "'wide'", "int"]),
-    (["model=transformer", "model.d_model=30", "model.n_heads=4"], ["30", "4"]),
-    (["model=moe_mamba", "model.n_experts=2", "model.top_k=3"], ["3", "2"]),
-    (["optim.lr=-1"], ["optim.lr", "-1"]),
-    (["optim.schedule_kind=cosine_annealing"], ["schedule", "cosine"]),
-    (["trainer.max_steps=0"], ["max_steps"]),
-    (["resume=/nowhere"], ["/nowhere", "not a run folder"]),
-    (["logger.project=x"], ["logger.project"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["model=mambo"], ["unknown model 'mambo'", "nearest: mamba"]),
+        (["data=texts"], ["unknown data 'texts'", "nearest: text"]),
+        (["task=languages"], ["unknown task", "nearest: language"]),
+        (["sead=1"], ["sead", "nearest: seed"]),
+        (["model=mamba", "model.d_modell=8"], ["model.d_modell", "nearest: d_model"]),
+        (["model=mamba", "model.d_model=-8"], ["-8"]),
+        (["model=mamba", "model.d_model=wide"], ["model.d_model", "'wide'", "int"]),
+        (["model=transformer", "model.d_model=30", "model.n_heads=4"], ["30", "4"]),
+        (["model=moe_mamba", "model.n_experts=2", "model.top_k=3"], ["3", "2"]),
+        (["optim.lr=-1"], ["optim.lr", "-1"]),
+        (["optim.schedule_kind=cosine_annealing"], ["schedule", "cosine"]),
+        (["trainer.max_steps=0"], ["max_steps"]),
+        (["resume=/nowhere"], ["/nowhere", "not a run folder"]),
+        (["logger.project=x"], ["logger.project"]),
+    ],
+)
 def test_bad_input_is_one_message_and_nothing_is_written(call, tmp_path, arguments, words):
     status, out, err = call(*arguments)
     assert status == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
@@ -121,8 +144,17 @@ def test_an_existing_run_is_not_written_over(call, tmp_path):
 
 
 def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(call, tmp_path):
-    status, _, err = call("model=mamba", "model.n_layer=1", *TINY, "trainer.max_steps=40", "optim.lr=1e30",
-                          "trainer.gradient_clip_val=0", "optim.warmup_steps=0", "callbacks.checkpoint.every_n_steps=1", "name=a")
+    status, _, err = call(
+        "model=mamba",
+        "model.n_layer=1",
+        *TINY,
+        "trainer.max_steps=40",
+        "optim.lr=1e30",
+        "trainer.gradient_clip_val=0",
+        "optim.warmup_steps=0",
+        "callbacks.checkpoint.every_n_steps=1",
+        "name=a",
+    )
     assert status == 1 and "NaN or Inf at step" in err and "learning rate" in err and "gradient norm" in err
     from ssmzoo.train.checkpoint import read_weights
 
@@ -159,8 +191,17 @@ def test_wandb_runs_offline_without_a_key(call, tmp_path, monkeypatch):
     assert status == 0 and "wandb sync" in out and list((tmp_path / "mamba/w").glob("wandb/offline-run-*"))
 
 
-@pytest.mark.parametrize("option", [["optim=muon"], ["callbacks.ema.decay=0.9"], ["trainer.accumulate_grad_batches=2"],
-                                    ["trainer.precision=bf16-mixed"], ["grad_checkpointing=true"]], ids=lambda o: o[0])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["optim=muon"],
+        ["callbacks.ema.decay=0.9"],
+        ["trainer.accumulate_grad_batches=2"],
+        ["trainer.precision=bf16-mixed"],
+        ["grad_checkpointing=true"],
+    ],
+    ids=lambda o: o[0],
+)
 def test_options_of_the_loop_train(call, tmp_path, option):
     status, out, err = call("model=moe_mamba", "model.n_blocks=1", "model.n_experts=4", *TINY, *option, "name=a")
     assert (status, err) == (0, "")
@@ -174,13 +215,28 @@ def test_compile_trains(call):
 
 
 def test_killed_and_stopped_runs_continue_bit_for_bit(tmp_path, corpus):
-    common = ["model=moe_mamba", "model.n_blocks=1", "model.n_experts=4", *TINY, "trainer.max_steps=60", f"data.path={corpus}",
-              "callbacks.checkpoint.every_n_steps=4", f"runs_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
+    common = [
+        "model=moe_mamba",
+        "model.n_blocks=1",
+        "model.n_experts=4",
+        *TINY,
+        "trainer.max_steps=60",
+        f"data.path={corpus}",
+        "callbacks.checkpoint.every_n_steps=4",
+        f"runs_dir={tmp_path}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start(*arguments):
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, cwd=tmp_path,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     whole = start(*common, "name=whole")
     broken = start(*common, "name=broken")

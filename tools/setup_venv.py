@@ -16,8 +16,10 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main(folder: str) -> None:
-    if sys.version_info < (3, 10):
-        sys.exit(f"error: Python {sys.version.split()[0]} is too old; ssmzoo needs 3.10 or newer (make PYTHON=python3.12)")
+    if sys.version_info < (3, 10):  # noqa: UP036  an older Python may well run this file
+        sys.exit(
+            f"error: Python {sys.version.split()[0]} is too old; ssmzoo needs 3.10 or newer (make PYTHON=python3.12)"
+        )
     venv = ROOT / folder
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
@@ -38,7 +40,10 @@ def install_torch(pip: list, python: str) -> None:
         return
     if has_nvidia_gpu() or sys.platform != "linux":  # elsewhere the index's default build is the CPU one
         return run([*pip, "install", pin])
-    for source in ([], ["--index-url", CPU_INDEX]):  # a CPU wheel known to pip's own configuration, else PyTorch's index
+    for source in (
+        [],
+        ["--index-url", CPU_INDEX],
+    ):  # a CPU wheel known to pip's own configuration, else PyTorch's index
         if not source and not plain_pip_has_cpu_build(pip, pin):
             continue
         if subprocess.run([*pip, "install", "--retries", "1", "--timeout", "15", *source, pin]).returncode == 0:
@@ -49,8 +54,11 @@ def install_torch(pip: list, python: str) -> None:
 
 def plain_pip_has_cpu_build(pip: list, pin: str) -> bool:
     """Would `pip install torch` take a build without CUDA here? (resolves only, downloads nothing large)"""
-    plan = subprocess.run([*pip, "install", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", pin],
-                          capture_output=True, text=True)
+    plan = subprocess.run(
+        [*pip, "install", "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", pin],
+        capture_output=True,
+        text=True,
+    )
     return plan.returncode == 0 and ("+cpu" in plan.stdout or "%2Bcpu" in plan.stdout)
 
 

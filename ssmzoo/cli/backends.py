@@ -23,5 +23,8 @@ def run(args) -> None:
         for i, row in enumerate(rows):
             mark = "chosen" if row.backend == first and row.available else "ready" if row.available else "-"
             print(f"{row.operator if i == 0 else '':<26}{row.backend:<11}{mark:<8}{row.reason}")
-    print("chosen: first in line here; a call whose device, dtype or shape it cannot serve goes to the next one"
-          if forced is None else f"SSMZOO_BACKEND={forced} is set: no other backend is used")
+    print(
+        "chosen: first in line here; a call whose device, dtype or shape it cannot serve goes to the next one"
+        if forced is None
+        else f"SSMZOO_BACKEND={forced} is set: no other backend is used"
+    )

@@ -86,7 +86,9 @@ def average(args) -> None:
     folders = [find_checkpoint(p) for p in args.checkpoints]
     manifests = [read_manifest(f) for f in folders]
     if len({json.dumps(m["config"]["model"], sort_keys=True) for m in manifests}) > 1:
-        raise ValueError("the checkpoints are of different models (`ssmzoo ckpt diff` shows where); weights can't be averaged")
+        raise ValueError(
+            "the checkpoints are of different models (`ssmzoo ckpt diff` shows where); weights can't be averaged"
+        )
     every = [read_weights(f) for f in folders]
     weights = {}
     for name, first in every[0].items():

@@ -36,7 +36,10 @@ def run(args) -> None:
         model = build_model(node)
     total = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {describe_config('model', args.model)}")
-    print(f"class        {cls.__module__}.{cls.__name__}\nhome         task={config.get('task')} data={config.get('data')}")
+    print(
+        f"class        {cls.__module__}.{cls.__name__}\n"
+        f"home         task={config.get('task')} data={config.get('data')}"
+    )
     print(f"parameters   {total:,}")
     if hasattr(model, "num_parameters"):
         print(f"active       {model.num_parameters()[1]:,} per token")

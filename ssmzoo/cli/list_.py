@@ -6,8 +6,15 @@ import argparse
 
 from ssmzoo.zoo import config_names, describe_config, list_models
 
-GROUPS = {"models": "model", "tasks": "task", "data": "data", "experiments": "experiment", "optims": "optim",
-          "trainers": "trainer", "loggers": "logger"}
+GROUPS = {
+    "models": "model",
+    "tasks": "task",
+    "data": "data",
+    "experiments": "experiment",
+    "optims": "optim",
+    "trainers": "trainer",
+    "loggers": "logger",
+}
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

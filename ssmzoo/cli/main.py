@@ -1,4 +1,4 @@
-"""The console script `ssmzoo`. Every command is a file beside this one with `add_parser(subparsers)` and `run(args)`."""
+"""The console script `ssmzoo`. Every command is a file beside this one: `add_parser(subparsers)` and `run(args)`."""
 
 from __future__ import annotations
 

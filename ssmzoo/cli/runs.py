@@ -55,8 +55,15 @@ def read_run(folder: Path) -> Run:
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
     best = index["best"][0]["value"] if index.get("best") else None
     last_change = max((f.stat().st_mtime for f in folder.glob("*.csv")), default=0)
-    return Run(folder, config, status, index.get("monitor", "val/loss"), best,
-               int(rows[-1]["step"]) + 1 if rows else 0, max(0.0, last_change - (folder / "config.yaml").stat().st_mtime))
+    return Run(
+        folder,
+        config,
+        status,
+        index.get("monitor", "val/loss"),
+        best,
+        int(rows[-1]["step"]) + 1 if rows else 0,
+        max(0.0, last_change - (folder / "config.yaml").stat().st_mtime),
+    )
 
 
 def list_runs(root: Path) -> None:
@@ -130,8 +137,14 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
         axes.plot(steps, means, color=colour, linestyle=STYLES[i % len(STYLES)], label=f"{name} ({len(curves)})")
         if len(curves) > 1:
             spread = [statistics.stdev(c[s] for c in curves) for s in steps]
-            axes.fill_between(steps, [m - d for m, d in zip(means, spread)], [m + d for m, d in zip(means, spread)],
-                              color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(
+                steps,
+                [m - d for m, d in zip(means, spread)],
+                [m + d for m, d in zip(means, spread)],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
     axes.set(xlabel="optimiser step", ylabel=metric, title="mean over seeds, band: one standard deviation")
     axes.grid(alpha=0.3)
     axes.legend()

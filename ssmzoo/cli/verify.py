@@ -31,7 +31,9 @@ def run(args) -> int:
         chosen = [name.strip() for name in args.family.split(",") if name.strip()]
         for name in chosen:
             if name not in families:
-                raise ValueError(f"no case of family {name!r} in {root}{nearest(name, families)}; there: {', '.join(families)}")
+                raise ValueError(
+                    f"no case of family {name!r} in {root}{nearest(name, families)}; there: {', '.join(families)}"
+                )
         files = [f for f in files if f.parent.name in chosen]
     if not files:
         raise ValueError(f"{root} holds no golden case (<family>/<case>.json)")
@@ -41,8 +43,10 @@ def run(args) -> int:
         outputs, gradients, result = check(file, args.rtol)
         counts[result.split(":")[0]] += 1
         print(f"{file.parent.name:<22}{file.stem:<30}{outputs:>10}{gradients:>11}  {result}", flush=True)
-    print(f"{counts['ok']} ok, {counts['FAIL']} failed, {counts['unsupported']} unsupported "
-          f"at {args.rtol:g} in {time.monotonic() - start:.0f} s")
+    print(
+        f"{counts['ok']} ok, {counts['FAIL']} failed, {counts['unsupported']} unsupported "
+        f"at {args.rtol:g} in {time.monotonic() - start:.0f} s"
+    )
     return 0 if counts["ok"] == len(files) else 1
 
 

@@ -51,8 +51,10 @@ class Task(L.LightningModule):
     def training_step(self, batch, batch_idx: int) -> Tensor:
         out = self.step(batch, training=True)
         self.seen += int(out.count)
-        self.log_dict({f"train/{k}": v for k, v in ({"loss": out.loss.detach()} | out.metrics).items()},
-                      sync_dist=self.trainer.world_size > 1)
+        self.log_dict(
+            {f"train/{k}": v for k, v in ({"loss": out.loss.detach()} | out.metrics).items()},
+            sync_dist=self.trainer.world_size > 1,
+        )
         return out.loss
 
     def on_validation_epoch_start(self) -> None:

@@ -32,12 +32,21 @@ class LanguageModeling(Task):
 
     unit = "tokens"
 
-    def __init__(self, model, optim=None, sample_tokens: int = 200, prompt: str | None = None, prompt_tokens: int = 64,
-                 eval_lengths: tuple[int, ...] | list[int] = (1, 2, 4, 8)):
+    def __init__(
+        self,
+        model,
+        optim=None,
+        sample_tokens: int = 200,
+        prompt: str | None = None,
+        prompt_tokens: int = 64,
+        eval_lengths: tuple[int, ...] | list[int] = (1, 2, 4, 8),
+    ):
         super().__init__(model, optim)
         if sample_tokens < 0 or prompt_tokens < 1 or any(n < 1 for n in eval_lengths):
-            raise ValueError(f"task: sample_tokens={sample_tokens} must be at least 0, prompt_tokens={prompt_tokens} and "
-                             f"every one of eval_lengths={list(eval_lengths)} at least 1")
+            raise ValueError(
+                f"task: sample_tokens={sample_tokens} must be at least 0, prompt_tokens={prompt_tokens} and "
+                f"every one of eval_lengths={list(eval_lengths)} at least 1"
+            )
         self.sample_tokens, self.prompt, self.prompt_tokens = sample_tokens, prompt, prompt_tokens
         self.eval_lengths = tuple(eval_lengths)
         self._load: Tensor | None = None  # tokens per expert, summed over the validation
@@ -96,7 +105,9 @@ class LanguageModeling(Task):
         else:
             first = data.encode(self.prompt)
         was_training = self.model.training
-        new = generate(self.model.eval(), [first], max_new_tokens=self.sample_tokens, temperature=0.8, top_p=0.95, seed=0)[0]
+        new = generate(
+            self.model.eval(), [first], max_new_tokens=self.sample_tokens, temperature=0.8, top_p=0.95, seed=0
+        )[0]
         self.model.train(was_training)
         return f"{data.decode(first)}▶{data.decode(new)}"
 
@@ -109,7 +120,9 @@ class LanguageModeling(Task):
             total, count = 0.0, 0
             for batch in longer.val_dataloader():
                 batch = {k: v.to(self.device) for k, v in batch.items()}
-                loss, n = token_cross_entropy(self.model(batch["input_ids"], seq_idx=batch.get("seq_idx")).logits, batch["labels"])
+                loss, n = token_cross_entropy(
+                    self.model(batch["input_ids"], seq_idx=batch.get("seq_idx")).logits, batch["labels"]
+                )
                 total, count = total + float(loss) * int(n), count + int(n)
             nats = total / max(count, 1)
             results.append((data.seq_len * factor, nats, math.exp(nats), nats / math.log(2) / data.bytes_per_token()))

@@ -33,7 +33,8 @@ class RandomStates(L.Callback):
     def on_save_checkpoint(self, trainer, task, checkpoint) -> None:
         name, keys, position, has_gauss, gauss = np.random.get_state()
         checkpoint["random_states"] = {
-            "python": random.getstate(), "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+            "python": random.getstate(),
+            "numpy": (name, keys.tolist(), position, has_gauss, gauss),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -63,10 +64,20 @@ class Checkpointer(L.Callback):
     keep_best        how many of the best by `val/<monitor>` stay;  keep_last  how many of the newest stay
     """
 
-    def __init__(self, folder: Path, monitor: str, mode: str, every_n_steps: int = 0, every_n_minutes: float = 0.0,
-                 keep_best: int = 1, keep_last: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        mode: str,
+        every_n_steps: int = 0,
+        every_n_minutes: float = 0.0,
+        keep_best: int = 1,
+        keep_last: int = 1,
+    ):
         if keep_last < 1 or keep_best < 0 or every_n_steps < 0 or every_n_minutes < 0:
-            raise ValueError("callbacks: keep_last must be at least 1; keep_best, every_n_steps and every_n_minutes at least 0")
+            raise ValueError(
+                "callbacks: keep_last must be at least 1; keep_best, every_n_steps and every_n_minutes at least 0"
+            )
         self.folder, self.monitor, self.mode = Path(folder), f"val/{monitor}", mode
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep_best, self.keep_last = keep_best, keep_last
@@ -77,7 +88,9 @@ class Checkpointer(L.Callback):
 
     def on_save_checkpoint(self, trainer, task, checkpoint) -> None:
         """Lightning logs a step after this point: its metrics go along, or a killed run would miss one row."""
-        checkpoint["step_metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        checkpoint["step_metrics"] = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
+        }
 
     def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
         step, metrics = checkpoint["global_step"] - 1, checkpoint.get("step_metrics")
@@ -114,8 +127,11 @@ class Checkpointer(L.Callback):
                 self._record(name, value)
         except OSError as error:
             self._retry = True
-            print(f"warning: checkpoint {self.folder / name} could not be written ({error}); "
-                  f"training goes on and tries again, earlier checkpoints stay", flush=True)
+            print(
+                f"warning: checkpoint {self.folder / name} could not be written ({error}); "
+                f"training goes on and tries again, earlier checkpoints stay",
+                flush=True,
+            )
             return
         self._saved_step, self._saved_time, self._retry = trainer.global_step, time.monotonic(), False
 
@@ -140,7 +156,9 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpointer: Checkpointer):
         self.checkpointer, self.received, self._old = checkpointer, None, {}
 
-    def on_train_start(self, trainer, task) -> None:  # after Lightning has put its own handlers, which end with status 0
+    def on_train_start(
+        self, trainer, task
+    ) -> None:  # after Lightning has put its own handlers, which end with status 0
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is not None:
@@ -156,8 +174,11 @@ class StopOnSignal(L.Callback):
         print(f"\n{self.received}: finishing this step, then saving (again to stop at once)", flush=True)
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        asked = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False) \
-            if trainer.world_size > 1 else self.received is not None
+        asked = (
+            trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+            if trainer.world_size > 1
+            else self.received is not None
+        )
         if asked and not trainer.fit_loop._should_accumulate():
             self.received = self.received or "signal on another rank"
             if trainer.global_step != self.checkpointer._saved_step:
@@ -200,15 +221,23 @@ class Guards(L.Callback):
             return
         self.skipped_in_a_row += 1
         self.skipped += 1
-        where = (f"step {trainer.global_step}: loss {float(loss) if loss is not None else float('nan'):.4g}, gradient norm "
-                 f"{self.gradient_norm:.4g}, learning rate {optimizer.param_groups[0]['lr']:.3g}")
+        where = (
+            f"step {trainer.global_step}: loss {float(loss) if loss is not None else float('nan'):.4g}, gradient norm "
+            f"{self.gradient_norm:.4g}, learning rate {optimizer.param_groups[0]['lr']:.3g}"
+        )
         if self.skipped_in_a_row > self.max_skips:
             dump = self.run_dir / "bad_batch.pt"
             torch.save(self._batch, dump)
-            bad = next((n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
+            bad = next(
+                (n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
+                None,
+            )
             raise TrainingFailed(
-                f"NaN or Inf at {where}" + (f" (first in {bad})" if bad else "") + f"; the batch is in {dump}, the last good "
-                f"checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or set trainer.precision=32-true")
+                f"NaN or Inf at {where}"
+                + (f" (first in {bad})" if bad else "")
+                + f"; the batch is in {dump}, the last good "
+                f"checkpoint is kept. Lower optim.lr, raise optim.warmup_steps, or set trainer.precision=32-true"
+            )
         print(f"warning: update skipped at {where}", flush=True)
         optimizer.zero_grad()
 
@@ -218,7 +247,10 @@ class Guards(L.Callback):
             return
         value = float(loss) * trainer.accumulate_grad_batches
         if self._mean is not None and trainer.global_step > 50 and value > self.spike * self._mean:
-            print(f"warning: loss spike at step {trainer.global_step}: {value:.4g}, running mean {self._mean:.4g} "
-                  f"(epoch {trainer.current_epoch}, batch {batch_idx})", flush=True)
+            print(
+                f"warning: loss spike at step {trainer.global_step}: {value:.4g}, running mean {self._mean:.4g} "
+                f"(epoch {trainer.current_epoch}, batch {batch_idx})",
+                flush=True,
+            )
         if math.isfinite(value):
             self._mean = value if self._mean is None else 0.98 * self._mean + 0.02 * value

@@ -1,7 +1,7 @@
 """Checkpoints as folders: weights as safetensors, a readable manifest, and the trainer's state.
 
     <run>/checkpoints/step-000200/model.safetensors   weights only, the model's own names
-                                  manifest.json       model name, resolved config, versions, data, metrics, SHA-256 of files
+                                  manifest.json       model name, config, versions, data, metrics, SHA-256 of files
                                   trainer.ckpt        optimiser, loops, loader and random states (weights_only pickle)
     <run>/checkpoints/index.json                      which of them is last, which are best
 
@@ -75,8 +75,12 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return kept, tied
 
 
-def write_checkpoint(folder: str | Path, weights: Mapping[str, Tensor], manifest: dict, trainer_state: dict | None = None,
-                     ) -> Path:
+def write_checkpoint(
+    folder: str | Path,
+    weights: Mapping[str, Tensor],
+    manifest: dict,
+    trainer_state: dict | None = None,
+) -> Path:
     """Write a checkpoint folder so that at every moment either the whole old or the whole new one is there."""
     from safetensors.torch import save_file
 
@@ -123,7 +127,9 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         return path
     store = path if (path / INDEX).exists() else path / "checkpoints"
     if not (store / INDEX).exists():
-        raise CheckpointError(f"{path} is neither a run folder (with checkpoints/{INDEX}) nor a checkpoint ({MANIFEST})")
+        raise CheckpointError(
+            f"{path} is neither a run folder (with checkpoints/{INDEX}) nor a checkpoint ({MANIFEST})"
+        )
     index = read_json(store / INDEX)
     name = index["best"][0]["name"] if prefer == "best" and index.get("best") else index.get("last")
     if not isinstance(name, str) or Path(name).name != name or not (store / name / MANIFEST).exists():
@@ -152,7 +158,9 @@ def read_manifest(folder: Path) -> dict:
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} lacks {name}, which its manifest lists")
         if sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} does not match the SHA-256 in the manifest: it is cut off or was changed")
+            raise CheckpointError(
+                f"{folder / name} does not match the SHA-256 in the manifest: it is cut off or was changed"
+            )
     return manifest
 
 
@@ -208,9 +216,17 @@ class FolderCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
         names = {k: k.replace("_orig_mod.", "") for k in checkpoint["state_dict"]}
-        weights = {new.removeprefix("model."): checkpoint["state_dict"][k] for k, new in names.items() if new.startswith("model.")}
-        rest["task_state"] = {new: checkpoint["state_dict"][k] for k, new in names.items() if not new.startswith("model.")}
-        write_checkpoint(path, weights, self.manifest() | {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}, rest)
+        weights = {
+            new.removeprefix("model."): checkpoint["state_dict"][k]
+            for k, new in names.items()
+            if new.startswith("model.")
+        }
+        rest["task_state"] = {
+            new: checkpoint["state_dict"][k] for k, new in names.items() if not new.startswith("model.")
+        }
+        write_checkpoint(
+            path, weights, self.manifest() | {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}, rest
+        )
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
         folder = find_checkpoint(path, prefer="last")

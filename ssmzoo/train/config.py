@@ -62,8 +62,11 @@ def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
 
 def build_node(node: dict, prefix: str, **injected):
     """Instantiate `{"_target_": ..., **arguments}`, nested ones first; every target must lie inside `prefix`."""
-    arguments = {k: build_node(v, prefix) if isinstance(v, dict) and "_target_" in v else v
-                 for k, v in node.items() if k != "_target_"}
+    arguments = {
+        k: build_node(v, prefix) if isinstance(v, dict) and "_target_" in v else v
+        for k, v in node.items()
+        if k != "_target_"
+    }
     return locate(node["_target_"], prefix)(**arguments, **injected)
 
 
@@ -89,8 +92,12 @@ def check(cfg: DictConfig) -> None:
         if cfg.get(node) is None or "_target_" not in cfg[node]:
             raise ConfigError(f"{node} has no _target_; choose one of {', '.join(config_names(node))}")
         _check_node(node, cfg[node], locate(cfg[node]._target_), injected)
-    injected = {"optim": ("model", "total_steps"), "callbacks.checkpoint": ("folder", "monitor", "mode"),
-                "callbacks.guards": ("run_dir",), "trainer": ("callbacks", "logger", "plugins", "default_root_dir")}
+    injected = {
+        "optim": ("model", "total_steps"),
+        "callbacks.checkpoint": ("folder", "monitor", "mode"),
+        "callbacks.guards": ("run_dir",),
+        "trainer": ("callbacks", "logger", "plugins", "default_root_dir"),
+    }
     for node, target in CALLED.items():
         value = OmegaConf.select(cfg, node)
         if value is not None:
@@ -100,7 +107,9 @@ def check(cfg: DictConfig) -> None:
         if key not in known:
             raise ConfigError(f"unknown key callbacks.{key}{nearest(key, known)}; known: {', '.join(sorted(known))}")
     if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
-        raise ConfigError(f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)")
+        raise ConfigError(
+            f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)"
+        )
 
 
 def _check_logger(logger) -> None:
@@ -109,7 +118,9 @@ def _check_logger(logger) -> None:
         raise ConfigError(f"logger.kind is {kind!r}; choose one of {', '.join(LOGGER_KEYS)}")
     for key in logger:
         if key != "kind" and key not in LOGGER_KEYS[kind]:
-            raise ConfigError(f"unknown key logger.{key}; logger={kind} takes {', '.join(LOGGER_KEYS[kind]) or 'no options'}")
+            raise ConfigError(
+                f"unknown key logger.{key}; logger={kind} takes {', '.join(LOGGER_KEYS[kind]) or 'no options'}"
+            )
 
 
 def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
@@ -121,8 +132,10 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
         if key == "_target_":
             continue
         if key not in allowed and not free:
-            raise ConfigError(f"unknown key {node}.{key}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
-                              f"{', '.join(allowed)}")
+            raise ConfigError(
+                f"unknown key {node}.{key}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
+                f"{', '.join(allowed)}"
+            )
         raw = OmegaConf.to_container(value, resolve=False)[key]
         if f"{node}.{key}" == "trainer.precision" and raw == "auto":  # ours, resolved when the trainer is made
             continue
@@ -172,7 +185,11 @@ def explain_hydra_error(error: Exception) -> str:
     if missing:
         group, _, name = missing.group(1).rpartition("/")
         names = config_names(group) if group else []
-        choices = f"; choose one of {', '.join(names)}" if len(names) <= 12 else f"; `ssmzoo list {group}s` prints all {len(names)}"
+        choices = (
+            f"; choose one of {', '.join(names)}"
+            if len(names) <= 12
+            else f"; `ssmzoo list {group}s` prints all {len(names)}"
+        )
         return f"unknown {group or 'config'} {name!r}{nearest(name, names)}{choices}"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:

@@ -110,8 +110,16 @@ def wandb_logger(run_dir: Path, project: str, name: str, mode: str | None = None
     identity = Path(run_dir) / "wandb_id.txt"
     if not identity.exists():
         identity.write_text(os.urandom(6).hex())
-    return WandbLogger(project=project, name=name, entity=entity, save_dir=str(run_dir), id=identity.read_text().strip(),
-                       resume="allow", mode=mode, log_model=False)
+    return WandbLogger(
+        project=project,
+        name=name,
+        entity=entity,
+        save_dir=str(run_dir),
+        id=identity.read_text().strip(),
+        resume="allow",
+        mode=mode,
+        log_model=False,
+    )
 
 
 def _has_wandb_key() -> bool:
@@ -132,4 +140,6 @@ def tensorboard_logger(run_dir: Path):
     try:
         return TensorBoardLogger(save_dir=str(run_dir), name="tensorboard", version="")
     except ModuleNotFoundError:
-        raise ValueError("logger=tensorboard needs the package tensorboard: pip install 'ssmzoo[tensorboard]'") from None
+        raise ValueError(
+            "logger=tensorboard needs the package tensorboard: pip install 'ssmzoo[tensorboard]'"
+        ) from None

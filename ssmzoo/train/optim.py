@@ -10,8 +10,20 @@ from torch import nn
 
 from ssmzoo.official import nearest
 
-NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "init_states", "Ds", "A_logs", "dt_projs_bias", "absolute_pos_embed",
-                  "pos_embed", "cls_token", "relative_position_bias_table")
+NO_DECAY_NAMES = (
+    "A_log",
+    "D",
+    "dt_bias",
+    "bias",
+    "init_states",
+    "Ds",
+    "A_logs",
+    "dt_projs_bias",
+    "absolute_pos_embed",
+    "pos_embed",
+    "cls_token",
+    "relative_position_bias_table",
+)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
@@ -35,8 +47,15 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     return roles
 
 
-def schedule(kind: str, total_steps: int, warmup_steps: int, min_lr_ratio: float, milestones=(), gamma: float = 0.5,
-             decay_fraction: float = 0.2) -> Callable[[int], float]:
+def schedule(
+    kind: str,
+    total_steps: int,
+    warmup_steps: int,
+    min_lr_ratio: float,
+    milestones=(),
+    gamma: float = 0.5,
+    decay_fraction: float = 0.2,
+) -> Callable[[int], float]:
     """Factor on the peak learning rate at a step: linear warm-up from 1/warmup_steps, then
 
     constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
@@ -92,10 +111,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
 
-def build(model: nn.Module, *, total_steps: int, name: str = "adamw", lr: float = 1e-3, weight_decay: float = 0.1,
-          betas=(0.9, 0.95), eps: float = 1e-8, schedule_kind: str = "cosine", warmup_steps: int = 0,
-          min_lr_ratio: float = 0.1, milestones=(), gamma: float = 0.5, layer_decay: float = 1.0,
-          adamw_lr: float | None = None) -> dict:
+def build(
+    model: nn.Module,
+    *,
+    total_steps: int,
+    name: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    betas=(0.9, 0.95),
+    eps: float = 1e-8,
+    schedule_kind: str = "cosine",
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.1,
+    milestones=(),
+    gamma: float = 0.5,
+    layer_decay: float = 1.0,
+    adamw_lr: float | None = None,
+) -> dict:
     """What a LightningModule's `configure_optimizers` returns.
 
     name         adamw | adam | sgd | muon (muon: matrices of the network by Muon with `lr`, everything else by AdamW
@@ -122,8 +154,13 @@ def build(model: nn.Module, *, total_steps: int, name: str = "adamw", lr: float 
         heads = {id(p) for n, p in model.named_parameters() if "head" in n}
         chosen = {id(p) for p in model.parameters() if p.ndim == 2} - embedding - heads
         chosen -= {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
-        split = [({**g, "params": [p for p in g["params"] if id(p) in chosen]},
-                  {**g, "params": [p for p in g["params"] if id(p) not in chosen]}) for g in groups]
+        split = [
+            (
+                {**g, "params": [p for p in g["params"] if id(p) in chosen]},
+                {**g, "params": [p for p in g["params"] if id(p) not in chosen]},
+            )
+            for g in groups
+        ]
         adamw_lr = lr if adamw_lr is None else adamw_lr
         rest = [{**r, "lr": r["lr"] * adamw_lr / lr} for _, r in split if r["params"]]
         optimizer = MuonWithAdamW([m for m, _ in split if m["params"]], rest, lr, adamw_lr, tuple(betas), eps)
@@ -145,8 +182,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, layer_dec
             continue
         decays = roles[name] == "decay"
         scale = layer_decay ** (deepest - depth.get(name, deepest))
-        group = groups.setdefault((decays, scale), {"params": [], "lr": lr * scale,
-                                                    "weight_decay": weight_decay if decays else 0.0})
+        group = groups.setdefault(
+            (decays, scale), {"params": [], "lr": lr * scale, "weight_decay": weight_decay if decays else 0.0}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 

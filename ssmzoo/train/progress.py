@@ -35,7 +35,8 @@ class Progress(L.Callback):
         self._first_seen, self._first_step = task.seen, trainer.global_step
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
-        from rich.progress import BarColumn, Progress as Bar, TextColumn
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
 
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[line]}"))
         self._job = self._bar.add_task("training", total=self._total(trainer), line="")
@@ -64,8 +65,10 @@ class Progress(L.Callback):
         shown = float(loss) * trainer.accumulate_grad_batches if loss is not None else float("nan")
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
-        return (f"step {step}{f'/{total}' if total else ''}, loss {shown:.4f}, lr {rate:.2e}, "
-                f"{self.throughput(trainer, task):,.0f} {task.unit}/s{memory}{left}")
+        return (
+            f"step {step}{f'/{total}' if total else ''}, loss {shown:.4f}, lr {rate:.2e}, "
+            f"{self.throughput(trainer, task):,.0f} {task.unit}/s{memory}{left}"
+        )
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         if not trainer.is_global_zero:

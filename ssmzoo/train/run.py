@@ -1,6 +1,6 @@
 """The shared loop: a configuration becomes a run folder.
 
-    <runs_dir>/<model>/<name>/config.yaml  metrics.csv  curves.png  report.md  checkpoints/  (bad_batch.pt)
+<runs_dir>/<model>/<name>/config.yaml  metrics.csv  curves.png  report.md  checkpoints/  (bad_batch.pt)
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ssmzoo.train.progress import Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.zoo import build_model
 
-
 RUN_DIR = "SSMZOO_RUN_DIR"  # environment variable by which the processes of one run find its folder
 
 
@@ -51,7 +50,14 @@ def user_errors(function):
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, TypeError, CheckpointError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        except (
+            ValueError,
+            TypeError,
+            CheckpointError,
+            FileNotFoundError,
+            PermissionError,
+            NotADirectoryError,
+        ) as error:
             raise UserError(str(error)) from error
 
     return wrapped
@@ -82,8 +88,10 @@ def train(cfg: DictConfig) -> float:
         raise
     except torch.OutOfMemoryError as error:
         _status(run_dir, "failed")
-        raise TrainingFailed(f"out of memory: lower data.batch_size (and raise trainer.accumulate_grad_batches), or set "
-                             f"grad_checkpointing=true. {str(error).splitlines()[0]}") from None
+        raise TrainingFailed(
+            f"out of memory: lower data.batch_size (and raise trainer.accumulate_grad_batches), or set "
+            f"grad_checkpointing=true. {str(error).splitlines()[0]}"
+        ) from None
     except Exception:
         _status(run_dir, "failed")
         raise
@@ -119,8 +127,11 @@ def _choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
         OmegaConf.update(cfg, "model_name", model_name, force_add=True)
         return cfg, run_dir, False
     if cfg.resume == "auto":
-        runs = sorted((p.parent for p in (Path(cfg.runs_dir) / model_name).glob("*/checkpoints")),
-                      key=lambda p: p.stat().st_mtime, reverse=True)
+        runs = sorted(
+            (p.parent for p in (Path(cfg.runs_dir) / model_name).glob("*/checkpoints")),
+            key=lambda p: p.stat().st_mtime,
+            reverse=True,
+        )
         runs = [r for r in runs if _read_status(r) != "finished"]
         if not runs:
             OmegaConf.update(cfg, "resume", None)
@@ -172,7 +183,9 @@ def _total_steps(trainer: dict, data) -> int:
         return trainer["max_steps"]
     epochs = trainer.get("max_epochs")
     if not epochs or epochs < 0:
-        raise UserError("trainer.max_steps or trainer.max_epochs must be positive: the learning-rate schedule needs an end")
+        raise UserError(
+            "trainer.max_steps or trainer.max_epochs must be positive: the learning-rate schedule needs an end"
+        )
     batches = len(data.train_dataloader())
     if isinstance(trainer.get("limit_train_batches"), int):
         batches = min(batches, trainer["limit_train_batches"])
@@ -201,10 +214,17 @@ def _trainer(plain: dict, run_dir: Path, task, data, model_name: str):
 
         callbacks.append(EarlyStopping(monitor=f"val/{task.monitor}", mode=task.mode, **wanted["early_stopping"]))
     callbacks += [Progress(**(wanted.get("progress") or {})), checkpointer, signals]
-    trainer = L.Trainer(**settings, callbacks=callbacks, default_root_dir=str(run_dir), enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                        logger=_loggers(plain, run_dir, model_name),
-                        plugins=[FolderCheckpointIO(lambda: _manifest(plain, model_name, trainer, data))])
+    trainer = L.Trainer(
+        **settings,
+        callbacks=callbacks,
+        default_root_dir=str(run_dir),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        logger=_loggers(plain, run_dir, model_name),
+        plugins=[FolderCheckpointIO(lambda: _manifest(plain, model_name, trainer, data))],
+    )
     return trainer, checkpointer, signals
 
 
@@ -224,8 +244,14 @@ def _loggers(plain: dict, run_dir: Path, model_name: str) -> list:
 
 def _manifest(plain: dict, model_name: str, trainer, data) -> dict[str, Any]:
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    content = {"model": model_name, "config": plain, "versions": _versions(), "git_commit": _git_commit(),
-               "data": data.describe() if hasattr(data, "describe") else {}, "metrics": metrics}
+    content = {
+        "model": model_name,
+        "config": plain,
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "data": data.describe() if hasattr(data, "describe") else {},
+        "metrics": metrics,
+    }
     tokenizer = getattr(data, "tokenizer", None)
     return content | ({"tokenizer": tokenizer.to_dict()} if tokenizer is not None else {})
 
@@ -241,8 +267,11 @@ def _versions() -> dict[str, str]:
 @functools.cache
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) \
-        if os.environ.get("PATH") else None
+    result = (
+        subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if os.environ.get("PATH")
+        else None
+    )
     return result.stdout.strip() if result is not None and result.returncode == 0 else None
 
 
@@ -256,9 +285,14 @@ def _finish(plain: dict, run_dir: Path, model_name: str, trainer, task, data, se
     total, active = count_parameters(task.model)
     rows = report.rows | {
         "parameters": f"{total:,}" + (f" ({active:,} active per token)" if active != total else ""),
-        f"{task.unit} seen": f"{task.seen * trainer.world_size:,}", f"{task.unit}/s in training": f"{rate:,.0f}",
-        "steps": f"{trainer.global_step:,}", "time": clock(seconds)}
-    curves = draw_curves(run_dir / "metrics.csv", run_dir / "curves.png", task.monitor, f"{model_name}, seed {plain['seed']}")
+        f"{task.unit} seen": f"{task.seen * trainer.world_size:,}",
+        f"{task.unit}/s in training": f"{rate:,.0f}",
+        "steps": f"{trainer.global_step:,}",
+        "time": clock(seconds),
+    }
+    curves = draw_curves(
+        run_dir / "metrics.csv", run_dir / "curves.png", task.monitor, f"{model_name}, seed {plain['seed']}"
+    )
     figures = ([curves] if curves else []) + report.figures
     write_report(run_dir, f"{model_name}: {run_dir.name}", shlex.join(sys.argv), rows, report.texts, figures)
     print("\n" + table(rows))
@@ -272,9 +306,18 @@ def evaluate_task(task, data, plain: dict) -> dict[str, float]:
     """Validation means of a task with the weights it has now, in a loop that writes nothing."""
     import lightning as L
 
-    settings = {k: v for k, v in plain["trainer"].items() if k in ("accelerator", "limit_val_batches") and v is not None}
-    trainer = L.Trainer(**settings, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                        enable_model_summary=False, use_distributed_sampler=False)
+    settings = {
+        k: v for k, v in plain["trainer"].items() if k in ("accelerator", "limit_val_batches") and v is not None
+    }
+    trainer = L.Trainer(
+        **settings,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     found = trainer.validate(task, datamodule=data, verbose=False)[0]
     return {k.removeprefix("val/"): v for k, v in found.items()}
 
@@ -309,7 +352,9 @@ def _build_evaluation(cfg: DictConfig):
 
     folder = find_checkpoint(cfg.ckpt, prefer=cfg.which)
     manifest = read_manifest(folder)
-    plain = OmegaConf.to_container(OmegaConf.merge(manifest["config"], {"data": cfg.data, "task": cfg.task}), resolve=True)
+    plain = OmegaConf.to_container(
+        OmegaConf.merge(manifest["config"], {"data": cfg.data, "task": cfg.task}), resolve=True
+    )
     configuration.check(OmegaConf.create(plain))
     L.seed_everything(int(plain["seed"] if cfg.seed is None else cfg.seed), workers=True, verbose=False)
     kind = configuration.locate(plain["data"]["_target_"], "ssmzoo.data.")
@@ -324,8 +369,10 @@ def _build_evaluation(cfg: DictConfig):
     for size, value in data.sizes.items():
         built_with = plain["model"].get(size)
         if isinstance(built_with, int) and built_with != value:
-            raise UserError(f"the data has {size} = {value}, the checkpoint was trained with {built_with}: "
-                            f"use the tokenizer and data settings it was trained with")
+            raise UserError(
+                f"the data has {size} = {value}, the checkpoint was trained with {built_with}: "
+                f"use the tokenizer and data settings it was trained with"
+            )
     model = build_model(plain["model"])
     model.load_state_dict(read_weights(folder))
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model)
