@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "native", "torch", "reference")
+PLAIN = (Tensor, torch.nn.Parameter)
 OPERATORS: dict[str, Callable] = {}  # public function by name, in order of definition
 
 _override: str | None = os.environ.get("SSMZOO_BACKEND") or None
@@ -144,6 +145,15 @@ def backend_table() -> list[BackendRow]:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the backward of a function of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def unobserved(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called directly: nothing traces, transforms or wraps these tensors."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
 
 
 def _device_type(args: tuple, kwargs: dict) -> str | None:
