@@ -61,6 +61,14 @@ def test_initialisation():
     assert abs(float(loss.detach()) - math.log(5)) < 0.5
 
 
+def test_phasors_survive_a_change_of_precision():
+    model = ComplexDiagonalModel(3, 5, 16)
+    before = model.blocks[0].init_state.clone()
+    after = model.double().bfloat16().float().blocks[0].init_state
+    assert after.dtype == torch.complex64 and (after - before).abs().max() < 0.02
+    assert model.double().blocks[0].init_state.dtype == torch.complex128
+
+
 @every_model
 def test_token_ids_are_one_hot_vectors(model):
     ids = torch.randint(4, (3, 9))

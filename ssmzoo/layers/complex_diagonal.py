@@ -69,6 +69,15 @@ class ComplexDiagonalSSM(nn.Module):
             self.B_re.uniform_(-bound, bound)
             self.B_im.uniform_(-bound, bound)
 
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(dtype)` would cast the complex buffer to a real one and lose half of it: move its two parts instead."""
+        phasors = self._buffers.pop("init_state")
+        super()._apply(fn, recurse)
+        parts = fn(torch.view_as_real(phasors))
+        parts = parts if parts.dtype == torch.float64 else parts.float()  # there are no complex numbers of 16 bits
+        self._buffers["init_state"] = torch.view_as_complex(parts.contiguous())
+        return self
+
     def forward(self, x: Tensor, state: ComplexState | None = None, *, mask: Tensor | None = None,
                 seq_idx: Tensor | None = None) -> tuple[Tensor, ComplexState]:
         dtype = torch.promote_types(x.dtype, torch.float32)
