@@ -118,7 +118,8 @@ static void product_task(void *context, int64_t i) {
     const dense_t *d = context;
     const int64_t n = d->z[n_], np = d->z[np_], blocks = (n + ROWS - 1) / ROWS;
     const int64_t s = i / blocks, row = i % blocks * ROWS, from = d->bounds[s], steps = d->bounds[s + 1] - from;
-    gemm_t product = {d->G + from * np + row, 1, np, d->H + from * np, np, d->dT + (s * n + row) * np, np, NULL, NULL, 0};
+    gemm_t product = {d->G + from * np + row, 1, np, d->H + from * np, np, d->dT + (s * n + row) * np, np,
+                      NULL, NULL, 0};
     gemm(&product, n - row < ROWS ? n - row : ROWS, np, steps, GEMM_FULL);
 }
 

@@ -1,6 +1,8 @@
 // Small matrix products for data that lives in cache, and transposition.
 //
-//     C[m][n] = keep * from[m][n] + scale[m] * sum_k A[m * am + k * ak] * B[k * ldb + n]   m < M, n < N, N a multiple of VL
+//     C[m][n] = keep * from[m][n] + scale[m] * sum_k A[m * am + k * ak] * B[k * ldb + n]
+//
+// for m < M and n < N, N a multiple of VL.
 //
 // A may be transposed by its strides, the lanes run along n, and the shape leaves out what is zero or unused.
 #pragma once

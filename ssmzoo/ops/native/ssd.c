@@ -1,4 +1,4 @@
-// Mamba-2's scan on a CPU: S_t = e_t S_{t-1} + X_t (outer) B_t, y_t = S_t C_t + D x_t with X = dt x, in chunks of q steps.
+// Mamba-2's scan: S_t = e_t S_{t-1} + X_t (outer) B_t, y_t = S_t C_t + D x_t with X = dt x, in chunks of q steps.
 //
 // Inside a chunk, per head and with products of the decays e (a reset is e = 0, so nothing crosses it):
 //     L[t][s] = e_{s+1} ... e_t    start[t] = e_0 ... e_t    end[s] = e_{s+1} ... e_last    whole = start[last]
@@ -9,8 +9,9 @@
 //     d(log e_r) = sum over s < r <= t of (dW o L o CB)[t][s] + sum_{t >= r} <C_t, dC'_t> + sum_{s < r} <B_s, dB'_s>
 //                  + whole <G, S>              with dC', dB' the second terms above, one head's share
 //
-// A task takes some heads of one group through all chunks in sequence, so that their states stay in cache; a state is kept
-// as (n, p) with p padded to whole vectors, so that the lanes of every product run along the width of a head or along time.
+// A task takes some heads of one group through all chunks in sequence, so that their states stay in cache; a state is
+// kept as (n, p) with p padded to whole vectors, so that the lanes of every product run along the width of a head or
+// along time.
 // The cut into tasks decides the order in which dB and dC are summed up, nothing else.
 #include "gemm.h"
 #include "parallel.h"
@@ -55,7 +56,9 @@ static const float *C_at(const ssd_t *s, const place_t *at) {
 static const float *x_at(const ssd_t *s, const place_t *at, int64_t h) {
     return s->x + at->b * s->z[x_b] + at->t0 * s->z[x_l] + h * s->z[x_h];
 }
-static int64_t step_at(const ssd_t *s, const place_t *at, int64_t h) { return (at->b * s->z[l_] + at->t0) * s->z[h_] + h; }
+static int64_t step_at(const ssd_t *s, const place_t *at, int64_t h) {
+    return (at->b * s->z[l_] + at->t0) * s->z[h_] + h;
+}
 static int64_t state_at(const ssd_t *s, int64_t b, int64_t c, int64_t h) {
     return ((b * s->chunks + c) * s->z[h_] + h) * s->z[n_] * s->pp;
 }
@@ -71,7 +74,8 @@ static void decays(const ssd_t *s, const place_t *at, int64_t h, float *start, f
 }
 
 // to[t][p] = from[t][p] * a[t * stride_a] * b[t], padded with zeros; a and b may be NULL
-static void pack(const float *from, int64_t ld, int64_t q, int64_t p, int64_t pp, const float *a, int64_t stride_a, const float *b, float *to) {
+static void pack(const float *from, int64_t ld, int64_t q, int64_t p, int64_t pp, const float *a, int64_t stride_a,
+                 const float *b, float *to) {
     for (int64_t t = 0; t < q; t++) {
         const float scale = (a ? a[t * stride_a] : 1.f) * (b ? b[t] : 1.f);
         for (int64_t i = 0; i < p; i++) to[t * pp + i] = from[t * ld + i] * scale;
@@ -185,7 +189,7 @@ static float *bench(const ssd_t *s, bench_t *w) {
     return memory;
 }
 
-// With term[:, t] *= scale[t]: into += term and sum[t] = <term[:, t], with[:, t]>, all (n, qp): one head's share of dB, dC
+// With term[:, t] *= scale[t]: into += term and sum[t] = <term[:, t], with[:, t]>, all (n, qp): a share of dB, dC
 static void add_share(const float *term, const float *scale, const float *with, float *into, int64_t n, int64_t qp,
                       float *sum) {
     for (int64_t t = 0; t < qp; t += VL) {
@@ -267,8 +271,8 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
 
     const float *D = s->D ? s->D + h * p : NULL;
     for (int64_t t = 0; t < q; t++) {
-        const float *dX = w->dX + t * pp, *xt = x + t * z[x_l], *dyt = dy + t * z[h_] * p, scale = dt ? dt[t * z[h_]] : 1;
-        float *dx = s->dx + (step + t * z[h_]) * p, sum = 0;
+        const float *dX = w->dX + t * pp, *xt = x + t * z[x_l], *dyt = dy + t * z[h_] * p;
+        float *dx = s->dx + (step + t * z[h_]) * p, scale = dt ? dt[t * z[h_]] : 1, sum = 0;
         for (int64_t k = 0; k < p; k++) dx[k] = scale * dX[k] + (D ? D[k] * dyt[k] : 0.f);
         if (s->ddt) {
             for (int64_t k = 0; k < p; k++) sum += dX[k] * xt[k];
@@ -342,8 +346,8 @@ void ssmzoo_ssd_forward(const int64_t *sizes) {
 // arguments: the sizes, then the pointers x dt e B C D states dy dlast | dx ddt da dB dC dD dfirst
 void ssmzoo_ssd_backward(const int64_t *sizes) {
     void *const *p = (void *const *)(sizes + SIZES);
-    ssd_t s = {.z = sizes, .x = p[0], .dt = p[1], .e = p[2], .B = p[3], .C = p[4], .D = p[5], .states = p[6], .dy = p[7],
-               .dlast = p[8], .dx = p[9], .ddt = p[10], .da = p[11], .dB = p[12], .dC = p[13], .dD = p[14],
+    ssd_t s = {.z = sizes, .x = p[0], .dt = p[1], .e = p[2], .B = p[3], .C = p[4], .D = p[5], .states = p[6],
+               .dy = p[7], .dlast = p[8], .dx = p[9], .ddt = p[10], .da = p[11], .dB = p[12], .dC = p[13], .dD = p[14],
                .dfirst = p[15]};
     prepare(&s);
     parallel_for(sizes[b_] * sizes[g_] * s.split, sizes[threads_], backward_task, &s);

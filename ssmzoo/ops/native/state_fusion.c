@@ -118,8 +118,8 @@ static void fold(const float *padded, int64_t h, int64_t w, float *dx) {
     }
 }
 
-static void weight_gradients(const float *x, int64_t ldx, const int64_t *offset, const float *dy, int64_t ldy, int64_t h,
-                             int64_t w, float *dweight) {
+static void weight_gradients(const float *x, int64_t ldx, const int64_t *offset, const float *dy, int64_t ldy,
+                             int64_t h, int64_t w, float *dweight) {
     for (int k = 0; k < 3; k++, offset += 9, dweight += 9) {
         vf sum[9] = {{0}};
         for (int64_t r = 0; r < h; r++)
@@ -136,7 +136,8 @@ static void backward_task(void *context, int64_t task) {
     const fusion_t *f = context;
     const int64_t h = f->z[h_], w = f->z[w_], maps = maps_per_task(f), end = f->z[b_] * f->z[d_];
     const int64_t ldx = w + 2 * MARGIN, ldy = w + 4 * MARGIN;  // dy lies within 2 MARGIN zeros
-    float *x = plane_for(h + 2 * MARGIN, ldx), *dy = plane_for(h + 4 * MARGIN, ldy), *sums = plane_for(h + 2 * MARGIN, ldx);
+    float *x = plane_for(h + 2 * MARGIN, ldx), *sums = plane_for(h + 2 * MARGIN, ldx);
+    float *dy = plane_for(h + 4 * MARGIN, ldy);
     float weight[MERGED];
     int64_t at_x[TAPS], at_dy[TAPS], merged[MERGED];
     offsets(ldx, at_x);
