@@ -1,4 +1,4 @@
-"""Image models in figures: python benchmarks/vision.py size | speed [--sizes 224 512] [--batch 8] [--train] [--models ...]
+"""Image models in figures: python benchmarks/vision.py size | speed [--sizes 224 512] [--batch 4] [--train]
 
 size   parameters and operations of the published sizes, beside the papers' figures
 speed  images per second on this machine against timm's swin_tiny, convnext_tiny and mambaout_tiny
@@ -16,15 +16,18 @@ import ssmzoo.timm
 from ssmzoo.probes.flops import count_operations, giga
 from ssmzoo.zoo import build_model
 
-PAPER = {  # parameters, 10^9 operations at 224 pixels (None: not published)
+PAPER = {  # parameters and 10^9 operations at 224 pixels (None: not published)
     "spatial_mamba_tiny": (26_748_862, 4.5), "spatial_mamba_small": (43_074_280, 7.1),
     "spatial_mamba_base": (95_745_592, 15.8), "vmamba_tiny": (30_249_064, 4.9), "vmamba_small": (50_147_752, 8.7),
     "vmamba_base": (88_557_800, 15.4), "vmamba_vanilla_tiny": (22_893_448, 5.6),
     "vmamba_vanilla_small": (44_417_416, 11.2), "vmamba_vanilla_base": (76_254_056, 18.0),
     "vim_tiny": (7_148_008, None), "vim_small": (25_796_584, None), "vim_base": (97_598_440, None),
     "shuffle_mamba_base": (97_598_440, None), "shuffle_mamba_reg_base": (99_301_096, None),
-    "adventurer_tiny": (11_608_840, None), "adventurer_small": (44_491_816, None), "adventurer_base": (98_657_608, None)}
-COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny"]
+    "adventurer_tiny": (11_608_840, None), "adventurer_small": (44_491_816, None),
+    "adventurer_base": (98_657_608, None),
+}
+COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny",
+            "mambaout_tiny"]
 
 
 def size() -> None:

@@ -1,7 +1,7 @@
-"""Operations of one forward pass, by the convention of the vision papers: a multiplication with its addition counts one.
+"""Operations of one forward pass as the vision papers count: a multiplication with its addition is one.
 
     linear layers, convolutions, matrix products    multiply-adds, as torch's counter finds them
-    selective scan                                   9 b l e n, + b l e each for the skip D and the gate z; 7 b l e n if the
+    selective scan                                   9 b l e n, + b l e each for skip D and gate z; 7 b l e n if the
                                                      states themselves are wanted (C constant)
     state-space duality                              its recurrence: 4 b l h p n, + b l h p for the skip
     causal convolution, state fusion                 b l c k; 27 b l d
