@@ -23,7 +23,8 @@ from ssmzoo.ops.dense_scan_op import KERNELS, DenseKernel
 from ssmzoo.ops.dense_scan_torch import RESET, SKIP
 from ssmzoo.ops.dispatch import needs_grad, op
 
-PARALLEL_FROM, PARALLEL_WIDTH = 256, 256  # steps, and batch times state, from and up to which products pay in PyTorch
+# Products of transitions pay in PyTorch for long sequences of few, small states: n^3 work against the cost of a step.
+PARALLEL_FROM, PARALLEL_WIDTH = 256, 128  # steps, from; batch times n, up to (measured on a CPU)
 
 
 def mix_transitions(A_dict: Tensor, weights: Tensor, p_norm: float = 1.0) -> Tensor:
@@ -139,7 +140,7 @@ def scan_with(backend: str):
         h0 = x.new_zeros(b, n) if initial_state is None else initial_state.to(dtype).contiguous()
         keep = all_steps or needs_grad(A_dict, weights, x, h0)
         if parallel is None:
-            parallel = backend == "torch" and l >= PARALLEL_FROM and b * n <= PARALLEL_WIDTH
+            parallel = backend == "torch" and l >= PARALLEL_FROM and b * n <= PARALLEL_WIDTH and n <= 32
         if symbols is None:
             states, last = torch.ops.ssmzoo.dense_scan_mixture(
                 A_dict, weights, x, codes, h0, float(p_norm), keep, parallel, backend)
