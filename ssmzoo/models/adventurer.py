@@ -28,6 +28,7 @@ from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.layers.plain_backbone import PlainBackbone, lecun_normal_
+from ssmzoo.models.vim import set_eps
 
 FLIP_RULES = {"every_two": lambda n: n // 2 % 2 == 1, "every_other": lambda n: n % 2 == 1,
               "released": lambda n: n // 2 == 1, "never": lambda n: False}
@@ -117,8 +118,14 @@ def official_block(d_model: int, ssm_cfg: dict | None = None, norm_epsilon: floa
                    rms_norm: bool = True, layer_idx: int = 0, mamba_expand: float = 2, mamba_d_state: int = 64,
                    flip: bool = True, **mixer) -> AdventurerBlock:
     """One block, called with flip=True as in the published cases unless said otherwise."""
-    return AdventurerBlock(d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip,
-                           mixer=mixer_arguments(ssm_cfg) | mixer)
+    return with_norms(AdventurerBlock(d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip,
+                                      mixer=mixer_arguments(ssm_cfg) | mixer), rms_norm, norm_epsilon)
+
+
+def with_norms(module: nn.Module, rms_norm: bool, eps: float) -> nn.Module:
+    if not rms_norm:
+        raise ValueError("rms_norm=False: every released Adventurer has RMSNorm")
+    return set_eps(module, eps)
 
 
 def official_adventurer(state: dict[str, Tensor], **official_kwargs):
@@ -133,6 +140,7 @@ def official_model(img_size=224, patch_size: int = 16, depth: int = 12, embed_di
                    drop_path_rate: float = 0.1, norm_epsilon: float = 1e-5, rms_norm: bool = True, initializer_cfg=None,
                    mamba_expand: float = 2, mamba_d_state: int = 64) -> Adventurer:
     """The released class with its flips (blocks 2 and 3)."""
-    return Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-                      d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg), flip_rule="released",
-                      drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    model = Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                       d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg), flip_rule="released",
+                       drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    return with_norms(model, rms_norm, norm_epsilon)
