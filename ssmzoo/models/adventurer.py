@@ -140,7 +140,7 @@ def official_model(img_size=224, patch_size: int = 16, depth: int = 12, embed_di
                    drop_path_rate: float = 0.1, norm_epsilon: float = 1e-5, rms_norm: bool = True, initializer_cfg=None,
                    mamba_expand: float = 2, mamba_d_state: int = 64) -> Adventurer:
     """The released class with its flips (blocks 2 and 3)."""
-    model = Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-                       d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg), flip_rule="released",
-                       drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    model = Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim,
+                       depth=depth, d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg),
+                       flip_rule="released", drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     return with_norms(model, rms_norm, norm_epsilon)
