@@ -2,6 +2,7 @@
 
 from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ssmzoo.ops.cross_scan import cross_merge, cross_scan
+from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.mamba_step import mamba_step
@@ -17,6 +18,7 @@ from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_
 from ssmzoo.ops.state_fusion import state_fusion
 from ssmzoo.ops.triton import causal_conv1d as _triton_causal_conv1d  # noqa: F401
 from ssmzoo.ops.triton import selective_scan as _triton_selective_scan  # noqa: F401
+from ssmzoo.ops.triton import ssd as _triton_ssd  # noqa: F401
 
 __all__ = [
     "BACKENDS",

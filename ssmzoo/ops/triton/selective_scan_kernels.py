@@ -67,6 +67,7 @@ def forward(u, delta, A, B, C, D, z, bias, fresh, out, states,
             E: tl.constexpr, T: tl.constexpr):
     b, g, block, e, own = _place(size, blocks, groups, E)
     e = tl.where(own, e, 0)
+    slot += 0 * b  # 64 bits
     step = tl.arange(0, T).to(tl.int64)
     row = states + (b * width + e) * n_states
     for c in range(chunks):
@@ -116,6 +117,7 @@ def backward(u, delta, A, B, C, D, z, bias, fresh, states, dout,
     """
     b, g, block, e, own = _place(size, blocks, groups, E)
     e = tl.where(own, e, 0)
+    slot, part = slot + 0 * b, part + 0 * b  # 64 bits
     step = tl.arange(0, T).to(tl.int64)
     row = (b * width + e) * n_states
     for k in range(chunks):
