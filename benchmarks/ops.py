@@ -98,17 +98,28 @@ def main() -> None:
     cases = load_cases(args.only)
     if not cases:
         raise SystemExit(f"no case has {args.only!r} in its name")
+    run(cases, args.repeats, args.out, args.only)
+
+
+def run(cases: list[Case], repeats: int, out: Path, only: str) -> None:
+    """Measure the cases in turn, print as they end, write table and picture into `out`."""
     results = []
     for case in cases:
-        results.append((case, measure(case, args.repeats)))
+        try:
+            results.append((case, measure(case, repeats)))
+        except ModuleNotFoundError as error:
+            print(f"{case.name}: left out, {error.name} is not installed", flush=True)
+            continue
         print(report(results[-1:]).split("\n", 2)[2], flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"ops_{args.only.replace(' ', '_')}" if args.only else "ops"
+    if not results:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"ops_{only.replace(' ', '_')}" if only else "ops"
     cpu = torch.backends.cpu.get_cpu_capability()
     head = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}\n\n"
-    (args.out / f"{stem}.md").write_text(head + report(results) + "\n")
-    draw(results, args.out / f"{stem}.png")
-    print(f"\n{args.out / stem}.md, .png")
+    (out / f"{stem}.md").write_text(head + report(results) + "\n")
+    draw(results, out / f"{stem}.png")
+    print(f"\n{out / stem}.md, .png")
 
 
 if __name__ == "__main__":
