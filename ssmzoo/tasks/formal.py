@@ -42,8 +42,8 @@ class FormalLanguage(Task):
     long_chunk    symbols per call there
 
     Loss: cross entropy in nats over the labelled positions, plus consistency, plus the model's auxiliary losses. The
-    best checkpoint has the lowest loss on validation strings, where drift shows in the consistency long before an answer
-    is wrong.
+    best checkpoint has the lowest loss on validation strings, where drift shows in the consistency long before an
+    answer is wrong.
     """
 
     unit = "strings"
