@@ -15,11 +15,12 @@ STAMP := $(VENV)/.installed
 train: setup
 	$(BIN)/python train.py model=moe_mamba
 
+# one thread per worker: tests are small, and threads of several workers would wait for each other
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
