@@ -12,7 +12,8 @@ from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights
 
 HERE = Path(__file__).parent
 RECIPES = {
-    "image": ["model=vim", "model.embed_dim=32", "model.depth=3", "trainer.max_steps=330", "trainer.val_check_interval=110"],
+    "image": ["model=vim", "model.embed_dim=32", "model.depth=3", "trainer.max_steps=330",
+              "trainer.val_check_interval=110"],
     "language": ["model=mamba", "model.d_model=64", "model.n_layer=3", "data.seq_len=128", "trainer.max_steps=500",
                  "trainer.val_check_interval=250"],
     "automaton": ["model=sd_ssm", "model.state_size=16", "data.language=parity", "trainer.max_steps=400",
@@ -23,7 +24,8 @@ RECIPES = {
 def keep(run: Path, name: str) -> Path:
     """The best checkpoint of a run, without what only training needs."""
     manifest = read_manifest(find_checkpoint(run))
-    kept = {key: manifest[key] for key in ("model", "versions", "git_commit", "data", "metrics", "tokenizer", "step", "epoch")
+    kept = {key: manifest[key] for key in ("model", "versions", "git_commit", "data", "metrics", "tokenizer", "step",
+                                           "epoch")
             if key in manifest}
     config = manifest["config"] | {"runs_dir": "runs", "name": name}
     return write_checkpoint(HERE / "checkpoints" / name, read_weights(run), kept | {"config": config})
@@ -32,7 +34,8 @@ def keep(run: Path, name: str) -> Path:
 def main(names: list[str]) -> None:
     for name in names or list(RECIPES):
         with tempfile.TemporaryDirectory() as runs:
-            command = [sys.executable, str(HERE.parent / "train.py"), *RECIPES[name], f"runs_dir={runs}", f"name={name}"]
+            command = [sys.executable, str(HERE.parent / "train.py"), *RECIPES[name], f"runs_dir={runs}",
+                       f"name={name}"]
             subprocess.run(command, check=True, cwd=HERE.parent)
             print(keep(next(Path(runs).glob(f"*/{name}")), name))
 

@@ -40,7 +40,8 @@ def build(name):
         for key, p in model.named_parameters():
             if "x_proj" in key and p.is_floating_point():
                 p.mul_(4)
-    return model, torch.randint(0, 20, (2, 12)) if kind == "ids" else torch.rand(2, 3, *((16, 16) if "small" in kind else (32, 32)))
+    side = 16 if "small" in kind else 32
+    return model, torch.randint(0, 20, (2, 12)) if kind == "ids" else torch.rand(2, 3, side, side)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +85,8 @@ def test_directions_are_brought_back_to_their_tokens():
     down = scan.places(scan.total // 4)  # the second direction runs down the columns
     assert down[:3].tolist() == [0, side, 2 * side]
     tokens = scan_output(scan)[0, 0][scan.places(0).argsort()]
-    torch.testing.assert_close(tokens, (attention(scan)[0, 0] @ scan.u[0, 0] + scan.D[0] * scan.u[0, 0]), atol=1e-5, rtol=1e-4)
+    by_tokens = attention(scan)[0, 0] @ scan.u[0, 0] + scan.D[0] * scan.u[0, 0]  # the first direction: rows in order
+    torch.testing.assert_close(tokens, by_tokens, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -196,4 +198,5 @@ def test_rollout_keeps_row_sums_and_scales():
     product = rollout(maps)
     torch.testing.assert_close(product.sum(-1), torch.ones(2, 5))
     assert torch.equal(product, product.tril())
-    assert min_max(torch.tensor([2.0, 4.0, 3.0])).tolist() == [0, 1, 0.5] and min_max(torch.ones(3)).tolist() == [0, 0, 0]
+    assert min_max(torch.tensor([2.0, 4.0, 3.0])).tolist() == [0, 1, 0.5]
+    assert min_max(torch.ones(3)).tolist() == [0, 0, 0]

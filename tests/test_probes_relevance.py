@@ -83,7 +83,8 @@ def test_integrated_gradients_are_complete():
     entry = enter(model, x)
     target = torch.tensor([1, 2])
     scores = explain(entry, target, "integrated_gradients", steps=64)
-    gained = (entry.logits(entry.values) - entry.logits(torch.zeros_like(entry.values))).gather(1, target[:, None])[:, 0]
+    gained = entry.logits(entry.values) - entry.logits(torch.zeros_like(entry.values))
+    gained = gained.gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(scores.sum(1), gained, rtol=0.05, atol=1e-3)
 
 
@@ -123,7 +124,8 @@ def test_segmentation_scores_have_known_values():
     half[:, 1] = 0  # 4 of 8 foreground pixels found, 4 missed
     scores = segmentation(half, truth)
     assert scores.pixel_accuracy == 75 and scores.mean_iou == pytest.approx(100 * (4 / 8 + 8 / 12) / 2)
-    assert average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True])) == pytest.approx((1 + 2 / 3) / 2)
+    found = average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True]))
+    assert found == pytest.approx((1 + 2 / 3) / 2)
     with pytest.raises(ValueError, match="resize the maps"):
         segmentation(truth[:, :2], truth)
 

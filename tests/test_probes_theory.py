@@ -1,4 +1,4 @@
-"""Token dynamics, polynomials, bounds, the dynamical-systems dictionary, memory and recall: what the papers derive holds."""
+"""Token dynamics, polynomials, bounds, dynamical systems, memory and recall: what the papers derive holds."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.layers.dsf import S6, LinearAttention, NormalizedAttention, QLSTM, ScalarS6, SoftmaxAttention
+from ssmzoo.layers.dsf import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
 from ssmzoo.layers.scenario import SCENARIOS, Scenario
 from ssmzoo.layers.soft_sort import soft_sort
 from ssmzoo.models.free_a_ssm import FreeAClassifier, FreeASSM
@@ -26,7 +26,6 @@ from ssmzoo.probes.memory import channel_memory, gradient_influence, memory_leng
 from ssmzoo.probes.receptive_field import receptive_field
 from ssmzoo.probes.tap import tap
 from ssmzoo.probes.token_dynamics import criterion, field, integrate, io_spectrum, trajectories
-
 
 # ---- token dynamics
 
@@ -55,7 +54,8 @@ def test_field_is_the_scan_of_a_layer():
     d, n, l = 3, 2, 5
     S_C, S_B, S_dt, x = torch.randn(n, d), torch.randn(n, d), torch.randn(d), torch.randn(l, d)
     step = torch.nn.functional.softplus(x @ S_dt)
-    y = ssmzoo.ops.selective_scan_fn(x.T[None], step.expand(1, d, l), -torch.ones(d, n), (x @ S_B.T).T[None], (x @ S_C.T).T[None])
+    y = ssmzoo.ops.selective_scan_fn(x.T[None], step.expand(1, d, l), -torch.ones(d, n), (x @ S_B.T).T[None],
+                                     (x @ S_C.T).T[None])
     torch.testing.assert_close(field(x, S_C, S_B, S_dt), y[0].T, atol=1e-5, rtol=1e-4)
 
 
@@ -167,7 +167,8 @@ def test_length_factor_and_output_bound():
         ssm, table = FreeASSM(4, 3, s_A), torch.randn(5, 4)
         with torch.no_grad():
             y = ssm(table[torch.randint(0, 5, (64, 20))]).norm(dim=-1).amax(0)
-        assert (y.double() <= output_bound(ssm, table, torch.arange(1, 21)) * 2).all()  # norm of 4 channels <= 2 x largest
+        bound = output_bound(ssm, table, torch.arange(1, 21))
+        assert (y.double() <= 2 * bound).all()  # the norm of 4 channels is at most twice the largest
 
 
 def test_stability_of_a_trained_layer_and_overflow_of_a_free_one():
@@ -190,7 +191,8 @@ def test_majority_strings_and_one_epoch():
 # ---- the dynamical-systems view
 
 
-@pytest.mark.parametrize("make", [lambda: LinearAttention(8, 6, 2), lambda: NormalizedAttention(8, 6, 2), lambda: S6(8, 5),
+@pytest.mark.parametrize("make", [lambda: LinearAttention(8, 6, 2), lambda: NormalizedAttention(8, 6, 2),
+                                  lambda: S6(8, 5),
                                   lambda: ScalarS6(8, 5), lambda: QLSTM(8), lambda: QLSTM(8, reversed=True)])
 @torch.no_grad()
 def test_every_mixer_is_its_recurrence_and_its_matrix(make):
@@ -230,8 +232,9 @@ def test_a_normaliser_is_a_decay_and_the_reversed_sigmoid_is_s6():
 def test_softmax_attention_is_approached_but_has_no_finite_state():
     torch.manual_seed(0)
     q, k = 0.5 * torch.randn(4, 5), 0.5 * torch.randn(4, 5)
-    errors = [float((dsf.softmax_features(q, p) @ dsf.softmax_features(k, p).T - torch.exp(q @ k.T / 5**0.5)).abs().max())
-              for p in (0, 1, 2, 4)]
+    exact = torch.exp(q @ k.T / 5**0.5)
+    near = [dsf.softmax_features(q, p) @ dsf.softmax_features(k, p).T for p in (0, 1, 2, 4)]
+    errors = [float((found - exact).abs().max()) for found in near]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
     with pytest.raises(ValueError, match="infinite size"):
         dsf.of_attention(SoftmaxAttention(8), torch.randn(1, 3, 8))

@@ -90,7 +90,8 @@ def read_text(manifest: dict, args) -> dict:
         if ids.shape[1] < 2:
             raise ValueError(f"--input {args.input!r} has {ids.shape[1]} tokens; give at least 2")
         if ids.shape[1] > args.length:
-            raise ValueError(f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it (memory "
+            raise ValueError(f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it "
+                             f"(memory "
                              f"of hidden attention grows with its square) or shorten the text")
     return dict(inputs=ids, labels=[tokenizer.decode([i]) for i in ids[0].tolist()], text=stream,
                 classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], vocab_size=tokenizer.vocab_size)
@@ -155,7 +156,8 @@ def read_image(model, manifest: dict, file: Path):
     if not file.exists():
         raise ValueError(f"--input {file}: no such picture (texts are for language models only)")
     picture = read_picture(file)
-    image = torch.from_numpy(np.ascontiguousarray(picture.levels.astype(np.float32))).permute(2, 0, 1)[None] / picture.top
+    image = torch.from_numpy(np.ascontiguousarray(picture.levels.astype(np.float32))).permute(2, 0,
+                                                                                              1)[None] / picture.top
     data = data_module(manifest)
     channels, side = data.sizes.get("in_chans", 3), data.sizes.get("img_size", image.shape[-1])
     image = image.mean(1, keepdim=True).expand(-1, channels, -1, -1) if image.shape[1] != channels else image

@@ -1,6 +1,6 @@
 """Plain sequence mixers of the dynamical-systems view: attention, linear and normalised attention, S6, SSD, quasi-LSTM.
 
-Each is a causal map (b l d) -> (b l d) that the framework writes as  h_i = Lam_i h_{i-1} + B_i u_i,  y_i = C_i h_i + D u_i
+Each is a causal map (b l d) -> (b l d) that the framework writes h_i = Lam_i h_{i-1} + B_i u_i, y_i = C_i h_i + D u_i
 (see ssmzoo.probes.dsf). They are bare: no short convolution, gate or norm around them except where the paper has one,
 and they compare mixers on whole sequences, so they carry no state from call to call.
 
@@ -28,7 +28,8 @@ class CausalMixing(nn.Module):
     bias, dropout              of all projections; on the weights Phi while training
     """
 
-    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, dropout: float = 0.0):
+    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True,
+                 dropout: float = 0.0):
         super().__init__()
         self.d_qk, self.num_heads = d_qk or d_model, num_heads
         if num_heads < 1 or d_model % num_heads or self.d_qk % num_heads:
@@ -74,7 +75,8 @@ class LinearAttention(CausalMixing):
 class NormalizedAttention(CausalMixing):
     """Phi[i, j] = q_i^T k_j / exp(w_n^T x_i + b_n): no feature map, and a normaliser learned from the token alone."""
 
-    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, dropout: float = 0.0):
+    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True,
+                 dropout: float = 0.0):
         super().__init__(d_model, d_qk, num_heads, bias, dropout)
         self.Wn = nn.Linear(d_model, num_heads, bias=bias)
 
@@ -195,7 +197,7 @@ def official_dsf(state: dict[str, Tensor], *, d_model: int, d_qk: int | None = N
                  d_state: int = 16, expand: float = 1, dt_rank: int | str = "auto", dt_min: float = 0.001,
                  dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4,
                  use_fast_path: bool = True, expansion_factor: int = 2, kernel_size: int = 4, reversed: bool = False):
-    """MHA, MHNA, S6, S6_2 and qLSTM, told apart by their keys. layer_idx and use_fast_path choose caches and kernels."""
+    """MHA, MHNA, S6, S6_2, qLSTM, told apart by their keys. layer_idx and use_fast_path choose caches and kernels."""
     del layer_idx, use_fast_path
     if "gates.weight" in state:
         return QLSTM(d_model, expansion_factor, kernel_size, reversed), state

@@ -60,7 +60,8 @@ class FreeASSM(nn.Module):
         B, C = ((u @ W.T).transpose(1, 2) for W in (self.W_B, self.W_C))
         y = selective_scan_fn(u.transpose(1, 2), delta, self.A, B, C).transpose(1, 2)
         if not torch.isfinite(y).all():
-            raise FloatingPointError(f"the state overflowed over {u.shape[1]} tokens with s_A = {self.A.max().item():.3g} > 0: "
+            raise FloatingPointError(f"the state overflowed over {u.shape[1]} tokens with s_A = "
+                                     f"{self.A.max().item():.3g} > 0: "
                                      f"shorten the sequences or start from a smaller s_A")
         return y
 

@@ -1,7 +1,7 @@
 """Mamba whose tokens are made to diverge, converge or both along depth, by a parametrised x_proj.
 
-The signs of the non-zero eigenvalues of S_C^T S_B (see ssmzoo/layers/scenario.py) are fixed for every layer; all else is
-ssmzoo/models/mamba.py. The paper's WikiText-103 model: d_model 768, 24 layers, dropout 0.25, 25 epochs of 1024 tokens.
+The signs of the non-zero eigenvalues of S_C^T S_B (see ssmzoo/layers/scenario.py) are fixed for every layer; all else
+is ssmzoo/models/mamba.py. The paper's WikiText-103 model: d_model 768, 24 layers, 25 epochs on 1024 tokens.
 Source: Vo et al. 2025 (arXiv 2410.03292).
 """
 

@@ -6,7 +6,7 @@ All of them are diagonal, so each channel c keeps n numbers: lam, write, read (b
 written. Nothing of size (n d)^2 is ever formed.
 
     model                  lam                     write            read            v
-    linear attention       1                       psi(k)           phi(q) / eta    W_V x     eta_i = phi(q_i)^T sum psi(k)
+    linear attention       1                       psi(k)           phi(q) / eta    W_V x    eta = phi(q_i)^T sum psi(k)
     normalised attention   1                       k                q / exp(n)      W_V x     n = w^T x + b
     S6, SSD                exp(delta A)            delta B          C               u         and D u
     quasi-LSTM             sigma(f)                sigma(i)         1               x         output gate o outside
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.layers.dsf import CausalMixing, LinearAttention, NormalizedAttention, QLSTM, SoftmaxAttention
+from ssmzoo.layers.dsf import QLSTM, CausalMixing, LinearAttention, NormalizedAttention, SoftmaxAttention
 from ssmzoo.probes.tap import Scan
 
 
@@ -145,7 +145,8 @@ def normaliser_as_decay(r: Recurrence, eta: Tensor) -> Recurrence:
     With read = q / eta before, the read-out is then free of the normaliser: SSD with matched gates.
     """
     before = torch.cat([eta[:, :1], eta[:, :-1]], dim=1)
-    return replace(r, lam=r.lam * (before / eta)[..., None], write=r.write / eta[..., None], read=r.read * eta[..., None])
+    eta, ratio = eta[..., None], (before / eta)[..., None]
+    return replace(r, lam=r.lam * ratio, write=r.write / eta, read=r.read * eta)
 
 
 def ssd_gates(eta: Tensor, a: float = -1.0) -> Tensor:
@@ -173,11 +174,14 @@ def probe(subject):
             continue
         picked = list(subject.channels or range(0, len(scan.channels), max(1, len(scan.channels) // 16)))
         r = of_scan(scan.take(picked))
-        exact = float((torch.einsum("bcij,bjc->bic", r.phi(), r.value) - r.output()).norm() / r.output().norm().clamp(min=1e-30))
+        y = r.output()
+        exact = float((torch.einsum("bcij,bjc->bic", r.phi(), r.value) - y).norm() / y.norm().clamp(min=1e-30))
         distance[key], decays[key] = r.by_distance(), r.lam.flatten()
-        rows.append((key, "diagonal", scan.total * scan.A.shape[1], *_quantiles(r.lam), f"{float(r.effective_rank().mean()):.2f}",
+        rows.append((key, "diagonal", scan.total * scan.A.shape[1], *_quantiles(r.lam),
+                     f"{float(r.effective_rank().mean()):.2f}",
                      f"{exact:.1e}"))
-    columns = ("layer", "Lam", "numbers carried", "|lam| 10 %", "median", "90 %", "effective rank of Phi", "|Phi u - y| / |y|")
+    columns = ("layer", "Lam", "numbers carried", "|lam| 10 %", "median", "90 %", "effective rank of Phi",
+               "|Phi u - y| / |y|")
     finding.tables["layers"] = (columns, rows)
     finding.summary = {"numbers carried from token to token": f"{sum(r[2] for r in rows):,}",
                        "layers": ", ".join(f"{r[0]} ({r[1]}, {r[2]:,})" for r in rows[:8])}
@@ -191,8 +195,9 @@ def probe(subject):
                   "share of state components (%)", "|lam| per token", "decays")
     if distance:
         length = max(len(v) for v in distance.values())
-        curves = {k: torch.cat([v, v.new_full((length - len(v),), float("nan"))]) for k, v in distance.items() if k in shown}
-        figures.lines(axes[0, 1], range(length), curves, "distance (tokens)", "mean |Phi[i, i - distance]|", "mixing", yscale="log")
+        curves = {k: F.pad(distance[k], (0, length - len(distance[k])), value=float("nan")) for k in shown}
+        figures.lines(axes[0, 1], range(length), curves, "distance (tokens)", "mean |Phi[i, i - distance]|", "mixing",
+                      yscale="log")
     else:
         axes[0, 1].set_axis_off()
     finding.figures["dsf"] = figure

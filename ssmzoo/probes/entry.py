@@ -36,7 +36,9 @@ class Entry:
         values = values.reshape(len(values), *self.shape[1:])
         if not self.name:
             return self.model(values)
-        inputs = self.inputs if len(values) == len(self.inputs) else self.inputs[:1].expand(len(values), *self.inputs.shape[1:])
+        inputs = self.inputs
+        if len(values) != len(inputs):
+            inputs = inputs[:1].expand(len(values), *inputs.shape[1:])
         with replaced(self.model.get_submodule(self.name), values):
             return self.model(inputs)
 
@@ -74,7 +76,8 @@ def enter(model: nn.Module, inputs: Tensor) -> Entry:
     """Find where `inputs` become vectors. ValueError for a model that shows no such place."""
     if not inputs.is_floating_point() and not any(isinstance(m, nn.Embedding) for m in model.modules()):
         if not hasattr(model, "input_size"):
-            raise ValueError(f"{type(model).__name__} has no embedding and no input_size: its ids cannot be taken apart")
+            raise ValueError(f"{type(model).__name__} has no embedding and no input_size: its ids cannot be taken "
+                             f"apart")
         values = F.one_hot(inputs, model.input_size).float()
         return Entry(model, inputs, "", values, values.shape, None, ())
     name = entrance(model, image=inputs.is_floating_point())

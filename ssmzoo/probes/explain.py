@@ -2,8 +2,8 @@
 
     raw          mean over layers of what the read-out tokens attend to, |alpha| averaged over channels
     rollout      read-out rows of the product over layers of row-normalised I + |alpha|
-    attribution  the same with clamp(alpha) scaled to [0, 1] and its columns weighted by the gradient of the logit at the
-                 layer's input
+    attribution  the same with clamp(alpha) scaled to [0, 1] and its columns weighted by the gradient of the logit at
+                 the layer's input
     lrp, gradient_x_input, integrated_gradients     see mamba_lrp
 
 Attention of several directions is added, token by token. In a pyramid the rollout runs within every stage; the map is
@@ -84,7 +84,8 @@ def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layer
         logit = logits.gather(1, target[:, None]).sum()
     scans = Taps(s for s in scans if isinstance(s, Scan) and s.u.shape[0] == len(logits))
     if not scans:
-        raise ValueError(f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the methods "
+        raise ValueError(f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the "
+                         f"methods "
                          f"lrp, gradient_x_input and integrated_gradients apply")
     gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
     with torch.no_grad():
@@ -126,7 +127,8 @@ def enlarge(entry: Entry, scores: Tensor) -> Tensor:
     ratio = (scores.shape[1] / (entry.grid[0] * entry.grid[1])) ** 0.5
     coarse = round(entry.grid[0] * ratio), round(entry.grid[1] * ratio)
     if coarse[0] * coarse[1] != scores.shape[1]:
-        raise ValueError(f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x {entry.grid[1]} map")
+        raise ValueError(f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x "
+                         f"{entry.grid[1]} map")
     return F.interpolate(scores.unflatten(1, coarse)[:, None], entry.grid, mode="bilinear")[:, 0].flatten(1)
 
 

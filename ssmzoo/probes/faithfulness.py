@@ -53,8 +53,8 @@ def deletion(entry: Entry, scores: Tensor, target: Tensor, fractions: Sequence[f
 
 
 @torch.no_grad()
-def perturbation(entry: Entry, scores: Tensor, target: Tensor, fractions: Sequence[float] = tuple(i / 10 for i in range(1, 10)),
-                 ) -> tuple[Tensor, Tensor]:
+def perturbation(entry: Entry, scores: Tensor, target: Tensor,
+                 fractions: Sequence[float] = tuple(i / 10 for i in range(1, 10))) -> tuple[Tensor, Tensor]:
     """Accuracy (%) for `target` (b), predicted or true classes, after positive and negative perturbation, (s) each."""
     def accuracy(fraction, least):
         return 100 * (entry.logits(remove(entry, scores, fraction, least)).argmax(1) == target).double().mean()
@@ -74,7 +74,7 @@ class Segmentation(NamedTuple):
 
 
 def segmentation(maps: Tensor, truth: Tensor) -> Segmentation:
-    """Maps (b y x) cut at their own means against foregrounds (b y x): 1 foreground, 0 background, negative: unlabelled."""
+    """Maps (b y x) cut at their own means against truth (b y x): 1 foreground, 0 background, negative unlabelled."""
     if maps.shape != truth.shape:
         raise ValueError(f"maps have shape {tuple(maps.shape)}, truth {tuple(truth.shape)}; resize the maps first")
     labelled = truth >= 0

@@ -23,7 +23,8 @@ def lines(axis, x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabe
           **options) -> None:
     """Curves of different colour and dash; options go to axis.set."""
     for i, (name, y) in enumerate(curves.items()):
-        axis.plot(x, _array(y), label=name, color=COLOURS[i % 7], linestyle=STYLES[i % 7], marker="o" if len(x) < 12 else None,
+        axis.plot(x, _array(y), label=name, color=COLOURS[i % 7], linestyle=STYLES[i % 7],
+                  marker="o" if len(x) < 12 else None,
                   markersize=3)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **options)
     axis.grid(alpha=0.3)
@@ -35,7 +36,8 @@ def heat(figure, axis, matrix, xlabel: str, ylabel: str, title: str, signed: boo
     matrix = _array(matrix)
     limit = max(float(np.abs(matrix).max()), 1e-12)
     options = dict(cmap="PuOr_r", vmin=-limit, vmax=limit) if signed else dict(cmap="cividis")
-    image = axis.imshow(matrix, interpolation="nearest", aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", **options)
+    image = axis.imshow(matrix, interpolation="nearest",
+                        aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", **options)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.title.set_fontsize(9)
     figure.colorbar(image, ax=axis, shrink=0.8, label=label)
@@ -68,7 +70,8 @@ def overlay(axis, image, scores, title: str) -> None:
     limit = max(float(np.abs(scores).max()), 1e-12)
     axis.imshow(shown.mean(-1), cmap="gray", extent=(0, 1, 1, 0))
     signed = scores.min() < 0
-    axis.imshow(scores, cmap="PuOr_r" if signed else "cividis", alpha=0.6, extent=(0, 1, 1, 0), interpolation="bilinear",
+    axis.imshow(scores, cmap="PuOr_r" if signed else "cividis", alpha=0.6, extent=(0, 1, 1, 0),
+                interpolation="bilinear",
                 vmin=-limit if signed else 0, vmax=limit)
     axis.set(title=title, xticks=[], yticks=[])
     axis.title.set_fontsize(9)

@@ -1,4 +1,4 @@
-"""Does a bound on the generalisation gap grow with the sequence length? Constants of a selective SSM, and curves over T.
+"""Does a bound on the generalisation gap grow with the sequence length? Constants of a selective SSM, curves over T.
 
     s_A     largest entry of A (spectral abscissa), per unit of time
     delta   >= log(1 + exp(p - B_q B_u)) =: delta_min   for every token u, |u| <= B_u, delta = softplus(p + q^T u)
@@ -24,7 +24,7 @@ from ssmzoo.probes.tap import Scan
 
 
 def constants(ssm: nn.Module, embedding: Tensor) -> dict[str, float]:
-    """s_A, L_p, B_q, B_B, M_B, B_C, M_C, B_A, B_u of a FreeASSM and the table (v d) of its tokens, by the paper's names."""
+    """s_A, L_p, B_q, B_B, M_B, B_C, M_C, B_A, B_u (the paper's names) of a FreeASSM and its tokens' table (v d)."""
     W_B, W_C = ssm.W_B, ssm.W_C
     values = {"s_A": ssm.A.max(), "L_p": ssm.p_delta.norm(), "B_q": ssm.q_delta.norm(), "B_B": W_B.norm(),
               "M_B": W_B.abs().sum(), "B_C": W_C.norm(), "M_C": W_C.abs().sum(), "B_A": ssm.A.abs().max(),
@@ -56,7 +56,7 @@ def output_bound(ssm: nn.Module, embedding: Tensor, T: Tensor) -> Tensor:
 
 
 class LayerStability(NamedTuple):
-    """One scan: s_A | rho: slowest decay per token met on the data, exp(min delta x s_A) | mean of exp(delta A) over data
+    """One scan: s_A | rho: slowest decay per token met on the data, exp(min delta x s_A) | mean of exp(delta A) on it
     | horizon 1 / (1 - rho) in tokens | histogram (bins) of exp(delta A), shares over [0, 1] (beyond: last bin)."""
 
     name: str
@@ -89,13 +89,16 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
     from ssmzoo.probes.tap import tap
 
-    with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans:
+    with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2,
+                              max_bytes=subject.max_bytes) as scans:
         subject.model(subject.inputs[:2])
     found = [stability(s) for s in scans if isinstance(s, Scan)]
     if not found:
-        raise ValueError(f"{type(subject.model).__name__} has dense transitions, whose bound is the column norm they are "
+        raise ValueError(f"{type(subject.model).__name__} has dense transitions, whose bound is the column norm "
+                         f"they are "
                          f"divided by; the spectral abscissa is for diagonal scans")
-    finding = Finding({"largest s_A": f"{max(f.s_A for f in found):.4g}", "slowest decay rho": f"{max(f.rho for f in found):.6f}",
+    finding = Finding({"largest s_A": f"{max(f.s_A for f in found):.4g}",
+                       "slowest decay rho": f"{max(f.rho for f in found):.6f}",
                        "longest horizon (tokens)": f"{max(f.horizon for f in found):.4g}",
                        "meaning": "a surrogate, not a certificate: the theorem's prefactors are not reproduced"})
     finding.tables["layers"] = (("layer", "s_A", "rho", "mean decay", "horizon (tokens)"), [
@@ -104,7 +107,8 @@ def probe(subject):
     shown = found[:: max(1, len(found) // 6)][:6]
     curves = {f"{i}: rho {f.rho:.4f}": length_factor(f.rho, T) for i, f in enumerate(shown)}
     figure, axes = figures.canvas(1, 2, (4.6, 3.4))
-    figures.lines(axes[0, 0], T.tolist(), curves | {"no decay: T": T}, "length T (tokens)", "G_T", "growth with length", xscale="log",
+    figures.lines(axes[0, 0], T.tolist(), curves | {"no decay: T": T}, "length T (tokens)", "G_T",
+                  "growth with length", xscale="log",
                   yscale="log")
     bins = (torch.arange(len(found[0].histogram)) + 0.5) / len(found[0].histogram)
     figures.lines(axes[0, 1], bins.tolist(), {f"{i}: {f.name[-24:]}": f.histogram * 100 for i, f in enumerate(shown)},

@@ -31,13 +31,15 @@ def attention(scan: Scan, reorder: bool = True, max_bytes: int = MATRIX_BYTES) -
     n = scan.A.shape[1]
     size = scan.u.element_size() * b * e * l * l
     if size > max_bytes:
-        raise ValueError(f"{b} x {e} matrices of {l} x {l} take {size:,} bytes, more than max_bytes = {max_bytes:,}: choose "
+        raise ValueError(f"{b} x {e} matrices of {l} x {l} take {size:,} bytes, more than max_bytes = "
+                         f"{max_bytes:,}: choose "
                          f"fewer channels (scan.take), a shorter input, or raise max_bytes")
     S = scan.delta.cumsum(-1)  # (b e l)
     span = S[..., :, None] - S[..., None, :]  # (b e i j)
     causal = torch.ones(l, l, dtype=torch.bool, device=S.device).tril()
     if scan.seq_idx is not None:
-        document = torch.cat([S.new_zeros(b, 1), (scan.seq_idx[:, 1:] != scan.seq_idx[:, :-1]).to(S.dtype)], 1).cumsum(1)
+        changes = (scan.seq_idx[:, 1:] != scan.seq_idx[:, :-1]).cumsum(1)
+        document = torch.nn.functional.pad(changes, (1, 0))  # (b l)
         causal = causal & (document[:, None, :, None] == document[:, None, None, :])
     span = span.masked_fill(~causal, 0.0)
     C, B = scan.read(), scan.write()  # (b e l n)
@@ -73,7 +75,7 @@ def scan_output(scan: Scan) -> Tensor:
 
 
 def implicit_attention(scan: Scan, reorder: bool = True) -> Tensor:
-    """F (b e l l): alpha with the convolution, its SiLU and the gate folded in; the skip D and the bias are left out."""
+    """F (b e l l): alpha with the convolution, its SiLU and the gate folded in, without skip D and bias."""
     if scan.conv is None:
         raise ValueError(f"{scan.name} has no causal convolution in front of its scan; `attention` is all there is")
     l, taps = scan.u.shape[-1], scan.conv.weight.shape[1]
@@ -99,7 +101,7 @@ def class_row(scan: Scan, token: int, missing_decay: bool = False) -> Tensor:
     for half, row in ((range(e), token), (range(e, 2 * e), l - 1 - token)):
         part = scan.take(half)
         if missing_decay:
-            part.delta = torch.cat([part.delta[..., :row], torch.zeros_like(part.delta[..., :1]), part.delta[..., row + 1:]], -1)
+            part.delta = part.delta.index_fill(-1, torch.tensor([row], device=part.delta.device), 0.0)
         weights = attention_row(part, row)
         parts.append(weights.masked_fill(torch.arange(l, device=weights.device) == row, 0.0))
     return parts[0] + parts[1].flip(-1)
@@ -158,7 +160,7 @@ def probe(subject):
     finding.figures["token_maps"] = figure
     if diagonal:
         finding.figures["channels"] = _channel_figure(diagonal, subject)
-    rows = [(key, i, j, f"{float(m[i, j]):.6g}") for key, m in maps.items() for i in (len(m) - 1,) for j in range(len(m))]
+    rows = [(key, len(m) - 1, j, f"{float(w):.6g}") for key, m in maps.items() for j, w in enumerate(m[-1])]
     finding.tables["last_row"] = (("layer", "reader", "read", "weight"), rows)
     return finding
 
@@ -199,7 +201,8 @@ def golden_hidden_attention(case) -> dict[str, Tensor]:
     if both:
         mixer = VimMixer(**official_mixer_arguments(**kwargs))
     else:
-        ours = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "bimamba_type", "if_divide_out",
+        ours = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "bimamba_type",
+                                                             "if_divide_out",
                                                              "init_layer_scale")}
         mixer = Mamba(**ours)
     with tap(mixer, keep_graph=True) as scans:

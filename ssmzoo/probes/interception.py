@@ -43,7 +43,7 @@ def operators(model: nn.Module, **replacements: Callable) -> Iterator[None]:
 
 
 class Whereabouts:
-    """Name of the innermost module of a model whose forward is running: `with Whereabouts(model) as at: ... at.name`."""
+    """The innermost module of a model whose forward is running: `with Whereabouts(model) as at: ... at.name`."""
 
     def __init__(self, model: nn.Module):
         self.model, self.path, self.hooks = model, [], []

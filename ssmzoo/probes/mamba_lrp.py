@@ -51,15 +51,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y if weight is None else y * weight
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: tuple[int, ...] = (-1,)) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: tuple[int, ...]) -> Tensor:
     x = x - x.mean(dims, keepdim=True)
     y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt().detach()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
-def gamma_rule(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
-               gamma: float) -> Tensor:
+def gamma_rule(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor,
+               bias: Tensor | None, gamma: float) -> Tensor:
     """z = linear(x, W, b), with positive and negative contributions weighted unequally in the backward pass."""
     z = linear(x, weight, bias)
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
@@ -120,7 +120,8 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
     """
     unknown = set(on) - set(KNOWN)
     if unknown or set(constants) - {"A", "B", "C"}:
-        raise ValueError(f"on = {sorted(on)}, constants = {sorted(constants)}; rules are {', '.join(KNOWN)}, constants A, B, C")
+        raise ValueError(f"on = {sorted(on)}, constants = {sorted(constants)}; rules are {', '.join(KNOWN)}, "
+                         f"constants A, B, C")
 
     def scan(call, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
              initial_state=None, seq_idx=None):
@@ -208,8 +209,8 @@ def constant_scan(call, u, delta, A, B, C, D, constants: Collection[str], option
 
 
 class Relevance(NamedTuple):
-    """relevance (b l) of every position | gradient (b l d) it was made with | logit (b) explained | logits (b classes) |
-    absorbed: what the biases of the model kept for themselves, summed over the batch."""
+    """relevance (b l) of every position | gradient (b l d) it was made with | logit (b) explained | logits (b
+    classes) | absorbed: what the biases of the model kept for themselves, summed over the batch."""
 
     relevance: Tensor
     gradient: Tensor
@@ -250,7 +251,8 @@ def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings
     return Relevance((leaf * gradient).sum(-1).detach(), gradient, logit.detach(), logits.detach(), absorbed)
 
 
-def integrated_gradients(function, embeddings: Tensor, target: Tensor, steps: int = 32, baseline: Tensor | None = None) -> Tensor:
+def integrated_gradients(function, embeddings: Tensor, target: Tensor, steps: int = 32,
+                         baseline: Tensor | None = None) -> Tensor:
     """Attribution (b l) along the straight line from `baseline` (zeros) to the embeddings.
 
     Midpoint rule in s with the place s^3 on the line: norms turn over close to zero, where even steps would miss it.
@@ -306,7 +308,7 @@ def _golden_mixer(case) -> dict[str, Tensor]:
     mixer["if_divide_out"] = mixer.pop("if_devide_out", False)
     mixer.setdefault("bimamba_type", "v2")
     detach = set(kwargs.get("params_to_detach", ("A", "B", "C", "z")))
-    on = {NAMES[name] for name in kwargs.get("layer_transforms", ())} | ({"gate"} if "z" in detach else set()) | {"scan"}
+    on = {"scan", *(NAMES[name] for name in kwargs.get("layer_transforms", ())), *(["gate"] if "z" in detach else [])}
     block = nn.Sequential()
     block.add_module("norm", RMSNorm(mixer["d_model"]))
     block.add_module("mixer", VimMixer(**official_mixer_arguments(**mixer)))

@@ -42,7 +42,7 @@ def memory_length(weights: Tensor, share: float = SHARE) -> Tensor:
 
 @torch.no_grad()
 def channel_memory(scan: Scan, rows: int = 4, share: float = SHARE, chunk: int = 64) -> Tensor:
-    """Memory (e) of every channel, mean over the batch and over `rows` read-outs in the last quarter of the sequence."""
+    """Memory (e) of every channel, mean over the batch and over `rows` places in the last quarter of the sequence."""
     l = scan.u.shape[-1]
     reads = torch.linspace(3 * l // 4, l - 1, max(1, min(rows, l - 3 * l // 4))).long().tolist()
     out = []
@@ -54,7 +54,8 @@ def channel_memory(scan: Scan, rows: int = 4, share: float = SHARE, chunk: int =
 
 
 def gradient_influence(entry: Entry, probes: int = 8, seed: int = 0) -> Influence:
-    """|d <v, logits at the last position> / d value at every lag|, mean over `probes` random directions v and the batch."""
+    """|d <v, log-probabilities at the last position> / d value at every lag|, mean over the batch and over `probes`
+    random directions v."""
     generator = torch.Generator().manual_seed(seed)
     total: Tensor | float = 0.0
     with torch.enable_grad():
@@ -97,7 +98,8 @@ def probe(subject):
 
     finding, by_layer = Finding(), {}
     if any(hasattr(m, "A_log") or hasattr(m, "A_logs") for m in subject.model.modules()):
-        with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans:
+        with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2,
+                                  max_bytes=subject.max_bytes) as scans:
             subject.model(subject.inputs[:2])
         by_layer = {f"{i}: {s.name}": channel_memory(s) for i, s in enumerate(scans) if isinstance(s, Scan)}
     for name, memory in by_layer.items():
@@ -109,7 +111,8 @@ def probe(subject):
         edges = torch.logspace(0, torch.log10(torch.tensor(float(longest))), 21).tolist()
         shares = {n: (m[:, None] + 1 <= torch.tensor(edges)).double().mean(0) * 100 for n, m in by_layer.items()}
         shown = list(shares)[:: max(1, len(shares) // 7)][:7]
-        figures.lines(axes[0, 0], edges, {n: shares[n] for n in shown}, "memory + 1 (tokens)", "channels with at most that (%)",
+        figures.lines(axes[0, 0], edges, {n: shares[n] for n in shown}, "memory + 1 (tokens)",
+                      "channels with at most that (%)",
                       "memory of channels", xscale="log")
         finding.tables["channels"] = (("layer", "channel", "memory (tokens)"), [
             (n, i, f"{float(v):.2f}") for n, m in by_layer.items() for i, v in enumerate(m)])
@@ -128,7 +131,8 @@ def probe(subject):
         finding.tables["influence"] = (("lag (tokens)", "gradient (relative)", "substitution (nats)"), [
             (t, f"{float(influence.curve[t]):.4g}", f"{float(c):.4g}") for t, c in zip(lags, change)])
         relative = change / change.max().clamp(min=1e-30)
-        figures.lines(axes[0, 1], [t + 1 for t in lags], {"gradient": influence.curve[lags], "substitution (KL)": relative},
+        curves = {"gradient": influence.curve[lags], "substitution (KL)": relative}
+        figures.lines(axes[0, 1], [t + 1 for t in lags], curves,
                       "lag + 1 (tokens)", "influence, largest = 1", "memory of the model", xscale="log", yscale="log")
     finding.figures["memory"] = figure
     return finding

@@ -229,20 +229,22 @@ def probe(subject):
     names = [n for n in dict.fromkeys(s.name for s in scans) if seen[n].ndim == 3 and seen[n].is_floating_point()][:5]
     if not names:
         raise ValueError(f"{type(subject.model).__name__} has no mixer of sequences (b l d) to take along a ray")
-    curves = {n: chebyshev(layer_along_ray(subject.model.get_submodule(n), seen[n] / seen[n].abs().max()), 24) for n in names}
+    rays = {n: layer_along_ray(subject.model.get_submodule(n), seen[n] / seen[n].abs().max()) for n in names}
+    curves = {n: chebyshev(ray, 24) for n, ray in rays.items()}
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 3))
     curves["simplified S6, 8 tokens"] = chebyshev(lambda s: random_layer("s6", 3, 2)(s * x)[-1, 0], 24)
     curves["linear attention"] = chebyshev(lambda s: random_layer("linear_attention", 3, 2)(s * x)[-1, 0], 24)
     finding = Finding({f"{n}: last coefficient above 1e-6": str(degree_above(c)) for n, c in curves.items()})
     for tokens in (8, 64, 512):
-        s = separation(tokens)
-        finding.summary[f"layers of linear attention to couple {tokens} tokens"] = f"at least {max(s.by_degree, s.by_tokens)}"
+        least = max(separation(tokens)[1:3])
+        finding.summary[f"layers of linear attention to couple {tokens} tokens"] = f"at least {least}"
     figure, axes = figures.canvas(1, 1, (6, 4))
     figures.lines(axes[0, 0], range(24), {n: np.maximum(c, 1e-18) for n, c in curves.items()}, "degree",
                   "|Chebyshev coefficient|, largest = 1", "layers along a ray of their input", yscale="log")
     finding.figures["polynomial"] = figure
-    finding.tables["coefficients"] = (("degree", *curves), [(i, *(f"{c[i]:.3e}" for c in curves.values())) for i in range(24)])
+    finding.tables["coefficients"] = (("degree", *curves), [
+        (i, *(f"{c[i]:.3e}" for c in curves.values())) for i in range(24)])
     return finding
 
 
@@ -275,8 +277,8 @@ def separation(tokens: int, order: int = 1) -> Separation:
 
 def regression(kind: str, factors: int, layers: int = 1, length: int = 6, d: int = 16, n: int = 8, steps: int = 600,
                batch: int = 64, lr: float = 3e-3, seed: int = 0) -> float:
-    """Test error of learning y = x_1 x_2 ... x_factors (entries +-1, shown in channel 0 with their place in the others):
-    mean squared error over the target's variance, 1 when nothing was learned.
+    """Test error of learning y = x_1 x_2 ... x_factors (entries +-1, embedded linearly, with learned positions): mean
+    squared error over the target's variance, 1 when nothing was learned.
 
     kind  "linear_attention" or "s6", both residual and bare (ssmzoo.layers.dsf), at equal width
     """
@@ -284,7 +286,8 @@ def regression(kind: str, factors: int, layers: int = 1, length: int = 6, d: int
 
     from ssmzoo.layers.dsf import S6, LinearAttention
 
-    make = {"s6": lambda: S6(d, n, dt_rank=d, dt_min=0.05, dt_max=1.0), "linear_attention": lambda: LinearAttention(d, d)}
+    make = {"s6": lambda: S6(d, n, dt_rank=d, dt_min=0.05, dt_max=1.0),
+            "linear_attention": lambda: LinearAttention(d, d)}
     if kind not in make or not 1 <= factors <= length:
         raise ValueError(f"kind is one of {', '.join(make)} (got {kind!r}) and 1 <= factors <= length = {length} (got "
                          f"{factors})")

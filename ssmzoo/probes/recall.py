@@ -63,7 +63,8 @@ def _second(model, first: Tensor, filler: Tensor, second: Tensor, given: int, de
     out = model(ids)
     logits = out.logits if hasattr(out, "logits") else out
     if logits.shape[-1] <= int(ids.max()):
-        raise ValueError(f"the model answers with {logits.shape[-1]} classes, fewer than its tokens: it names no tokens, so "
+        raise ValueError(f"the model answers with {logits.shape[-1]} classes, fewer than its tokens: it names no "
+                         f"tokens, so "
                          f"recall does not apply to it")
     logits = logits[:, ids.shape[1] - second.shape[1] + given - 1 : -1]
     wanted = second[:, given:].to(device)
@@ -90,7 +91,8 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
 
     if subject.is_image or subject.vocab_size is None:
-        raise ValueError("recall asks for tokens to be named again: it applies to language models, not to image models or "
+        raise ValueError("recall asks for tokens to be named again: it applies to language models, not to image "
+                         "models or "
                          "models of automata")
     longest = subject.inputs.shape[1] if subject.text is None else min(1024, len(subject.text) - 1)
     distances = sorted({d for d in (0, 4, 16, 64, 128, 256, 512, 1024) if d <= longest})
@@ -101,15 +103,18 @@ def probe(subject):
         gain = curve.novel_loss - curve.loss
         finding.summary[f"{name}: accuracy at distance {distances[0]} and {distances[-1]} (%)"] = \
             f"{float(curve.accuracy[0]):.1f}, {float(curve.accuracy[-1]):.1f}"
-        finding.summary[f"{name}: gain over a novel pattern (nats per token)"] = f"{float(gain[0]):.2f}, {float(gain[-1]):.2f}"
-        finding.tables[name] = (("distance (tokens)", "accuracy (%)", "loss (nats)", "loss of a novel pattern (nats)"), [
+        ends = f"{float(gain[0]):.2f}, {float(gain[-1]):.2f}"
+        finding.summary[f"{name}: gain over a novel pattern (nats per token)"] = ends
+        finding.tables[name] = (("distance (tokens)", "accuracy (%)", "loss (nats)", "novel pattern's loss (nats)"), [
             (d, f"{a:.2f}", f"{x:.4f}", f"{n:.4f}") for d, a, x, n in zip(distances, *(v.tolist() for v in curve[1:]))])
     figure, axes = figures.canvas(1, 2, (4.4, 3.4))
     x = [d + 1 for d in distances]
-    figures.lines(axes[0, 0], x, {"copy": copy.accuracy, "recall": pair.accuracy}, "distance + 1 (tokens)", "accuracy (%)",
+    figures.lines(axes[0, 0], x, {"copy": copy.accuracy, "recall": pair.accuracy}, "distance + 1 (tokens)",
+                  "accuracy (%)",
                   "right tokens", xscale="log", ylim=(-3, 103))
     figures.lines(axes[0, 1], x, {"copy": copy.novel_loss - copy.loss, "recall": pair.novel_loss - pair.loss},
-                  "distance + 1 (tokens)", "loss of a novel minus of a seen pattern (nats)", "what was gained", xscale="log")
+                  "distance + 1 (tokens)", "loss of a novel minus of a seen pattern (nats)", "what was gained",
+                  xscale="log")
     finding.figures["recall"] = figure
     return finding
 

@@ -24,7 +24,8 @@ class Field(NamedTuple):
 def receptive_field(model: nn.Module, images: Tensor) -> Field:
     """images (b c y x); the model must offer forward_features, as every image model of the zoo does."""
     if not hasattr(model, "forward_features") or images.ndim != 4:
-        raise ValueError(f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an image model "
+        raise ValueError(f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an "
+                         f"image model "
                          f"with forward_features and images (batch, channels, height, width)")
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
@@ -66,7 +67,8 @@ def probe(subject):
                        for share, side in field.shares.items()})
     finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in field.shares.items()])
     figure, axes = figures.canvas(1, 1, (4.2, 3.6))
-    figures.heat(figure, axes[0, 0], (field.map + 1e-6).log10(), "x (pixels)", "y (pixels)", "effective receptive field",
+    figures.heat(figure, axes[0, 0], (field.map + 1e-6).log10(), "x (pixels)", "y (pixels)",
+                 "effective receptive field",
                  label="log10 |gradient|, largest = 0")
     finding.figures["receptive_field"] = figure
     return finding

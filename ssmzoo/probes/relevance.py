@@ -27,7 +27,8 @@ def probe(subject):
         raise ValueError(f"target {subject.target} is no answer of the model, which has {logits.shape[1]}")
     lrp = relevance(entry.logits, subject.model, entry.values, target)
     finding = Finding({"explained": f"{subject.answer(int(target[0]))} (logit {float(lrp.logit[0]):.4g})",
-                       "relevances": f"{float(lrp.relevance.sum()):.6g}", "absorbed by biases": f"{float(lrp.absorbed):.6g}",
+                       "relevances": f"{float(lrp.relevance.sum()):.6g}",
+                       "absorbed by biases": f"{float(lrp.absorbed):.6g}",
                        "sum of logits": f"{float(lrp.logit.sum()):.6g}",
                        "conservation error": f"{lrp.conservation_error():.1e}"})
     scores = {}
@@ -53,7 +54,8 @@ def probe(subject):
     finding.tables["scores"] = (("place", "token", *names), [
         (i, "" if subject.is_image else subject.token(i), *(f"{float(scores[m][0, i]):.6g}" for m in names))
         for i in range(entry.values.shape[1])])
-    finding.tables["deletion"] = (("removed (%)", *(f"{m} {k}" for m in names for k in ("most first", "least first"))), [
+    columns = [f"{m} {k}" for m in names for k in ("most first", "least first")]
+    finding.tables["deletion"] = (("removed (%)", *columns), [
         (f, *(f"{float(v[i]):.6g}" for m in names for v in (curves[m].most_first, curves[m].least_first)))
         for i, f in enumerate(share)])
     return finding

@@ -88,7 +88,8 @@ class Scan:
         """The same scan with fewer channels, given by their place in `channels`."""
         at = torch.as_tensor(list(channels), device=self.u.device)
         if at.numel() and not -len(self.channels) <= int(at.min()) <= int(at.max()) < len(self.channels):
-            raise ValueError(f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, numbered "
+            raise ValueError(f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, "
+                             f"numbered "
                              f"from 0")
         cut = {k: None if v is None else v[:, at] for k, v in (("z", self.z), ("initial_state", self.initial_state))}
         conv = self.conv and Convolution(self.conv.x[:, at], self.conv.weight[at],

@@ -42,7 +42,7 @@ def io_spectrum(x_proj: Tensor, dt_rank: int) -> Tensor:
 
 
 def judge(eigenvalues: Tensor) -> str:
-    """The paper's rule: all negative convergent, all positive divergent; between them, mixed (tokens diverge as well)."""
+    """The paper's rule: all negative convergent, all positive divergent; between them mixed, which diverges too."""
     if bool((eigenvalues < 0).all()):
         return "convergent"
     return "divergent" if bool((eigenvalues > 0).all()) else "mixed"
@@ -57,7 +57,8 @@ def criterion(model: nn.Module) -> list[Criterion]:
             share = (values > 0).double().mean().item()
             found.append(Criterion(name, k, values, share, judge(values)))
     if not found:
-        raise ValueError(f"{type(model).__name__} has no scan with an x_proj, which the criterion is made of; trajectories "
+        raise ValueError(f"{type(model).__name__} has no scan with an x_proj, which the criterion is made of; "
+                         f"trajectories "
                          f"of token norms work for any model with blocks")
     return found
 
@@ -144,7 +145,8 @@ def probe(subject):
         (c.name, c.direction, c.scenario, f"{c.positive:.3f}", f"{c.eigenvalues[0]:.5g}", f"{c.eigenvalues[-1]:.5g}")
         for c in found])
     finding.tables["norms"] = (("block", "5 %", "median", "95 %", "mean cosine between tokens"), [
-        (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}") for n, v, a in zip(names, norms, alike)])
+        (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}")
+        for n, v, a in zip(names, norms, alike)])
     figure, axes = figures.canvas(1, 3, (4, 3.4))
     depth = list(range(len(names)))
     for i, c in enumerate(found):
@@ -158,7 +160,8 @@ def probe(subject):
     axes[0, 0].legend(fontsize=7)
     figures.lines(axes[0, 1], depth, {f"{q} %": [float(v.quantile(q / 100)) for v in norms] for q in (5, 50, 95)},
                   "block", "norm of the residual stream", "token norms over depth")
-    figures.lines(axes[0, 2], depth, {"mean over pairs": alike}, "block", "cosine between tokens", "similarity over depth")
+    figures.lines(axes[0, 2], depth, {"mean over pairs": alike}, "block", "cosine between tokens",
+                  "similarity over depth")
     finding.figures["token_dynamics"] = figure
     return finding
 
@@ -183,7 +186,8 @@ def golden_token_dynamics(case) -> dict[str, Tensor]:
     if "scores" in case.inputs:
         P = soft_sort(case.inputs["scores"], kwargs.get("tau", 1.0), kwargs.get("pow", 1.0), kwargs.get("hard", False))
         return {"P": P}
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "conv_bias", "device", "dtype")}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "conv_bias", "device",
+                                                           "dtype")}
     mixer = MambaVisionMixer(**kwargs)
     state = {k.replace("imporantness", "importance"): v for k, v in case.params.items()}
     return {"y": torch.func.functional_call(mixer, state, (case.inputs["x"],))}
