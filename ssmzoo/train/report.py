@@ -32,7 +32,7 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
     if train:
         steps, values = zip(*train)
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
-        smooth, weight = [], min(0.95, max(0.0, 1 - 10 / len(values)))
+        smooth, weight = [], min(0.95, max(0.0, 1 - 25 / len(values)))
         for value in values:
             smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
         axes.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="training loss")
