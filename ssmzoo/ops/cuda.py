@@ -36,8 +36,13 @@ def load(module: str, name: str):
     except Exception as error:  # ImportError or OSError for an undefined symbol, or anything else
         first_line = str(error).strip().partition("\n")[0]
         reason = f"{package} is installed but broken ({type(error).__name__}: {first_line}); reinstall it"
-    warnings.warn(f"{reason}. The next backend serves.", RuntimeWarning, stacklevel=2)
+    _tell(f"{reason}. The next backend serves.")
     return None, reason
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def missing(package: str) -> str | None:
@@ -47,6 +52,11 @@ def missing(package: str) -> str | None:
     except (ImportError, ValueError):  # a module without a spec
         found = False
     return None if found else f"{INSTALL[package]} is not installed"
+
+
+def why_broken(module: str, name: str):
+    """For the table of backends: the reason without the function."""
+    return lambda: load(module, name)[1]
 
 
 def _refuses(module: str, name: str, *tensors: Tensor | None) -> str | None:
@@ -93,7 +103,8 @@ def why_not_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
     return _same_dtype(u=u, delta=delta, z=z, **varying) or _refuses(*SCAN, u, delta, A, B, C, D, z, delta_bias)
 
 
-@selective_scan_fn.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_scan)
+@selective_scan_fn.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_scan,
+                            broken=why_broken(*SCAN))
 def selective_scan_cuda(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
                         return_last_state=False, *, initial_state=None, seq_idx=None):
     B, C = (M.float() if M.ndim == 2 else M for M in (B, C))
@@ -111,7 +122,8 @@ def why_not_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt
     return _refuses(*UPDATE, *given)
 
 
-@selective_state_update.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_state_update)
+@selective_state_update.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_state_update,
+                                 broken=why_broken(*UPDATE))
 def selective_state_update_cuda(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
     return load(*UPDATE)[0](state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
 
@@ -127,7 +139,8 @@ def why_not_ssd(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, in
             or _refuses(*SSD, x, dt, A, B, C, D, z, dt_bias, initial_states))
 
 
-@mamba_chunk_scan_combined.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_ssd)
+@mamba_chunk_scan_combined.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_ssd,
+                                    broken=why_broken(*SSD))
 def mamba_chunk_scan_cuda(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None,
                           seq_idx=None, dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
     chunk_size = min(256, max(16, 1 << chunk_size.bit_length() - 1))  # theirs are powers of two
@@ -162,7 +175,8 @@ def why_not_conv(x, weight, bias=None, seq_idx=None, initial_states=None, return
     return _why_not_taps(weight, bias) or _refuses(*CONV, x, weight, bias, initial_states)
 
 
-@causal_conv1d_fn.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv)
+@causal_conv1d_fn.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv,
+                           broken=why_broken(*CONV))
 def causal_conv1d_cuda(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
                        final_states_out=None, activation=None):
     first = initial_states
@@ -182,7 +196,8 @@ def why_not_conv_update(x, conv_state, weight, bias=None, activation=None, cache
             or _refuses(*CONV_UPDATE, x, conv_state, weight, bias))
 
 
-@causal_conv1d_update.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv_update)
+@causal_conv1d_update.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv_update,
+                               broken=why_broken(*CONV_UPDATE))
 def causal_conv1d_update_cuda(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
     places = None if cache_seqlens is None else cache_seqlens.int()
     return load(*CONV_UPDATE)[0](x, conv_state, weight, bias, activation, places)

@@ -41,6 +41,8 @@ class Backend:
     device       "cpu" or "cuda" when it serves only that, None for any
     missing      why it cannot run on this machine at all ("triton is not installed"), None when it can
     unsupported  function of the operator's arguments: why it cannot serve this call, None when it can
+    broken       function without arguments for the table alone: why an install does not work, None when it does; for
+                 what takes too long to find out when ssmzoo is imported, and is found by `unsupported` otherwise
     """
 
     name: str
@@ -48,6 +50,7 @@ class Backend:
     device: str | None = None
     missing: str | None = None
     unsupported: Callable[..., str | None] | None = None
+    broken: Callable[[], str | None] | None = None
 
     def objection(self, args: tuple, kwargs: dict) -> str | None:
         if self.missing is not None:
@@ -85,13 +88,13 @@ def op(reference: Callable | None = None, *, check: Callable | None = None):
         return _choose(reference.__name__, backends, args, kwargs)(*args, **kwargs)
 
     def register(name: str, *, device: str | None = None, missing: str | None = None,
-                 unsupported: Callable | None = None):
+                 unsupported: Callable | None = None, broken: Callable[[], str | None] | None = None):
         """Register an implementation with the operator's signature; see Backend for the arguments."""
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
 
         def keep(function: Callable) -> Callable:
-            backends[name] = Backend(name, function, device, missing, unsupported)
+            backends[name] = Backend(name, function, device, missing, unsupported, broken)
             ordered = sorted(backends.values(), key=lambda b: BACKENDS.index(b.name))
             backends.clear()
             backends.update((b.name, b) for b in ordered)
@@ -138,6 +141,8 @@ def backend_table() -> list[BackendRow]:
             reason = f"no {backend_name} kernel for this operator" if b is None else b.missing
             if reason is None and b.device == "cuda" and not torch.cuda.is_available():
                 reason = "no CUDA device"
+            if reason is None and b.broken is not None:
+                reason = b.broken()
             rows.append(BackendRow(name, backend_name, reason is None, reason or ""))
     return rows
 
