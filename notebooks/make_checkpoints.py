@@ -1,6 +1,6 @@
-"""Train the three small models that the notebooks look into (a few minutes on a laptop), weights and manifest only.
+"""Train the small models that the notebooks look into (a few minutes on a laptop), weights and manifest only.
 
-    python notebooks/make_checkpoints.py [language image automaton]
+    python notebooks/make_checkpoints.py [language image]
 """
 
 import subprocess
@@ -16,8 +16,6 @@ RECIPES = {
               "trainer.val_check_interval=110"],
     "language": ["model=mamba", "model.d_model=64", "model.n_layer=3", "data.seq_len=128", "trainer.max_steps=500",
                  "trainer.val_check_interval=250"],
-    "automaton": ["model=sd_ssm", "model.state_size=16", "data.language=parity", "trainer.max_steps=400",
-                  "trainer.val_check_interval=200"],
 }
 
 

@@ -56,7 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def expressivity(module, folder: Path, out: Path, command: str) -> int:
-    found = module.run(folder, out)
+    from omegaconf import OmegaConf
+
+    from ssmzoo.train.checkpoint import load_model
+
+    model, manifest = load_model(folder)
+    found = module.run(model, OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"], out)
     figures = "\n".join(f"![{f.stem}]({f.name})" for f in found.figures)
     (out / "summary.md").write_text(f"# expressivity\n\n`{command}`\n\n{found.text}\n\n{figures}\n", encoding="utf-8")
     print(f"{found.text}\nwritten to {out}")

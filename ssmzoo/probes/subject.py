@@ -84,10 +84,10 @@ class Finding:
 
 @cache
 def probes() -> dict[str, str]:
-    """{name: first sentence} of every file here with a top-level `probe(subject)` (or `run(ckpt, out)`)."""
+    """{name: first sentence} of every file here with a top-level `probe(subject)` (or `run(model, data, out_dir)`)."""
     found = {}
     for file in sorted(Path(__file__).parent.glob("*.py")):
         source = file.read_text(encoding="utf-8")
-        if re.search(r"^def (probe\(subject|run\(ckpt)", source, re.MULTILINE):
+        if re.search(r"^def (probe\(subject|run\(model)", source, re.MULTILINE):
             found[file.stem] = re.match(r'"""(.*?)[\n"]', source).group(1)
     return found
