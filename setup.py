@@ -35,5 +35,5 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(packages=["ssmzoo.benchmarks", "ssmzoo.configs", *find_packages(include=["ssmzoo", "ssmzoo.*"])], distclass=PlatformDistribution,
-      cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel})
+setup(packages=["ssmzoo.benchmarks", "ssmzoo.configs", *find_packages(include=["ssmzoo", "ssmzoo.*"])],
+      distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel})
