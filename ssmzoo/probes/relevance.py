@@ -26,7 +26,7 @@ def probe(subject):
     if int(target.max()) >= logits.shape[1] or int(target.min()) < 0:
         raise ValueError(f"target {subject.target} is no answer of the model, which has {logits.shape[1]}")
     lrp = relevance(entry.logits, subject.model, entry.values, target)
-    finding = Finding({"explained": f"{subject.answer(int(target[0]))} (logit {float(lrp.logit[0]):.4g})",
+    finding = Finding({"explained": f"'{subject.answer(int(target[0]))}' (logit {float(lrp.logit[0]):.4g})",
                        "relevances": f"{float(lrp.relevance.sum()):.6g}",
                        "absorbed by biases": f"{float(lrp.absorbed):.6g}",
                        "sum of logits": f"{float(lrp.logit.sum()):.6g}",
