@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.scenario import choose_scenario
 from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
 from ssmzoo.ops import causal_conv1d_fn, mamba_step, selective_scan_fn
 
@@ -41,6 +42,8 @@ class Mamba(nn.Module):
     dt_min, dt_max, dt_init_floor      range of the initial time step, in tokens
     dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
     conv_bias, bias      biases of the convolution and of the input and output projections
+    scenario             what tokens do along depth, by a parametrised x_proj (see ssmzoo.layers.scenario): "divergent"
+                         excludes their convergence to the origin; None leaves it free
     in_proj, out_proj    modules to use instead of the linear projections (d -> 2e, x before z; e -> d)
 
     A layer whose projections return more than a tensor (experts and their losses) subclasses, passes its own modules
@@ -50,7 +53,7 @@ class Mamba(nn.Module):
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
                  dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
                  dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
-                 in_proj: nn.Module | None = None, out_proj: nn.Module | None = None):
+                 scenario: str | None = None, in_proj: nn.Module | None = None, out_proj: nn.Module | None = None):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         if min(d_model, d_state, d_conv, self.d_inner) < 1:
@@ -70,6 +73,8 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = out_proj or nn.Linear(e, d_model, bias=bias)
         self.reset_parameters()
+        if scenario is not None:
+            choose_scenario(self, scenario)
 
     def reset_parameters(self) -> None:
         """W_dt and b_dt as above, A = -1 .. -n, D = 1; other projections and the convolution keep torch's default."""

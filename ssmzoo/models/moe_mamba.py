@@ -162,7 +162,7 @@ class MoEMambaLM(DecoderLM):
     router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; or
                      expert_choice, every expert taking top_k / n_experts of the tokens at each time step over the
                      batch: for training and scoring in batches, not for decoding
-    d_state, expand  of Mamba
+    d_state, expand, scenario        of Mamba (ssmzoo.layers.mamba.Mamba)
 
     Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
     """
@@ -171,7 +171,8 @@ class MoEMambaLM(DecoderLM):
                  d_expert: int | None = None, arrangement: str = "interleaved", inner_moe=PROJECTIONS,
                  moe_every: int = 1, expert: str = "relu", router: str = "token_choice", top_k: int = 1,
                  capacity_factor: float | None = 1.0, eval_capacity_factor: float | None = None,
-                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, d_state: int = 16, expand: float = 2):
+                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, d_state: int = 16, expand: float = 2,
+                 scenario: str | None = None):
         check_sizes(vocab_size=vocab_size, d_model=d_model, n_blocks=n_blocks, n_experts=n_experts,
                     d_expert=1 if d_expert is None else d_expert, moe_every=moe_every, top_k=top_k)
         if arrangement not in ARRANGEMENTS:
@@ -182,7 +183,7 @@ class MoEMambaLM(DecoderLM):
             raise ValueError(f"inner_moe must name some of {', '.join(PROJECTIONS)}; got {list(inner_moe)}")
         moe = moe_factory(n_experts, 3 * d_model if d_expert is None else d_expert, expert, router, top_k,
                           capacity_factor, eval_capacity_factor, balance_weight, z_loss_weight)
-        mamba = dict(d_state=d_state, expand=expand)
+        mamba = dict(d_state=d_state, expand=expand, scenario=scenario)
 
         def block(i: int) -> Block:
             experts_here = arrangement != "none" and (i + 1) % moe_every == 0
