@@ -8,7 +8,6 @@ layer's own arguments behind it. The exchange holds for the process, not for one
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -26,20 +25,30 @@ def operators(model: nn.Module, **replacements: Callable) -> Iterator[None]:
     homes = {c.__module__ for m in model.modules() for c in type(m).__mro__}
     homes |= {name for name in sys.modules if name.startswith(("ssmzoo.layers.", "ssmzoo.models."))}
     homes = [sys.modules[name] for name in homes if name in sys.modules and not name.startswith("torch.")]
-    undo = []
-    try:
+    with contextlib.ExitStack() as stack:
         for name, function in replacements.items():
             original = getattr(ops, name)
-            wrapped = functools.partial(function, original)
             for home in homes:
                 for alias, value in list(vars(home).items()):
                     if value is original:
-                        undo.append((home, alias, original))
-                        setattr(home, alias, wrapped)
+                        stack.enter_context(exchanged(home, alias, function))
+        yield
+
+
+@contextlib.contextmanager
+def exchanged(owner, name: str, function: Callable) -> Iterator[None]:
+    """Within the block, `owner.name` (a function of a module, a method of a class) is served by `function`, which
+    receives the original first."""
+    original = getattr(owner, name)
+
+    def serve(*args, **kwargs):
+        return function(original, *args, **kwargs)
+
+    setattr(owner, name, serve)
+    try:
         yield
     finally:
-        for home, alias, original in undo:
-            setattr(home, alias, original)
+        setattr(owner, name, original)
 
 
 class Whereabouts:
@@ -66,3 +75,7 @@ class Whereabouts:
     @property
     def module(self) -> nn.Module:
         return self.path[-1][1] if self.path else self.model
+
+    def around(self, depth: int = 1) -> tuple[str, nn.Module]:
+        """Name and module whose forward called the present one (depth 1), or the caller's caller (2), ..."""
+        return self.path[-1 - depth] if len(self.path) > depth else ("", self.model)
