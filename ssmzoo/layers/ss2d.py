@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.image_mlp import activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
-from ssmzoo.ops import cross_merge, cross_scan, mamba_chunk_scan_combined, selective_scan_fn
+from ssmzoo.ops import cross_merge, cross_scan, cross_selective_scan, mamba_chunk_scan_combined, selective_scan_fn
 
 SCANS = ("cross", "unidirectional", "bidirectional", "cascade")
 
@@ -54,6 +54,18 @@ def directional_scan(xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tenso
     returns     (b k e l)
     """
     return scan_steps(xs, *project_steps(xs, x_proj, A_log.shape[-1]), dt_proj, dt_bias, A_log, D, z)
+
+
+def cross_scan_in_parts(x: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+                        scans: str = "cross") -> Tensor:
+    """`cross_selective_scan` by the operators that it joins, so that whoever wants to see them (ssmzoo.probes) can."""
+    xs = cross_scan(x, scans)  # (b k e l)
+    dt, B, C = project_steps(xs, x_proj, A.shape[1])
+    delta = torch.matmul(dt_proj, dt)  # (b k e l)
+    ys = selective_scan_fn(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, D, delta_bias=dt_bias.flatten(),
+                           delta_softplus=True)
+    y = cross_merge(ys.unflatten(1, (4, -1)).unflatten(-1, x.shape[2:]), scans)  # (b e l)
+    return y.transpose(1, 2).unflatten(1, x.shape[2:])
 
 
 def init_directional_(module: nn.Module, rule: str = "mamba") -> None:
@@ -182,11 +194,10 @@ class SS2D(nn.Module):
         """(b e y x) -> the sum over the orders (b y x e)"""
         if self.scans == "cascade":
             return self._cascade(x)
-        ys = self.scan_orders(cross_scan(x, self.scans))
-        y = cross_merge(ys.unflatten(-1, x.shape[2:]), self.scans)  # (b e l)
-        return y.transpose(1, 2).unflatten(1, x.shape[2:])
+        return cross_selective_scan(x, self.x_proj_weight, self.dt_projs_weight, fp32(self.dt_projs_bias),
+                                    -torch.exp(fp32(self.A_logs)), fp32(self.Ds), self.scans)
 
-    def scan_orders(self, xs: Tensor, first: int = 0) -> Tensor:
+    def scan_orders(self, xs: Tensor, first: int) -> Tensor:
         """xs (b k e l) with the projections of the orders first .. first + k - 1 -> (b k e l)"""
         k, e = xs.shape[1:3]
         take = slice(first, first + k)
@@ -237,12 +248,15 @@ class HeadSS2D(SS2D):
         for linear in (self.in_proj, self.out_proj):
             nn.init.trunc_normal_(linear.weight, std=0.02)
 
-    def scan_orders(self, xs: Tensor, first: int = 0) -> Tensor:
+    def scan(self, x: Tensor) -> Tensor:
         k, h, n = 4, self.dt_rank, self.d_state
+        xs = cross_scan(x, self.scans)  # (b k e l)
         dt, B, C = torch.matmul(self.x_proj_weight, xs).split([h, n, n], dim=2)
         heads = xs.reshape(len(xs), k * h, -1, xs.shape[-1]).permute(0, 3, 1, 2)  # (b l kh p)
         y = mamba_chunk_scan_combined(
             heads, dt.flatten(1, 2).transpose(1, 2), -torch.exp(fp32(self.A_logs)).flatten(), B.permute(0, 3, 1, 2),
             C.permute(0, 3, 1, 2), 64, D=fp32(self.Ds).flatten(0, 1), dt_bias=fp32(self.dt_projs_bias).flatten(),
             dt_softplus=True)
-        return y.permute(0, 2, 3, 1).reshape(xs.shape)
+        ys = y.permute(0, 2, 3, 1).reshape(xs.shape)
+        y = cross_merge(ys.unflatten(-1, x.shape[2:]), self.scans)  # (b e l)
+        return y.transpose(1, 2).unflatten(1, x.shape[2:])

@@ -78,7 +78,7 @@ class RSSB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = x * self.skip_scale + self.drop_path(self.self_attention(self.ln_1(x)))
-        local = self.conv_blk(self.ln_2(z).permute(0, 3, 1, 2).contiguous())
+        local = self.conv_blk(self.ln_2(z).permute(0, 3, 1, 2))
         return z * self.skip_scale2 + local.permute(0, 2, 3, 1)
 
 
@@ -94,7 +94,7 @@ class ResidualGroup(nn.Module):
         y = x
         for block in self.residual_group["blocks"]:
             y = block(y)
-        return x + self.conv(y.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MambaIR(RestorationNet):

@@ -2,11 +2,13 @@
 
 from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ssmzoo.ops.cross_scan import cross_merge, cross_scan
+from ssmzoo.ops.cross_selective_scan import cross_selective_scan
 from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
+from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
 from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
 from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401
@@ -30,6 +32,7 @@ __all__ = [
     "chosen_backend",
     "cross_merge",
     "cross_scan",
+    "cross_selective_scan",
     "dense_scan",
     "mamba_chunk_scan_combined",
     "mamba_step",
