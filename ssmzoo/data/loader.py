@@ -8,12 +8,14 @@ repetition or loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssmzoo.data.shuffle import Permutation
+from ssmzoo.data.workers import quiet_worker, replacing
 
 
 class Draw(NamedTuple):
@@ -80,14 +82,23 @@ class ResumableLoader:
         if not self.shuffle and not self._resumed:
             self.position = 0
         self._resumed = False
-        loader = DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
-                            collate_fn=self.collate_fn, pin_memory=self.pin_memory,
-                            generator=torch.Generator().manual_seed(self.seed))  # leaves the global random state alone
-        for batch in loader:
+        for batch in replacing(self._loader):
             self.position += 1
             if self.position == len(self):
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
+
+    def _loader(self) -> DataLoader:
+        """From the next batch to the end of the epoch."""
+        return DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
+                          collate_fn=self.collate_fn, pin_memory=self.pin_memory, worker_init_fn=quiet_worker,
+                          generator=torch.Generator().manual_seed(self.seed))  # leaves the global random state alone
+
+    def peek(self, count: int) -> list[Any]:
+        """The next `count` batches of this epoch, which will be yielded all the same."""
+        collate = self.collate_fn or default_collate
+        draws = islice(self._batches(self.position), count) if self.position else ()
+        return [collate([self.dataset[draw] for draw in draw_list]) for draw_list in draws]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

@@ -12,6 +12,8 @@ research/conditional/moe_layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +21,34 @@ from torch import Tensor, nn
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.official import nearest
 from ssmzoo.ops.moe_dispatch import Groups, group_by_expert
+
+
+@dataclass
+class Window:
+    """Micro-batches whose gradients add up to one update: their router's losses and capacities are those of the whole.
+
+    tokens   real tokens of this process in the window, for the capacity;  micro_batches  how many there are
+    index    the micro-batch that is computed now;  counting  True during the first pass, without gradient, which fills
+    counts   the choices (e) per expert of every micro-batch, and then
+    chosen   the choices (e) of the window over all processes, and total, the number of its tokens
+    """
+
+    tokens: int
+    micro_batches: int
+    index: int = 0
+    counting: bool = True
+    counts: list[Tensor] = field(default_factory=list)
+    chosen: Tensor | None = None
+    total: Tensor | None = None
+
+    def close(self) -> None:
+        """End the first pass: from here on the whole window is known."""
+        counts = torch.stack(self.counts).sum(0).double()
+        totals = torch.cat([counts, counts.new_tensor([self.tokens])])
+        if _distributed():
+            dist.all_reduce(totals)
+        self.total = totals[-1].clamp(min=1)
+        self.chosen, self.counting = totals[:-1], False
 
 
 class Router(nn.Module):
@@ -59,7 +89,12 @@ class TokenChoice(Router):
     balance_weight        alpha of  alpha e sum_i f_i P_i:  f_i = share of tokens that chose i, counted before dropping
                           and without gradient, P_i = mean probability; over the batches of all processes
     z_loss_weight         w of  w mean_t logsumexp(s_t)^2
+
+    While training in several processes both losses are over the tokens of all of them. `window`, set by whoever adds up
+    the gradients of several micro-batches, widens losses and capacity to all of these.
     """
+
+    window: Window | None = None
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None,
                  eval_capacity_factor: float | None = None, renormalise: bool = False, jitter: float = 0.0,
@@ -92,10 +127,14 @@ class TokenChoice(Router):
         return groups, weight.flatten()[groups.choice], self.losses(logits, p, groups, mask)
 
     def capacity(self, n_tokens: int, mask: Tensor | None) -> int | Tensor | None:
-        """Choices that one expert may compute; a tensor when the number of real tokens is one."""
+        """Choices that one expert may compute; a tensor when the number of real tokens is one, (e) in a window."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None:
             return None
+        if self.training and self.window is not None:  # what the earlier micro-batches have left
+            whole = max(1, int(factor * self.window.tokens * self.top_k / self.n_experts))
+            taken = sum(self.window.counts[: self.window.index], torch.zeros(self.n_experts, device=self.gate.device))
+            return (whole - taken).clamp(min=0).long()
         if mask is None:
             return min(max(1, int(factor * n_tokens * self.top_k / self.n_experts)), n_tokens)
         return (mask.sum().double() * factor * self.top_k / self.n_experts).long().clamp(min=1)
@@ -103,20 +142,32 @@ class TokenChoice(Router):
     def losses(self, logits: Tensor, p: Tensor, groups: Groups, mask: Tensor | None) -> dict[str, Tensor]:
         real = torch.ones_like(p[:, 0]) if mask is None else mask.to(p.dtype)  # (t)
         n = real.sum().clamp(min=1)
-        counts, mass, total = groups.counts.to(p.dtype), real @ p, n  # (e) (e) ()
+        mass, squares = real @ p, real @ logits.logsumexp(-1).square() if self.z_loss_weight else n * 0  # (e) ()
+        counts, total = groups.counts.to(p.dtype), n
+        if self.training and self.window is not None:
+            counts, mass, squares, total = self._in_window(counts, mass, squares, n)
+        elif self.training and _distributed():
+            counts, mass, squares, total = _over_all_processes(counts, mass, squares, n)
         aux = {}
         if self.balance_weight:
-            if self.training and dist.is_available() and dist.is_initialized():
-                counts, mass, total = _over_all_processes(counts, mass, total)
-            share, P = counts / total, mass / total
-            aux["load_balancing_loss"] = self.balance_weight * self.n_experts * (share * P).sum()
+            aux["load_balancing_loss"] = self.balance_weight * self.n_experts * (counts * mass).sum() / total.square()
         if self.z_loss_weight:
-            aux["z_loss"] = self.z_loss_weight * (real @ logits.logsumexp(-1).square()) / n
+            aux["z_loss"] = self.z_loss_weight * squares / total
         with torch.no_grad():
             aux["tokens_per_expert"] = groups.counts / n  # (e) share of tokens, before dropping; sums to k
             aux["dropped_fraction"] = 1 - groups.ends[-1] / (n * self.top_k)
             aux["router_entropy"] = (real @ -torch.xlogy(p, p).sum(-1)) / n  # nats; ln e when undecided
         return aux
+
+    def _in_window(self, counts: Tensor, mass: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+        """The window's counts and tokens, and this part's mass and squares times the number of parts that will be
+        averaged. In the first pass the counts are taken down and nothing else matters."""
+        window = self.window
+        if window.counting:
+            window.counts.append(counts)
+            return counts, mass, squares, n
+        parts = window.micro_batches * (dist.get_world_size() if _distributed() else 1)
+        return window.chosen.to(n.dtype), parts * mass, parts * squares, window.total.to(n.dtype)
 
 
 class ExpertChoice(Router):
@@ -182,10 +233,16 @@ class ExpertChoice(Router):
                 "router_entropy": (real @ -torch.xlogy(p, p).sum(-1)) / n}
 
 
-def _over_all_processes(counts: Tensor, mass: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the data-parallel group. Only the local part of `mass` carries a gradient, times the number of
-    processes, because averaging the gradients over them (as DDP does) divides by it again."""
-    totals = torch.cat([counts, mass.detach(), n[None]])
-    dist.all_reduce(totals)
+def _over_all_processes(counts: Tensor, mass: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the data-parallel group. Only the local parts of `mass` and `squares` carry a gradient, times the
+    number of processes, because averaging the gradients over them (as DDP does) divides by it again."""
     e = counts.numel()
-    return totals[:e], totals[e:2 * e] + dist.get_world_size() * (mass - mass.detach()), totals[-1]
+    totals = torch.cat([counts, mass.detach(), squares.detach()[None], n[None]])
+    dist.all_reduce(totals)
+    world = dist.get_world_size()
+    mass, squares = (world * (part - part.detach()) for part in (mass, squares))
+    return totals[:e], totals[e : 2 * e] + mass, totals[-2] + squares, totals[-1]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

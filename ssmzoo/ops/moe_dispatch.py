@@ -37,6 +37,7 @@ def group_by_expert(expert: Tensor, n_experts: int, capacity: int | Tensor | Non
     """Sort choices by expert; of one expert's choices the first `capacity` in flattened (t k) order are kept.
 
     expert (t k)  integer choices;  mask (t)  False for tokens that are not routed at all (padding)
+    capacity      one number, or one per expert (e)
     """
     t, k = expert.shape
     if mask is not None:
@@ -47,7 +48,8 @@ def group_by_expert(expert: Tensor, n_experts: int, capacity: int | Tensor | Non
     ends = bounds[1:]
     if capacity is not None:  # close the gaps that dropped choices leave, and put them behind
         place = torch.arange(t * k, device=expert.device) - bounds[by_expert]  # among the choices of its expert
-        fits = (place < capacity) & (by_expert < n_experts)
+        limit = F.pad(capacity, (0, 1))[by_expert] if isinstance(capacity, Tensor) and capacity.ndim else capacity
+        fits = (place < limit) & (by_expert < n_experts)
         kept = counts.clamp(max=capacity)
         ends = kept.cumsum(0)
         slot = torch.where(fits, F.pad(ends - kept, (0, 1))[by_expert] + place, ends[-1] + (~fits).cumsum(0) - 1)

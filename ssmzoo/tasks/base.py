@@ -10,13 +10,20 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.tasks.accumulation import Shares
+from ssmzoo.tasks.micro_batch import MicroBatches, is_out_of_memory
+
 
 class StepOutput(NamedTuple):
-    """loss is differentiated; metrics are means over `count` items of the batch (tokens, images, sequences)."""
+    """loss is differentiated; metrics are means over `count` items of the batch (tokens, images, sequences).
+
+    auxiliary   added to the loss as it is: terms that are no means over the items that `Task.labelled` counts
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     count: int | Tensor
+    auxiliary: Tensor | None = None
 
 
 class Report(NamedTuple):
@@ -43,19 +50,79 @@ class Task(L.LightningModule):
         super().__init__()
         self.model, self.optim = model, optim
         self.seen = 0  # items trained on by this rank, for throughput and the report
+        self.shares, self.micro_batches = Shares(), MicroBatches()
+        self.expert_load: Tensor | None = None  # share of the last batch's tokens per expert, (layers e) or (e)
+        self.trained_loss: Tensor | None = None
+        self.gradient_norm: Tensor | None = None  # of the update at hand, set by who measures it
         self._sums: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
 
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, training)")
 
+    def items(self, batch: dict[str, Tensor]) -> int:
+        """How many `unit`s a batch has."""
+        return len(next(iter(batch.values())))
+
+    def labelled(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """How many items the training loss is a mean over; None: as many in every batch of a run."""
+        return None
+
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        out = self.step(batch, training=True)
-        self.seen += int(out.count)
-        self.log_dict(
-            {f"train/{k}": v for k, v in ({"loss": out.loss.detach()} | out.metrics).items()},
-            sync_dist=self.trainer.world_size > 1,
-        )
-        return out.loss
+        weight = self.shares.of(self, batch, batch_idx)
+        out = self.micro_batches.step(self, batch, batch_idx, weight)
+        self.seen += self.items(batch)
+        loss = self.weighted_loss(out, weight)
+        self._log_training(loss, out.metrics, weight)
+        return loss
+
+    def weighted_loss(self, out: StepOutput, weight: Tensor | float) -> Tensor:
+        """A micro-batch's part of the update's loss."""
+        weight = weight.to(out.loss.dtype) if isinstance(weight, Tensor) else weight
+        loss = out.loss if isinstance(weight, float) and weight == 1 else out.loss * weight
+        return loss if out.auxiliary is None else loss + out.auxiliary * self.shares.filling
+
+    def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        try:
+            super().backward(loss, *args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.micro_batches.retry(self, loss, error)
+
+    def _log_training(self, loss: Tensor, metrics: dict[str, Tensor], weight) -> None:
+        """Means over the update's micro-batches and over all ranks, handed to the loggers when a row of theirs is due.
+
+        `trained_loss` is this rank's part of the update's loss.
+        """
+        trainer, parts = self.trainer, self.trainer.accumulate_grad_batches
+        plain = isinstance(weight, float) and weight == 1
+        values = {"loss": loss.detach()} | {k: v if plain else v * weight for k, v in metrics.items()}
+        if parts > 1:
+            first = trainer.fit_loop.epoch_loop.batch_idx % parts == 0
+            before = {} if first else self._means
+            values = {k: v / parts + before.get(k, 0) for k, v in values.items()}
+        self._means, self.trained_loss = values, values["loss"]
+        if self.log_is_due() and not trainer.fit_loop._should_accumulate():
+            means = values if trainer.world_size == 1 else _mean_over_ranks(values, trainer)
+            self.log_dict({f"train/{k}": v for k, v in means.items()})
+
+    def log_is_due(self) -> bool:
+        """Do the loggers take a row at this step?"""
+        return self.trainer._logger_connector.should_update_logs
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
+        """What is on the CPU already is not walked through."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip by the norm that is known already; by value as Lightning does."""
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and self.gradient_norm is not None:
+            if not self.gradient_norm <= gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+        elif gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
         self._sums = {}
@@ -91,7 +158,15 @@ class Task(L.LightningModule):
         return Report({}, {}, [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task"] = {"seen": self.seen}
+        checkpoint["task"] = {"seen": self.seen, "parts": self.micro_batches.parts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seen = checkpoint.get("task", {}).get("seen", 0)
+        self.micro_batches.parts = checkpoint.get("task", {}).get("parts", 1)
+
+
+def _mean_over_ranks(values: dict[str, Tensor], trainer) -> dict[str, Tensor]:
+    """One reduction for all of them."""
+    names = sorted(values)
+    stacked = torch.stack([values[k].double().reshape(()) for k in names])
+    return dict(zip(names, trainer.strategy.reduce(stacked, reduce_op="mean")))

@@ -77,16 +77,20 @@ class FormalLanguage(Task):
         count = asked.sum()
         chosen = logits[asked] if not bool(asked.all()) else logits.flatten(0, 1)  # (m c)
         labels = labels[asked]
-        cross_entropy = F.cross_entropy(chosen.float(), labels, reduction="sum") / count.clamp(min=1)
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(chosen, labels, reduction="sum") / count.clamp(min=1)
         right = chosen.argmax(-1) == labels
         loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach(), "accuracy": right.double().mean()}
         if self.consistency and len(labels):
-            spread = consistency(chosen.float(), labels, self.num_classes)
+            spread = consistency(chosen, labels, self.num_classes)
             loss, metrics["spread"] = loss + self.consistency * spread, spread.detach()
         if not training:
             return StepOutput(loss, metrics, count)
-        loss = loss + sum(v for k, v in aux.items() if k.endswith("_loss"))
-        return StepOutput(loss, metrics, batch["input_ids"].shape[0])
+        losses = [v for k, v in aux.items() if k.endswith("_loss")]
+        return StepOutput(loss, metrics, count, sum(losses) if losses else None)
+
+    def labelled(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"] != IGNORE).sum()
 
     def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
         data = self.trainer.datamodule

@@ -18,7 +18,8 @@ IGNORE = -100  # label of a position that is not to be predicted
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean cross entropy in nats over labels other than -100, how many there are). logits (b l v), labels (b l)."""
     count = (labels != IGNORE).sum()
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / count.clamp(min=1), count
 
 
@@ -63,7 +64,15 @@ class LanguageModeling(Task):
             if load is not None:
                 self._load = load.double() if self._load is None else self._load + load.double()
             return StepOutput(loss, metrics, count)
-        return StepOutput(loss + sum(losses.values()), metrics | {"cross_entropy": loss.detach()}, ids.numel())
+        self.expert_load = out.aux.get("tokens_per_expert")
+        auxiliary = sum(losses.values()) if losses else None
+        return StepOutput(loss, metrics | {"cross_entropy": loss.detach()}, count, auxiliary)
+
+    def items(self, batch) -> int:
+        return batch["input_ids"].numel()
+
+    def labelled(self, batch) -> Tensor:
+        return (batch["labels"] != IGNORE).sum()
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
