@@ -6,6 +6,7 @@ SSMZOO_NATIVE=avx2 (or plain, neon, off) asks for a lower one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -58,6 +59,28 @@ def kernel(name: str, argtypes: list | None = None):
     function.argtypes = [ctypes.c_void_p] if argtypes is None else argtypes
     function.restype = None
     return function, None
+
+
+def _use_torch_threads() -> None:
+    """Let torch's OpenMP threads run our tasks (see parallel.c), found by the C interface of that runtime."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    use_team = getattr(KERNELS, "ssmzoo_use_team", None)
+    if use_team is None or not library.exists():
+        return
+    with contextlib.suppress(OSError, AttributeError):  # torch without OpenMP: our own threads
+        use_team(ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p))
+
+
+_use_torch_threads()
+_COMMIT, _ = kernel("ssmzoo_commit", [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64])
+LARGE = 1 << 20  # bytes; smaller blocks are recycled by the allocator
+
+
+def commit(*tensors: Tensor | None) -> None:
+    """Have the memory of large results, which a kernel will fill, ready in one go instead of a page fault per 4 KiB."""
+    for t in tensors:
+        if t is not None and (size := t.numel() * t.element_size()) >= LARGE:
+            _COMMIT(t.data_ptr(), size, torch.get_num_threads())
 
 
 def pack(tensors: list[Tensor | None], *numbers: int) -> bytes:

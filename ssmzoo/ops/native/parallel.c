@@ -2,9 +2,10 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-// Why not OpenMP: torch brings its own runtime, a second one would fight over the cores with spinning threads, and
-// neither survives fork(). Here a caller waits only for tasks that another thread has begun, so that a worker that
-// the system does not schedule delays nobody.
+// Torch's own threads run the tasks where it has an OpenMP runtime (ssmzoo_use_team): they spin for milliseconds after
+// every operator of torch, and would take half a core from threads of ours. Elsewhere, and in a forked child, which has no
+// threads of OpenMP's, there is a pool. Its caller waits only for tasks that another thread has begun, so that a worker
+// that the system does not schedule delays nobody.
 
 enum { MAX_WORKERS = 255, SPINS = 2000 };
 
@@ -15,12 +16,16 @@ static int workers;                 // threads started
 static int openings;                // how many workers may still join the job; guarded by lock
 static _Atomic int active;          // workers inside the job
 static _Atomic uint64_t generation; // number of the job
-static struct {
+typedef struct {
     void (*body)(void *, int64_t);
     void *context;
     int64_t tasks;
     _Atomic int64_t next;
-} job;
+} work_list;
+static work_list job;
+static void (*team)(void (*body)(void *), void *context, unsigned threads, unsigned flags);  // GOMP_parallel
+
+void ssmzoo_use_team(void *gomp_parallel) { team = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel; }
 
 static inline void pause_cpu(void) {
 #if defined(__x86_64__)
@@ -30,8 +35,9 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-static void run_tasks(void) {
-    for (int64_t i; (i = atomic_fetch_add(&job.next, 1)) < job.tasks;) job.body(job.context, i);
+static void run_tasks(void *list) {
+    work_list *w = list;
+    for (int64_t i; (i = atomic_fetch_add(&w->next, 1)) < w->tasks;) w->body(w->context, i);
 }
 
 static void *worker(void *unused) {
@@ -45,7 +51,7 @@ static void *worker(void *unused) {
         openings--;
         atomic_fetch_add(&active, 1);
         pthread_mutex_unlock(&lock);
-        run_tasks();
+        run_tasks(&job);
         pthread_mutex_lock(&lock);
         if (atomic_fetch_sub(&active, 1) == 1) pthread_cond_signal(&done);
         pthread_mutex_unlock(&lock);
@@ -60,6 +66,7 @@ static void after_fork(void) {  // the child has no workers; it starts its own w
     pthread_cond_init(&done, NULL);
     workers = openings = 0;
     atomic_store(&active, 0);
+    team = NULL;
 }
 
 __attribute__((constructor)) static void watch_fork(void) { pthread_atfork(NULL, NULL, after_fork); }
@@ -75,6 +82,11 @@ static void start_workers(int wanted) {
 void parallel_for(int64_t tasks, int64_t threads, void (*body)(void *, int64_t), void *context) {
     int64_t helpers = (threads < tasks ? threads : tasks) - 1;
     if (helpers > MAX_WORKERS) helpers = MAX_WORKERS;
+    if (helpers > 0 && team) {
+        work_list mine = {body, context, tasks, 0};
+        team(run_tasks, &mine, (unsigned)(helpers + 1), 0);
+        return;
+    }
     if (helpers <= 0 || pthread_mutex_trylock(&gate)) {
         for (int64_t i = 0; i < tasks; i++) body(context, i);
         return;
@@ -87,7 +99,7 @@ void parallel_for(int64_t tasks, int64_t threads, void (*body)(void *, int64_t),
     atomic_fetch_add(&generation, 1);
     pthread_cond_broadcast(&work);
     pthread_mutex_unlock(&lock);
-    run_tasks();
+    run_tasks(&job);
     for (int i = 0; i < SPINS && atomic_load(&active); i++) pause_cpu();
     pthread_mutex_lock(&lock);
     openings = 0;  // who wakes up now finds the job closed

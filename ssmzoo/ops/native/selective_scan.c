@@ -163,9 +163,22 @@ static coefficients lane_coefficients(const task_info *t, const tensor *m, int64
     return (coefficients){buffer, n * VL};
 }
 
-static size_t coefficient_bytes(const task_info *t) {
+static int64_t coefficient_floats(const task_info *t, int64_t steps) {
     int64_t n = t->a->n;
-    return sizeof(float) * (size_t)(t->a->chunk * (t->p.per_lane ? n * VL : (n + VL - 1) / VL * VL + VL));
+    return steps * (t->p.per_lane ? n * VL : (n + VL - 1) / VL * VL + VL);
+}
+
+// How much of a task is brought into cache at once: `tiles` tiles over `steps` steps, a multiple of the chunk. Where
+// time is contiguous, long rows of few channels, since every row lies in another page; otherwise many channels.
+typedef struct {
+    int64_t tiles, steps;
+} portion;
+
+static portion make_portion(const task_info *t, int64_t tiles, int64_t steps) {
+    int64_t chunk = t->a->chunk;
+    if (t->p.per_lane) return (portion){1, chunk};
+    if (t->a->u.stride[2] != 1 || chunk >= steps) return (portion){t->tiles, chunk};
+    return (portion){t->tiles < tiles ? t->tiles : tiles, steps / chunk * chunk};
 }
 
 // raw = delta + bias, dt = softplus(raw) or raw, du = dt u.
@@ -222,54 +235,65 @@ static void forward_states(int64_t n, int per_lane, float *h, const float *A2, c
     }
 }
 
+// One tile over the steps in hand, from rows u, raw, z to y.
+static void forward_tile(const task_info *t, float *h, const float *A2, coefficients B, coefficients C, float *u,
+                         int64_t rows, float *dt, float *du, int64_t tile, int64_t start, int64_t steps) {
+    const scan_args *a = t->a;
+    int64_t n = a->n, channel = tile_channel(t, tile);
+    int lanes = tile_lanes(t, tile);
+    float *raw = u + rows, *y = raw + rows, *z = y + rows, bias[VL], skip[VL];
+    load_vector(bias, &a->bias, channel, lanes);
+    load_vector(skip, &a->D, channel, lanes);
+    time_steps(a, raw, dt, u, du, bias, steps);
+    for (int64_t i = 0; i < steps * VL; i += VL) v_store(y + i, v_load(skip) * v_load(u + i));
+    for (int64_t from = 0, to; from < steps; from = to) {
+        int64_t chunk_end = a->save ? (from / a->chunk + 1) * a->chunk : steps;
+        if (a->save && from % a->chunk == 0) {
+            tensor saved = saved_states(a, (start + from) / a->chunk);
+            store_states(h, &saved, t->batch, channel, lanes, n);
+        }
+        to = segment_end(a, t->batch, start, from, chunk_end < steps ? chunk_end : steps);
+        if (is_reset(a, t->batch, start + from)) memset(h, 0, sizeof(float) * (size_t)(n * VL));
+        forward_states(n, (int)t->p.per_lane, h, A2, B, C, dt, du, y, from, to);
+    }
+    for (int64_t i = 0; a->z.data && i < steps * VL; i += VL)
+        v_store(y + i, v_load(y + i) * (v_load(z + i) * v_sigmoid(v_load(z + i))));
+}
+
 static void forward_task(void *context, int64_t index) {
     const scan_args *a = context;
     task_info t = make_task(a, index);
-    int64_t n = a->n, rows = a->chunk * VL, states = n * VL, gap = 4 * rows + SHIFT;  // per tile: u, raw, y, z
-    int64_t floats = t.tiles * (2 * states + gap) + 2 * rows + 2 * SHIFT;
-    float *memory = scratch(sizeof(float) * (size_t)floats + 2 * coefficient_bytes(&t));
-    float *h = memory, *A2 = h + t.tiles * states, *tiles = A2 + t.tiles * states, *dt = tiles + t.tiles * gap;
-    float *du = dt + rows + SHIFT, *bbuf = du + rows + SHIFT, *cbuf = bbuf + coefficient_bytes(&t) / sizeof(float);
+    portion hand = make_portion(&t, 1, 256);
+    int64_t n = a->n, rows = hand.steps * VL, states = n * VL, gap = 4 * rows + SHIFT;  // per tile: u, raw, y, z
+    int64_t coefficients_size = coefficient_floats(&t, hand.steps);
+    float *memory = scratch(sizeof(float) * (size_t)(t.tiles * 2 * states + hand.tiles * gap + 2 * rows + 2 * SHIFT + 2 * coefficients_size));
+    float *h = memory, *A2 = h + t.tiles * states, *tiles = A2 + t.tiles * states, *dt = tiles + hand.tiles * gap;
+    float *du = dt + rows + SHIFT, *bbuf = du + rows + SHIFT, *cbuf = bbuf + coefficients_size;
     for (int64_t k = 0; k < t.tiles; k++) {
         load_rates(A2 + k * states, a, tile_channel(&t, k), tile_lanes(&t, k));
         load_states(h + k * states, &a->initial, t.batch, tile_channel(&t, k), tile_lanes(&t, k), n);
     }
-    for (int64_t start = 0, chunk = 0; start < a->l; start += a->chunk, chunk++) {
-        int64_t steps = a->l - start < a->chunk ? a->l - start : a->chunk;
+    for (int64_t start = 0; start < a->l; start += hand.steps) {
+        int64_t steps = a->l - start < hand.steps ? a->l - start : hand.steps;
         coefficients B = {0}, C = {0};
         if (!t.p.per_lane) {
             B = shared_coefficients(&t, &a->B, bbuf, start, steps);
             C = shared_coefficients(&t, &a->C, cbuf, start, steps);
         }
-        load_sequence(&t, tiles, gap, &a->u, 0, t.tiles, start, steps);
-        load_sequence(&t, tiles + rows, gap, &a->delta, 0, t.tiles, start, steps);
-        if (a->z.data) load_sequence(&t, tiles + 3 * rows, gap, &a->z, 0, t.tiles, start, steps);
-        for (int64_t k = 0; k < t.tiles; k++) {
-            int64_t channel = tile_channel(&t, k);
-            int lanes = tile_lanes(&t, k);
-            float *hk = h + k * states, *u = tiles + k * gap, *raw = u + rows, *y = raw + rows, *z = y + rows;
-            float bias[VL], skip[VL];
-            if (a->save) {
-                tensor saved = saved_states(a, chunk);
-                store_states(hk, &saved, t.batch, channel, lanes, n);
+        for (int64_t first = 0; first < t.tiles; first += hand.tiles) {
+            int64_t count = t.tiles - first < hand.tiles ? t.tiles - first : hand.tiles;
+            load_sequence(&t, tiles, gap, &a->u, first, count, start, steps);
+            load_sequence(&t, tiles + rows, gap, &a->delta, first, count, start, steps);
+            if (a->z.data) load_sequence(&t, tiles + 3 * rows, gap, &a->z, first, count, start, steps);
+            for (int64_t k = first; k < first + count; k++) {
+                if (t.p.per_lane) {
+                    B = lane_coefficients(&t, &a->B, a->constant_B, bbuf, tile_channel(&t, k), tile_lanes(&t, k), start, steps);
+                    C = lane_coefficients(&t, &a->C, a->constant_C, cbuf, tile_channel(&t, k), tile_lanes(&t, k), start, steps);
+                }
+                forward_tile(&t, h + k * states, A2 + k * states, B, C, tiles + (k - first) * gap, rows, dt, du, k, start, steps);
             }
-            load_vector(bias, &a->bias, channel, lanes);
-            load_vector(skip, &a->D, channel, lanes);
-            time_steps(a, raw, dt, u, du, bias, steps);
-            for (int64_t i = 0; i < steps * VL; i += VL) v_store(y + i, v_load(skip) * v_load(u + i));
-            if (t.p.per_lane) {
-                B = lane_coefficients(&t, &a->B, a->constant_B, bbuf, channel, lanes, start, steps);
-                C = lane_coefficients(&t, &a->C, a->constant_C, cbuf, channel, lanes, start, steps);
-            }
-            for (int64_t from = 0, to; from < steps; from = to) {
-                to = segment_end(a, t.batch, start, from, steps);
-                if (is_reset(a, t.batch, start + from)) memset(hk, 0, sizeof(float) * (size_t)states);
-                forward_states(n, (int)t.p.per_lane, hk, A2 + k * states, B, C, dt, du, y, from, to);
-            }
-            for (int64_t i = 0; a->z.data && i < steps * VL; i += VL)
-                v_store(y + i, v_load(y + i) * (v_load(z + i) * v_sigmoid(v_load(z + i))));
+            store_sequence(&t, tiles + 2 * rows, gap, &a->out, first, count, start, steps);
         }
-        store_sequence(&t, tiles + 2 * rows, gap, &a->out, 0, t.tiles, start, steps);
     }
     for (int64_t k = 0; k < t.tiles; k++)
         store_states(h + k * states, &a->last, t.batch, tile_channel(&t, k), tile_lanes(&t, k), n);
@@ -454,7 +478,7 @@ typedef struct {  // memory of a backward task; [tiles][n][VL] unless said other
 
 static void *backward_scratch(const task_info *t, backward_memory *m) {
     int64_t states = t->tiles * t->a->n * VL, rows = t->a->chunk * VL, hand = t->p.per_lane ? 1 : t->tiles;
-    int64_t coefficients_size = (int64_t)(coefficient_bytes(t) / sizeof(float));
+    int64_t coefficients_size = coefficient_floats(t, t->a->chunk);
     int64_t zeroed = 5 * states + 2 * t->tiles * VL + 2 * BACK * rows + SHIFT;
     int64_t total = zeroed + states + hand * (ROWS * rows + SHIFT) + 2 * coefficients_size + 2 * BACK * rows + BACK * VL + 6 * SHIFT;
     float *p = scratch(sizeof(float) * (size_t)total), *memory = p;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.native import VECTOR_LENGTH, kernel, pack, why_not_float
+from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 from ssmzoo.ops.selective_scan import selective_scan_fn
 from ssmzoo.ops.selective_scan_op import KERNELS, ScanKernel, empty_gradients, scan_with
 
@@ -47,6 +47,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_s
     (b, e, l), n = u.shape, A.shape[1]
     out, last = torch.empty_like(u), u.new_empty(b, e, n, dtype=torch.float32)
     saved = u.new_empty(saved_shape(b, e, l, n) if save else (0,), dtype=torch.float32)
+    commit(out, saved)
     g = next((M.shape[1] for M in (B, C) if M.ndim == 4), 1)
     results = [out, last, saved if save else None, *[None] * 11]
     alive, arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save,
@@ -65,6 +66,7 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
     def scratch(*shape: int) -> Tensor:
         return (u.new_empty if e else u.new_zeros)(shape, dtype=torch.float32)
 
+    commit(du, ddelta, dz)
     dA = scratch(b, e, n)
     dB, dC = (scratch(b, e, n) if M.ndim == 2 else scratch(tiling[1], b, g, l, n) for M in (B, C))
     dD, dbias = (None if t is None else scratch(b, e) for t in (D, delta_bias))

@@ -26,7 +26,19 @@ void load_tile(float *tile, int64_t ld, const char *source, int64_t dtype, int64
             for (; s < steps; s++) load_line(tile + s * ld, source + size * s * step_stride, dtype, VL);
         return;
     }
-    if (step_stride == 1) {
+    if (step_stride == 1 && dtype == F32 && lanes == VL) {
+        for (; s + VL <= steps; s += VL) {
+            const float *from = (const float *)source + s;
+            vf x[VL];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < VL; lane++) {
+                x[lane] = v_load(from + lane * lane_stride);
+            }
+            v_transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) v_store(tile + (s + i) * ld, x[i]);
+        }
+    } else if (step_stride == 1) {
         for (; s + VL <= steps; s += VL) {
             vf x[VL];
             for (int lane = 0; lane < VL; lane++) {
