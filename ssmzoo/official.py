@@ -74,7 +74,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        refuse_zip_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {error}") from None
     except Exception as error:  # safetensors and pickle raise types of their own
@@ -85,6 +88,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} does not hold a plain mapping from names to tensors")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def refuse_zip_bomb(path: Path) -> None:
+    """torch stores tensors uncompressed; a file that unpacks to more than it weighs was not written by torch.save."""
+    if not zipfile.is_zipfile(path):
+        return  # cut off, or of a form older than zip: torch.load says which
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 1.2 * path.stat().st_size + (1 << 20):
+        raise CheckpointError(f"{path} would unpack to {unpacked:,} bytes from {path.stat().st_size:,}: refused")
 
 
 def load_official(family: str, checkpoint, **official_kwargs) -> nn.Module:

@@ -68,9 +68,8 @@ def _report(error: Exception) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from ssmzoo.train.callbacks import TrainingFailed
     from ssmzoo.train.config import explain_hydra_error
-    from ssmzoo.train.run import UserError
+    from ssmzoo.train.errors import TrainingFailed, UserError
 
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         print(f"error: {explain_hydra_error(error)}", file=sys.stderr)

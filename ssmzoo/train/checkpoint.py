@@ -5,16 +5,17 @@
                                   trainer.ckpt        optimiser, loops, loader and random states (weights_only pickle)
     <run>/checkpoints/index.json                      which of them is last, which are best
 
-A checkpoint is written under a temporary name, flushed to disk and renamed; loading one runs no code from it.
+A checkpoint is written under a temporary name, flushed to disk and renamed to a name that no other has; index.json then
+points to it. So at every moment what the index names is whole. Loading runs no code from the files.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
-from ssmzoo.official import CheckpointError, fit_state_dict, read_state_dict
+from ssmzoo.official import CheckpointError, fit_state_dict, read_state_dict, refuse_zip_bomb
 from ssmzoo.zoo import build_model
 
 WEIGHTS, MANIFEST, TRAINER, INDEX = "model.safetensors", "manifest.json", "trainer.ckpt", "index.json"
 FORMAT = 1
+LARGEST_JSON = 64 << 20  # bytes; a manifest holds a configuration and perhaps a tokenizer
 
 
 def sha256(path: Path) -> str:
@@ -81,36 +83,78 @@ def write_checkpoint(
     manifest: dict,
     trainer_state: dict | None = None,
 ) -> Path:
-    """Write a checkpoint folder so that at every moment either the whole old or the whole new one is there."""
-    from safetensors.torch import save_file
+    """Write a checkpoint folder in one step: either the whole of it appears or nothing.
 
+    Raises FileExistsError when the folder is there already (the old one would be lost for a moment), OSError when it
+    cannot be written, whatever the libraries below call that.
+    """
     folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; a checkpoint is never written over")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         kept, tied = _untie(weights)
-        save_file(kept, temporary / WEIGHTS, metadata={"format": "pt"})
-        if trainer_state is not None:
-            torch.save(trainer_state, temporary / TRAINER)
+        _save_tensors(temporary, kept, trainer_state)
         files = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
         content = {"format": FORMAT, **manifest, "tied": tied, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=True), encoding="utf-8")
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.rename(folder, old)
-            os.rename(temporary, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, folder)
+        os.rename(temporary, folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _save_tensors(folder: Path, weights: dict[str, Tensor], trainer_state: dict | None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        if trainer_state is not None:
+            torch.save(trainer_state, folder / TRAINER)
+    except (RuntimeError, SafetensorError) as error:  # what a full disk is called there
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def remove_leftovers(store: Path) -> None:
+    """Delete what a killed process left half written in a folder of checkpoints."""
+    for pattern in (".step-*.tmp", f".{INDEX}.*.tmp"):
+        for path in Path(store).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def last_good_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; None when the run never wrote one.
+
+    A damaged one is named and passed over. Raises CheckpointError when that leaves none.
+    """
+    store = Path(run_dir) / "checkpoints"
+    if not (store / INDEX).exists():
+        return None
+    index = read_json(store / INDEX)
+    others = {*index.get("recent", []), *(b["name"] for b in index.get("best", []))} - {index.get("last")}
+    problems = []
+    for name in [n for n in (index.get("last"), *sorted(others, reverse=True)) if n is not None]:
+        try:
+            folder = _inside(store, name)
+            if TRAINER not in read_manifest(folder).get("files", {}):
+                continue  # weights only
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going back to {folder.name}", flush=True)
+        return folder
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return None
 
 
 def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
@@ -132,6 +176,11 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         )
     index = read_json(store / INDEX)
     name = index["best"][0]["name"] if prefer == "best" and index.get("best") else index.get("last")
+    return _inside(store, name)
+
+
+def _inside(store: Path, name) -> Path:
+    """The checkpoint that an index names, which must lie beside the index."""
     if not isinstance(name, str) or Path(name).name != name or not (store / name / MANIFEST).exists():
         raise CheckpointError(f"{store / INDEX} names the checkpoint {name!r}, which is not a folder beside it")
     return store / name
@@ -139,8 +188,10 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
 
 def read_json(path: Path) -> dict:
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}: refused")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read (cut off or damaged?): {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -157,11 +208,22 @@ def read_manifest(folder: Path) -> dict:
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, a path outside the checkpoint folder: refused")
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} lacks {name}, which its manifest lists")
-        if sha256(folder / name) != digest:
+        if not _unchanged(folder / name, digest):
             raise CheckpointError(
                 f"{folder / name} does not match the SHA-256 in the manifest: it is cut off or was changed"
             )
     return manifest
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
+
+
+def _unchanged(path: Path, digest: str) -> bool:
+    """Does a file have this SHA-256? Read once per process as long as its size and time of change stay."""
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns) == digest
 
 
 def read_weights(path: str | Path, prefer: str = "best") -> dict[str, Tensor]:
@@ -196,22 +258,17 @@ def load_model(path: str | Path, prefer: str = "best", **overrides) -> tuple[nn.
     return model.eval(), manifest
 
 
-def _refuse_zip_bomb(path: Path) -> None:
-    """torch stores tensors uncompressed; a file that unpacks to more than it weighs was not written by torch.save."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path} is not a checkpoint (cut off or damaged?)") from None
-    if unpacked > 1.2 * path.stat().st_size + (1 << 20):
-        raise CheckpointError(f"{path} would unpack to {unpacked:,} bytes from {path.stat().st_size:,}: refused")
-
-
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints in the folder form above. `manifest()` supplies what Lightning does not know."""
+    """Lightning's checkpoints in the folder form above. `manifest()` supplies what Lightning does not know.
+
+    error   what kept the last checkpoint from being written, or None. It is not raised: only one of several ranks
+            writes, and the others would wait for it for ever.
+    """
 
     def __init__(self, manifest: Callable[[], dict[str, Any]]):
         self.manifest = manifest
+        self.error: OSError | None = None
+        self.weights_only = False  # leave the trainer's state out of the next ones
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
@@ -224,20 +281,23 @@ class FolderCheckpointIO(CheckpointIO):
         rest["task_state"] = {
             new: checkpoint["state_dict"][k] for k, new in names.items() if not new.startswith("model.")
         }
-        write_checkpoint(
-            path, weights, self.manifest() | {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}, rest
-        )
+        manifest = self.manifest() | {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"]}
+        self.error = None
+        try:
+            write_checkpoint(path, weights, manifest, None if self.weights_only else rest)
+        except OSError as error:
+            self.error = error
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
         folder = find_checkpoint(path, prefer="last")
         manifest = read_manifest(folder)
-        _refuse_zip_bomb(folder / TRAINER)
+        refuse_zip_bomb(folder / TRAINER)
         try:
             state = torch.load(folder / TRAINER, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{folder / TRAINER} was refused: {str(error).splitlines()[0]}") from None
         weights = read_state_dict(folder / WEIGHTS)
-        weights |= {name: weights[kept] for name, kept in manifest.get("tied", {}).items()}
+        weights |= {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
         return state | {"state_dict": {f"model.{k}": v for k, v in weights.items()} | state.pop("task_state", {})}
 
     def remove_checkpoint(self, path) -> None:

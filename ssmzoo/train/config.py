@@ -39,8 +39,9 @@ def set_sizes(sizes: dict[str, int]) -> None:
 CALLED = {  # config node -> what its keys are arguments of, when the node has no _target_
     "optim": "ssmzoo.train.optim.build",
     "trainer": "lightning.pytorch.Trainer",
-    "callbacks.checkpoint": "ssmzoo.train.callbacks.Checkpointer",
-    "callbacks.guards": "ssmzoo.train.callbacks.Guards",
+    "callbacks.checkpoint": "ssmzoo.train.checkpointer.Checkpointer",
+    "callbacks.guards": "ssmzoo.train.guards.Guards",
+    "callbacks.watchdog": "ssmzoo.train.watchdog.Watchdog",
     "callbacks.progress": "ssmzoo.train.progress.Progress",
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
@@ -96,6 +97,7 @@ def check(cfg: DictConfig) -> None:
         "optim": ("model", "total_steps"),
         "callbacks.checkpoint": ("folder", "monitor", "mode"),
         "callbacks.guards": ("run_dir",),
+        "callbacks.watchdog": ("run_dir",),
         "trainer": ("callbacks", "logger", "plugins", "default_root_dir"),
     }
     for node, target in CALLED.items():

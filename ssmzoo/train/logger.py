@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from ssmzoo.train.checkpoint import write_text
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.csv as numbers; empty cells are left out."""
+    """Rows of a metrics.csv as numbers; empty cells are left out, and so is a last row that was cut off."""
     if not Path(path).exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+    whole = Path(path).read_text(encoding="utf-8").rpartition("\n")[0]
+    return [{k: float(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(whole.splitlines())]
 
 
 class CSVFile(Logger):
@@ -27,13 +30,14 @@ class CSVFile(Logger):
         self.path = Path(path)
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
-        self._written = 0
+        self._failures = 0
+        self._written = 0  # rows that are in the file; 0 asks for all of it to be written anew
         if self.path.exists():
             self._rows = read_metrics(self.path)
             for row in self._rows:
                 row["step"] = int(row["step"])
                 self._columns += [k for k in row if k not in self._columns]
-            self._written = len(self._rows)
+            self._written = len(self._rows) if self.path.read_bytes().endswith(b"\n") else 0
 
     name, version = "csv", ""
 
@@ -59,15 +63,27 @@ class CSVFile(Logger):
     @rank_zero_only
     def complete(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step unless it is there already."""
-        if not any(row["step"] == step and set(metrics) & set(row) for row in self._rows[-3:]):
+        if self._same_row(step, metrics) is None:
             self.log_metrics(metrics, step)
+
+    def _same_row(self, step: int, metrics: dict[str, float]) -> int | None:
+        """Index of the row that has these metrics of this step."""
+        for i in range(len(self._rows) - 1, max(-1, len(self._rows) - 4), -1):
+            if self._rows[i]["step"] == step and set(metrics) & set(self._rows[i]) - {"epoch"}:
+                return i
+        return None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = int(step or 0)
-        if not self._rows or self._rows[-1]["step"] != step or self._written == len(self._rows):
-            self._rows.append({"step": step})
-        self._rows[-1].update({k: float(v) for k, v in metrics.items()})
+        step, values = int(step or 0), {k: float(v) for k, v in metrics.items()}
+        same = self._same_row(step, metrics)
+        if same is not None:  # a validation that is repeated because its checkpoint was not finished
+            self._rows[same].update(values)
+            self._written = 0
+        elif not self._rows or self._rows[-1]["step"] != step or self._written == len(self._rows):
+            self._rows.append({"step": step} | values)
+        else:
+            self._rows[-1].update(values)
         new = [k for k in metrics if k not in self._columns]
         if new:
             self._columns, self._written = self._columns + new, 0
@@ -76,18 +92,30 @@ class CSVFile(Logger):
     def save(self) -> None:
         if self._written == len(self._rows) and self.path.exists():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._written == 0
+        anew = self._written == 0 or not self.path.exists()
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        if anew:
+            writer.writeheader()
+        writer.writerows(self._rows[0 if anew else self._written :])
         try:
-            with open(self.path, "w" if fresh else "a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns, restval="")
-                if fresh:
-                    writer.writeheader()
-                writer.writerows(self._rows[self._written :])
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if anew:
+                write_text(self.path, text.getvalue())
+            else:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
+                    file.write(text.getvalue())
         except OSError as error:
-            print(f"warning: {self.path} could not be written ({error}); training goes on and tries again", flush=True)
+            self._written = 0  # a part of the rows may be in the file
+            self._complain(error)
             return
-        self._written = len(self._rows)
+        self._written, self._failures = len(self._rows), 0
+
+    def _complain(self, error: OSError) -> None:
+        """At the 1st, 2nd, 4th, 8th ... failure in a row."""
+        self._failures += 1
+        if self._failures & (self._failures - 1) == 0:
+            print(f"warning: {self.path} could not be written ({error}); training goes on and tries again", flush=True)
 
     def finalize(self, status: str) -> None:
         self.save()

@@ -22,133 +22,93 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from ssmzoo.official import CheckpointError
+from ssmzoo.tasks.micro_batch import is_out_of_memory
 from ssmzoo.train import config as configuration
-from ssmzoo.train import optim
-from ssmzoo.train.callbacks import RESUME_ME, Checkpointer, Guards, RandomStates, StopOnSignal, TrainingFailed
-from ssmzoo.train.checkpoint import FolderCheckpointIO, find_checkpoint, read_manifest, read_weights, write_text
+from ssmzoo.train import ledger, optim
+from ssmzoo.train.callbacks import RandomStates, StopOnSignal, TimeLimit, interruptible, stop
+from ssmzoo.train.checkpoint import (
+    FolderCheckpointIO,
+    find_checkpoint,
+    last_good_checkpoint,
+    read_manifest,
+    read_weights,
+    write_text,
+)
+from ssmzoo.train.checkpointer import Checkpointer
+from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
+from ssmzoo.train.guards import Guards
 from ssmzoo.train.logger import CSVFile, tensorboard_logger, wandb_logger
 from ssmzoo.train.progress import Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
+from ssmzoo.train.watchdog import Watchdog
 from ssmzoo.zoo import build_model
-
-RUN_DIR = "SSMZOO_RUN_DIR"  # environment variable by which the processes of one run find its folder
-
-
-def _rank() -> int:
-    """This process's number within the run, before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-
-
-class UserError(ValueError):
-    """What the user gave cannot be used; nothing was written."""
-
-
-def user_errors(function):
-    """Errors while configuring and building are the user's: one message, exit status 2."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (
-            ValueError,
-            TypeError,
-            CheckpointError,
-            FileNotFoundError,
-            PermissionError,
-            NotADirectoryError,
-        ) as error:
-            raise UserError(str(error)) from error
-
-    return wrapped
 
 
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` says; returns the best value of the task's monitored metric (for sweepers)."""
     _quiet()
     _keep_freed_memory()
-    cfg, run_dir, resuming = _choose_run(cfg)
+    unattended = cfg.resume == "auto"
+    cfg, run_dir, resuming = ledger.choose_run(cfg)
+    if resuming and unattended and ledger.read_status(run_dir)[0] == "finished":
+        print(f"{run_dir} is finished")
+        return ledger.best_value(run_dir)
     model_name, data, task, plain = _build(cfg, run_dir)
-    main_process = _rank() == 0
+    main_process = ledger.rank() == 0
     if main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-        os.environ[RUN_DIR] = str(run_dir)  # processes that Lightning starts from here belong to the same run
+        os.environ[ledger.RUN_DIR] = str(run_dir)  # processes that Lightning starts from here belong to the same run
         print(f"{model_name} in {run_dir}\n{optim.roles_table(task.model)}", flush=True)
-    trainer, checkpointer, signals = _trainer(plain, run_dir, task, data, model_name)
-    checkpoint = None
-    if resuming:
-        checkpoint = find_checkpoint(run_dir, prefer="last")
-        trainer.loggers[0].start_after(read_manifest(checkpoint)["step"])
-    _status(run_dir, "running")
-    started = time.monotonic()
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except (TrainingFailed, KeyboardInterrupt):
-        _status(run_dir, "failed")
-        raise
-    except torch.OutOfMemoryError as error:
-        _status(run_dir, "failed")
-        raise TrainingFailed(
-            f"out of memory: lower data.batch_size (and raise trainer.accumulate_grad_batches), or set "
-            f"grad_checkpointing=true. {str(error).splitlines()[0]}"
-        ) from None
-    except Exception:
-        _status(run_dir, "failed")
-        raise
-    if signals.received:
-        _status(run_dir, "stopped")
-        print(f"stopped by {signals.received} at step {trainer.global_step}; continue with: {_resume_command(run_dir)}")
-        sys.exit(RESUME_ME)
-    if trainer.world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if not main_process:
-        sys.exit(0)
-    value = _finish(plain, run_dir, model_name, trainer, task, data, time.monotonic() - started)
-    _status(run_dir, "finished")
-    os.environ.pop(RUN_DIR, None)
+    with interruptible(run_dir):
+        trainer, checkpointer, signals = _trainer(plain, run_dir, task, data, model_name)
+        checkpoint = _continue(run_dir, trainer.loggers) if resuming else None
+        ledger.write_status(run_dir, "running")
+        started = time.monotonic()
+        _fit(trainer, task, data, checkpoint, run_dir)
+        if signals.received:
+            stop(run_dir, f"stopped by {signals.received} at step {trainer.global_step}")
+        if checkpointer.failures:
+            stop(run_dir, f"trained to step {trainer.global_step}, but its checkpoint could not be written; make room")
+        if trainer.world_size > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        if not main_process:
+            sys.exit(0)
+        try:
+            value = _finish(plain, run_dir, model_name, trainer, task, data, time.monotonic() - started)
+        except OSError as error:
+            stop(run_dir, f"trained to the end, but the report could not be written ({error})")
+    ledger.write_status(run_dir, "finished")
+    os.environ.pop(ledger.RUN_DIR, None)
     return value
 
 
 @user_errors
-def _choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
-    """(configuration, run folder, resuming?); a resumed run takes its saved configuration plus what is typed now."""
-    from hydra.core.hydra_config import HydraConfig
+def _continue(run_dir: Path, loggers: list) -> Path | None:
+    """The checkpoint to continue from; what was logged after it is forgotten. None: there is none yet."""
+    checkpoint = last_good_checkpoint(run_dir)
+    if checkpoint is None:
+        print(f"{run_dir} has no checkpoint yet: starting at step 0", flush=True)
+    loggers[0].start_after(read_manifest(checkpoint)["step"] if checkpoint else 0)
+    return checkpoint
 
-    hydra_cfg = HydraConfig.get()
-    model_name = hydra_cfg.runtime.choices.model
-    if cfg.resume is None:
-        name = f"{cfg.name}-{hydra_cfg.job.num}" if hydra_cfg.mode.name == "MULTIRUN" else cfg.name
-        run_dir = Path(cfg.runs_dir) / model_name / str(name)
-        if _rank() > 0:
-            run_dir = Path(os.environ.get(RUN_DIR, run_dir))
-        elif (run_dir / "config.yaml").exists():
-            raise UserError(f"{run_dir} holds a run already; choose another name= or continue it with resume={run_dir}")
-        OmegaConf.update(cfg, "model_name", model_name, force_add=True)
-        return cfg, run_dir, False
-    if cfg.resume == "auto":
-        runs = sorted(
-            (p.parent for p in (Path(cfg.runs_dir) / model_name).glob("*/checkpoints")),
-            key=lambda p: p.stat().st_mtime,
-            reverse=True,
-        )
-        runs = [r for r in runs if _read_status(r) != "finished"]
-        if not runs:
-            OmegaConf.update(cfg, "resume", None)
-            return _choose_run.__wrapped__(cfg)
-        run_dir = runs[0]
-    else:
-        run_dir = Path(cfg.resume)
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"resume={cfg.resume}: {run_dir} is not a run folder (no config.yaml)")
-    find_checkpoint(run_dir, prefer="last")
-    saved = OmegaConf.load(run_dir / "config.yaml")
-    typed = [o.lstrip("+") for o in hydra_cfg.overrides.task if not o.startswith("~")]
-    groups = set(hydra_cfg.runtime.choices)
-    typed = [o for o in typed if o.split("=")[0] not in groups | {"resume", "name", "runs_dir"}]
-    return OmegaConf.merge(saved, OmegaConf.from_dotlist(typed)), run_dir, True
+
+def _fit(trainer, task, data, checkpoint: Path | None, run_dir: Path) -> None:
+    """Lightning's fit; leaves the run's status and a message behind however it ends."""
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):  # a second signal
+        stop(run_dir, f"stopped at once at step {trainer.global_step}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            error = TrainingFailed(
+                f"out of memory at step {trainer.global_step}: lower data.batch_size (and raise "
+                f"trainer.accumulate_grad_batches by as much), set grad_checkpointing=true, or let "
+                f"callbacks.guards.halve_batch=true do the former when it is needed. {str(error).splitlines()[0]}"
+            )
+        ledger.write_status(run_dir, "failed", " ".join(str(error).split())[:500])
+        raise error
 
 
 @user_errors
@@ -203,10 +163,16 @@ def _trainer(plain: dict, run_dir: Path, task, data, model_name: str):
     if settings.get("precision") == "auto":
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and settings.get("accelerator") != "cpu"
         settings["precision"] = "bf16-mixed" if bf16 else "32-true"
-    wanted = plain["callbacks"]
+    if settings.get("strategy") == "fsdp":
+        from ssmzoo.train.sharded import Sharded
+
+        settings["strategy"] = Sharded()
+    wanted, limit = plain["callbacks"], settings.pop("max_time", None)
     checkpointer = Checkpointer(run_dir / "checkpoints", task.monitor, task.mode, **(wanted.get("checkpoint") or {}))
     signals = StopOnSignal(checkpointer)
     callbacks: list[Any] = [RandomStates(), Guards(run_dir, **(wanted.get("guards") or {}))]
+    if wanted.get("watchdog"):
+        callbacks.append(Watchdog(run_dir, **wanted["watchdog"]))
     if wanted.get("ema"):
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -215,7 +181,10 @@ def _trainer(plain: dict, run_dir: Path, task, data, model_name: str):
         from lightning.pytorch.callbacks import EarlyStopping
 
         callbacks.append(EarlyStopping(monitor=f"val/{task.monitor}", mode=task.mode, **wanted["early_stopping"]))
-    callbacks += [Progress(**(wanted.get("progress") or {})), checkpointer, signals]
+    callbacks += [Progress(**(wanted.get("progress") or {}))]
+    if limit is not None:
+        callbacks.append(TimeLimit(limit))
+    callbacks += [checkpointer, signals]
     trainer = L.Trainer(
         **settings,
         callbacks=callbacks,
@@ -281,6 +250,7 @@ def _finish(plain: dict, run_dir: Path, model_name: str, trainer, task, data, se
     """Evaluate the best weights, print and write the report; returns the monitored value."""
     progress = next(c for c in trainer.callbacks if isinstance(c, Progress))
     rate = progress.throughput(trainer, task)
+    task.model = build_model(plain["model"])  # the trained one may be in shards
     task.model.load_state_dict(read_weights(run_dir))
     validation = evaluate_task(task, data, plain)
     report = task.report(run_dir, validation)
@@ -382,24 +352,6 @@ def _build_evaluation(cfg: DictConfig):
     out = Path(cfg.out) if cfg.out else default_out
     out.mkdir(parents=True, exist_ok=True)
     return folder, plain, data, task, out
-
-
-def _status(run_dir: Path, status: str) -> None:
-    if _rank() > 0:
-        return
-    try:
-        write_text(run_dir / "status.txt", status + "\n")
-    except OSError as error:
-        print(f"warning: {run_dir / 'status.txt'} could not be written ({error})", flush=True)
-
-
-def _read_status(run_dir: Path) -> str:
-    file = run_dir / "status.txt"
-    return file.read_text().strip() if file.exists() else "unknown"
-
-
-def _resume_command(run_dir: Path) -> str:
-    return f"python train.py resume={run_dir}"
 
 
 def _keep_freed_memory() -> None:

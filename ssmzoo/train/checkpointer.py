@@ -1,0 +1,180 @@
+"""When checkpoints are written, which of them stay, and what happens when one cannot be written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from ssmzoo.train.checkpoint import INDEX, read_json, remove_leftovers, write_text
+
+LONGEST_WAIT = 64  # optimiser steps between two tries to write a checkpoint
+
+
+class Checkpointer(L.Callback):
+    """Keep the last checkpoint and the best ones; a failed write is reported, retried and costs no earlier checkpoint.
+
+    folder           where checkpoints and index.json go
+    every_n_steps    save at these optimiser steps; 0: only with a validation, at the end and when asked to stop
+    every_n_minutes  and after this much time; 0: never
+    keep_best        how many of the best by `val/<monitor>` stay;  keep_last  how many of the newest stay
+
+    A checkpoint that a run can continue from is written between updates only. A validation that falls into the middle
+    of an update (accumulated micro-batches) keeps its weights as a candidate for the best, without a trainer's state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str,
+        mode: str,
+        every_n_steps: int = 0,
+        every_n_minutes: float = 0.0,
+        keep_best: int = 1,
+        keep_last: int = 1,
+    ):
+        if keep_last < 1 or keep_best < 0 or every_n_steps < 0 or every_n_minutes < 0:
+            raise ValueError(
+                "callbacks: keep_last must be at least 1; keep_best, every_n_steps and every_n_minutes at least 0"
+            )
+        self.folder, self.monitor, self.mode = Path(folder), f"val/{monitor}", mode
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.keep_best, self.keep_last = keep_best, keep_last
+        self.index: dict[str, Any] = {"last": None, "recent": [], "best": [], "monitor": self.monitor, "mode": mode}
+        if (self.folder / INDEX).exists():
+            self.index |= read_json(self.folder / INDEX)
+        self.saved_step, self._saved_time = -1, time.monotonic()
+        self.failures, self._try_again_at = 0, math.inf  # writes that failed in a row; step of the next try
+
+    def on_fit_start(self, trainer, task) -> None:
+        if trainer.is_global_zero:
+            remove_leftovers(self.folder)
+
+    def on_save_checkpoint(self, trainer, task, checkpoint) -> None:
+        """Lightning logs a step after this point: its metrics go along, or a killed run would miss one row."""
+        checkpoint["step_metrics"] = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
+        }
+
+    def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
+        step, metrics = checkpoint["global_step"] - 1, checkpoint.get("step_metrics")
+        self.saved_step = checkpoint["global_step"]
+        if metrics and (step + 1) % trainer.log_every_n_steps == 0:
+            trainer.loggers[0].complete(step, metrics)
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step in (0, self.saved_step) or trainer.fit_loop._should_accumulate():
+            return
+        late = self.every_n_minutes and time.monotonic() - self._saved_time > 60 * self.every_n_minutes
+        due = (
+            step >= self._try_again_at
+            or (self.every_n_steps and step % self.every_n_steps == 0)
+            or (late and trainer.world_size == 1)
+            or (self.every_n_minutes and trainer.world_size > 1 and trainer.strategy.broadcast(bool(late)))
+        )
+        # the last step is saved here and not in on_train_end, where averaged weights have taken the place of the own
+        if due or trainer.should_stop or step == trainer.max_steps:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer, task) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.save(trainer, self._value(trainer))
+
+    def on_train_end(self, trainer, task) -> None:
+        for seconds in (0, 1, 2, 4):
+            if self.saved_step == trainer.global_step and not self.failures:
+                return
+            time.sleep(seconds if self.failures else 0)
+            self.save(trainer, whole=True)
+
+    def _value(self, trainer) -> float | None:
+        value = trainer.callback_metrics.get(self.monitor)
+        return None if value is None or not math.isfinite(float(value)) else float(value)
+
+    def save(self, trainer, value: float | None = None, whole: bool | None = None) -> None:
+        """Write the state as it is now; `value` ranks it among the best.
+
+        whole  with the trainer's state, so that a run can continue from it; None: when no update is half done
+        """
+        step, store = trainer.global_step, trainer.strategy.checkpoint_io
+        whole = not trainer.fit_loop._should_accumulate() if whole is None else whole
+        if not whole:
+            self._try_again_at = min(self._try_again_at, step + 1)
+            if value is None or not self._would_be_kept(value):
+                return
+        name = trainer.strategy.broadcast(self._free_name(step))
+        store.weights_only = not whole
+        trainer.save_checkpoint(self.folder / name)
+        error = store.error
+        if trainer.is_global_zero and error is None:
+            try:
+                self._record(name, step, value, whole)
+            except OSError as failed:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                error = failed
+        if trainer.strategy.broadcast(error is not None):
+            self._report(error, self.folder / name, step, trainer.is_global_zero)
+        elif whole:
+            self.saved_step, self._saved_time = step, time.monotonic()
+            self.failures, self._try_again_at = 0, math.inf
+
+    def _would_be_kept(self, value: float) -> bool:
+        if len(self.index["best"]) < self.keep_best or not self.keep_best:
+            return bool(self.keep_best)
+        worst = self.index["best"][-1]["value"]
+        return value > worst if self.mode == "max" else value < worst
+
+    def _report(self, error: OSError | None, folder: Path, step: int, speak: bool) -> None:
+        self.failures += 1
+        wait = min(2 ** (self.failures - 1), LONGEST_WAIT)
+        self._try_again_at = step + wait
+        if speak:
+            print(
+                f"warning: checkpoint {folder} could not be written ({error}); training goes on and tries again "
+                f"{'after the next step' if wait == 1 else f'in {wait} steps'}, earlier checkpoints stay",
+                flush=True,
+            )
+
+    def _free_name(self, step: int) -> str:
+        """`step-00000100`, or `step-00000100-2` when the index names that already; a folder it does not name goes."""
+        kept, name, count = self._names(self.index), f"step-{step:08d}", 1
+        while name in kept:
+            count += 1
+            name = f"step-{step:08d}-{count}"
+        if (self.folder / name).exists():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return name
+
+    @staticmethod
+    def _names(index: dict[str, Any]) -> set[str]:
+        return {*index["recent"], *(b["name"] for b in index["best"])} | ({index["last"]} - {None})
+
+    def _record(self, name: str, step: int, value: float | None, whole: bool) -> None:
+        """Point index.json to the new checkpoint, then delete what nothing points to."""
+
+        def other(entry: str) -> bool:
+            """Another step's, and still there (someone may have emptied the folder)."""
+            return int(re.match(r"step-(\d+)", entry)[1]) != step and (self.folder / entry).is_dir()
+
+        old = self.index
+        index = old | {"recent": [n for n in old["recent"] if n != name and (self.folder / n).is_dir()]}
+        if whole:
+            recent = [n for n in index["recent"] if other(n)] + [name]
+            index |= {"last": name, "recent": recent[-self.keep_last :]}
+        best = [b for b in old["best"] if (self.folder / b["name"]).is_dir()]
+        if value is not None and self.keep_best:
+            best = [b for b in best if other(b["name"])] + [{"name": name, "value": value}]
+            best = sorted(best, key=lambda b: b["value"], reverse=self.mode == "max")
+        index["best"] = best[: self.keep_best]
+        write_text(self.folder / INDEX, json.dumps(index, indent=1))
+        self.index, wanted = index, self._names(index)
+        for folder in self.folder.glob("step-*"):
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
