@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from ssmzoo import create_model
+from ssmzoo.layers.restoration import mirror_pad
 from ssmzoo.models.mambair import MambaIR, official_mambair
 from ssmzoo.models.mambair_unet import MambaIRUNet
-from ssmzoo.models.mambair_v2 import MambaIRv2, mirror_pad, official_mambair_v2
+from ssmzoo.models.mambair_v2 import MambaIRv2, official_mambair_v2
+from ssmzoo.models.swinir import SwinIR
 from ssmzoo.zoo import list_models
 
 PUBLISHED = {  # preset -> parameters, from the papers' code
@@ -21,6 +23,7 @@ PUBLISHED = {  # preset -> parameters, from the papers' code
 }
 TINY = dict(embed_dim=32, depths=(1, 1), d_state=2, mlp_ratio=1.0)
 TINY_V2 = TINY | dict(num_heads=2, window_size=4, inner_rank=4, num_tokens=5, routing="argmax")
+TINY_SWIN = dict(embed_dim=32, depths=(2,), num_heads=2, window_size=4)
 
 
 HEADS_ONLY = [n for n in PUBLISHED if n.endswith(("x3", "x4")) and "light" not in n]  # the body of x2
@@ -43,7 +46,7 @@ def test_every_preset_is_in_the_table():
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 6)])
 def test_any_size_in_and_scale_times_that_out(upsampler, scale, size):
     x = torch.rand(2, 3, *size)
-    models = [MambaIRv2(scale, upsampler, **TINY_V2)]
+    models = [MambaIRv2(scale, upsampler, **TINY_V2), SwinIR(scale, upsampler, **TINY_SWIN)]
     if upsampler != "nearest+conv":
         models.append(MambaIR(scale, upsampler, **TINY))
     for model in models:
@@ -51,7 +54,8 @@ def test_any_size_in_and_scale_times_that_out(upsampler, scale, size):
 
 
 @pytest.mark.parametrize("model", [MambaIR(2, **TINY), MambaIR(1, in_chans=1, resi_connection="3conv", **TINY),
-                                   MambaIRv2(2, **TINY_V2), MambaIRv2(2, light=True, **TINY_V2)])
+                                   MambaIRv2(2, **TINY_V2), MambaIRv2(2, light=True, **TINY_V2),
+                                   SwinIR(2, **TINY_SWIN), MambaIR(2, cab="convolution", **TINY)])
 def test_every_parameter_receives_a_gradient(model):
     model.train()(torch.rand(2, model.in_chans, 8, 8)).square().sum().backward()
     attention = [n for n, p in model.named_parameters() if "attention.attention" in n]
@@ -59,7 +63,8 @@ def test_every_parameter_receives_a_gradient(model):
     assert not without
 
 
-@pytest.mark.parametrize("build", [lambda: MambaIR(2, drop_path_rate=0.0, **TINY), lambda: MambaIRv2(2, **TINY_V2)])
+@pytest.mark.parametrize("build", [lambda: MambaIR(2, drop_path_rate=0.0, **TINY), lambda: MambaIRv2(2, **TINY_V2),
+                                   lambda: SwinIR(2, drop_path_rate=0.0, **TINY_SWIN)])
 def test_grad_checkpointing_changes_no_gradient(build):
     model, x = build().train(), torch.rand(1, 3, 6, 6)
     gradients = []
@@ -69,6 +74,24 @@ def test_grad_checkpointing_changes_no_gradient(build):
         model(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+
+
+def test_the_window_attention_twin_has_as_many_parameters_and_sees_beyond_a_window():
+    counts = [sum(p.numel() for p in create_model(name, upscale=2, in_chans=3).parameters())
+              for name in ("mambair", "swinir")]
+    assert abs(counts[0] - counts[1]) < 0.002 * counts[0]
+    x = torch.rand(1, 3, 16, 16, requires_grad=True)
+    SwinIR(2, **TINY_SWIN).eval()(x)[0, 0, 0, 0].backward()
+    reached = x.grad.abs().sum(1)[0] > 0
+    assert reached[:8, :8].any() and reached[5, 5]  # outside the first window of 4: the second block is shifted
+
+
+def test_what_an_ablation_leaves_out_takes_its_parameters_along():
+    names = {cab: {n for n, _ in MambaIR(2, cab=cab, **TINY).named_parameters() if "conv_blk" in n}
+             for cab in ("both", "convolution", "attention")}
+    assert names["convolution"] < names["both"] and len(names["attention"]) == 2 * 4  # two blocks, two 1x1 with bias
+    with pytest.raises(ValueError, match="cab is 'none'"):
+        MambaIR(2, cab="none", **TINY)
 
 
 def test_bicubic_skip_starts_as_bicubic_enlargement_or_the_picture_itself():

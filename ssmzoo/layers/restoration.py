@@ -144,6 +144,16 @@ class RestorationNet(nn.Module):
         return y / self.img_range + self.mean
 
 
+def mirror_pad(x: Tensor, multiple: int) -> Tensor:
+    """Extend (b c y x) at the bottom and right to multiples by the mirror image, edge row included."""
+    for dim in (2, 3):
+        n = x.shape[dim]
+        if n % multiple:
+            at = torch.arange(n + -n % multiple, device=x.device) % (2 * n)
+            x = x.index_select(dim, torch.minimum(at, 2 * n - 1 - at))
+    return x
+
+
 def init_restoration(module: nn.Module) -> None:
     """The papers' rule, for `Module.apply`: Linear normal with std 0.02 and zero bias, LayerNorm 1 and 0."""
     if isinstance(module, nn.Linear):

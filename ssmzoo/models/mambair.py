@@ -28,6 +28,7 @@ from ssmzoo.layers.ss2d import SS2D
 
 BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result
 LEGACY = ("type", "window_size", "num_heads", "interval")  # keys of old option files, ignored by the released class too
+CAB_PARTS = ("both", "convolution", "attention")
 INIT_ONLY = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # official arguments a checkpoint overrides
 
 
@@ -48,17 +49,23 @@ class ChannelAttention(nn.Module):
 
 
 class CAB(nn.Module):
-    """Convolution and channel attention, (b c y x) to the same. `light`: depthwise convolutions, the last dilated."""
+    """Convolution and channel attention, (b c y x) to the same. `light`: depthwise convolutions, the last dilated.
 
-    def __init__(self, channels: int, light: bool = False, squeeze_factor: int = 30):
+    parts  "both", or for ablations "convolution", "attention" (what it leaves out takes its parameters along)
+    """
+
+    def __init__(self, channels: int, light: bool = False, squeeze_factor: int = 30, parts: str = "both"):
         super().__init__()
         c, third, half = channels, channels // 3, channels // 2
-        if light:
+        if parts == "attention":
+            convs = []
+        elif light:
             convs = [nn.Conv2d(c, half, 1), nn.Conv2d(half, half, 3, padding=1, groups=half), nn.GELU(),
                      nn.Conv2d(half, c, 1), nn.Conv2d(c, c, 3, padding=2, dilation=2, groups=c)]
         else:
             convs = [nn.Conv2d(c, third, 3, padding=1), nn.GELU(), nn.Conv2d(third, c, 3, padding=1)]
-        self.cab = nn.Sequential(*convs, ChannelAttention(c, squeeze_factor))
+        attention = [] if parts == "convolution" else [ChannelAttention(c, squeeze_factor)]
+        self.cab = nn.Sequential(*convs, *attention)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cab(x)
@@ -68,11 +75,11 @@ class RSSB(nn.Module):
     """Residual state-space block on a map (b y x d); parameter names of the released `VSSBlock`."""
 
     def __init__(self, dim: int, d_state: int, expand: float, drop_path: float = 0.0, light: bool = False,
-                 squeeze_factor: int = 30):
+                 squeeze_factor: int = 30, cab: str = "both"):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attention = SS2D(dim, d_state, ssm_ratio=expand)
-        self.conv_blk = CAB(dim, light, squeeze_factor)
+        self.conv_blk = CAB(dim, light, squeeze_factor, cab)
         self.skip_scale, self.skip_scale2 = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.drop_path = DropPath(drop_path)
 
@@ -106,14 +113,17 @@ class MambaIR(RestorationNet):
     d_state, mlp_ratio   state size and expansion of the scan
     drop_path_rate       stochastic depth of the last block, growing linearly from 0
     squeeze_factor       of the channel attention; 30 in every published model
+    cab                  parts of the second branch: "both" (published), "convolution" or "attention" alone
     bicubic_skip         see `RestorationNet`
     """
 
     def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 180,
                  depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, mlp_ratio: float = 2.0,
                  drop_rate: float = 0.0, drop_path_rate: float = 0.1, patch_norm: bool = True, img_range: float = 1.0,
-                 resi_connection: str = "1conv", squeeze_factor: int = 30,
+                 resi_connection: str = "1conv", squeeze_factor: int = 30, cab: str = "both",
                  bicubic_skip: bool = False):
+        if cab not in CAB_PARTS:
+            raise ValueError(f"cab is {cab!r}; expected one of {', '.join(CAB_PARTS)}")
         if upsampler == "nearest+conv":
             raise ValueError("upsampler is 'nearest+conv', which MambaIR lacks; use 'pixelshuffle' or MambaIRv2")
         super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection, bicubic_skip)
@@ -121,7 +131,8 @@ class MambaIR(RestorationNet):
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)} if patch_norm else {})
         self.pos_drop = nn.Dropout(drop_rate)
-        block = functools.partial(RSSB, embed_dim, d_state, mlp_ratio, light=light, squeeze_factor=squeeze_factor)
+        block = functools.partial(RSSB, embed_dim, d_state, mlp_ratio, light=light, squeeze_factor=squeeze_factor,
+                                  cab=cab)
         self.layers = nn.ModuleList(ResidualGroup([block(drop_path=next(rates)) for _ in range(depth)], embed_dim,
                                                   resi_connection) for depth in depths)
         self.norm = nn.LayerNorm(embed_dim)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
+from ssmzoo.layers.restoration import RestorationNet, init_restoration, mirror_pad, residual_conv
 from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.layers.window_attention import WindowAttention, relative_position_index, shifted_window_attention
 from ssmzoo.ops import selective_scan_fn
@@ -194,16 +194,6 @@ class ASSB(nn.Module):
         for layer in self.residual_group["layers"]:
             y = layer(y, size)
         return x + self.conv(y.mT.unflatten(-1, size).contiguous()).flatten(2).mT
-
-
-def mirror_pad(x: Tensor, multiple: int) -> Tensor:
-    """Extend (b c y x) at the bottom and right to multiples by the mirror image, edge row included."""
-    for dim in (2, 3):
-        n = x.shape[dim]
-        if n % multiple:
-            at = torch.arange(n + -n % multiple, device=x.device) % (2 * n)
-            x = x.index_select(dim, torch.minimum(at, 2 * n - 1 - at))
-    return x
 
 
 class MambaIRv2(RestorationNet):
