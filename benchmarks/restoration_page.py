@@ -75,7 +75,7 @@ def _claim(claim: dict) -> str:
     base = next(iter(claim.values()))["baseline_psnr"]
     return (f"## Does the scan beat windows?\n\n`python benchmarks/restoration.py claim`: x2, {steps} steps of 8 "
             f"patches of 64 pixels each, the default recipe, whole held-out photographs (bicubic: {base:.3f} dB). "
-            "`swinir` is the Swin-style twin (0.1 % fewer parameters); the other two are MambaIR without one part of its "
+            "`swinir` is the Swin-style twin (0.1 % fewer parameters); the others are MambaIR less one part of its "
             "second branch. Published, after 500,000 steps: MambaIR over SwinIR up to +0.36 dB (x2, Manga109).\n\n"
             + _table(["arm", "Y-PSNR (dB)", "by seed", "MambaIR ahead by (each seed)", "CPU s per run"], rows))
 
