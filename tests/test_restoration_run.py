@@ -152,3 +152,21 @@ def test_a_released_weight_file_restores_by_the_name_of_its_preset(monkeypatch, 
     status, out, err = call(monkeypatch, capsys, "ssmzoo", "restore", str(tmp_path / "a.png"), "--ckpt",
                             str(tmp_path / "w.pth"), "--model", "mambair_light_x2", "--device", "cpu")
     assert (status, err) == (0, "") and "12 x 10" in out
+
+
+def test_another_scale_starts_from_these_weights_as_far_as_they_fit(monkeypatch, capsys, trained, photos, tmp_path):
+    import torch
+
+    from ssmzoo.train.checkpoint import read_weights
+
+    more = [*TINY, "data.scale=4", f"init_from={trained}", "optim.lr=0", f"data.path={photos}",
+            f"runs_dir={tmp_path}"]
+    status, out, err = call(monkeypatch, capsys, "train", "model=mambair", *more)
+    assert (status, err) == (0, "") and "new: upsample.0.weight, upsample.0.bias" in out
+    old, new = read_weights(trained), read_weights(tmp_path / "mambair" / "a")
+    same = [k for k in new if new[k].shape == old[k].shape]
+    assert len(same) == len(new) - 2 and all(torch.equal(old[k], new[k]) for k in same)
+    status, _, err = call(monkeypatch, capsys, "train", "model=mambair", *more, "model.embed_dim=36", "name=b")
+    assert status == 2 and "weights of another model" in err and err.count("\n") == 1
+    status, _, err = call(monkeypatch, capsys, "train", "model=mambair", *more, "init_from=/nowhere", "name=b")
+    assert status == 2 and "/nowhere" in err

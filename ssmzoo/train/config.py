@@ -46,19 +46,23 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
 LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
-TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "compile", "grad_checkpointing", "model_name")
+TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "init_from", "compile", "grad_checkpointing", "model_name")
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 
 
 def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
-    """The class or function a `_target_` names; only names under `prefix` (or Lightning's own) are imported."""
-    module, _, name = target.rpartition(".")
-    if not (module.startswith(prefix) or module.startswith("lightning.pytorch")):
+    """The class or function a `_target_` names, which must lie under `prefix` and be defined in this package."""
+    module, _, name = str(target).rpartition(".")
+    known = prefix == "ssmzoo." and target in CALLED.values()
+    if not (module.startswith(prefix) or known):
         raise ConfigError(f"_target_ {target!r} is refused: it must lie inside {prefix.rstrip('.')}")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"_target_ {target!r} cannot be imported: {error}") from None
+    if not (callable(found) and getattr(found, "__module__", "").startswith("ssmzoo.") or known):
+        raise ConfigError(f"_target_ {target!r} is refused: it is not defined in ssmzoo")
+    return found
 
 
 def build_node(node: dict, prefix: str, **injected):

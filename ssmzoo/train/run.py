@@ -37,6 +37,7 @@ from ssmzoo.train.checkpoint import (
 from ssmzoo.train.checkpointer import Checkpointer
 from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
 from ssmzoo.train.guards import Guards
+from ssmzoo.train.init_from import start_from
 from ssmzoo.train.logger import CSVFile, tensorboard_logger, wandb_logger
 from ssmzoo.train.progress import Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
@@ -126,6 +127,8 @@ def _build(cfg: DictConfig, run_dir: Path) -> tuple[str, Any, Any, dict]:
     configuration.set_sizes(data.sizes)
     plain = OmegaConf.to_container(cfg, resolve=True)
     model = build_model(plain["model"])
+    if plain.get("init_from") and not (run_dir / "config.yaml").exists():  # a resumed run has weights of its own
+        print(start_from(model, plain["init_from"]), flush=True)
     if plain.get("grad_checkpointing"):
         if not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"grad_checkpointing=true: {type(model).__name__} has no set_grad_checkpointing()")
