@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,9 +54,17 @@ class Task(L.LightningModule):
         self.shares, self.micro_batches = Shares(), MicroBatches()
         self.expert_load: Tensor | None = None  # share of the last batch's tokens per expert, (layers e) or (e)
         self.trained_loss: Tensor | None = None
-        self.gradient_norm: Tensor | None = None  # of the update at hand, set by who measures it
+        self.gradient_norm: float | None = None  # of the update at hand, set by who measures it
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
+        self._row: dict[str, float] = {}
+        self.measuring = True  # are this training step's metrics wanted? `step` may leave them out otherwise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # set by Lightning around every hook; what a module may hold is checked for all
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, training)")
@@ -69,6 +78,7 @@ class Task(L.LightningModule):
         return None
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
+        self.measuring = self.log_is_due()
         weight = self.shares.of(self, batch, batch_idx)
         out = self.micro_batches.step(self, batch, batch_idx, weight)
         self.seen += self.items(batch)
@@ -91,11 +101,14 @@ class Task(L.LightningModule):
             self.micro_batches.retry(self, loss, error)
 
     def _log_training(self, loss: Tensor, metrics: dict[str, Tensor], weight) -> None:
-        """Means over the update's micro-batches and over all ranks, handed to the loggers when a row of theirs is due.
+        """Means over the update's micro-batches and over all ranks, noted when a row of the loggers is due.
 
         `trained_loss` is this rank's part of the update's loss.
         """
         trainer, parts = self.trainer, self.trainer.accumulate_grad_batches
+        if parts == 1 and not self.measuring:
+            self.trained_loss = loss.detach()
+            return
         plain = isinstance(weight, float) and weight == 1
         values = {"loss": loss.detach()} | {k: v if plain else v * weight for k, v in metrics.items()}
         if parts > 1:
@@ -103,9 +116,28 @@ class Task(L.LightningModule):
             before = {} if first else self._means
             values = {k: v / parts + before.get(k, 0) for k, v in values.items()}
         self._means, self.trained_loss = values, values["loss"]
-        if self.log_is_due() and not trainer.fit_loop._should_accumulate():
+        if self.measuring and not trainer.fit_loop._should_accumulate():
             means = values if trainer.world_size == 1 else _mean_over_ranks(values, trainer)
-            self.log_dict({f"train/{k}": v for k, v in means.items()})
+            for name, value in means.items():
+                self.note(f"train/{name}", float(value))
+
+    def note(self, name: str, value: float) -> None:
+        """Put a number into the row that the loggers get after this step; only when `measuring`.
+
+        Lightning's `log` does more (epoch means, reductions) and takes a millisecond for every name.
+        """
+        self._row[name] = value
+        self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        if self._row:
+            row, self._row = self._row, {}
+            self.trainer._logger_connector.log_metrics(row)
+
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters that the optimiser has and that got one."""
+        groups = self.trainer.optimizers[0].param_groups
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def log_is_due(self) -> bool:
         """Do the loggers take a row at this step?"""
@@ -120,7 +152,7 @@ class Task(L.LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and self.gradient_norm is not None:
             if not self.gradient_norm <= gradient_clip_val:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm)
+                torch._foreach_mul_(self.gradients(), gradient_clip_val / (self.gradient_norm + 1e-6))
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -146,6 +178,11 @@ class Task(L.LightningModule):
         """Add metrics that are functions of means (perplexity, bits per byte)."""
         return means
 
+    def configure_model(self) -> None:
+        """Cut the model into shards where the strategy asks for it."""
+        if hasattr(self.trainer.strategy, "shard"):
+            self.trainer.strategy.shard(self.model)
+
     def configure_optimizers(self):
         return self.optim(self.model)
 
@@ -170,3 +207,6 @@ def _mean_over_ranks(values: dict[str, Tensor], trainer) -> dict[str, Tensor]:
     names = sorted(values)
     stacked = torch.stack([values[k].double().reshape(()) for k in names])
     return dict(zip(names, trainer.strategy.reduce(stacked, reduce_op="mean")))
+
+
+Task.training_step.__signature__ = inspect.signature(Task.training_step)  # Lightning asks for it at every step

@@ -44,12 +44,12 @@ class Guards(L.Callback):
         self._batch = batch
 
     def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
-        gradients = [p.grad for p in task.parameters() if p.grad is not None]
+        gradients = task.gradients()
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.tensor(0.0)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards on all ranks
         task.gradient_norm = self.gradient_norm = float(norm)  # the task clips by it
-        if task.log_is_due():
-            task.log("train/grad_norm", self.gradient_norm)
+        if task.measuring:
+            task.note("train/grad_norm", self.gradient_norm)
         loss = task.trained_loss
         if math.isfinite(self.gradient_norm) and (loss is None or math.isfinite(float(loss))):
             self.skipped_in_a_row = 0

@@ -39,7 +39,7 @@ from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from
 from ssmzoo.train.logger import CSVFile, tensorboard_logger, wandb_logger
-from ssmzoo.train.progress import Progress, clock
+from ssmzoo.train.progress import NoProfiler, Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.train.watchdog import Watchdog
 from ssmzoo.zoo import build_model
@@ -188,6 +188,7 @@ def _trainer(plain: dict, run_dir: Path, task, data, model_name: str):
     if limit is not None:
         callbacks.append(TimeLimit(limit))
     callbacks += [checkpointer, signals]
+    settings.setdefault("profiler", NoProfiler())
     trainer = L.Trainer(
         **settings,
         callbacks=callbacks,
