@@ -11,6 +11,7 @@ Letters: b batch, c image channels, y x rows and columns, d = dim.
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ssmzoo.models.mambair import RSSB
@@ -28,12 +29,17 @@ class Resample(nn.Module):
         return self.body(x)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-    """(b d y x) through blocks that work channels last, and back."""
-    x = x.permute(0, 2, 3, 1)
-    for block in blocks:
-        x = block(x)
-    return x.permute(0, 3, 1, 2).contiguous()
+class Blocks(nn.ModuleList):
+    """(b d y x) through blocks that work channels last, and back; `recompute` keeps no activations inside a block."""
+
+    recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        for block in self:
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class MambaIRUNet(nn.Module):
@@ -65,8 +71,8 @@ class MambaIRUNet(nn.Module):
         self.in_chans = inp_channels
         states = (d_state,) * 4 if isinstance(d_state, int) else tuple(d_state)
 
-        def stack(n: int, width: int, level: int) -> nn.ModuleList:
-            return nn.ModuleList(RSSB(width, states[level], mlp_ratio, drop_path_rate, squeeze_factor=squeeze_factor)
+        def stack(n: int, width: int, level: int) -> Blocks:
+            return Blocks(RSSB(width, states[level], mlp_ratio, drop_path_rate, squeeze_factor=squeeze_factor)
                                  for _ in range(n))
 
         n1, n2, n3, n4 = num_blocks
@@ -85,22 +91,27 @@ class MambaIRUNet(nn.Module):
             if isinstance(linear, nn.Linear):
                 linear.reset_parameters()
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass instead of keeping its activations."""
+        for blocks in (m for m in self.modules() if isinstance(m, Blocks)):
+            blocks.recompute = enable
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width)")
         if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
             raise ValueError(f"the image is {x.shape[2]} x {x.shape[3]}; MambaIRUNet needs multiples of 8 (pad by "
                              f"reflection and crop the result)")
-        level1 = run_blocks(self.encoder_level1, self.patch_embed["proj"](x))
-        level2 = run_blocks(self.encoder_level2, self.down1_2(level1))
-        level3 = run_blocks(self.encoder_level3, self.down2_3(level2))
-        latent = run_blocks(self.latent, self.down3_4(level3))
+        level1 = self.encoder_level1(self.patch_embed["proj"](x))
+        level2 = self.encoder_level2(self.down1_2(level1))
+        level3 = self.encoder_level3(self.down2_3(level2))
+        latent = self.latent(self.down3_4(level3))
         y = self.reduce_chan_level3(torch.cat([self.up4_3(latent), level3], 1))
-        y = run_blocks(self.decoder_level3, y)
+        y = self.decoder_level3(y)
         y = self.reduce_chan_level2(torch.cat([self.up3_2(y), level2], 1))
-        y = run_blocks(self.decoder_level2, y)
-        y = run_blocks(self.decoder_level1, torch.cat([self.up2_1(y), level1], 1))  # 2d channels, no reduction
-        return self.output(run_blocks(self.refinement, y)) + x
+        y = self.decoder_level2(y)
+        y = self.decoder_level1(torch.cat([self.up2_1(y), level1], 1))  # 2d channels, no reduction
+        return self.output(self.refinement(y)) + x
 
 
 def build_official_unet(state: dict[str, Tensor], squeeze_factor: int, dual_pixel_task: bool = False,

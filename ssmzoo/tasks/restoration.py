@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmzoo.official import nearest
 from ssmzoo.tasks.base import Report, StepOutput, Task
-from ssmzoo.tasks.metrics.image import psnr, ssim
+from ssmzoo.tasks.metrics.image import psnr, ssim, ssim_volume
 from ssmzoo.tasks.objectives.pixel import LOSSES
 from ssmzoo.tasks.restoration_baselines import BASELINES
 from ssmzoo.tasks.tiling import PUBLISHED_TILE, run_padded, run_published, self_ensemble
@@ -33,12 +33,24 @@ def to_levels(image: Tensor) -> Tensor:
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def mixed(lq: Tensor, gt: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Both (b c y x) blended with the batch in another order, by one weight from Beta(strength, strength), or not."""
+    if strength == 0 or torch.rand(()) < 0.5:
+        return lq, gt
+    weight = torch.distributions.Beta(strength, strength).sample().item()
+    order = torch.randperm(len(lq), device=lq.device)
+    return tuple(weight * t + (1 - weight) * t[order] for t in (lq, gt))
+
+
 class Restoration(Task):
     """Train on pairs {"lq", "gt"} in [0, 1] and measure on 8-bit levels, one picture at a time.
 
     loss          l1 or charbonnier
     crop_border   pixels left out on every side when measuring; None: the model's scale for super-resolution, else 0
     y_channel     measure on luma (super-resolution, JPEG) rather than RGB
+    rounded       measure on 8-bit levels; False: on what the network gives, and SSIM over the channels as one volume,
+                  as MATLAB does for real noise (SIDD)
+    mixup         mix pairs of a batch with weights from Beta(mixup, mixup), in every second step on average; 0: never
     baseline      what results are compared with: bicubic, nl_means (needs sigma), or none (the degraded picture)
     sigma         noise level given to nl_means, in 8-bit levels
     tile          validate in the published protocol's tiles of about so many pixels; None: whole pictures
@@ -50,19 +62,23 @@ class Restoration(Task):
     monitor, mode = "psnr", "max"
 
     def __init__(self, model, optim=None, loss: str = "l1", crop_border: int | None = None, y_channel: bool = True,
-                 baseline: str = "bicubic", sigma: float | list[float] | None = None, tile: int | None = PUBLISHED_TILE,
+                 rounded: bool = True, mixup: float = 0.0, baseline: str = "bicubic",
+                 sigma: float | list[float] | None = None, tile: int | None = PUBLISHED_TILE,
                  self_ensemble: bool = False, lpips: bool = False):
         super().__init__(model, optim)
         for name, value, known in (("loss", loss, LOSSES), ("baseline", baseline, BASELINES)):
             if value not in known:
                 choices = ", ".join(known)
                 raise ValueError(f"task.{name} = '{value}'{nearest(str(value), known)}; choose one of {choices}")
+        if mixup < 0:
+            raise ValueError(f"task.mixup = {mixup}; it must be 0 (off) or positive, e.g. 1.2")
         if baseline == "nl_means" and sigma is None:
             raise ValueError("task.baseline=nl_means needs task.sigma, the noise level in 8-bit levels")
         scale = model.upscale
         self.loss, self.scale = LOSSES[loss], scale
         self.crop_border = (scale if scale > 1 else 0) if crop_border is None else crop_border
         self.y_channel, self.baseline, self.tile = y_channel, baseline, tile
+        self.rounded, self.mixup = rounded, mixup
         self.sigma = sigma[0] if isinstance(sigma, (list, tuple)) else sigma
         self.self_ensemble = self_ensemble
         self.lpips = _load_lpips() if lpips else None
@@ -77,12 +93,11 @@ class Restoration(Task):
 
     def step(self, batch, training: bool) -> StepOutput:
         if training:
-            restored = self.model(batch["lq"])
-            return StepOutput(self.loss(restored, batch["gt"]), {}, len(restored))
+            lq, gt = mixed(batch["lq"], batch["gt"], self.mixup)
+            return StepOutput(self.loss(self.model(lq), gt), {}, len(lq))
         restored = self.restore(batch["lq"])
         got, truth = to_levels(restored[0]), to_levels(batch["gt"][0])
-        row = {"psnr": psnr(got, truth, self.crop_border, self.y_channel),
-               "ssim": ssim(got, truth, self.crop_border, self.y_channel)}
+        row = self.measure(restored[0], batch["gt"][0])
         if self.lpips is not None:
             row["lpips"] = float(self.lpips(got[None].float() / 255, truth[None].float() / 255))
         self._rows.append({"name": batch["name"][0]} | row)
@@ -90,6 +105,15 @@ class Restoration(Task):
             self._shown.append(Shown(batch["name"][0], to_levels(batch["lq"][0]).cpu(), got.cpu(), truth.cpu()))
         metrics = {k: torch.tensor(v, dtype=torch.float64) for k, v in row.items()}
         return StepOutput(self.loss(restored, batch["gt"]), metrics, 1)
+
+    def measure(self, restored: Tensor, truth: Tensor) -> dict[str, float]:
+        """PSNR and SSIM of (c y x) in [0, 1] by the protocol."""
+        if self.rounded:
+            pair, similarity = (to_levels(restored), to_levels(truth)), ssim
+        else:
+            pair, similarity = (restored.clamp(0, 1) * 255, truth * 255), ssim_volume
+        return {"psnr": psnr(*pair, self.crop_border, self.y_channel),
+                "ssim": similarity(*pair, self.crop_border, self.y_channel)}
 
     def restore(self, lq: Tensor) -> Tensor:
         """(b c y x) to (b c s*y s*x) by the evaluation protocol: padding, tiles, self-ensemble."""
@@ -135,10 +159,8 @@ class Restoration(Task):
             row = by_name.get(batch["name"][0])
             if row is None:  # limit_val_batches
                 continue
-            got = to_levels(BASELINES[self.baseline](batch["lq"][0], self.scale, self.sigma))
-            truth = to_levels(batch["gt"][0])
-            row["baseline_psnr"] = psnr(got, truth, self.crop_border, self.y_channel)
-            row["baseline_ssim"] = ssim(got, truth, self.crop_border, self.y_channel)
+            got = BASELINES[self.baseline](batch["lq"][0], self.scale, self.sigma)
+            row |= {f"baseline_{k}": v for k, v in self.measure(got, batch["gt"][0]).items()}
 
     def evaluate(self, out: Path, data) -> Report:
         """Nothing beyond the report: per_image.csv and comparison.png are the evaluation."""

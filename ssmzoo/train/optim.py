@@ -55,12 +55,15 @@ def schedule(
     milestones=(),
     gamma: float = 0.5,
     decay_fraction: float = 0.2,
+    hold_steps: int = 0,
 ) -> Callable[[int], float]:
     """Factor on the peak learning rate at a step: linear warm-up from 1/warmup_steps, then
 
     constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
     wsd       1, and over the last `decay_fraction` of the run linearly to min_lr_ratio;
     multistep times `gamma` at every step listed in milestones
+
+    cosine and linear begin after `hold_steps` more steps at the peak.
     """
     kinds = ("constant", "cosine", "linear", "wsd", "multistep")
     if kind not in kinds:
@@ -70,7 +73,9 @@ def schedule(
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        held = hold_steps if kind in ("cosine", "linear") else 0
+        start = min(warmup_steps + held, total_steps - 1)
+        done = min(1.0, max(0, step - start) / (total_steps - start))
         if kind == "cosine":
             return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
         if kind == "linear":
@@ -125,7 +130,9 @@ def build(
     min_lr_ratio: float = 0.1,
     milestones=(),
     gamma: float = 0.5,
+    hold_steps: int = 0,
     layer_decay: float = 1.0,
+    decay_all: bool = False,
     adamw_lr: float | None = None,
 ) -> dict:
     """What a LightningModule's `configure_optimizers` returns.
@@ -133,15 +140,18 @@ def build(
     name         adamw | adam | sgd | muon (muon: matrices of the network by Muon with `lr`, everything else by AdamW
                  with `adamw_lr`, which defaults to lr)
     lr           peak learning rate;  warmup_steps, total_steps  in optimiser steps
+    hold_steps   steps at the peak between warm-up and a cosine or linear decay
+    decay_all    weight decay on every parameter, whatever its role (some published recipes)
     layer_decay  < 1: the learning rate of block i of n is multiplied by layer_decay^(n - i), by the model's
                  `group_matcher`
 
     Raises ValueError for values out of range.
     """
-    for key, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("warmup_steps", warmup_steps, 0)):
-        if value < low:
+    not_negative = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "hold_steps": hold_steps}
+    for key, value in not_negative.items():
+        if value < 0:
             raise ValueError(f"optim.{key} is {value}; it must not be negative")
-    groups = parameter_groups(model, weight_decay, lr, layer_decay)
+    groups = parameter_groups(model, weight_decay, lr, layer_decay, decay_all)
     kinds = ("adamw", "adam", "sgd", "muon")
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps)
@@ -166,13 +176,15 @@ def build(
         optimizer = MuonWithAdamW([m for m, _ in split if m["params"]], rest, lr, adamw_lr, tuple(betas), eps)
     else:
         raise ValueError(f"optim.name is {name!r}; choose one of {', '.join(kinds)}{nearest(str(name), kinds)}")
-    factor = schedule(schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma)
+    factor = schedule(schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma, hold_steps=hold_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0) -> list[dict]:
-    """Optimiser groups by role (decay or not) and, with layer_decay < 1, by depth."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0, decay_all: bool = False
+) -> list[dict]:
+    """Optimiser groups by role (decay or not; `decay_all`: all do) and, with layer_decay < 1, by depth."""
     roles = parameter_roles(model)
     depth = _depths(model) if layer_decay < 1 else {}
     deepest = max(depth.values(), default=0)
@@ -180,7 +192,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float, layer_dec
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = roles[name] == "decay"
+        decays = decay_all or roles[name] == "decay"
         scale = layer_decay ** (deepest - depth.get(name, deepest))
         group = groups.setdefault(
             (decays, scale), {"params": [], "lr": lr * scale, "weight_decay": weight_decay if decays else 0.0}
