@@ -81,7 +81,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {error}") from None
     except Exception as error:  # safetensors and pickle raise types of their own
-        raise CheckpointError(f"{path} was refused: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
     for key in ("params_ema", "params", "state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

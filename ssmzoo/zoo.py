@@ -66,13 +66,15 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
 
 def model_class(target: str) -> type[nn.Module]:
     """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run others."""
-    module, _, name = target.rpartition(".")
+    module, _, name = str(target).rpartition(".")
     if not module.startswith("ssmzoo.models."):
         raise ValueError(f"model._target_ is {target!r}: only classes inside ssmzoo.models can be built")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model._target_ is {target!r}, which cannot be imported: {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__.startswith("ssmzoo.")):
+        raise ValueError(f"model._target_ is {target!r}, which is no model of ssmzoo")
     return found
 
 

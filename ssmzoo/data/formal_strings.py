@@ -153,6 +153,12 @@ class BatchStream:
             self.position += 1
             yield self.make((self.position - 1) * self.world_size + self.rank)
 
+    def peek(self, count: int) -> list[dict[str, Tensor]]:
+        """The next `count` batches before the next `iter()`, which will be yielded all the same."""
+        end = -(-self.position // self.per_epoch) * self.per_epoch
+        wanted = range(self.position, min(self.position + count, end))
+        return [self.make(i * self.world_size + self.rank) for i in wanted]
+
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 

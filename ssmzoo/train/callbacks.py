@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from ssmzoo.train.checkpointer import Checkpointer
+from ssmzoo.train.checkpointer import Checkpointer, validation_is_due
 from ssmzoo.train.errors import RESUME_ME
 from ssmzoo.train.ledger import resume_command, write_status
 
@@ -118,7 +118,11 @@ class StopOnSignal(L.Callback):
                 self.checkpointer.save(trainer)
             trainer.should_stop = True
             trainer.fit_loop.epoch_loop.min_steps = trainer.fit_loop.min_epochs = None
-            trainer.limit_val_batches = 0
+            if not validation_is_due(trainer):  # one that is due belongs to the run, which saves again after it
+                trainer.limit_val_batches = 0
+
+    def on_train_end(self, trainer, task) -> None:
+        if self.received:
             self._requeue(trainer)
 
     def _requeue(self, trainer) -> None:

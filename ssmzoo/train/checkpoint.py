@@ -120,7 +120,11 @@ def _save_tensors(folder: Path, weights: dict[str, Tensor], trainer_state: dict 
         if trainer_state is not None:
             torch.save(trainer_state, folder / TRAINER)
     except (RuntimeError, SafetensorError) as error:  # what a full disk is called there
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def remove_leftovers(store: Path) -> None:
@@ -179,9 +183,14 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     return _inside(store, name)
 
 
+def _plain(name) -> bool:
+    """Is this the name of a file or folder, and no path to elsewhere?"""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+
+
 def _inside(store: Path, name) -> Path:
     """The checkpoint that an index names, which must lie beside the index."""
-    if not isinstance(name, str) or Path(name).name != name or not (store / name / MANIFEST).exists():
+    if not _plain(name) or not (store / name / MANIFEST).exists():
         raise CheckpointError(f"{store / INDEX} names the checkpoint {name!r}, which is not a folder beside it")
     return store / name
 
@@ -204,7 +213,7 @@ def read_manifest(folder: Path) -> dict:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}")
     for name, digest in manifest.get("files", {}).items():
-        if Path(name).name != name:
+        if not _plain(name):
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, a path outside the checkpoint folder: refused")
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} lacks {name}, which its manifest lists")
@@ -295,7 +304,7 @@ class FolderCheckpointIO(CheckpointIO):
         try:
             state = torch.load(folder / TRAINER, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{folder / TRAINER} was refused: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{folder / TRAINER} was refused: {_first_line(error)}") from None
         weights = read_state_dict(folder / WEIGHTS)
         weights |= {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
         return state | {"state_dict": {f"model.{k}": v for k, v in weights.items()} | state.pop("task_state", {})}

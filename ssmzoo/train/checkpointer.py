@@ -17,6 +17,15 @@ from ssmzoo.train.checkpoint import INDEX, read_json, remove_leftovers, write_te
 LONGEST_WAIT = 64  # optimiser steps between two tries to write a checkpoint
 
 
+def validation_is_due(trainer) -> bool:
+    """Does a validation follow this batch, or did it just, by the interval and not because the run is to stop?"""
+    stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    finally:
+        trainer.should_stop = stop
+
+
 class Checkpointer(L.Callback):
     """Keep the last checkpoint and the best ones; a failed write is reported, retried and costs no earlier checkpoint.
 
@@ -25,7 +34,8 @@ class Checkpointer(L.Callback):
     every_n_minutes  and after this much time; 0: never
     keep_best        how many of the best by `val/<monitor>` stay;  keep_last  how many of the newest stay
 
-    A checkpoint that a run can continue from is written between updates only. A validation that falls into the middle
+    A checkpoint that a run can continue from is written between updates only, and where a validation is due after it:
+    Lightning would leave that one out when resumed from a state before it. A validation that falls into the middle
     of an update (accumulated micro-batches) keeps its weights as a candidate for the best, without a trainer's state.
     """
 
@@ -70,7 +80,7 @@ class Checkpointer(L.Callback):
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step in (0, self.saved_step) or trainer.fit_loop._should_accumulate():
+        if step in (0, self.saved_step) or trainer.fit_loop._should_accumulate() or validation_is_due(trainer):
             return
         late = self.every_n_minutes and time.monotonic() - self._saved_time > 60 * self.every_n_minutes
         due = (
@@ -84,8 +94,11 @@ class Checkpointer(L.Callback):
             self.save(trainer)
 
     def on_validation_end(self, trainer, task) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.save(trainer, self._value(trainer))
+        """After a validation that only the end of the run asked for, the state from before it stays the last."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        extra = self.saved_step == trainer.global_step and not validation_is_due(trainer)
+        self.save(trainer, self._value(trainer), whole=False if extra else None)
 
     def on_train_end(self, trainer, task) -> None:
         for seconds in (0, 1, 2, 4):
