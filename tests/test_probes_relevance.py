@@ -10,7 +10,8 @@ from ssmzoo.probes.faithfulness import average_precision, deletion, perturbation
 from ssmzoo.probes.mamba_lrp import ALL, relevance, rules
 from tests.test_probes_attention import MODELS, build
 
-EXPLAINED = ("mamba", "mamba2", "vim", "vmamba", "adventurer", "spatial_mamba", "mamba_reorder")
+EXPLAINED = ("mamba", "mamba_scenario", "mamba2", "mamba3", "mamba3, mimo", "moe_mamba_inner", "vim", "shuffle_mamba",
+             "vmamba", "res_vmamba", "adventurer", "spatial_mamba", "mamba_reorder")
 
 
 def noisy(name):

@@ -24,6 +24,7 @@ from ssmzoo.probes.generalization_bound import (
 )
 from ssmzoo.probes.memory import channel_memory, gradient_influence, memory_length, substitution_influence
 from ssmzoo.probes.receptive_field import receptive_field
+from ssmzoo.probes.separation import regression
 from ssmzoo.probes.tap import tap
 from ssmzoo.probes.token_dynamics import criterion, field, integrate, io_spectrum, trajectories
 
@@ -137,7 +138,7 @@ def test_degrees_along_a_ray_and_interactions():
 
 @pytest.mark.slow
 def test_one_s6_layer_learns_a_product_that_one_linear_attention_layer_does_not():
-    assert polynomial.regression("s6", 3, steps=1500) < 0.5 * polynomial.regression("linear_attention", 3, steps=1500)
+    assert regression("s6", 3, steps=1500) < 0.5 * regression("linear_attention", 3, steps=1500)
 
 
 # ---- the bound

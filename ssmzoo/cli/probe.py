@@ -23,10 +23,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
     add("--layers", type=numbers, metavar="0,2", help="scans to show, numbered by depth")
     add("--channels", type=numbers, metavar="0,1", help="channels to show")
+    add("--positions", type=numbers, metavar="0,64", help="tokens whose reading to show (hidden_attention): long "
+        "inputs then need memory for these rows alone")
+    add("--masks", metavar="FILE|otsu", help="true segmentation of the images (.npy or picture; above 0 foreground, "
+        "255 unlabelled), or otsu: what is brighter than Otsu's threshold; maps are then scored against it")
     add("--target", type=int, help="token id or class to explain; default: the model's first choice")
     add("--length", type=int, default=128, help="tokens to read of a text (128)")
     add("--batch", type=int, default=4, help="samples of the validation data (4)")
-    add("--max-bytes", type=float, default=2**30, help="memory that a probe may hold (1 GiB)")
+    add("--max-bytes", type=float, default=2**30, help="memory that a tap, and the matrices made of it, may each take "
+        "(2^30)")
     return parser
 
 
@@ -74,10 +79,16 @@ def load_subject(folder: Path, args: argparse.Namespace):
     from ssmzoo.train.checkpoint import load_model
 
     model, manifest = load_model(folder)
-    chosen = dict(layers=args.layers, channels=args.channels, target=args.target, max_bytes=int(args.max_bytes))
+    chosen = dict(layers=args.layers, channels=args.channels, positions=args.positions, target=args.target,
+                  max_bytes=int(args.max_bytes))
     if "tokenizer" in manifest:
+        if args.masks is not None:
+            raise ValueError("--masks are for images; this checkpoint is a language model's")
         return Subject(model, **read_text(manifest, args), **chosen)
-    return Subject(model, **read_samples(model, manifest, args), **chosen)
+    subject = Subject(model, **read_samples(model, manifest, args), **chosen)
+    if args.masks is not None:
+        subject.masks = read_masks(subject, args)
+    return subject
 
 
 def read_text(manifest: dict, args) -> dict:
@@ -86,7 +97,7 @@ def read_text(manifest: dict, args) -> dict:
     from ssmzoo.data.text_tokenizer import from_dict
 
     tokenizer = from_dict(manifest["tokenizer"])
-    stream = validation_text(manifest)
+    stream = data_text(manifest)
     if args.input is None:
         ids = stream[: args.batch * args.length].unflatten(0, (-1, args.length))
     else:
@@ -96,13 +107,14 @@ def read_text(manifest: dict, args) -> dict:
             raise ValueError(f"--input {args.input!r} has {ids.shape[1]} tokens; give at least 2")
         if ids.shape[1] > args.length:
             raise ValueError(f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it "
-                             f"(memory "
-                             f"of hidden attention grows with its square) or shorten the text")
+                             f"(the memory of hidden attention grows with its square, up to --max-bytes) or shorten "
+                             f"the text")
     return dict(inputs=ids, labels=[tokenizer.decode([i]) for i in ids[0].tolist()], text=stream,
+                train_text=data_text(manifest, training=True),
                 classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], vocab_size=tokenizer.vocab_size)
 
 
-def data_module(manifest: dict):
+def data_module(manifest: dict, stage: str = "validate"):
     from omegaconf import OmegaConf
 
     from ssmzoo.train import config
@@ -112,16 +124,17 @@ def data_module(manifest: dict):
         plain |= {"tokenizer": manifest["tokenizer"], "bpe_vocab_size": None}
     data = config.build_node(plain, "ssmzoo.data.")
     data.prepare_data()
-    data.setup("validate")
+    data.setup(stage)
     return data
 
 
-def validation_text(manifest: dict, tokens: int = 20_000):
-    """(n) ids of the run's validation data."""
+def data_text(manifest: dict, training: bool = False, tokens: int = 20_000):
+    """(n) ids of the run's validation or training data."""
     import torch
 
+    data = data_module(manifest, "fit" if training else "validate")
     found, total = [], 0
-    for batch in data_module(manifest).val_dataloader():
+    for batch in data.train_dataloader() if training else data.val_dataloader():
         ids = batch["input_ids"].flatten()
         found.append(ids)
         total += len(ids)
@@ -151,6 +164,38 @@ def read_samples(model, manifest: dict, args) -> dict:
                 answers=None if answers is None else torch.as_tensor(answers)[: args.batch])
 
 
+def read_masks(subject, args):
+    """(b y x) as `Subject.masks` wants them, in the size of the model's images."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    if not subject.is_image:
+        raise ValueError("--masks are for images; this checkpoint's model reads symbols")
+    if args.masks == "otsu":
+        from skimage.filters import threshold_otsu
+
+        grey = subject.inputs.mean(1)  # (b y x)
+        return torch.stack([(g > float(threshold_otsu(g.numpy()))).long() for g in grey])
+    file = Path(args.masks)
+    if not file.exists():
+        raise ValueError(f"--masks {file}: no such file (nor 'otsu')")
+    if file.suffix == ".npy":
+        mask = np.load(file, allow_pickle=False)
+    else:
+        from ssmzoo.data.image_file import read_picture
+
+        mask = np.asarray(read_picture(file).levels)
+    mask = torch.as_tensor(mask.astype(np.int64))
+    mask = mask.amax(-1) if mask.ndim == 3 and mask.shape[-1] <= 4 else mask
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.ndim != 3 or len(mask) != len(subject.inputs):
+        raise ValueError(f"--masks {file} has shape {tuple(mask.shape)}; expected (y, x) for one picture, or "
+                         f"({len(subject.inputs)}, y, x) for the {len(subject.inputs)} images read")
+    mask = F.interpolate(mask[:, None].float(), subject.inputs.shape[-2:], mode="nearest")[:, 0].long()
+    return torch.where(mask == 255, -1, (mask > 0).long())
+
+
 def read_image(model, manifest: dict, file: Path):
     import numpy as np
     import torch
@@ -161,8 +206,8 @@ def read_image(model, manifest: dict, file: Path):
     if not file.exists():
         raise ValueError(f"--input {file}: no such picture (texts are for language models only)")
     picture = read_picture(file)
-    image = torch.from_numpy(np.ascontiguousarray(picture.levels.astype(np.float32))).permute(2, 0,
-                                                                                              1)[None] / picture.top
+    levels = np.ascontiguousarray(picture.levels.astype(np.float32))
+    image = torch.from_numpy(levels).permute(2, 0, 1)[None] / picture.top
     data = data_module(manifest)
     channels, side = data.sizes.get("in_chans", 3), data.sizes.get("img_size", image.shape[-1])
     image = image.mean(1, keepdim=True).expand(-1, channels, -1, -1) if image.shape[1] != channels else image

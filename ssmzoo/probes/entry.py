@@ -104,5 +104,7 @@ def entrance(model: nn.Module, image: bool) -> str:
         for name in ("pos_drop", "patch_embed"):
             if isinstance(getattr(model, name, None), nn.Module):
                 return name
-        raise ValueError(f"{type(model).__name__} has neither pos_drop nor patch_embed, where its tokens would enter")
+        raise ValueError(f"{type(model).__name__} has neither pos_drop nor patch_embed, where its tokens would enter: "
+                         f"explanations are for classifiers and sequence models; the probes hidden_attention, dsf and "
+                         f"generalization_bound look at scans alone")
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.probes import attribution_maps as maps
 from ssmzoo.probes.attribution_maps import gradient_weight, min_max, rollout
 from ssmzoo.probes.entry import Entry
-from ssmzoo.probes.hidden_attention import attention
+from ssmzoo.probes.hidden_attention import MATRIX_BYTES, WORK, attention, class_row
 from ssmzoo.probes.mamba_lrp import ALL, integrated_gradients, relevance
 from ssmzoo.probes.tap import Scan, Taps, tap
 
@@ -32,20 +33,21 @@ METHODS = ("lrp", "gradient_x_input", "integrated_gradients", *ATTENTION_METHODS
 
 
 class Streams:
-    """The residual stream entering every module: the input of the norm that was last called before it."""
+    """The residual stream entering every module: the input of the norm that was last called before it; and the input of
+    every norm by name."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.latest, self.of, self.hooks = model, None, {}, []
+        self.model, self.latest, self.of, self.normed, self.hooks = model, None, {}, {}, []
 
     def __enter__(self) -> Streams:
         for name, module in self.model.named_modules():
             if isinstance(module, NORMS):
-                self.hooks.append(module.register_forward_pre_hook(self.see))
+                self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.see(name, x)))
             self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.assign(name)))
         return self
 
-    def see(self, module: nn.Module, inputs: tuple) -> None:
-        self.latest = inputs[0]
+    def see(self, name: str, inputs: tuple) -> None:
+        self.latest = self.normed[name] = inputs[0]
 
     def assign(self, name: str) -> None:
         self.of[name] = self.latest
@@ -56,30 +58,46 @@ class Streams:
         self.hooks = []
 
 
-def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1, chunk: int = 16) -> Tensor:
+def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1,
+              max_bytes: int = MATRIX_BYTES) -> Tensor:
     """function(alpha) averaged over the channels of every direction and added over directions: (b l l) by tokens.
 
-    every  use only every so many channels | chunk  channels whose matrices are held at a time
+    every  use only every so many channels | max_bytes  what the matrices at work may take, a few channels at a time
+
+    Where a scan saw the mean of all tokens as one more (Adventurer), what is read from it is read from all alike.
     """
     chosen = list(range(0, len(scan.channels), every))
+    one = scan.u.element_size() * len(scan.u) * scan.length**2
+    chunk = max(1, min(16, max_bytes // one - 2 * WORK))
     total: Tensor | float = 0.0
     for i in range(0, len(chosen), chunk):
-        total = total + function(attention(scan.take(chosen[i : i + chunk]))).sum(1)
-    return total * scan.directions / len(chosen)
+        total = total + function(attention(scan.take(chosen[i : i + chunk]), max_bytes=max_bytes)).sum(1)
+    total = total * scan.directions / len(chosen)
+    if scan.extra:
+        l = scan.length - scan.extra
+        total = total[:, :l, :l] + total[:, :l, l:].sum(2, keepdim=True) / l
+    return total
 
 
 class Layers(NamedTuple):
-    """Per scan: its record, the signed and the absolute token map (b l l), weight s (b l) of the gradient."""
+    """Per scan: its record, token maps (b l l) of |alpha| and of clamp(alpha), the gradient of the logit at the stream
+    that enters it (b l w), and the weight (b l) made of that."""
 
     scans: Taps
     absolute: list[Tensor]
     positive: list[Tensor]
+    gradient: list[Tensor]
     weight: list[Tensor]
 
 
-def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layers=None) -> Layers:
-    """Token maps of every scan that works on whole sequences, and the gradients at the streams that enter them."""
-    with Streams(entry.model) as streams, tap(entry.model, layers=layers) as scans, torch.enable_grad():
+def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layers=None, channels=None,
+                     max_bytes: int = MATRIX_BYTES) -> Layers:
+    """Token maps of every scan that works on whole sequences, and the gradients at the streams that enter them.
+
+    max_channels per layer, evenly spread | layers, channels, max_bytes  as in `tap`; the last for the maps too
+    """
+    tapped = tap(entry.model, layers, channels, max_bytes=max_bytes)
+    with Streams(entry.model) as streams, tapped as scans, torch.enable_grad():
         logits = entry.logits(entry.values.detach().requires_grad_())
         logit = logits.gather(1, target[:, None]).sum()
     scans = Taps(s for s in scans if isinstance(s, Scan) and s.u.shape[0] == len(logits))
@@ -90,10 +108,11 @@ def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layer
     gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
     with torch.no_grad():
         every = [max(1, len(s.channels) // max_channels) for s in scans]
-        absolute = [token_map(s, torch.abs, n) for s, n in zip(scans, every)]
-        positive = [min_max(token_map(s, F.relu, n), (1, 2)) for s, n in zip(scans, every)]
-        weight = [gradient_weight(g.reshape(len(g), -1, g.shape[-1])) for g in gradients]
-    return Layers(scans, absolute, positive, weight)
+        absolute = [token_map(s, torch.abs, n, max_bytes) for s, n in zip(scans, every)]
+        positive = [min_max(token_map(s, F.relu, n, max_bytes), (1, 2)) for s, n in zip(scans, every)]
+        gradients = [g.reshape(len(g), -1, g.shape[-1]) for g in gradients]
+        weight = [gradient_weight(g) for g in gradients]
+    return Layers(scans, absolute, positive, gradients, weight)
 
 
 def attention_scores(entry: Entry, layers: Layers, method: str) -> Tensor:
@@ -107,9 +126,25 @@ def attention_scores(entry: Entry, layers: Layers, method: str) -> Tensor:
     elif method == "rollout":
         scores = read_out(entry, rollout([layers.absolute[i] for i in stage]))
     else:
-        maps = [layers.positive[i] * layers.weight[i][:, None] for i in stage]
-        scores = read_out(entry, rollout(maps))
+        weighted = [layers.positive[i] * layers.weight[i][:, None] for i in stage]
+        scores = read_out(entry, rollout(weighted))
     return enlarge(entry, scores)
+
+
+def class_row_scores(entry: Entry, layers: Layers, start: int = 0) -> dict[str, Tensor]:
+    """The released code's maps for an encoder with one class token and two directions (Vim): scores (b m) of the
+    patches by "raw_cls_row", "rollout_cls_row" and "attribution_cls_row"; {} for other models.
+
+    start  first layer that counts (15 of 24 in the released code)
+    """
+    if len(entry.special) != 1 or any(s.directions != 2 or s.total != len(s.channels) for s in layers.scans):
+        return {}
+    token = entry.special[0]
+    rows = torch.stack([class_row(s, token, missing_decay=True) for s in layers.scans], dim=1)  # (b m d l)
+    gradient = torch.stack(layers.gradient, dim=1)  # (b m l w)
+    return {"raw_cls_row": torch.cat([maps.raw(r, token, start) for r in rows]),
+            "rollout_cls_row": torch.cat([maps.rollout_cls_row(r, token, start) for r in rows]),
+            "attribution_cls_row": torch.cat([maps.attribution(r, g, token, start) for r, g in zip(rows, gradient)])}
 
 
 def read_out(entry: Entry, matrix: Tensor) -> Tensor:

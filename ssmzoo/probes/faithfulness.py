@@ -102,3 +102,58 @@ def average_precision(scores: Tensor, wanted: Tensor) -> float:
     true = hits.cumsum(0)[last]
     precision, recall = true / (torch.arange(len(hits))[last] + 1.0), true / hits.sum().clamp(min=1)
     return float((precision * torch.diff(recall, prepend=recall.new_zeros(1))).sum())
+
+
+# ---- put together ---------------------------------------------------------------------------------------------------
+
+
+def area(fractions: Sequence[float], curve: Tensor) -> float:
+    """Area under a curve over `fractions`, divided by their range: a mean, in the curve's units."""
+    return float(torch.trapezoid(curve.double(), torch.tensor(fractions, dtype=torch.float64))
+                 / (fractions[-1] - fractions[0]))
+
+
+def evaluate(finding, subject, entry: Entry, predicted: Tensor, scores: dict[str, Tensor]) -> None:
+    """Add to a finding the perturbation test for the predicted (b) and, where known, the true classes, and with masks
+    the segmentation test. scores  method -> (b l), or (b m) of the patches"""
+    from ssmzoo.probes import figures
+
+    scores = {m: with_special(entry, s) for m, s in scores.items()}
+    fractions = [i / 10 for i in range(1, 10)]
+    targets = {"predicted": predicted} | ({} if subject.answers is None else {"true": subject.answers})
+    rows, curves = [], {}
+    for kind, target in targets.items():
+        for method, s in scores.items():
+            positive, negative = curves[kind, method] = perturbation(entry, s, target, fractions)
+            areas = area(fractions, positive), area(fractions, negative)
+            rows.append((method, kind, *(f"{v:.2f}" for v in (*areas, *positive.tolist(), *negative.tolist()))))
+    steps = [f"{order} {100 * f:.0f} %" for order in ("positive", "negative") for f in fractions]
+    finding.tables["perturbation"] = (("method", "class", "positive AUC (%)", "negative AUC (%)", *steps), rows)
+    for kind in targets:
+        cells = [f"{r[0]} {r[2]} / {r[3]}" for r in rows if r[1] == kind]
+        finding.summary[f"perturbation, {kind} class: AUC of accuracy (%), positive / negative"] = "; ".join(cells)
+    figure, axes = figures.canvas(1, 2, (4.5, 3.6))
+    kind = list(targets)[-1]
+    for i, title in enumerate(("positive: most relevant first (lower is better)",
+                               "negative: least relevant first (higher is better)")):
+        figures.lines(axes[0, i], [100 * f for f in fractions], {m: curves[kind, m][i] for m in scores}, "removed (%)",
+                      f"answers that are the {kind} class (%)", title, ylim=(-3, 103))
+    finding.figures["perturbation"] = figure
+    if subject.masks is not None and entry.grid is not None:
+        size = subject.masks.shape[-2:]
+        found = {m: segmentation(torch.nn.functional.interpolate(entry.map(s)[:, None], size, mode="bilinear")[:, 0],
+                                 subject.masks) for m, s in scores.items()}
+        finding.tables["segmentation"] = (("method", "pixel accuracy (%)", "mIoU (%)", "mAP (%)", "F1 (%)"), [
+            (m, *(f"{v:.2f}" for v in values)) for m, values in found.items()])
+        for m, v in found.items():
+            finding.summary[f"segmentation, {m}: pixel accuracy, mIoU, mAP, F1 (%)"] = \
+                ", ".join(f"{x:.1f}" for x in v)
+
+
+def with_special(entry: Entry, scores: Tensor) -> Tensor:
+    """Scores (b m) of the patches -> (b l), class tokens 0."""
+    if scores.shape[1] == entry.values.shape[1]:
+        return scores
+    out = scores.new_zeros(len(scores), entry.values.shape[1])
+    out[:, [i for i in range(out.shape[1]) if i not in entry.special]] = scores
+    return out

@@ -47,8 +47,10 @@ def words(axis, labels: Sequence[str], scores: Sequence[float], title: str) -> N
     """One bar per token, its text below; positive blue, negative orange and hatched."""
     scores = _array(scores)
     at = np.arange(len(scores))
-    axis.bar(at, np.maximum(scores, 0), color=COLOURS[0], label="for")
-    axis.bar(at, np.minimum(scores, 0), color=COLOURS[1], hatch="///", label="against")
+    signed = scores.min() < 0
+    axis.bar(at, np.maximum(scores, 0), color=COLOURS[0], label="for" if signed else "weight")
+    if signed:
+        axis.bar(at, np.minimum(scores, 0), color=COLOURS[1], hatch="///", label="against")
     few = len(labels) <= 64
     axis.set_xticks(at if few else at[:: max(1, len(at) // 32)])
     axis.set_xticklabels(labels if few else [str(i) for i in at[:: max(1, len(at) // 32)]], fontsize=7,
@@ -64,17 +66,20 @@ def picture(image) -> np.ndarray:
     return np.moveaxis(np.repeat(image[:1], 3, 0) if image.shape[0] < 3 else image[:3], 0, -1)
 
 
-def overlay(axis, image, scores, title: str) -> None:
-    """Scores (rows columns) as a transparent map over an image (c y x)."""
-    shown, scores = picture(image), _array(scores)
+def overlay(figure, axis, image, scores, title: str) -> None:
+    """Scores (rows columns) with the outline of an image (c y x); signed ones from blue over white to orange."""
+    grey, scores = picture(image).mean(-1), _array(scores)
     limit = max(float(np.abs(scores).max()), 1e-12)
-    axis.imshow(shown.mean(-1), cmap="gray", extent=(0, 1, 1, 0))
     signed = scores.min() < 0
-    axis.imshow(scores, cmap="PuOr_r" if signed else "cividis", alpha=0.6, extent=(0, 1, 1, 0),
-                interpolation="bilinear",
-                vmin=-limit if signed else 0, vmax=limit)
-    axis.set(title=title, xticks=[], yticks=[])
+    drawn = axis.imshow(scores, cmap="PuOr_r" if signed else "cividis", extent=(0, 1, 1, 0), interpolation="nearest",
+                        vmin=-limit if signed else 0, vmax=limit)
+    if grey.max() > grey.min():
+        y, x = ((np.arange(n) + 0.5) / n for n in grey.shape)
+        axis.contour(x, y, grey, levels=[(grey.min() + grey.max()) / 2], colors="black" if signed else "white",
+                     linewidths=1)
+    axis.set(title=title, xticks=[0, 1], yticks=[0, 1], xlabel="x (share of width)", ylabel="y (share of height)")
     axis.title.set_fontsize(9)
+    figure.colorbar(drawn, ax=axis, shrink=0.8, label="relevance" if signed else "weight")
 
 
 def _array(values) -> np.ndarray:

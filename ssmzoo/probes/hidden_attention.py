@@ -188,46 +188,102 @@ def dense_map(scan: DenseScan) -> Tensor:
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def probe(subject):
-    """Matrices of some channels, the token map of every layer, and how exactly they reproduce the scans."""
+    """Matrices of some channels, token maps of every layer, how exactly they reproduce the scans, and explanations."""
     from ssmzoo.probes import figures
     from ssmzoo.probes.explain import token_map
     from ssmzoo.probes.subject import Finding
 
-    with tap(subject.model, layers=subject.layers, rows=1, max_bytes=subject.max_bytes) as scans:
+    with torch.no_grad(), tap(subject.model, layers=subject.layers, rows=1, max_bytes=subject.max_bytes) as scans:
         subject.model(subject.inputs[:1])
-    finding, maps = Finding(), {}
+    finding, maps, reads = Finding(), {}, []
     diagonal = [s for s in scans if isinstance(s, Scan)]
     for number, scan in enumerate(scans):
         key = f"{number}: {scan.name}"
         if isinstance(scan, DenseScan):
             maps[key] = dense_map(scan)[0]
             continue
-        every = max(1, len(scan.channels) // 32)
-        maps[key] = token_map(scan, torch.abs, every)[0]
-        if subject.channels is None:
-            picked = [0, scan.total // 2] if scan.directions > 1 else range(min(2, scan.total))
-        else:
-            picked = subject.channels
-        some = scan.take(picked)
-        y = torch.einsum("beij,bej->bei", attention(some, False, subject.max_bytes), some.u)
-        y = y if some.D is None else y + some.D[:, None] * some.u
-        y = y if some.z is None else y * torch.nn.functional.silu(some.z)
-        error = float((y - some.y).norm() / some.y.norm().clamp(min=1e-30))
-        finding.summary[f"{key}, |alpha u + D u - scan| / |scan|"] = f"{error:.1e}"
-    columns = min(4, len(maps))
-    figure, axes = figures.canvas(-(-len(maps) // columns), columns)
-    for axis, (key, m) in zip(axes.flat, maps.items()):
-        figures.heat(figure, axis, m, "token read", "token reading", key, label="weight")
-    for axis in list(axes.flat)[len(maps):]:
-        axis.set_axis_off()
-    finding.figures["token_maps"] = figure
-    if diagonal:
+        some = scan.take(shown_channels(scan, subject.channels))
+        if subject.positions is not None:
+            reads.append((key, some, attention_rows(some, in_range(subject.positions, scan.length))[0]))
+            continue
+        maps[key] = token_map(scan, torch.abs, max(1, len(scan.channels) // 32), subject.max_bytes)[0]
+        finding.summary[f"{key}, |alpha u + D u - scan| / |scan|"] = f"{exactness(some, subject.max_bytes):.1e}"
+    if reads:
+        _rows_of_channels(finding, reads, subject)
+    if maps:
+        columns = min(4, len(maps))
+        figure, axes = figures.canvas(-(-len(maps) // columns), columns)
+        for axis, (key, m) in zip(axes.flat, maps.items()):
+            figures.heat(figure, axis, m, "token read", "token reading", key, label="weight")
+        for axis in list(axes.flat)[len(maps):]:
+            axis.set_axis_off()
+        finding.figures["token_maps"] = figure
+        rows = [(key, len(m) - 1, j, f"{float(w):.6g}") for key, m in maps.items() for j, w in enumerate(m[-1])]
+        finding.tables["last_row"] = (("layer", "reader", "read", "weight"), rows)
+    if diagonal and subject.positions is None:
         finding.figures["channels"] = _channel_figure(diagonal, subject)
-    rows = [(key, len(m) - 1, j, f"{float(w):.6g}") for key, m in maps.items() for j, w in enumerate(m[-1])]
-    finding.tables["last_row"] = (("layer", "reader", "read", "weight"), rows)
+        _explanations(finding, subject)
     return finding
+
+
+def shown_channels(scan: Scan, channels) -> list[int]:
+    """The channels asked for, or one of the first and one of a later direction."""
+    if channels is not None:
+        return list(channels)
+    return [0, scan.total // 2] if scan.directions > 1 else list(range(min(2, scan.total)))
+
+
+def in_range(positions, length: int) -> list[int]:
+    wrong = [p for p in positions if not -length <= p < length]
+    if wrong:
+        raise ValueError(f"positions {wrong} do not exist: the scan has {length} steps, numbered from 0")
+    return [p % length for p in positions]
+
+
+def _rows_of_channels(finding, reads, subject) -> None:
+    """Only the rows asked for, in memory linear in the length."""
+    from ssmzoo.probes import figures
+
+    shown, rows = reads[:4], []
+    for key, scan, weights in reads:
+        for c, channel in enumerate(scan.channels.tolist()):
+            rows += [(key, channel, p, j, f"{float(w):.6g}") for i, p in enumerate(subject.positions)
+                     for j, w in enumerate(weights[c, i]) if w != 0]
+    finding.tables["rows"] = (("layer", "channel", "reading step", "step read", "alpha"), rows)
+    finding.summary["rows of alpha"] = f"{len(rows):,} weights of steps {', '.join(map(str, subject.positions))}"
+    figure, axes = figures.canvas(len(shown), 1, (6, 2.6))
+    for axis, (key, scan, weights) in zip(axes[:, 0], shown):
+        curves = {f"channel {int(scan.channels[c])}, step {p}": weights[c, i].abs()
+                  for c in range(len(weights)) for i, p in enumerate(subject.positions)}
+        figures.lines(axis, range(scan.length), dict(list(curves.items())[:7]), "step read", "|alpha|", key)
+    finding.figures["rows"] = figure
+
+
+def _explanations(finding, subject) -> None:
+    """Raw attention, rollout and attribution for all inputs, shown for the first, and how true they are."""
+    from ssmzoo.probes.entry import enter
+    from ssmzoo.probes.explain import ATTENTION_METHODS, attention_layers, attention_scores, class_row_scores
+    from ssmzoo.probes.faithfulness import evaluate, with_special
+    from ssmzoo.probes.relevance import explained, scores_figure
+
+    try:
+        entry = enter(subject.model, subject.inputs)
+        target = explained(subject, entry)
+        layers = attention_layers(entry, target, 64, subject.layers, subject.channels, subject.max_bytes)
+    except ValueError as error:
+        if "max_bytes" in str(error) or "target" in str(error):
+            raise
+        finding.summary["explanation maps"] = str(error)
+        return
+    scores = {m: attention_scores(entry, layers, m) for m in ATTENTION_METHODS} | class_row_scores(entry, layers)
+    scores = {m: with_special(entry, s.detach()) for m, s in scores.items()}
+    finding.summary["explained"] = f"'{subject.answer(int(target[0]))}'"
+    finding.figures["explanations"] = scores_figure(subject, entry, scores)
+    finding.tables["explanations"] = (("place", "token", *scores), [
+        (i, "" if subject.is_image else subject.token(i), *(f"{float(s[0, i]):.6g}" for s in scores.values()))
+        for i in range(entry.values.shape[1])])
+    evaluate(finding, subject, entry, target, scores)
 
 
 def _channel_figure(scans: list[Scan], subject):
@@ -238,9 +294,12 @@ def _channel_figure(scans: list[Scan], subject):
     figure, axes = figures.canvas(len(shown), 4)
     for row, scan in zip(axes, shown):
         channels = list(subject.channels or [i * scan.total // 4 for i in range(4)])[:4]
-        for axis, channel, matrix in zip(row, channels, attention(scan.take(channels), True, subject.max_bytes)[0]):
+        matrices = attention(scan.take(channels), True, subject.max_bytes)[0]
+        for axis, channel, matrix in zip(row, channels, matrices):
             figures.heat(figure, axis, min_max(matrix.abs()), "token read", "token reading",
                          f"{scan.name}, channel {channel}", label="|alpha|, min-max")
+        for axis in row[len(channels):]:
+            axis.set_axis_off()
     return figure
 
 

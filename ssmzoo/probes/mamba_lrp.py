@@ -5,7 +5,7 @@ of the backward pass; then relevance = input x gradient and its sum is the logit
 
     act    y = x' [SiLU(x) / x'],  x' = x + 1e-6 sign(x)               every SiLU and GELU, on the gate as well
     scan   h_t = [exp(dt_t A)] h_{t-1} + [dt_t B_t] u_t,  y_t = [C_t] h_t + D u_t
-    gate   v = y SiLU(z);  v / 2 + [v] / 2
+    gate   v = y SiLU(z);  v / 2 + [v] / 2;  the probabilities of a router of experts are constants
     norm   x [1 / rms(x)] w,  (x - mean) [1 / std] w + b
     conv   z = W x + b by the gamma rule (a choice for vision): positive and negative parts weighted unequally
     softplus   as act, for time steps that are not constants
@@ -28,7 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssmzoo.probes.interception import operators
+from ssmzoo.layers import mamba3
+from ssmzoo.layers.router import Router
+from ssmzoo.models.spatial_mamba import StructureAwareSSM
+from ssmzoo.probes.interception import exchanged, operators
 
 ALL = ("act", "scan", "gate", "norm")
 KNOWN = (*ALL, "conv", "softplus")
@@ -76,9 +79,9 @@ def gamma_rule(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Ten
 class _Torch(TorchFunctionMode):
     """Rules for what models call from torch itself."""
 
-    def __init__(self, on: Collection[str], gamma: float):
+    def __init__(self, on: Collection[str], gamma: float, reads: Collection[int] = ()):
         super().__init__()
-        self.on, self.gamma, self.gates = on, gamma, []
+        self.on, self.gamma, self.reads, self.gates = on, gamma, reads, []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -89,6 +92,8 @@ class _Torch(TorchFunctionMode):
         if function in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__) and "gate" in self.on:
             v = function(*args, **kwargs)
             return halved(v) if any(a is g for a in args for g in self.gates) else v
+        if function is F.linear and "scan" in self.on and id(args[1]) in self.reads:
+            return function(*args, **kwargs).detach()
         if function is F.rms_norm and "norm" in self.on:
             return self.rms(*args, **kwargs)
         if function is F.layer_norm and "norm" in self.on:
@@ -140,8 +145,7 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
 
     def scalar(call, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, *args, **kwargs):
         if "scan" in on:
-            if set(constants) != {"A", "B", "C"}:
-                raise ValueError("scans with one decay per head (Mamba-2) take the rule with all of A, B, C constant")
+            need_all_constants("Mamba-2")
             dt, A, B, C = (t.detach() for t in (dt, A, B, C))
             dt_bias = None if dt_bias is None else dt_bias.detach()
         out = call(x, dt, A, B, C, chunk_size, D, None, dt_bias, *args, **kwargs)
@@ -170,11 +174,31 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
             A_dict, weights = A_dict.detach(), weights.detach()
         return call(A_dict, weights, *args, **kwargs)
 
+    def rotating(call, mixer, v, k, q, a, now, later, state, seq_idx):
+        if "scan" in on:
+            need_all_constants("Mamba-3")
+            k, q, a, now, later = (t.detach() for t in (k, q, a, now, later))
+        return call(mixer, v, k, q, a, now, later, state, seq_idx)
+
+    def need_all_constants(who: str) -> None:
+        if set(constants) != {"A", "B", "C"}:
+            raise ValueError(f"scans with one decay per head ({who}) take the rule with all of A, B, C constant")
+
     hidden = _Quiet()
     replaced = {"selective_scan_fn": scan, "mamba_chunk_scan_combined": scalar, "causal_conv1d_fn": convolve,
                 "dense_scan": dense}
-    with operators(model, **{name: hidden(f) for name, f in replaced.items()}), _Torch(on, gamma):
+    def route(call, router, x):
+        logits = call(router, x)
+        return logits.detach() if "gate" in on else logits
+
+    with (operators(model, **{name: hidden(f) for name, f in replaced.items()}), exchanged(Router, "logits", route),
+          exchanged(mamba3.Mamba3, "_scan", hidden(rotating)), _Torch(on, gamma, outside_reads(model))):
         yield
+
+
+def outside_reads(model: nn.Module) -> set[int]:
+    """Ids of projections that make delta, B and C of scans which are read outside of the operator (Spatial-Mamba)."""
+    return {id(m.x_proj_weight) for m in model.modules() if isinstance(m, StructureAwareSSM)}
 
 
 class _Quiet:
@@ -233,13 +257,14 @@ def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings
     on          the rules; () gives plain gradient x input
     options     of `rules`
 
-    Biases take part in a logit and keep relevance; time steps' biases take none (they are in constants of the scan).
+    Biases and learned initial states take part in a logit and keep relevance; time steps' biases take none (they are
+    in constants of the scan).
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"relevance needs float32 or float64, got {embeddings.dtype}, in which the stabiliser 1e-6 "
                          f"vanishes")
     leaf = embeddings.detach().requires_grad_()
-    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
+    biases = [p for name, p in model.named_parameters() if name.endswith(("bias", "init_states")) and p.requires_grad]
     with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False), rules(model, on, **options):
         logits = function(leaf)
         if logits.ndim != 2:

@@ -10,7 +10,7 @@ import torch
 
 from ssmzoo.probes.entry import enter
 from ssmzoo.probes.explain import ATTENTION_METHODS, METHODS, attention_layers, attention_scores, explain
-from ssmzoo.probes.faithfulness import deletion
+from ssmzoo.probes.faithfulness import deletion, evaluate
 from ssmzoo.probes.mamba_lrp import relevance
 
 
@@ -20,11 +20,7 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
 
     entry = enter(subject.model, subject.inputs)
-    with torch.no_grad():
-        logits = entry.logits(entry.values)
-    target = logits.argmax(1) if subject.target is None else torch.full((len(logits),), subject.target)
-    if int(target.max()) >= logits.shape[1] or int(target.min()) < 0:
-        raise ValueError(f"target {subject.target} is no answer of the model, which has {logits.shape[1]}")
+    target = explained(subject, entry)
     lrp = relevance(entry.logits, subject.model, entry.values, target)
     finding = Finding({"explained": f"'{subject.answer(int(target[0]))}' (logit {float(lrp.logit[0]):.4g})",
                        "relevances": f"{float(lrp.relevance.sum()):.6g}",
@@ -33,16 +29,18 @@ def probe(subject):
                        "conservation error": f"{lrp.conservation_error():.1e}"})
     scores = {}
     try:
-        layers = attention_layers(entry, target, layers=subject.layers)
+        layers = attention_layers(entry, target, 64, subject.layers, subject.channels, subject.max_bytes)
         scores = {m: attention_scores(entry, layers, m) for m in ATTENTION_METHODS}
     except ValueError as error:
+        if "max_bytes" in str(error) or "do not exist" in str(error) or "numbered from" in str(error):
+            raise
         finding.summary["hidden attention"] = str(error)
     scores = {m: scores[m] if m in scores else explain(entry, target, m) for m in METHODS
               if m in scores or m not in ATTENTION_METHODS}
     curves = {m: deletion(entry, s, target) for m, s in scores.items()}
     for method, curve in curves.items():
         finding.summary[f"Delta A, {method}"] = f"{curve.delta:.4g}"
-    finding.figures["scores"] = _scores_figure(figures, subject, entry, scores)
+    finding.figures["scores"] = scores_figure(subject, entry, scores)
     figure, axes = figures.canvas(1, 2, (4.5, 3.4))
     share = [100 * f for f in next(iter(curves.values())).fractions]
     figures.lines(axes[0, 0], share, {m: c.most_first for m, c in curves.items()}, "removed (%)", "explained logit",
@@ -58,19 +56,39 @@ def probe(subject):
     finding.tables["deletion"] = (("removed (%)", *columns), [
         (f, *(f"{float(v[i]):.6g}" for m in names for v in (curves[m].most_first, curves[m].least_first)))
         for i, f in enumerate(share)])
+    evaluate(finding, subject, entry, target, scores)
     return finding
 
 
-def _scores_figure(figures, subject, entry, scores):
+@torch.no_grad()
+def explained(subject, entry) -> torch.Tensor:
+    """(b) the answer that is explained: the one asked for, or the model's first choice."""
+    logits = entry.logits(entry.values)
+    if subject.target is None:
+        return logits.argmax(1)
+    if not 0 <= subject.target < logits.shape[1]:
+        raise ValueError(f"target {subject.target} is no answer of the model, which has {logits.shape[1]}, numbered "
+                         f"from 0")
+    return torch.full((len(logits),), subject.target)
+
+
+def scores_figure(subject, entry, scores):
+    """The first input with its scores by every method: bars below tokens, or maps over the image."""
+    from ssmzoo.probes import figures
+
     if entry.grid is None:
         labels = [subject.token(i) for i in range(entry.values.shape[1])]
         figure, axes = figures.canvas(len(scores), 1, (max(6, 0.14 * len(labels)), 1.9))
         for axis, (method, s) in zip(axes[:, 0], scores.items()):
             figures.words(axis, labels, s[0], method)
         return figure
-    figure, axes = figures.canvas(1, len(scores) + 1, (2.2, 2.4))
-    axes[0, 0].imshow(figures.picture(subject.inputs[0]))
-    axes[0, 0].set(title="image", xticks=[], yticks=[])
-    for axis, (method, s) in zip(axes[0, 1:], scores.items()):
-        figures.overlay(axis, subject.inputs[0], entry.map(s)[0], method)
+    columns = min(4, len(scores) + 1)
+    figure, axes = figures.canvas(-(-(len(scores) + 1) // columns), columns, (3.2, 2.7))
+    axes[0, 0].imshow(figures.picture(subject.inputs[0]), extent=(0, 1, 1, 0))
+    axes[0, 0].set(title="image", xlabel="x (share of width)", ylabel="y (share of height)", xticks=[0, 1],
+                   yticks=[0, 1])
+    for axis, (method, s) in zip(list(axes.flat)[1:], scores.items()):
+        figures.overlay(figure, axis, subject.inputs[0], entry.map(s)[0], method)
+    for axis in list(axes.flat)[len(scores) + 1:]:
+        axis.set_axis_off()
     return figure

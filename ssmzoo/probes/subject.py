@@ -24,9 +24,11 @@ class Subject:
     inputs    token ids (b l), or images (b c y x)
     labels    names of the tokens of the first row; classes: names of the model's answers
     text      a long sequence of real ids (n) to draw from, vocab_size  the ids the model knows; None for images
+    train_text the same of the training data, for what differs between the two
     answers   (b) true classes or None
+    masks     (b y x) true segmentation of the images: 1 foreground, 0 background, negative unlabelled; or None
     target    the answer to explain, None: the model's own first choice
-    layers, channels   which scans and channels to show; None: the probe's choice
+    layers, channels, positions   which scans, channels and tokens to show; None: the probe's choice
     max_bytes memory that a probe may hold
     """
 
@@ -36,10 +38,13 @@ class Subject:
     classes: Sequence[str] | None = None
     text: Tensor | None = None
     vocab_size: int | None = None
+    train_text: Tensor | None = None
     answers: Tensor | None = None
+    masks: Tensor | None = None
     target: int | None = None
     layers: Sequence[int] | None = None
     channels: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
     max_bytes: int = 1 << 30
 
     @property

@@ -20,12 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.mamba2 import Mamba2
+
 
 class Criterion(NamedTuple):
     """One scan's weights judged.
 
-    name, direction   module and scan direction | eigenvalues (n) real parts of the non-zero spectrum, ascending
+    name, direction   module and scan direction (Mamba-2: group) | eigenvalues (n) real parts of the non-zero spectrum,
+                      ascending
     positive          share of them above 0 | scenario "convergent", "divergent" or "mixed"
+    channels          (e) mu of every channel by itself, S_C[:, c]^T S_B[:, c], the diagonal of S_C^T S_B: a token that
+                      lives in channel c alone obeys the one-dimensional equation with it
     """
 
     name: str
@@ -33,11 +38,16 @@ class Criterion(NamedTuple):
     eigenvalues: Tensor
     positive: float
     scenario: str
+    channels: Tensor
 
 
 def io_spectrum(x_proj: Tensor, dt_rank: int) -> Tensor:
     """Real parts (n), ascending, of the eigenvalues of S_C^T S_B that can differ from 0; x_proj (r+2n e)."""
-    S_B, S_C = x_proj.detach().double()[dt_rank:].chunk(2)
+    return spectrum(*x_proj.detach().double()[dt_rank:].chunk(2))
+
+
+def spectrum(S_B: Tensor, S_C: Tensor) -> Tensor:
+    """(n d) each -> (n)"""
     return torch.linalg.eigvals(S_B @ S_C.T).real.sort().values
 
 
@@ -49,31 +59,35 @@ def judge(eigenvalues: Tensor) -> str:
 
 
 def criterion(model: nn.Module) -> list[Criterion]:
-    """The criterion for every scan whose B and C come from an x_proj of rows [dt, B, C]; ValueError without any."""
+    """The criterion for every scan whose B and C are linear in what it reads: rows of an x_proj [dt, B, C] in front of
+    the scan, or of Mamba-2's in_proj, where it is about the block's input; ValueError without any."""
     found = []
     for name, module in model.named_modules():
-        for k, (weight, n) in enumerate(_projections(module)):
-            values = io_spectrum(weight, weight.shape[0] - 2 * n)
-            share = (values > 0).double().mean().item()
-            found.append(Criterion(name, k, values, share, judge(values)))
+        for k, (S_B, S_C) in enumerate(_projections(module)):
+            S_B, S_C = S_B.detach().double(), S_C.detach().double()
+            values, mu = spectrum(S_B, S_C), (S_C * S_B).sum(0)
+            found.append(Criterion(name, k, values, (values > 0).double().mean().item(), judge(values), mu))
     if not found:
-        raise ValueError(f"{type(model).__name__} has no scan with an x_proj, which the criterion is made of; "
-                         f"trajectories "
-                         f"of token norms work for any model with blocks")
+        raise ValueError(f"{type(model).__name__} has no scan with an x_proj (or Mamba-2's in_proj), which the "
+                         f"criterion is made of; trajectories of token norms work for any model with norms")
     return found
 
 
 def _projections(module: nn.Module):
-    """(x_proj weight, n) of every direction of a mixer."""
+    """S_B, S_C (n d) of every direction, or group, of a mixer."""
     if hasattr(module, "x_proj_weight") and hasattr(module, "A_logs"):
         weights = module.x_proj_weight
         weights = weights if weights.ndim == 3 else weights[None]
-        n = module.A_logs.shape[-1] if module.A_logs.ndim > 1 else 0
-        yield from ((w, n) for w in weights if n and w.shape[0] > 2 * n)
+        n = getattr(module, "d_state", module.A_logs.shape[-1] if module.A_logs.ndim > 1 else 0)
+        yield from (w[-2 * n :].split(n) for w in weights if n and w.shape[0] > 2 * n)
     for suffix in ("", "_b"):
         x_proj = getattr(module, f"x_proj{suffix}", None)
         if isinstance(x_proj, nn.Linear) and isinstance(getattr(module, "A_log", None), Tensor):
-            yield x_proj.weight, module.A_log.shape[-1]
+            yield x_proj.weight[-2 * module.A_log.shape[-1] :].chunk(2)
+    if isinstance(module, Mamba2):
+        start, gn = sum(module.widths[:3]) + module.d_ssm, module.ngroups * module.d_state
+        B, C = module.in_proj.weight[start : start + 2 * gn].chunk(2)
+        yield from zip(B.split(module.d_state), C.split(module.d_state))
 
 
 def field(x: Tensor, S_C: Tensor, S_B: Tensor, S_dt: Tensor, a: float | Tensor = 1.0) -> Tensor:
@@ -114,56 +128,118 @@ def integrate(x: Tensor, S_C: Tensor, S_B: Tensor, S_dt: Tensor, a: float = 1.0,
 
 
 def trajectories(model: nn.Module, inputs: Tensor) -> tuple[list[str], list[Tensor]]:
-    """The residual stream (b l d) entering every block with a scan, by depth, from one forward pass."""
+    """The residual stream (b l d) entering every block, by depth, from one forward pass: what the last norm in front of
+    every scan received, or, in a model without scans, every norm."""
     from ssmzoo.probes.explain import Streams
     from ssmzoo.probes.tap import tap
 
-    with torch.no_grad(), Streams(model) as streams, tap(model, rows=0) as scans:
-        model(inputs)
+    scans = []
+    with torch.no_grad(), Streams(model) as streams:
+        try:
+            with tap(model, rows=0) as scans:
+                model(inputs)
+        except ValueError as error:
+            if "ran no scan" not in str(error):
+                raise
     names = [n for n in dict.fromkeys(s.name for s in scans) if streams.of.get(n) is not None]
+    found = [streams.of[n] for n in names]
+    if not scans:
+        names, found = list(streams.normed), list(streams.normed.values())
+        width = max((x.shape[-1] for x in found if x.ndim == 3), default=0)
+        kept = [i for i, x in enumerate(found) if x.ndim == 3 and x.shape[-1] == width]
+        names, found = [names[i] for i in kept], [found[i] for i in kept]
     if not names:
         raise ValueError(f"{type(model).__name__} has no norm in front of its scans, so no residual stream to follow")
-    streams = [streams.of[n] for n in names]
-    return names, [s.reshape(len(s), -1, s.shape[-1]) for s in streams]
+    return names, [x.reshape(len(x), -1, x.shape[-1]) for x in found]
+
+
+def growth(path: list[Tensor]) -> Tensor:
+    """Norm of every token at the last block over that at the first one, median over the batch, (l); empty where the
+    number of tokens changes on the way."""
+    if path[0].shape[1] != path[-1].shape[1]:
+        return path[0].new_zeros(0)
+    return (path[-1].norm(dim=-1) / path[0].norm(dim=-1).clamp(min=1e-12)).median(0).values
 
 
 def probe(subject):
-    """Eigenvalue signs of every layer, and token norms and similarities over depth."""
+    """Eigenvalue signs of every layer, mu of every channel, and token norms and similarities over depth."""
     from ssmzoo.probes import figures
     from ssmzoo.probes.subject import Finding
 
-    found = criterion(subject.model)
     names, path = trajectories(subject.model, subject.inputs)
     norms = [x.norm(dim=-1).double() for x in path]  # (b l) each
     alike = [F.cosine_similarity(x[:, :, None], x[:, None], dim=-1).mean().item() for x in
              ([s[:, :: max(1, s.shape[1] // 64)] for s in path])]
-    finding = Finding({"scans": str(len(found))})
-    for kind in ("convergent", "mixed", "divergent"):
-        finding.summary[f"{kind} scans"] = str(sum(c.scenario == kind for c in found))
+    grown = growth(path)
+    finding = Finding()
     finding.summary["median token norm, first and last block"] = f"{norms[0].median():.4g}, {norms[-1].median():.4g}"
-    finding.tables["criterion"] = (("layer", "direction", "scenario", "positive share", "smallest", "largest"), [
-        (c.name, c.direction, c.scenario, f"{c.positive:.3f}", f"{c.eigenvalues[0]:.5g}", f"{c.eigenvalues[-1]:.5g}")
-        for c in found])
+    if len(grown):
+        ends = f"{grown[: max(1, len(grown) // 8)].median():.3g}, {grown[-max(1, len(grown) // 8):].median():.3g}"
+        finding.summary["growth of the norm over depth, first and last eighth of the tokens"] = ends
     finding.tables["norms"] = (("block", "5 %", "median", "95 %", "mean cosine between tokens"), [
         (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}")
         for n, v, a in zip(names, norms, alike)])
-    figure, axes = figures.canvas(1, 3, (4, 3.4))
+    try:
+        found = criterion(subject.model)
+    except ValueError as error:
+        found, finding.summary["criterion"] = [], str(error)
+    figure, axes = figures.canvas(2, 2, (4.4, 3.4))
     depth = list(range(len(names)))
-    for i, c in enumerate(found):
-        sign = c.eigenvalues > 0
-        for part, marker, colour in ((sign, "^", figures.COLOURS[0]), (~sign, "v", figures.COLOURS[1])):
-            axes[0, 0].scatter([i] * int(part.sum()), c.eigenvalues[part], s=12, marker=marker, color=colour)
-    axes[0, 0].scatter([], [], marker="^", color=figures.COLOURS[0], label="positive: diverge")
-    axes[0, 0].scatter([], [], marker="v", color=figures.COLOURS[1], label="negative: converge")
-    axes[0, 0].axhline(0, color="0.6", linewidth=0.8)
-    axes[0, 0].set(xlabel="scan, by depth", ylabel="eigenvalue of S_C^T S_B (real part)", title="criterion")
-    axes[0, 0].legend(fontsize=7)
-    figures.lines(axes[0, 1], depth, {f"{q} %": [float(v.quantile(q / 100)) for v in norms] for q in (5, 50, 95)},
-                  "block", "norm of the residual stream", "token norms over depth")
-    figures.lines(axes[0, 2], depth, {"mean over pairs": alike}, "block", "cosine between tokens",
+    if found:
+        _criterion(finding, axes[0], found)
+    else:
+        for axis in axes[0]:
+            axis.set_axis_off()
+    figures.lines(axes[1, 0], depth, {f"{q} % of the tokens": [float(v.quantile(q / 100)) for v in norms]
+                                      for q in (5, 50, 95)}, "block", "norm of the residual stream",
+                  "token norms over depth")
+    figures.lines(axes[1, 1], depth, {"mean over pairs of tokens": alike}, "block", "cosine between tokens",
                   "similarity over depth")
     finding.figures["token_dynamics"] = figure
+    if len(grown):
+        finding.figures["growth"] = _growth_figure(grown)
+        finding.tables["growth"] = (("token", "last over first norm"),
+                                    [(i, f"{float(v):.5g}") for i, v in enumerate(grown)])
     return finding
+
+
+def _criterion(finding, axes, found: list[Criterion]) -> None:
+    """The criterion by scan and by channel: summary, tables and two panels."""
+    from ssmzoo.probes import figures
+
+    for kind in ("convergent", "mixed", "divergent"):
+        finding.summary[f"{kind} scans"] = f"{sum(c.scenario == kind for c in found)} of {len(found)}"
+    mu = torch.cat([c.channels for c in found])
+    finding.summary["channels with mu above 0: divergent by themselves (%)"] = f"{100 * (mu > 0).double().mean():.1f}"
+    finding.tables["criterion"] = (
+        ("layer", "direction", "scenario", "positive share", "smallest", "largest", "channels with mu > 0 (%)"), [
+            (c.name, c.direction, c.scenario, f"{c.positive:.3f}", f"{c.eigenvalues[0]:.5g}",
+             f"{c.eigenvalues[-1]:.5g}", f"{100 * (c.channels > 0).double().mean():.1f}") for c in found])
+    finding.tables["channels"] = (("layer", "direction", "channel", "mu", "alone"), [
+        (c.name, c.direction, i, f"{float(m):.6g}", "divergent" if m > 0 else "convergent")
+        for c in found for i, m in enumerate(c.channels)])
+    for axis, values, label, title in ((axes[0], [c.eigenvalues for c in found], "eigenvalue of S_C^T S_B (real part)",
+                                        "criterion of the scans"),
+                                       (axes[1], [c.channels for c in found], "mu of a channel",
+                                        "criterion of the channels")):
+        for i, v in enumerate(values):
+            sign = v > 0
+            for part, marker, colour in ((sign, "^", figures.COLOURS[0]), (~sign, "v", figures.COLOURS[1])):
+                axis.scatter([i] * int(part.sum()), v[part], s=10, marker=marker, color=colour)
+        axis.scatter([], [], marker="^", color=figures.COLOURS[0], label="positive: diverge")
+        axis.scatter([], [], marker="v", color=figures.COLOURS[1], label="negative: converge")
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.set(xlabel="scan, by depth", ylabel=label, title=title)
+        axis.legend(fontsize=7)
+
+
+def _growth_figure(grown: Tensor):
+    from ssmzoo.probes import figures
+
+    figure, axes = figures.canvas(1, 1, (5, 3.2))
+    figures.lines(axes[0, 0], range(len(grown)), {"median over the batch": grown}, "position of the token",
+                  "norm at the last over the first block", "growth over depth by position")
+    return figure
 
 
 # ---- golden cases ---------------------------------------------------------------------------------------------------
