@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.ops import linear_act
+
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
 
@@ -15,16 +17,30 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+class Linear(nn.Linear):
+    """torch's linear layer with the activation `act` behind it (None, "gelu", "relu" or "silu"), fused where possible"""
+
+    def __init__(self, dim: int, out_dim: int, bias: bool = True, act: str | None = None):
+        super().__init__(dim, out_dim, bias)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_act(x, self.weight, self.bias, self.act)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", act={self.act}" if self.act else "")
+
+
 class Mlp(nn.Module):
     """W2 act(W1 x)"""
 
     def __init__(self, dim: int, hidden: int, act: str = "gelu", drop: float = 0.0):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), activation(act), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden, act=act), Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(self.fc1(x))))
 
 
 class GatedMlp(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.image_mlp import activation
+from ssmzoo.layers.image_mlp import Linear, activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import cross_merge, cross_scan, cross_selective_scan, mamba_chunk_scan_combined, selective_scan_fn
@@ -151,7 +151,7 @@ class SS2D(nn.Module):
         e = self.d_inner = int(ssm_ratio * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.d_state, self.gate, self.scans, self.ssm_init = d_state, gate, scans, ssm_init
-        self.in_proj = nn.Linear(d_model, e if gate is None else 2 * e, bias=False)
+        self.in_proj = Linear(d_model, e if gate is None else 2 * e, bias=False)
         self.conv2d = None
         if d_conv > 1:
             self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
@@ -159,7 +159,7 @@ class SS2D(nn.Module):
         self.out_act = activation(out_act) if out_act else nn.Identity()
         self.make_scan_parameters()
         self.out_norm = OUT_NORMS[out_norm](e)
-        self.out_proj = nn.Linear(e, d_model, bias=False)
+        self.out_proj = Linear(e, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 

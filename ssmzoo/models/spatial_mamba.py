@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image_backbone import FourStage, Stage
-from ssmzoo.layers.image_mlp import Mlp
+from ssmzoo.layers.image_mlp import Linear, Mlp
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.patch_embed import check_image, map_norm
 from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.models.vmamba import init_linear, official_stages
-from ssmzoo.ops import selective_scan_fn, state_fusion
+from ssmzoo.ops import linear_act, selective_scan_fn, spatial_scan, state_fusion
 
 
 class StateFusion(nn.Module):
@@ -45,8 +45,11 @@ class StateFusion(nn.Module):
         self.kernel_3_2 = nn.Parameter(torch.ones(dim, 1, 3, 3))
         self.alpha = nn.Parameter(torch.ones(3))
 
+    def kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kernel_3, self.kernel_3_1, self.kernel_3_2
+
     def forward(self, h: Tensor) -> Tensor:
-        return state_fusion(h, (self.kernel_3, self.kernel_3_1, self.kernel_3_2), self.alpha)
+        return state_fusion(h, self.kernels(), self.alpha)
 
 
 class StructureAwareSSM(nn.Module):
@@ -62,7 +65,7 @@ class StructureAwareSSM(nn.Module):
         super().__init__()
         e = self.d_inner = int(expand * d_model)
         r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
+        self.in_proj = Linear(d_model, 2 * e, bias=bias)
         self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(r + 2, e))
         self.dt_projs_weight = nn.Parameter(torch.empty(e, r))
@@ -71,7 +74,7 @@ class StructureAwareSSM(nn.Module):
         self.Ds = nn.Parameter(torch.empty(e))
         self.state_fusion = StateFusion(e) if fuse_states else nn.Identity()
         self.out_norm = nn.LayerNorm(e)
-        self.out_proj = nn.Linear(e, d_model, bias=bias)
+        self.out_proj = Linear(e, d_model, bias=bias)
         self.dropout = nn.Dropout(dropout)
         init_directional_(self)
 
@@ -83,14 +86,25 @@ class StructureAwareSSM(nn.Module):
 
     def ssm(self, u: Tensor) -> Tensor:
         """States by one raster scan, fused on the map, then read out: (b y x e) -> (b y x e)"""
-        dt, B, C = F.linear(u, self.x_proj_weight).split([self.dt_rank, 1, 1], dim=-1)  # (b y x r), (b y x 1) twice
-        delta = F.linear(dt, self.dt_projs_weight)
-        states = selective_scan_fn(
-            u.flatten(1, 2).transpose(1, 2), delta.flatten(1, 2).transpose(1, 2), -torch.exp(fp32(self.A_logs)),
-            B.flatten(1, 2).transpose(1, 2), torch.ones_like(self.A_logs), delta_bias=fp32(self.dt_projs_bias),
-            delta_softplus=True)  # (b e l): with C = 1 and no D the output is the state itself
-        h = self.state_fusion(states.unflatten(2, u.shape[1:3])).permute(0, 2, 3, 1)
-        return h * C + self.Ds * u
+        steps = linear_act(u, self.x_proj_weight)  # (b y x r+2)
+        A = -torch.exp(fp32(self.A_logs))
+        return spatial_scan(u, steps, self.dt_projs_weight, fp32(self.dt_projs_bias), A, self.Ds, *self.taps())
+
+    def taps(self) -> tuple:
+        """Kernels and weights of the fusion; None when states are left as they are."""
+        fusion = self.state_fusion
+        return (fusion.kernels(), fusion.alpha) if isinstance(fusion, StateFusion) else (None, None)
+
+
+def spatial_scan_in_parts(u: Tensor, steps: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, kernels,
+                          alpha) -> Tensor:
+    """`spatial_scan` by the operators that it joins, so that whoever wants to see them (ssmzoo.probes) can."""
+    dt, B, C = steps.split([dt_proj.shape[1], 1, 1], dim=-1)  # (b y x r), (b y x 1) twice
+    delta, x, B = (t.flatten(1, 2).transpose(1, 2) for t in (F.linear(dt, dt_proj), u, B))
+    states = selective_scan_fn(x, delta, A, B, torch.ones_like(A), delta_bias=dt_bias, delta_softplus=True)  # (b e l)
+    h = states.unflatten(2, u.shape[1:3])
+    h = h if kernels is None else state_fusion(h, kernels, alpha)
+    return h.permute(0, 2, 3, 1) * C + D * u
 
 
 class SpatialMambaBlock(nn.Module):
@@ -113,15 +127,29 @@ class SpatialMambaBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
 
+class PointConv(nn.Conv2d):
+    """A 1x1 convolution of (b d y x) maps as the matrix product that it is, with a ReLU behind it if `relu`."""
+
+    def __init__(self, dim: int, out_dim: int, bias: bool, relu: bool):
+        super().__init__(dim, out_dim, 1, bias=bias)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear_act(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias, "relu" if self.relu else None)
+        return y.permute(0, 3, 1, 2)
+
+
 class ConvNorm(nn.Module):
     """Convolution, BatchNorm (`norm`; then without bias unless `bias`) and ReLU (`act`), on (b d y x)."""
 
     def __init__(self, dim: int, out_dim: int, kernel: int, stride: int = 1, groups: int = 1, norm: bool = True,
                  act: bool = True, bias: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        joined = kernel == 1 and act and not norm
+        self.conv = (PointConv(dim, out_dim, bias, relu=joined) if kernel == 1 else
+                     nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias))
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
-        self.act = nn.ReLU() if act else nn.Identity()
+        self.act = nn.ReLU() if act and not joined else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))

@@ -6,6 +6,7 @@ from ssmzoo.ops.cross_selective_scan import cross_selective_scan
 from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
+from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
 from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
@@ -13,9 +14,11 @@ from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
 from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401
 from ssmzoo.ops.native import selective_state_update as _native_selective_state_update  # noqa: F401
+from ssmzoo.ops.native import spatial_scan as _native_spatial_scan  # noqa: F401
 from ssmzoo.ops.native import ssd as _native_ssd  # noqa: F401
 from ssmzoo.ops.native import state_fusion as _native_state_fusion  # noqa: F401
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
+from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.state_fusion import state_fusion
 from ssmzoo.ops.triton import causal_conv1d as _triton_causal_conv1d  # noqa: F401
@@ -34,11 +37,13 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "dense_scan",
+    "linear_act",
     "mamba_chunk_scan_combined",
     "mamba_step",
     "mix_transitions",
     "selective_scan_fn",
     "selective_state_update",
+    "spatial_scan",
     "ssd_minimal_discrete",
     "ssd_scan",
     "ssd_state_update",

@@ -1,0 +1,60 @@
+"""A linear map with its bias and the activation behind it, in one pass over memory where oneDNN can do that.
+
+Letters: d inputs, e outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.ops.checks import expect_floats
+from ssmzoo.ops.dispatch import needs_grad, op, unobserved
+
+ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}  # gelu: exact
+MISSING = None if hasattr(torch.ops.mkldnn, "_linear_pointwise") else "this torch has no oneDNN"
+
+
+def check_linear_act(x, weight, bias=None, act=None) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act = {act!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, expected (... d) and (e d)")
+    expect_floats(x.device, x=x, weight=weight, bias=bias)
+
+
+@op(check=check_linear_act)
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
+    """act(x W^T + bias): x (... d), weight (e d), bias (e), act None, "gelu" (exact), "relu" or "silu" -> (... e)
+
+    The native backend is oneDNN's, for inference in fp32: beside torch's own matrix product and a GELU behind it, it
+    takes 0.3 of the time at 12,544 rows, d 64, e 256, and 0.9 where the product itself dominates (AVX-512).
+    Raises ValueError for shapes that do not fit or an unknown activation.
+    """
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return ACTIVATIONS[act](y if bias is None else y + bias)
+
+
+@linear_act.register("torch")
+def linear_act_torch(x, weight, bias=None, act=None):
+    return ACTIVATIONS[act](F.linear(x, weight, bias))
+
+
+def _why_not(x, weight, bias=None, act=None):
+    if needs_grad(x, weight, bias):
+        return "has no backward"
+    if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
+        return "computes in float32 only"
+    if torch.is_autocast_enabled("cpu"):
+        return "leaves autocast to torch"
+    if not unobserved(x, weight, bias):
+        return "is not traced: compilers fuse by themselves"
+    return None if x.numel() and weight.numel() else "has nothing to do for an empty matrix"
+
+
+@linear_act.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
+def linear_act_onednn(x, weight, bias=None, act=None):
+    attribute, algorithm = ONEDNN[act]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)

@@ -1,0 +1,80 @@
+"""The joined operators of the image models against their references, on every backend that serves."""
+
+import pytest
+import torch
+
+import ssmzoo.ops as ops
+from ssmzoo.models.spatial_mamba import StructureAwareSSM
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def scan_arguments(b, h, w, e, r, dtype=torch.float32):
+    return (torch.randn(b, h, w, e, dtype=dtype), torch.randn(b, h, w, r + 2, dtype=dtype), 0.3 * torch.randn(e, r),
+            torch.randn(e) - 2, -torch.rand(e, 1) - 0.1, torch.randn(e),
+            tuple(torch.randn(e, 1, 3, 3) for _ in range(3)), torch.randn(3))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4)])
+def test_spatial_scan(sizes):
+    arguments = scan_arguments(*sizes)
+    expected = ops.spatial_scan.reference(*arguments)
+    with torch.no_grad():
+        assert ops.chosen_backend(ops.spatial_scan, *arguments) in ("native", "torch")
+        torch.testing.assert_close(ops.spatial_scan(*arguments), expected, rtol=1e-4, atol=1e-5)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(ops.spatial_scan(*arguments), expected, rtol=1e-4, atol=1e-5)
+    torch.set_num_threads(1)
+    with ops.backend("torch"):
+        torch.testing.assert_close(ops.spatial_scan(*arguments), expected, rtol=1e-4, atol=1e-5)
+    half = scan_arguments(*sizes, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.spatial_scan(*half).float(), ops.spatial_scan.reference(*half).float(),
+                                   rtol=0.03, atol=0.1)
+
+
+def test_spatial_scan_leaves_gradients_to_its_parts():
+    arguments = scan_arguments(1, 3, 4, 6, 2)
+    arguments[0].requires_grad_()
+    assert ops.chosen_backend(ops.spatial_scan, *arguments) == "torch"
+    grad, = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0])
+    expected, = torch.autograd.grad(ops.spatial_scan.reference(*arguments).square().sum(), arguments[0])
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    unfused = (*arguments[:6], None, None)
+    torch.testing.assert_close(ops.spatial_scan(*unfused), ops.spatial_scan.reference(*unfused), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="steps has shape"):
+        ops.spatial_scan(arguments[0], arguments[1][..., :-1], *arguments[2:])
+
+
+def test_training_and_inference_of_the_mixer_agree():
+    mixer, x = StructureAwareSSM(24).eval(), torch.randn(2, 5, 6, 24)
+    with torch.no_grad():
+        quick = mixer(x)
+    torch.testing.assert_close(quick, mixer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [None, "gelu", "relu", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_act(act, bias):
+    x, weight, b = torch.randn(3, 7, 2, 10)[:, ::2], torch.randn(6, 10), torch.randn(6) if bias else None
+    expected = ops.linear_act.reference(x, weight, b, act)
+    torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
+    with ops.backend("torch"):
+        torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
+    weight.requires_grad_()
+    assert ops.chosen_backend(ops.linear_act, x, weight, b, act) == "torch"
+    assert torch.autograd.grad(ops.linear_act(x, weight, b, act).sum(), weight)[0].shape == weight.shape
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert ops.linear_act(x, weight, b, act).dtype == torch.bfloat16
+
+
+def test_linear_act_says_what_is_wrong():
+    with pytest.raises(ValueError, match="act = 'tanh', expected one of None, 'gelu'"):
+        ops.linear_act(torch.randn(2, 3), torch.randn(4, 3), act="tanh")
+    with pytest.raises(ValueError, match=r"weight \(4, 5\)"):
+        ops.linear_act(torch.randn(2, 3), torch.randn(4, 5))
+    assert ops.linear_act(torch.randn(0, 3), torch.randn(4, 3)).shape == (0, 4)
