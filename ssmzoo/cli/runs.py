@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import statistics
 from pathlib import Path
@@ -17,7 +16,9 @@ class Run(NamedTuple):
     folder: Path
     config: dict[str, object]  # flat
     status: str
+    note: str  # why it failed
     monitor: str
+    mode: str  # min or max: which end of the monitored metric is good
     best: float | None
     step: int
     seconds: float
@@ -44,13 +45,14 @@ def read_run(folder: Path) -> Run:
     """A run folder as a row; raises ValueError when it is none."""
     from omegaconf import OmegaConf
 
+    from ssmzoo.train.ledger import read_status
     from ssmzoo.train.logger import read_metrics
 
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is not a run folder (no config.yaml)")
     config = flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     rows = read_metrics(folder / "metrics.csv")
-    status = (folder / "status.txt").read_text().strip() if (folder / "status.txt").exists() else "unknown"
+    status, note = read_status(folder)
     index_file = folder / "checkpoints" / "index.json"
     index = json.loads(index_file.read_text()) if index_file.exists() else {}
     best = index["best"][0]["value"] if index.get("best") else None
@@ -59,7 +61,9 @@ def read_run(folder: Path) -> Run:
         folder,
         config,
         status,
+        note,
         index.get("monitor", "val/loss"),
+        index.get("mode", "min"),
         best,
         int(rows[-1]["step"]) + 1 if rows else 0,
         max(0.0, last_change - (folder / "config.yaml").stat().st_mtime),
@@ -69,7 +73,8 @@ def read_run(folder: Path) -> Run:
 def list_runs(root: Path) -> None:
     from ssmzoo.train.progress import clock
 
-    runs = [read_run(f.parent) for f in sorted(root.rglob("config.yaml")) if (f.parent / "metrics.csv").exists()]
+    folders = [f.parent for f in sorted(root.rglob("config.yaml"))]
+    runs = [read_run(f) for f in folders if (f / "metrics.csv").exists() or (f / "status.txt").exists()]
     if not runs:
         print(f"no runs in {root}")
         return
@@ -85,6 +90,8 @@ def list_runs(root: Path) -> None:
         changed = ", ".join(f"{k}={r.config.get(k)}" for k in differing[r.config.get("model_name")])
         if changed:
             print(f"    {changed}")
+        if r.status == "failed" and r.note:
+            print(f"    {r.note}")
         if r.status not in ("finished", "running"):
             print(f"    python train.py resume={shlex.quote(str(r.folder))}")
 
@@ -102,6 +109,7 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     from ssmzoo.train.logger import read_metrics
 
     metric = metric or runs[0].monitor
+    good = max if metric == runs[0].monitor and runs[0].mode == "max" else min
     varied = [k for k in differing_keys(runs) if k != "seed" and not k.endswith(".seed")]
     groups: dict[str, list[dict[int, float]]] = {}
     for r in runs:
@@ -111,12 +119,15 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
         same_model = "model_name" not in varied
         label = ", ".join(f"{k}={r.config.get(k)}" for k in varied) if same_model else str(r.config["model_name"])
         groups.setdefault(label or "all", []).append(curve)
-    print(f"{'configuration':<40}{'runs':>5}{'final ' + metric:>18}{'sd':>10}{'best':>10}")
+    column = max(18, len(metric) + 9)
+    width = max(40, *(len(name) + 2 for name in groups))
+    print(f"{'configuration':<{width}}{'runs':>5}{'final ' + metric:>{column}}{'sd':>10}{'best':>10}")
     for name, curves in groups.items():
         finals = [c[max(c)] for c in curves]
-        sd = statistics.stdev(finals) if len(finals) > 1 else math.nan
-        best = min(min(c.values()) for c in curves)
-        print(f"{name:<40}{len(curves):>5}{statistics.mean(finals):>18.4f}{sd:>10.4f}{best:>10.4f}")
+        sd = statistics.stdev(finals) if len(finals) > 1 else 0.0
+        best = good(good(c.values()) for c in curves)
+        shown = f"{sd:.4f}" if len(finals) > 1 else "-"
+        print(f"{name:<{width}}{len(curves):>5}{statistics.mean(finals):>{column}.4f}{shown:>10}{best:>10.4f}")
     draw(groups, metric, png)
     print(f"curves in {png}")
 

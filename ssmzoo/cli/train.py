@@ -36,7 +36,7 @@ def _run(config_name: str) -> None:
 def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
     import hydra
 
-    from ssmzoo.train import run
+    from ssmzoo.train import run, sweep
     from ssmzoo.train.config import free_overrides, register_resolvers
 
     register_resolvers()
@@ -48,13 +48,34 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         if HydraConfig.get().mode.name == "MULTIRUN":
-            return action(cfg)  # a failure is recorded by the launcher and does not take the other jobs along
+            return sweep.run_job(action, cfg)
         try:
             return action(cfg)
         except Exception as error:
             fail(error, show_all)
 
-    hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)()
+    main = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
+    with sweep.notes() as ends:
+        try:
+            main()
+        except BaseException as error:
+            if not ends() or show_all:
+                raise
+            _end_sweep(ends(), error)
+        if ends():
+            _end_sweep(ends())
+
+
+def _end_sweep(ends: list[dict], error: BaseException | None = None) -> None:
+    """Say how every run ended; an error that is no run's own (the search's, the launcher's) comes after it."""
+    from ssmzoo.train import sweep
+
+    text, status = sweep.summary(ends)
+    print(f"\n{text}", flush=True)
+    if isinstance(error, Exception) and not status:
+        fail(error)
+    if status:
+        sys.exit(status)
 
 
 def fail(error: Exception, show_all: bool = False) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.official import nearest
+from ssmzoo.train.sweep import trials_left
 from ssmzoo.zoo import config_names, model_class
 
 
@@ -29,6 +30,7 @@ def _size(name: str):
 def register_resolvers() -> None:
     """`${sizes:vocab_size}`: a number the data module knows, filled in when it has been set up."""
     OmegaConf.register_new_resolver("sizes", _size, replace=True)
+    OmegaConf.register_new_resolver("trials_left", trials_left, replace=True)
 
 
 def set_sizes(sizes: dict[str, int]) -> None:
@@ -46,7 +48,8 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
 LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
-TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "init_from", "compile", "grad_checkpointing", "model_name")
+TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "init_from", "compile", "grad_checkpointing", "model_name",
+             "n_trials")
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 
 

@@ -8,6 +8,7 @@ A run that says `running` while its process is gone was killed; `read_status` ca
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import socket
@@ -82,6 +83,10 @@ def choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
     sweep = hydra_cfg.mode.name == "MULTIRUN"
     name = f"{cfg.name}-{hydra_cfg.job.num}" if sweep else str(cfg.name)
     new = Path(cfg.runs_dir) / model_name / name
+    if sweep and "optuna" in str(hydra_cfg.sweeper._target_):  # a search that goes on counts its jobs from 0 again
+        number = itertools.count(int(hydra_cfg.job.num))
+        while new.exists():
+            new = new.with_name(f"{cfg.name}-{next(number)}")
     if cfg.resume == "auto":
         named = any(o.startswith("name=") for o in hydra_cfg.overrides.task)
         if sweep and not named:
