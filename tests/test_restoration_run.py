@@ -170,3 +170,81 @@ def test_another_scale_starts_from_these_weights_as_far_as_they_fit(monkeypatch,
     assert status == 2 and "weights of another model" in err and err.count("\n") == 1
     status, _, err = call(monkeypatch, capsys, "train", "model=mambair", *more, "init_from=/nowhere", "name=b")
     assert status == 2 and "/nowhere" in err
+
+
+@pytest.mark.parametrize("name, depth", [("x.jpg", 8), ("x.tif", 8), ("x.tif", 16), ("x.webp", 8), ("x.png", 16)])
+def test_cut_and_garbled_files_of_every_kind_are_named(tmp_path, name, depth):
+    from ssmzoo.data.image_file import ImageError
+
+    levels = np.random.default_rng(0).integers(0, 256, (60, 50, 3)).astype(np.uint8)
+    write_picture(tmp_path / name, Picture(levels if depth == 8 else levels.astype(np.uint16) * 257))
+    whole = (tmp_path / name).read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:4] + b"\0" * 200):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ImageError, match=name):
+            read_picture(tmp_path / name)
+
+
+def test_a_damaged_training_picture_ends_the_run_with_its_name(monkeypatch, capsys, photos, tmp_path):
+    for file in photos.iterdir():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / file.name).write_bytes(file.read_bytes()[:200])
+    status, _, err = call(monkeypatch, capsys, "train", "model=mambair", f"data.path={tmp_path / 'in'}",
+                          f"runs_dir={tmp_path}", *TINY)
+    assert status in (1, 2) and ".png cannot be read as a picture" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more, words", [
+    (["data.patch_size=64"], "smaller than data.patch_size = 64"),
+    (["task=real_denoise", "data.degraded_path={other}"], "pair 0: the clean picture is 32 x 40, the other 31 x 40"),
+    (["task=real_denoise", "data.degraded_path={empty}"], "holds no picture"),
+])
+def test_pictures_that_do_not_fit_end_the_run_in_words(monkeypatch, capsys, photos, tmp_path, more, words):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "empty").mkdir()
+    for file in photos.iterdir():
+        Image.open(file).crop((0, 0, 40, 31)).save(tmp_path / "other" / file.name)
+    more = [m.format(other=tmp_path / "other", empty=tmp_path / "empty") for m in more]
+    status, _, err = call(monkeypatch, capsys, "train", "model=mambair", *TINY, f"data.path={photos}",
+                          f"runs_dir={tmp_path}", *more)
+    assert status in (1, 2) and err.count("\n") == 1
+    assert words in err or ("other" in more[-1] and "the other 31 x 40" in err)
+
+
+def test_a_colour_picture_meets_a_grey_model_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+    import torch
+
+    from ssmzoo import create_model
+
+    torch.save(create_model("mambair_jpeg", embed_dim=30, depths=[1], d_state=2).state_dict(), tmp_path / "w.pth")
+    monkeypatch.setattr("ssmzoo.zoo.create_model", lambda name: create_model(name, embed_dim=30, depths=[1], d_state=2))
+    write_picture(tmp_path / "in" / "colour.png", Picture(photo((9, 9))))
+    write_picture(tmp_path / "in" / "grey.png", Picture(photo((9, 9))[..., :1]))
+    status, out, err = call(monkeypatch, capsys, "ssmzoo", "restore", str(tmp_path / "in"), "--ckpt",
+                            str(tmp_path / "w.pth"), "--model", "mambair_jpeg", "-o", str(tmp_path / "out"))
+    assert status == 1 and "1 restored, 0 kept, 1 failed" in out
+    assert "colour.png: the picture has 3 colour channels and the model takes 1" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["grey.png"]
+
+
+def test_a_full_disk_keeps_what_is_done_and_leaves_nothing_half_written(monkeypatch, capsys, trained, tmp_path):
+    import os
+
+    for name in ("a.png", "b.png", "c.png"):
+        write_picture(tmp_path / "in" / name, Picture(photo((9, 9))))
+    real, calls = os.fsync, []
+
+    def fills_up(handle):
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("ssmzoo.data.image_file.os.fsync", fills_up)
+    command = ["restore", str(tmp_path / "in"), "--ckpt", str(trained), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    status, out, err = call(monkeypatch, capsys, "ssmzoo", *command)
+    assert status == 1 and "b.png could not be written (No space left on device)" in err
+    assert "1 restored, 0 kept, 1 failed" in out and [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
+    status, out, _ = call(monkeypatch, capsys, "ssmzoo", *command)  # there is room again
+    assert status == 0 and "2 restored, 1 kept" in out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png"]

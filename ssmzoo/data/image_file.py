@@ -57,7 +57,8 @@ def read_picture(path: str | Path) -> Picture:
             if image.format == "TIFF":
                 image.load()  # Pillow turns a TIFF upright itself while loading and drops the tag
             return _read_pillow(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError, LookupError
+            ) as error:
         raise ImageError(f"{path} cannot be read as a picture (damaged or cut off?): {error}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is larger than Pillow allows: {error}") from None
