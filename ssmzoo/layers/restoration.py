@@ -133,12 +133,15 @@ class RestorationNet(nn.Module):
             raise ValueError(f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, "
                              f"width)")
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) to the deep features (b d y x) in front of the head."""
+        shallow = self.conv_first((x - self.mean) * self.img_range)
+        return self.conv_after_body(self.features(shallow)) + shallow
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         x0 = (x - self.mean) * self.img_range
-        shallow = self.conv_first(x0)
-        deep = self.conv_after_body(self.features(shallow)) + shallow
-        y = self.reconstruct(deep, x0)
+        y = self.reconstruct(self.forward_features(x), x0)
         if self.bicubic_skip and self.upsampler:
             y = y + imresize(x0, float(self.upscale))
         return y / self.img_range + self.mean

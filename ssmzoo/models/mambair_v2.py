@@ -260,6 +260,9 @@ class MambaIRv2(RestorationNet):
             x = self.run_group(group, x, size)
         return self.norm(x).mT.unflatten(-1, size).contiguous()
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(mirror_pad(x, self.window_size))
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         height, width = x.shape[2:]

@@ -81,6 +81,9 @@ class SwinIR(RestorationNet):
             x = self.run_group(group, x)
         return self.norm(x).permute(0, 3, 1, 2)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        return super().forward_features(mirror_pad(x, self.window_size))
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         height, width = x.shape[2:]
