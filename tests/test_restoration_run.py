@@ -74,6 +74,9 @@ def test_evaluation_of_another_folder_and_of_another_scale(monkeypatch, capsys, 
     assert len(list(csv.DictReader((tmp_path / "per_image.csv").open()))) == 3
     status, _, err = call(monkeypatch, capsys, "eval", f"ckpt={trained}", "data.scale=4", f"out={tmp_path}")
     assert status == 2 and "upscale" in err and "4" in err
+    Image.fromarray(photo((3, 3))).save(tmp_path / "tiny.png")
+    status, _, err = call(monkeypatch, capsys, "eval", f"ckpt={trained}", f"data.path={tmp_path}", f"out={tmp_path}")
+    assert status == 1 and "tiny cannot be measured" in err and err.count("\n") == 1
 
 
 def test_a_model_of_another_scale_is_refused(monkeypatch, capsys, photos, tmp_path):

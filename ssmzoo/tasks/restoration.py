@@ -97,7 +97,10 @@ class Restoration(Task):
             return StepOutput(self.loss(self.model(lq), gt), {}, len(lq))
         restored = self.restore(batch["lq"])
         got, truth = to_levels(restored[0]), to_levels(batch["gt"][0])
-        row = self.measure(restored[0], batch["gt"][0])
+        try:
+            row = self.measure(restored[0], batch["gt"][0])
+        except ValueError as error:
+            raise ValueError(f"{batch['name'][0]} cannot be measured: {error}; leave it out of the folder") from None
         if self.lpips is not None:
             row["lpips"] = float(self.lpips(got[None].float() / 255, truth[None].float() / 255))
         self._rows.append({"name": batch["name"][0]} | row)
