@@ -7,6 +7,7 @@ when it is installed. Declaring the two operators first is enough for everything
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import sys
 
@@ -31,3 +32,28 @@ def make_importable() -> None:
         for operator in ("nms", "qnms"):
             _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
+
+
+class _Cured(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Steps in at the first `import torchvision`, imports it by `make_importable` and hands over the result."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        make_importable()
+        return importlib.util.spec_from_loader(name, self) if name in sys.modules else None
+
+    def create_module(self, spec):
+        self.module = sys.modules[spec.name]
+        self.spec = self.module.__spec__
+        return self.module
+
+    def exec_module(self, module) -> None:
+        module.__spec__ = self.spec
+
+
+def cure_on_import() -> None:
+    """`make_importable` when torchvision is first imported, which takes seconds and most runs never do."""
+    if "torchvision" not in sys.modules and not any(isinstance(f, _Cured) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Cured())

@@ -1,3 +1,5 @@
-from ssmzoo._torchvision import make_importable
+from ssmzoo._torchmetrics import import_lightly
+from ssmzoo._torchvision import cure_on_import
 
-make_importable()  # before Lightning or timm is imported anywhere below
+import_lightly()  # before Lightning is imported anywhere below
+cure_on_import()  # before timm is
