@@ -64,7 +64,7 @@ def speed(threads: int, reference: bool, repeats: int) -> None:
     from ssmzoo import create_model
     from ssmzoo._torchvision import make_importable
     from ssmzoo.probes.interception import operators
-    from ssmzoo.train.run import _keep_freed_memory as keep_freed_memory
+    from ssmzoo.train.freed_memory import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()

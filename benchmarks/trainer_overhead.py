@@ -99,11 +99,12 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
 
     from ssmzoo.train import run
     from ssmzoo.train.config import register_resolvers
+    from ssmzoo.train.freed_memory import keep_freed_memory
     from ssmzoo.zoo import config_dir
 
     register_resolvers()
     run._quiet()
-    run._keep_freed_memory()
+    keep_freed_memory()
     steps = block * (blocks + 1)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", [f"model={model}", f"trainer.max_steps={steps}", "trainer.limit_val_batches=0",

@@ -32,7 +32,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def run(args) -> int:
     from ssmzoo.data.image_file import ImageError
+    from ssmzoo.train.freed_memory import keep_freed_memory
 
+    keep_freed_memory()
     jobs = plan(args.inputs, args.out)
     model = load(args)
     label = f"_x{model.upscale}" if model.upscale > 1 else "_restored"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.metadata
 import logging
@@ -36,6 +35,7 @@ from ssmzoo.train.checkpoint import (
 )
 from ssmzoo.train.checkpointer import Checkpointer
 from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
+from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from
 from ssmzoo.train.logger import CSVFile, tensorboard_logger, wandb_logger
@@ -48,7 +48,7 @@ from ssmzoo.zoo import build_model
 def train(cfg: DictConfig) -> float:
     """Run what `cfg` says; returns the best value of the task's monitored metric (for sweepers)."""
     _quiet()
-    _keep_freed_memory()
+    keep_freed_memory()
     unattended = cfg.resume == "auto"
     cfg, run_dir, resuming = ledger.choose_run(cfg)
     if resuming and unattended and ledger.read_status(run_dir)[0] == "finished":
@@ -356,22 +356,6 @@ def _build_evaluation(cfg: DictConfig):
     out = Path(cfg.out) if cfg.out else default_out
     out.mkdir(parents=True, exist_ok=True)
     return folder, plain, data, task, out
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning each to the kernel, which costs a page fault per 4 KiB.
-
-    For programs, not for libraries: it is set where a run begins and left alone where the user has set MALLOC_*.
-    """
-    if not sys.platform.startswith("linux") or any(k.startswith("MALLOC_") for k in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    mmap_threshold, trim_threshold = -3, -1  # the names of M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
-    mallopt(mmap_threshold, 256 << 20)
-    mallopt(trim_threshold, 1 << 30)
 
 
 def _quiet() -> None:

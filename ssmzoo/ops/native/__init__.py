@@ -78,7 +78,7 @@ LARGE = 1 << 20  # bytes; smaller blocks are recycled by the allocator
 
 def commit(*tensors: Tensor | None) -> None:
     """Have the memory of large results, which a kernel will fill, ready in one go instead of a page fault per 4 KiB."""
-    for t in tensors:
+    for t in tensors if _COMMIT is not None else ():  # None: a library older than the sources
         if t is not None and (size := t.numel() * t.element_size()) >= LARGE:
             _COMMIT(t.data_ptr(), size, torch.get_num_threads())
 

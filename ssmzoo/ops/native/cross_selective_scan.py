@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmzoo.ops.cross_selective_scan import cross_selective_scan
-from ssmzoo.ops.native import VECTOR_LENGTH, kernel, pack, why_not_float
+from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 
 FORWARD, MISSING = kernel("ssmzoo_cross_selective_scan_forward")
 BACKWARD, _ = kernel("ssmzoo_cross_selective_scan_backward")
@@ -45,6 +45,7 @@ def _forward(u, steps, dt_proj, dt_bias, A, D, columns, backwards, save):
     y = u.new_empty(b, 2, h * w, e)
     chunks, lanes = -(-h * w // CHUNK), -(-e // VECTOR_LENGTH) * VECTOR_LENGTH
     saved = u.new_empty(b * 4 * chunks * lanes * A.shape[1] if save else 0)
+    commit(y, saved)
     arguments = [u, steps, dt_proj, dt_bias, A, D, y, saved if save else None, *[None] * 7]
     FORWARD(_pack(arguments, u, dt_proj, A, columns, backwards, save))
     return (y[:, 0] + y[:, 1]).view(b, h, w, e), saved
@@ -56,6 +57,7 @@ def _backward(dy, saved, u, steps, dt_proj, dt_bias, A, D, columns, backwards):
     du, dsteps = u.new_empty(b, 2, h * w, e), u.new_empty(_tiling(b, e)[1], b, h * w * steps.shape[-1])
     dw, dbias, dA, dD = u.new_empty(b, 4, e * r), u.new_empty(b, 4, e), u.new_empty(b, 4 * e, n), u.new_empty(b, 4 * e)
     dy = dy.contiguous()
+    commit(du, dsteps)
     arguments = [u, steps, dt_proj, dt_bias, A, D, None, saved, dy, du, dsteps, dw, dbias, dA, dD]
     BACKWARD(_pack(arguments, u, dt_proj, A, columns, backwards, True))
     return ((du[:, 0] + du[:, 1]).view_as(u), dsteps.sum(0).view_as(steps), dw.sum(0).view_as(dt_proj), dbias.sum(0),
