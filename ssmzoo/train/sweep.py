@@ -20,7 +20,7 @@ def run_job(action: Callable, cfg) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     job = HydraConfig.get()
-    what = {"job": int(job.job.num), "overrides": " ".join(o.lstrip("+") for o in job.overrides.task)}
+    what = {"job": int(job.job.num), "overrides": [o.lstrip("+") for o in job.overrides.task]}
     try:
         value = action(cfg)
     except SystemExit as stop:
@@ -64,10 +64,12 @@ def summary(ends: list[dict]) -> tuple[str, int]:
     """(a line per run, exit status): 75 when one was asked to stop, else 1 when one failed, else 0."""
     count = {status: sum(e["status"] == status for e in ends) for status in ("finished", "failed", "stopped")}
     lines = [f"sweep: {len(ends)} runs, " + ", ".join(f"{n} {status}" for status, n in count.items() if n)]
-    width = max(len(e["overrides"]) for e in ends)
-    for e in ends:
+    common = set.intersection(*(set(e["overrides"]) for e in ends)) if len(ends) > 1 else set()
+    differing = [" ".join(o for o in e["overrides"] if o not in common) for e in ends]
+    width = max(map(len, differing))
+    for e, overrides in zip(ends, differing):
         end = f"{e['value']:.4f}" if e["status"] == "finished" else e["why"]
-        lines.append(f"  {e['job']:>3}  {e['overrides']:<{width}}  {e['status']:<8}  {end}")
+        lines.append(f"  {e['job']:>3}  {overrides:<{width}}  {e['status']:<8}  {end}")
     return "\n".join(lines), RESUME_ME if count["stopped"] else int(bool(count["failed"]))
 
 
