@@ -1,6 +1,8 @@
 # make train   set up, then train the default model on real text (about three minutes on a laptop)
 # make test    set up, then run the tests
 # make setup   set up only: .venv with pinned versions
+# make checkpoints   set up, then train again the small models that the notebooks and docs/probes.md look into
+# make probes        set up, then run every probe on them: results in runs/probes, figures of docs/probes.md anew
 PYTHON ?= python3
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow setup lint native clean
+.PHONY: train test test-slow setup lint native checkpoints probes clean
 
 train: setup
 	$(BIN)/python train.py model=moe_mamba
@@ -33,6 +35,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt tools/setup_venv.py $(wildcard
 
 native: setup
 	$(BIN)/python -m ssmzoo.ops.native.build
+
+checkpoints: setup
+	$(BIN)/python notebooks/make_checkpoints.py
+
+probes: setup
+	$(BIN)/python notebooks/run_probes.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -109,8 +109,8 @@ def main() -> None:
             "Error on x_1 ... x_r relative to the target's variance, 600 steps of 64 strings of 6 signs, width 16.", "",
             *first, "", "## Majority: the gap against length", "",
             "A free-A layer (d 4, n 4) from s_A = 0, 1000 training strings of which a quarter of the ones is erased,",
-            "1000 clean test strings, 40 epochs.", "", *second, "", "## Majority: the spectral abscissa in training", "",
-            *third]
+            "1000 clean test strings, 40 epochs.", "", *second, "",
+            "## Majority: the spectral abscissa in training", "", *third]
     (args.out / "theory.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     print(args.out / "theory.md")
 

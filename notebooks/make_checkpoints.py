@@ -1,6 +1,6 @@
-"""Train the small models that the notebooks look into (a few minutes on a laptop), weights and manifest only.
+"""Train the small models that the notebooks look into (some minutes on a laptop), weights and manifest only.
 
-    python notebooks/make_checkpoints.py [language image]
+    make checkpoints, or: python notebooks/make_checkpoints.py [language image sd_ssm_D4 mamba_D4]
 """
 
 import subprocess
@@ -16,6 +16,9 @@ RECIPES = {
               "trainer.val_check_interval=110"],
     "language": ["model=mamba", "model.d_model=64", "model.n_layer=3", "data.seq_len=128", "trainer.max_steps=500",
                  "trainer.val_check_interval=250"],
+    "sd_ssm_D4": ["model=sd_ssm", "data.language=D4", "trainer.max_steps=1500", "trainer.val_check_interval=250"],
+    "mamba_D4": ["model=mamba", "task=formal", "data=formal", "optim=formal", "optim.lr=3e-3", "data.language=D4",
+                 "model.d_model=32", "model.n_layer=2", "trainer.max_steps=3000", "trainer.val_check_interval=500"],
 }
 
 

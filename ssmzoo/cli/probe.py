@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
-import sys
 from pathlib import Path
 
 
@@ -17,8 +16,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "probe", help="look inside a trained model", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Probes:\n" + "\n".join(f"  {name:22s}{text}" for name, text in known.items()))
     add = parser.add_argument
-    add("name", choices=known, metavar="NAME", help=", ".join(known))
-    add("checkpoint", help="a run folder, or a checkpoint folder inside one")
+    add("name", choices=known, metavar="NAME", type=lambda name: SHORT.get(name, name),
+        help=", ".join(known) + "; erf is short for receptive_field")
+    add("checkpoint", help="a run folder, a checkpoint folder inside one, or an image model's name: its initial "
+        "weights on embedded photographs")
     add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
     add("--layers", type=numbers, metavar="0,2", help="scans to show, numbered by depth")
@@ -35,6 +36,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
+SHORT = {"erf": "receptive_field"}
+
+
 def numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -45,19 +49,37 @@ def numbers(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     from ssmzoo.train.checkpoint import find_checkpoint
 
-    folder = find_checkpoint(args.checkpoint)
-    out = args.out or folder.parent.parent / "probes" / args.name
-    command = shlex.join(["ssmzoo", *sys.argv[1:]])
+    command = command_of(args)
     module = importlib.import_module(f"ssmzoo.probes.{args.name}")
-    if args.name == "expressivity":
-        return expressivity(module, folder, out, command)
-    subject = load_subject(folder, args)
+    if Path(args.checkpoint).exists():
+        folder = find_checkpoint(args.checkpoint)
+        out = args.out or folder.parent.parent / "probes" / args.name
+        if args.name == "expressivity":
+            return expressivity(module, folder, out, command)
+        subject = load_subject(folder, args)
+    else:
+        from ssmzoo.cli.probe_by_name import named_subject
+
+        subject, out = named_subject(args.checkpoint, args), args.out or Path("probes") / args.name / args.checkpoint
     finding = module.probe(subject)
     files = finding.write(out, f"{args.name}: {type(subject.model).__name__} of {args.checkpoint}", command)
     for key, value in finding.summary.items():
         print(f"{key}: {value}")
     print(f"written to {out}: {', '.join(f.name for f in files)}")
     return 0
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command line that gives these arguments; what has its default is left out."""
+    parser = argparse.ArgumentParser()
+    defaults = vars(add_parser(parser.add_subparsers()).parse_args([args.name, str(args.checkpoint)]))
+    words = ["ssmzoo", "probe", args.name, str(args.checkpoint)]
+    for key in ("input", "layers", "channels", "positions", "masks", "target", "length", "batch", "max_bytes"):
+        value = getattr(args, key)
+        if value != defaults[key]:
+            words += [f"--{key.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else
+                      f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)
 
 
 def expressivity(module, folder: Path, out: Path, command: str) -> int:
@@ -110,7 +132,7 @@ def read_text(manifest: dict, args) -> dict:
                              f"(the memory of hidden attention grows with its square, up to --max-bytes) or shorten "
                              f"the text")
     return dict(inputs=ids, labels=[tokenizer.decode([i]) for i in ids[0].tolist()], text=stream,
-                train_text=data_text(manifest, training=True),
+                train_text=data_text(manifest, training=True) if args.name == "generalization_bound" else None,
                 classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], vocab_size=tokenizer.vocab_size)
 
 

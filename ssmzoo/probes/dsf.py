@@ -21,6 +21,7 @@ Source: Sieber et al. 2024 (arXiv 2405.15731).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from ssmzoo.probes.tap import Scan
 
 @dataclass
 class Recurrence:
-    """lam, write, read (b l c n), value (b l c), skip (c) or None."""
+    """lam, write, read (b l c n), value (b l c), skip (c) or (b l c) or None."""
 
     lam: Tensor
     write: Tensor
@@ -68,7 +69,10 @@ class Recurrence:
             carried = carried.index_copy(-1, torch.tensor([i], device=carried.device), self.write[:, i, ..., None])
             rows.append((carried * self.read[:, i, :, :, None]).sum(2))
         phi = torch.stack(rows, dim=2)
-        return phi if self.skip is None else phi + torch.diag_embed(self.skip[:, None].expand(-1, l))
+        if self.skip is None:
+            return phi
+        skip = self.skip.expand(b, l, c) if self.skip.ndim == 1 else self.skip
+        return phi + torch.diag_embed(skip.transpose(1, 2))
 
     def horizon(self) -> Tensor:
         """1 / (1 - lam), tokens that a state component remembers, (b l c n); infinite at lam = 1."""
@@ -87,9 +91,17 @@ class Recurrence:
 
 
 def of_scan(scan: Scan) -> Recurrence:
-    """S6 and SSD from a tapped scan; value is u, by steps of the scan."""
+    """S6, SSD and Mamba-3 from a tapped scan; value is u, by steps of the scan. Where states are fused on a map before
+    they are read (Spatial-Mamba), the recurrence is that of the states themselves: C = 1, no skip."""
+    scan.whole("the recurrence")
     lam, write, read = (t.transpose(1, 2) for t in (scan.decay(), scan.write(), scan.read()))
-    return Recurrence(lam, write, read, scan.u.transpose(1, 2), scan.D)
+    skip = scan.D
+    if scan.fusion is not None:
+        read, skip = torch.ones_like(write), None
+    if scan.own is not None:  # Mamba-3: a token's own step has another weight, which stands beside D
+        own = (read * (scan.own[..., None] * scan.per_channel(scan.B)).transpose(1, 2) - read * write).sum(-1)
+        skip = own if skip is None else own + skip
+    return Recurrence(lam, write, read, scan.u.transpose(1, 2), skip)
 
 
 def of_attention(layer: CausalMixing, x: Tensor) -> Recurrence:
@@ -156,6 +168,57 @@ def ssd_gates(eta: Tensor, a: float = -1.0) -> Tensor:
     return (before / eta).log() / a
 
 
+class Entry(NamedTuple):
+    """One row of the dictionary: Lam in words, numbers carried in a layer of width d and state or key size n, and how
+    exactly the recurrence and its matrix give the layer's output back, |difference| / |output|."""
+
+    model: str
+    Lam: str
+    carried: str
+    recurrence: float
+    matrix: float
+
+
+@torch.no_grad()
+def dictionary(d: int = 16, n: int = 8, l: int = 24, seed: int = 0) -> list[Entry]:
+    """Every model of the framework as a layer with random weights in float64, against its recurrence."""
+    from ssmzoo.layers.dsf import S6, ScalarS6
+    from ssmzoo.probes.tap import tap
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, l, d, generator=generator, dtype=torch.float64)
+    rows = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = {"linear attention": ("I, normaliser outside", LinearAttention(d, n)),
+                  "normalised attention": ("I; eta_{i-1} / eta_i inside", NormalizedAttention(d, n)),
+                  "S6 (Mamba)": ("diagonal, exp(delta A), per channel", S6(d, n)),
+                  "SSD (Mamba-2)": ("scalar exp(delta a)", ScalarS6(d, n)),
+                  "quasi-LSTM": ("diagonal sigma(f)", QLSTM(d)),
+                  "quasi-LSTM, reversed": ("diagonal sigma(-f)^a", QLSTM(d, reversed=True))}
+        softmax = SoftmaxAttention(d, n).double()
+    for name, (Lam, layer) in layers.items():
+        layer = layer.double()
+        if isinstance(layer, S6):
+            with tap(layer) as scans:
+                y = layer(x)
+            r = of_scan(scans[0])
+            outputs = [layer.out_proj(t) for t in (r.output(), (r.phi() @ r.value.mT[..., None])[..., 0].mT)]
+        elif isinstance(layer, QLSTM):
+            r, y, gate = of_qlstm(layer, x), layer(x), layer.input(x).chunk(2, -1)[0]
+            o = F.gelu(gate) * torch.sigmoid(layer.gates(r.value).chunk(3, -1)[2])
+            outputs = [layer.output(o * t) for t in (r.output(), (r.phi() @ r.value.mT[..., None])[..., 0].mT)]
+        else:
+            r, y = of_attention(layer, x), layer(x)
+            outputs = [layer.out_proj(t) for t in (r.output(), (r.phi() @ r.value.mT[..., None])[..., 0].mT)]
+        errors = [float((t - y).norm() / y.norm()) for t in outputs]
+        rows.append(Entry(name, Lam, f"{r.state_size:,}", *errors))
+    matrix = float((softmax.out_proj(softmax.mixing_matrix(x)[:, 0] @ softmax.Wv(x)) - softmax(x)).norm())
+    rows.append(Entry("softmax attention", "I, infinitely many features", "infinite (or a cache that grows with i)",
+                      float("nan"), matrix / float(softmax(x).norm())))
+    return rows
+
+
 def probe(subject):
     """State sizes, decays, horizons and mixing matrices of every scan of a model, in the framework's terms."""
     from ssmzoo.probes import figures
@@ -177,7 +240,7 @@ def probe(subject):
         y = r.output()
         exact = float((torch.einsum("bcij,bjc->bic", r.phi(), r.value) - y).norm() / y.norm().clamp(min=1e-30))
         distance[key], decays[key] = r.by_distance(), r.lam.flatten()
-        rows.append((key, "diagonal", scan.total * scan.A.shape[1], *_quantiles(r.lam),
+        rows.append((key, "diagonal", scan.total * scan.A.shape[1] // scan.ranks, *_quantiles(r.lam),
                      f"{float(r.effective_rank().mean()):.2f}",
                      f"{exact:.1e}"))
     columns = ("layer", "Lam", "numbers carried", "|lam| 10 %", "median", "90 %", "effective rank of Phi",
@@ -185,6 +248,11 @@ def probe(subject):
     finding.tables["layers"] = (columns, rows)
     finding.summary = {"numbers carried from token to token": f"{sum(r[2] for r in rows):,}",
                        "layers": ", ".join(f"{r[0]} ({r[1]}, {r[2]:,})" for r in rows[:8])}
+    finding.tables["dictionary"] = (("model (width 16, n 8)", "Lam", "numbers carried",
+                                     "|recurrence - layer| / |layer|", "|Phi v - layer| / |layer|"), [
+        (e.model, e.Lam, e.carried, *("" if v != v else f"{v:.1e}" for v in (e.recurrence, e.matrix)))
+        for e in dictionary()])
+    finding.summary["worst of the dictionary's equivalences"] = f"{max(e.matrix for e in dictionary()):.1e}"
     f = torch.linspace(-8, 8, 101, dtype=torch.float64)
     error = reversed_sigmoid_error(f, torch.tensor(1.7, dtype=torch.float64))
     finding.summary["|sigma(-f)^a - exp(-a softplus f)|"] = f"{error:.1e}"

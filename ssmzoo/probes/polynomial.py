@@ -188,7 +188,7 @@ def rational_layer(kind: str, d: int = 1, n: int = 1, seed: int = 0, **options) 
 
 
 def layer_along_ray(mixer, x, channel: int = 0) -> Callable[[float], float]:
-    """s -> the last token's output of a causal mixer for the input s x (1 l d), in float64."""
+    """s -> the last token's output of a mixer for the input s x, (1 l d) or a map (1 y x d), in float64."""
     import copy
 
     import torch
@@ -198,7 +198,7 @@ def layer_along_ray(mixer, x, channel: int = 0) -> Callable[[float], float]:
     def function(s: float) -> float:
         with torch.no_grad():
             y = mixer(s * x)
-        return float((y[0] if isinstance(y, tuple) else y)[0, -1, channel])
+        return float((y[0] if isinstance(y, tuple) else y).flatten(1, -2)[0, -1, channel])
 
     return function
 
@@ -226,11 +226,20 @@ def probe(subject):
     finally:
         for hook in hooks:
             hook.remove()
-    names = [n for n in dict.fromkeys(s.name for s in scans) if seen[n].ndim == 3 and seen[n].is_floating_point()][:5]
-    if not names:
-        raise ValueError(f"{type(subject.model).__name__} has no mixer of sequences (b l d) to take along a ray")
-    rays = {n: layer_along_ray(subject.model.get_submodule(n), seen[n] / seen[n].abs().max()) for n in names}
-    curves = {n: chebyshev(ray, 24) for n, ray in rays.items()}
+    for name in dict.fromkeys(s.name for s in scans):
+        if name in seen and not seen[name].is_floating_point():  # ids of an automaton's symbols
+            width = subject.model.get_submodule(name).d_input
+            seen[name] = torch.nn.functional.one_hot(seen[name], width).float()
+    names = [n for n in dict.fromkeys(s.name for s in scans) if n in seen and seen[n].ndim > 2][:5]
+    curves, reasons = {}, []
+    for n in names:
+        try:
+            curves[n] = chebyshev(layer_along_ray(subject.model.get_submodule(n), seen[n] / seen[n].abs().max()), 24)
+        except TypeError as error:  # a mixer that needs more than its input
+            reasons.append(f"{n}: {error}")
+    if not curves:
+        raise ValueError(f"{type(subject.model).__name__} has no mixer of tokens alone to take along a ray "
+                         f"{'; '.join(reasons[:1])}")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 3))
     curves["simplified S6, 8 tokens"] = chebyshev(lambda s: random_layer("s6", 3, 2)(s * x)[-1, 0], 24)

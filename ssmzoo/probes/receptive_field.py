@@ -25,8 +25,7 @@ def receptive_field(model: nn.Module, images: Tensor) -> Field:
     """images (b c y x); the model must offer forward_features, as every image model of the zoo does."""
     if not hasattr(model, "forward_features") or images.ndim != 4:
         raise ValueError(f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an "
-                         f"image model "
-                         f"with forward_features and images (batch, channels, height, width)")
+                         f"image model with forward_features and images (batch, channels, height, width)")
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
         middle = central_feature(model, model.forward_features(leaf), images.shape[-2:])
@@ -68,8 +67,24 @@ def probe(subject):
     finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in field.shares.items()])
     figure, axes = figures.canvas(1, 1, (4.2, 3.6))
     figures.heat(figure, axes[0, 0], (field.map + 1e-6).log10(), "x (pixels)", "y (pixels)",
-                 "effective receptive field",
-                 label="log10 |gradient|, largest = 0")
+                 "effective receptive field", label="log10 |gradient|, largest = 0")
     finding.figures["receptive_field"] = figure
+    maps = activations(subject.model, subject.inputs[:1])
+    if maps:
+        figure, axes = figures.canvas(1, len(maps), (2.6, 2.4))
+        for i, (axis, values) in enumerate(zip(axes.flat, maps)):
+            figures.heat(figure, axis, values, "x", "y", f"feature {i}, {values.shape[0]}x{values.shape[1]}",
+                         label="mean |activation|")
+        finding.figures["activations"] = figure
     return finding
+
+
+@torch.no_grad()
+def activations(model: nn.Module, image: Tensor, most: int = 4) -> list[Tensor]:
+    """Mean absolute value over channels (y x) of up to `most` feature maps of one image (1 c y x), evenly by depth."""
+    if not hasattr(model, "forward_intermediates"):
+        return []
+    count = len(model.feature_info)
+    chosen = sorted({count * (i + 1) // most - 1 for i in range(most)} - {-1})
+    return [m[0].abs().mean(0) for m in model.forward_intermediates(image, indices=chosen, intermediates_only=True)]
 

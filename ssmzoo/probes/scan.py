@@ -68,6 +68,7 @@ class Scan:
     extra      the last so many of these tokens are none of the model's: means over all (Adventurer)
     mixture    (b l l) the scan's tokens are these mixtures of the model's (sorting), or None
     conv       the causal convolution that made u, or None | fusion of the states before they are read, or None
+    ranks      channels come so many times, each reading the same state otherwise (Mamba-3's MIMO)
     weight, own   (b e l) w above where it is not delta, and the weight of a token in its own step (Mamba-3)
     positions  (p) the steps kept, None: all. Then u, delta, B, C, z, y and `kept` (b e p n), the states, are cut to
                them; what needs all steps (attention) cannot be formed
@@ -95,6 +96,7 @@ class Scan:
     extra: int = 0
     mixture: Tensor | None = None
     fusion: Fusion | None = None
+    ranks: int = 1
     weight: Tensor | None = None
     own: Tensor | None = None
     positions: Tensor | None = None

@@ -157,6 +157,7 @@ class _Recorder:
             steps = (t.transpose(1, 2) for t in (-a, now + F.pad(after, (0, 0, 0, 1)), now))  # (b h l)
             delta, w, own = (self.cut(per_head(t, p).repeat(1, r, 1), 1) for t in steps)
             self.add(index, u, delta, A, B, C, D, None, y, None, seq_idx, weight=w, own=own)
+            self.found[-1].ranks = r
         return out
 
     def dense(self, call, A_dict, weights, inputs, p_norm=1.0, symbols=None, *args, **kwargs):
