@@ -1,0 +1,57 @@
+"""A probe's subject without a run: an image model of the zoo by name, with its initial weights, on real photographs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SIDE = 224
+
+
+def named_subject(name: str, args: argparse.Namespace):
+    """The model `name` for colour images and the pictures it looks at: --input, or the embedded photographs.
+
+    Raises ValueError for a name that is no image model, saying what else the argument may be.
+    """
+    import torch
+
+    from ssmzoo.official import nearest
+    from ssmzoo.probes.subject import Subject
+    from ssmzoo.zoo import build_model, list_models, read_model_config
+
+    names = list_models(task="classification")
+    if name not in names:
+        raise ValueError(f"no checkpoint or run folder at {name}, and no image model of that name{nearest(name, names)}"
+                         f" (`ssmzoo list models --task classification`)")
+    node = read_model_config(name)["model"]
+    for key, value in node.items():
+        if isinstance(value, str) and value.startswith("${sizes:"):
+            node[key] = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE}[value[8:-1]]
+    torch.manual_seed(0)
+    return Subject(build_model(node).eval(), pictures(args), layers=args.layers, channels=args.channels,
+                   target=args.target, max_bytes=int(args.max_bytes))
+
+
+def pictures(args: argparse.Namespace):
+    """(b 3 SIDE SIDE), normalised: the largest centred square of every picture, scaled."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from ssmzoo.data.images import IMAGENET
+    from ssmzoo.data.photos import EMBEDDED_TRAIN, EMBEDDED_VAL, embedded_photo, read_levels
+
+    if args.input is not None and not Path(args.input).exists():
+        raise ValueError(f"--input {args.input}: no such picture")
+    names = (EMBEDDED_VAL + EMBEDDED_TRAIN)[: args.batch]
+    levels = [read_levels(Path(args.input))] if args.input else [embedded_photo(n) for n in names]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
+    squares = []
+    for picture in levels:
+        y, x = picture.shape[:2]
+        side = min(y, x)
+        cut = picture[(y - side) // 2 :, (x - side) // 2 :][:side, :side]
+        image = torch.from_numpy(np.ascontiguousarray(cut)).float().permute(2, 0, 1)[None] / 255
+        image = F.interpolate(image, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+        squares.append((image.expand(-1, 3, -1, -1) - mean) / std)
+    return torch.cat(squares)
