@@ -18,7 +18,7 @@ def activation(name: str) -> nn.Module:
 
 
 class Linear(nn.Linear):
-    """torch's linear layer with the activation `act` behind it (None, "gelu", "relu" or "silu"), fused where possible"""
+    """torch's linear layer with the activation `act` (None, "gelu", "relu", "silu") behind it, fused where possible."""
 
     def __init__(self, dim: int, out_dim: int, bias: bool = True, act: str | None = None):
         super().__init__(dim, out_dim, bias)
