@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.official import nearest
-from ssmzoo.train.sweep import trials_left
+from ssmzoo.train import sweep
 from ssmzoo.zoo import config_names, model_class
 
 
@@ -30,7 +30,8 @@ def _size(name: str):
 def register_resolvers() -> None:
     """`${sizes:vocab_size}`: a number the data module knows, filled in when it has been set up."""
     OmegaConf.register_new_resolver("sizes", _size, replace=True)
-    OmegaConf.register_new_resolver("trials_left", trials_left, replace=True)
+    OmegaConf.register_new_resolver("trials_left", sweep.trials_left, replace=True)
+    OmegaConf.register_new_resolver("search_seed", sweep.search_seed, replace=True)
 
 
 def set_sizes(sizes: dict[str, int]) -> None:

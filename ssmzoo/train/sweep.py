@@ -75,11 +75,20 @@ def summary(ends: list[dict]) -> tuple[str, int]:
 
 def trials_left(total: int, study: str, storage: str) -> int:
     """`${trials_left:20,name,sqlite:///file.db}`: what an interrupted search has still to try, of `total`."""
+    return max(0, int(total) - _trials_done(study, storage))
+
+
+def search_seed(seed: int, study: str, storage: str) -> int:
+    """`${search_seed:0,name,sqlite:///file.db}`: another one for every interruption, or trials would be drawn twice."""
+    return int(seed) + 1000 * _trials_done(study, storage)
+
+
+def _trials_done(study: str, storage: str) -> int:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         trials = optuna.load_study(study_name=study, storage=storage).trials
     except KeyError:  # no such study yet
-        return int(total)
-    return max(0, int(total) - sum(trial.state.is_finished() for trial in trials))
+        return 0
+    return sum(trial.state.is_finished() for trial in trials)
