@@ -15,8 +15,8 @@ from ssmzoo.cli.main import build_parser
 
 HERE = Path(__file__).resolve().parent
 APPLY = {  # probe: {shipped checkpoint: its options}
-    "hidden_attention": {"language": ["--batch", "32"], "image": ["--batch", "64", "--masks", "otsu"], "sd_ssm_D4": []},
-    "relevance": {"language": ["--batch", "32"], "image": ["--batch", "64", "--masks", "otsu"], "sd_ssm_D4": []},
+    "hidden_attention": {"language": ["--batch", "16"], "image": ["--batch", "64", "--masks", "otsu"], "sd_ssm_D4": []},
+    "relevance": {"language": ["--batch", "16"], "image": ["--batch", "64", "--masks", "otsu"], "sd_ssm_D4": []},
     "token_dynamics": {"language": ["--batch", "16"], "image": ["--batch", "64"]},
     "memory": {"language": ["--batch", "16"], "image": ["--batch", "16"], "sd_ssm_D4": []},
     "recall": {"language": []},

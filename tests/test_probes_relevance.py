@@ -1,11 +1,21 @@
 """MambaLRP conserves, agrees with the forward pass, and explanations are true to known models."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import ssmzoo
 from ssmzoo.probes.entry import enter
-from ssmzoo.probes.explain import METHODS, explain
+from ssmzoo.probes.explain import (
+    ATTENTION_METHODS,
+    METHODS,
+    attention_layers,
+    attention_scores,
+    class_row_scores,
+    explain,
+)
 from ssmzoo.probes.faithfulness import average_precision, deletion, perturbation, remove, segmentation
 from ssmzoo.probes.mamba_lrp import ALL, relevance, rules
 from tests.test_probes_attention import MODELS, build
@@ -46,6 +56,65 @@ def test_every_rule_is_needed(left_out):
     whole = relevance(entry.logits, model, entry.values, target)
     part = relevance(entry.logits, model, entry.values, target, on=[r for r in ALL if r != left_out])
     assert part.conservation_error() > 100 * whole.conservation_error()
+
+
+CHECKPOINTS = Path(__file__).parent.parent / "notebooks" / "checkpoints"
+
+
+def trained(kind):
+    """A model trained here with inputs of its kind: the digits of scikit-learn, or a text."""
+    from ssmzoo.train.checkpoint import load_model
+
+    model, manifest = load_model(CHECKPOINTS / kind)
+    if kind == "image":
+        images = torch.from_numpy(load_digits().images[:6]).float()[:, None] / 16
+        return model, torch.nn.functional.interpolate(images, 32, mode="bicubic").clamp(0, 1) * 2 - 1
+    text = "import sys\nimport os\n\ndef main():\n    return sys.argv\n\nimport "
+    return model, torch.tensor([list(text.encode())[i : i + 48] for i in range(6)])
+
+
+@pytest.mark.parametrize("kind", ["image", "language"])
+def test_trained_models_conserve_relevance(kind):
+    """A classifier and a language model: with biases, relevances and their shares; without, relevances alone."""
+    model, x = trained(kind)
+    entry = enter(model, x)
+    with torch.no_grad():
+        answer = entry.logits(entry.values).argmax(1)
+    lrp = relevance(entry.logits, model, entry.values, answer)
+    plain = relevance(entry.logits, model, entry.values, answer, on=())
+    assert lrp.conservation_error() < 1e-4 and plain.conservation_error() > 0.02
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") and "dt_proj" not in name:
+                p.zero_()
+    entry = enter(model, x)
+    lrp = relevance(entry.logits, model, entry.values, answer)
+    assert float(lrp.absorbed.abs()) < 1e-6
+    torch.testing.assert_close(lrp.relevance.sum(1), lrp.logit, rtol=1e-3, atol=1e-3 * float(lrp.logit.abs().mean()))
+
+
+@pytest.mark.parametrize("kind", ["image", "language"])
+def test_relevance_of_trained_models_beats_gradient_x_input(kind):
+    model, x = trained(kind)
+    entry = enter(model, x)
+    with torch.no_grad():
+        answer = entry.logits(entry.values).argmax(1)
+    found = {m: deletion(entry, explain(entry, answer, m, steps=8), answer).delta for m in
+             ("lrp", "gradient_x_input", "integrated_gradients")}
+    assert found["lrp"] > max(found["gradient_x_input"], found["integrated_gradients"]), found
+
+
+@pytest.mark.parametrize("name", ["adventurer", "mamba3", "spatial_mamba", "shuffle_mamba"])
+def test_attention_maps_have_a_place_for_every_token(name):
+    model, x = build(name)
+    entry = enter(model, x)
+    layers = attention_layers(entry, torch.tensor([0, 1]), 4)
+    for method in ATTENTION_METHODS:
+        assert attention_scores(entry, layers, method).shape == entry.values.shape[:2]
+    released = class_row_scores(entry, layers)
+    assert set(released) == ({"raw_cls_row", "rollout_cls_row", "attribution_cls_row"} if name == "shuffle_mamba"
+                             else set())
+    assert all(s.shape == (2, entry.values.shape[1] - 1) for s in released.values())
 
 
 def test_without_biases_relevances_alone_sum_to_the_logit():

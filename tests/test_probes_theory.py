@@ -18,15 +18,18 @@ from ssmzoo.probes.generalization_bound import (
     decay_rate,
     length_factor,
     majority,
+    measured_gap,
     output_bound,
     stability,
     train_majority,
+    worst_case,
 )
 from ssmzoo.probes.memory import channel_memory, gradient_influence, memory_length, substitution_influence
 from ssmzoo.probes.receptive_field import receptive_field
 from ssmzoo.probes.separation import regression
 from ssmzoo.probes.tap import tap
-from ssmzoo.probes.token_dynamics import criterion, field, integrate, io_spectrum, trajectories
+from ssmzoo.probes.token_dynamics import criterion, field, growth, integrate, io_spectrum, trajectories
+from tests.test_probes_attention import build
 
 # ---- token dynamics
 
@@ -48,6 +51,30 @@ def test_one_dimensional_tokens_diverge_fast_or_slowly():
     assert float(times[-1]) == pytest.approx(2.9, abs=0.1) and float(path[-1].abs().max()) >= 1e6
     _, path = one_dimension(1.0, -1.0, (0.4, 0.5, 0.6), 2000.0)
     assert path[-1, :, 0].tolist() == pytest.approx([15.6, 95.8, 327], rel=0.02)
+
+
+def test_mu_of_a_channel_is_the_diagonal_and_mamba2_has_a_criterion():
+    torch.manual_seed(0)
+    model = ssmzoo.create_model("mamba", vocab_size=16, d_model=16, n_layer=1)
+    found, = criterion(model)
+    S_B, S_C = model.backbone.layers[0].mixer.x_proj.weight.detach().double()[-32:].split(16)
+    torch.testing.assert_close(found.channels, (S_C.T @ S_B).diagonal())
+    found = criterion(ssmzoo.create_model("mamba2", vocab_size=16, d_model=16, n_layer=2, ssm_cfg={
+        "headdim": 8, "d_state": 8, "ngroups": 2}))
+    assert len(found) == 4 and all(len(c.eigenvalues) == 8 and len(c.channels) == 16 for c in found)
+
+
+def test_scenario_is_an_argument_of_mamba_and_keeps_its_promise_in_steps():
+    torch.manual_seed(0)
+    model = ssmzoo.create_model("moe_mamba", vocab_size=16, d_model=16, n_blocks=1, n_experts=2, scenario="divergent")
+    assert {c.scenario for c in criterion(model)} == {"divergent"}
+    ids = torch.randint(0, 16, (2, 7))
+    with torch.no_grad():
+        whole = model.eval()(ids).logits
+        _, state, _ = model(ids[:, :5])
+        for t in (5, 6):
+            step, state, _ = model(ids[:, t : t + 1], state)
+            torch.testing.assert_close(step[:, 0], whole[:, t], atol=1e-5, rtol=1e-4)
 
 
 def test_field_is_the_scan_of_a_layer():
@@ -82,6 +109,12 @@ def test_small_spectrum_equals_the_large_one():
     large = torch.linalg.eigvals(S_C.T @ S_B).real
     large = large[large.abs().argsort(descending=True)[:4]].sort().values
     torch.testing.assert_close(io_spectrum(weight, 2), large)
+
+
+def test_token_norms_of_a_model_without_scans():
+    names, path = trajectories(ssmzoo.create_model("transformer", vocab_size=16, d_model=12, n_blocks=2, n_heads=2),
+                               torch.randint(0, 16, (2, 6)))
+    assert len(names) == 4 and path[0].shape == (2, 6, 12) and growth(path).shape == (6,)
 
 
 def test_trajectories_follow_the_residual_stream():
@@ -182,6 +215,35 @@ def test_stability_of_a_trained_layer_and_overflow_of_a_free_one():
         FreeAClassifier(3, s_A=50.0)(torch.zeros(1, 200, dtype=torch.long))
 
 
+def test_decays_by_norms_bound_those_on_data_and_the_gap_is_measured():
+    torch.manual_seed(0)
+    model = ssmzoo.create_model("vim", in_chans=1, num_classes=3, img_size=16).eval()
+    with tap(model) as scans, torch.no_grad():
+        model(torch.rand(2, 1, 16, 16))
+    for scan in scans:
+        found = worst_case(scan, model.get_submodule(scan.name))
+        assert len(found) == 2 and max(w.rho for w in found) >= stability(scan).rho
+        assert all(0 < w.rho < 1 and w.limit >= 1 for w in found)
+
+    class Known(torch.nn.Module):
+        """Certain of the ids below 4, uniform over 8 otherwise."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids):
+            return torch.where(torch.arange(8) < 4, 50.0, 0.0).expand(*ids.shape, 8)
+
+    draw = torch.Generator().manual_seed(0)
+    train, other = (torch.randint(low, low + 4, (200,), generator=draw) for low in (0, 4))
+    gap = measured_gap(Known(), train, other, [2, 16], sequences=8)
+    torch.testing.assert_close(gap.train, torch.full((2,), math.log(4.0), dtype=torch.float64), atol=1e-4, rtol=0)
+    assert (gap.validation - gap.train > 49).all()
+    with pytest.raises(ValueError, match="sequences of 300 tokens"):
+        measured_gap(Known(), train, other, [300])
+
+
 def test_majority_strings_and_one_epoch():
     ids, label = majority(200, 21, torch.Generator().manual_seed(0))
     assert torch.equal(label, (ids.sum(1) > 10.5).float())
@@ -214,6 +276,25 @@ def test_every_mixer_is_its_recurrence_and_its_matrix(make):
         torch.testing.assert_close(layer.out_proj(r.output()), layer(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.einsum("bcij,bjc->bic", r.phi(), r.value), r.output(), atol=1e-5, rtol=1e-4)
     assert r.state_size == r.lam.shape[2] * r.lam.shape[3] and (r.effective_rank() <= 9.01).all()
+
+
+def test_dictionary_of_the_framework():
+    rows = {e.model: e for e in dsf.dictionary(d=8, n=4, l=10)}
+    assert len(rows) == 7 and rows["S6 (Mamba)"].carried == "32" and "infinite" in rows["softmax attention"].carried
+    assert all(e.matrix < 1e-12 for e in rows.values())
+
+
+@torch.no_grad()
+def test_mamba3_and_spatial_mamba_are_recurrences_too():
+    for name in ("mamba3", "mamba3, mimo", "spatial_mamba"):
+        model, x = build(name)
+        with tap(model, rows=1, layers=[0]) as scans:
+            model(x)
+        r = dsf.of_scan(scans[0])
+        y = r.output()
+        torch.testing.assert_close((r.phi() @ r.value.mT[..., None])[..., 0].mT, y, atol=1e-5, rtol=1e-4)
+        if scans[0].fusion is None:
+            torch.testing.assert_close(y.mT, scans[0].y, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

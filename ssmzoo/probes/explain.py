@@ -12,7 +12,7 @@ that of the last stage whose scans see the whole map, enlarged to the first one'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,17 +66,24 @@ def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, ever
 
     Where a scan saw the mean of all tokens as one more (Adventurer), what is read from it is read from all alike.
     """
+    return token_maps(scan, [function], every, max_bytes)[0]
+
+
+def token_maps(scan: Scan, functions: Sequence[Callable[[Tensor], Tensor]], every: int = 1,
+               max_bytes: int = MATRIX_BYTES) -> list[Tensor]:
+    """`token_map` of several functions, from matrices that are made once."""
     chosen = list(range(0, len(scan.channels), every))
     one = scan.u.element_size() * len(scan.u) * scan.length**2
     chunk = max(1, min(16, max_bytes // one - 2 * WORK))
-    total: Tensor | float = 0.0
+    totals: list[Tensor | float] = [0.0] * len(functions)
     for i in range(0, len(chosen), chunk):
-        total = total + function(attention(scan.take(chosen[i : i + chunk]), max_bytes=max_bytes)).sum(1)
-    total = total * scan.directions / len(chosen)
+        alpha = attention(scan.take(chosen[i : i + chunk]), max_bytes=max_bytes)
+        totals = [total + function(alpha).sum(1) for total, function in zip(totals, functions)]
+    totals = [total * scan.directions / len(chosen) for total in totals]
     if scan.extra:
         l = scan.length - scan.extra
-        total = total[:, :l, :l] + total[:, :l, l:].sum(2, keepdim=True) / l
-    return total
+        totals = [t[:, :l, :l] + t[:, :l, l:].sum(2, keepdim=True) / l for t in totals]
+    return totals
 
 
 class Layers(NamedTuple):
@@ -108,8 +115,8 @@ def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layer
     gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
     with torch.no_grad():
         every = [max(1, len(s.channels) // max_channels) for s in scans]
-        absolute = [token_map(s, torch.abs, n, max_bytes) for s, n in zip(scans, every)]
-        positive = [min_max(token_map(s, F.relu, n, max_bytes), (1, 2)) for s, n in zip(scans, every)]
+        both = [token_maps(s, (torch.abs, F.relu), n, max_bytes) for s, n in zip(scans, every)]
+        absolute, positive = [a for a, _ in both], [min_max(p, (1, 2)) for _, p in both]
         gradients = [g.reshape(len(g), -1, g.shape[-1]) for g in gradients]
         weight = [gradient_weight(g) for g in gradients]
     return Layers(scans, absolute, positive, gradients, weight)

@@ -27,8 +27,17 @@ def lines(axis, x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabe
                   marker="o" if len(x) < 12 else None,
                   markersize=3)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **options)
+    if isinstance(x, range) or all(isinstance(v, int) for v in x) and "xscale" not in options:
+        whole(axis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="best" if len(x) * len(curves) < 2000 else "upper right")
+
+
+def whole(axis) -> None:
+    """Ticks at whole numbers only: blocks, degrees, steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def heat(figure, axis, matrix, xlabel: str, ylabel: str, title: str, signed: bool = False, label: str = "") -> None:

@@ -225,7 +225,7 @@ def _gap(finding, axis, subject, found: list[LayerStability]) -> None:
     other.plot(lengths, factor, color=figures.COLOURS[1], linestyle="--", label="G_T (right)")
     other.set(ylabel="G_T (tokens)", yscale="log")
     drawn = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axis.legend(drawn, [d.get_label() for d in drawn], fontsize=7, loc="upper left")
+    axis.legend(drawn, [d.get_label() for d in drawn], fontsize=7, loc="lower right")
 
 
 # ---- the majority experiment ----------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def probe(subject):
                   "accuracy (%)",
                   "right tokens", xscale="log", ylim=(-3, 103))
     figures.lines(axes[0, 1], x, {"copy": copy.novel_loss - copy.loss, "recall": pair.novel_loss - pair.loss},
-                  "distance + 1 (tokens)", "loss of a novel minus of a seen pattern (nats)", "what was gained",
+                  "distance + 1 (tokens)", "loss: novel minus seen (nats)", "gained by having seen it",
                   xscale="log")
     finding.figures["recall"] = figure
     return finding

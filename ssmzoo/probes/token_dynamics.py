@@ -230,6 +230,7 @@ def _criterion(finding, axes, found: list[Criterion]) -> None:
         axis.scatter([], [], marker="v", color=figures.COLOURS[1], label="negative: converge")
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(xlabel="scan, by depth", ylabel=label, title=title)
+        figures.whole(axis)
         axis.legend(fontsize=7)
 
 
