@@ -1,4 +1,7 @@
-"""`ssmzoo info MODEL`: parameters, constructor arguments and where the code is, without allocating the weights."""
+"""`ssmzoo info MODEL`: parameters, constructor arguments and where the code is, without allocating the weights.
+
+`ssmzoo info MODEL --memory --batch 16 --gpus 8` predicts what a training step needs, also without running it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,17 @@ from ssmzoo.zoo import build_model, describe_config, model_class, read_model_con
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("info", help="size, arguments and source of a model")
     parser.add_argument("model", help="a name of `ssmzoo list models`")
-    parser.add_argument("overrides", nargs="*", help="constructor arguments, e.g. d_model=512")
+    parser.add_argument("overrides", nargs="*", help="constructor arguments, e.g. d_model=512; with --memory any of "
+                        "train.py's, e.g. model.d_model=512 data.seq_len=2048 grad_checkpointing=true")
+    parser.add_argument("--memory", action="store_true", help="predict the memory of training")
+    parser.add_argument("--batch", type=int, help="samples per step and process (default: the data's)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes that share the work (default 1)")
     return parser
 
 
 def run(args) -> None:
+    if args.memory:
+        return memory(args)
     import torch
 
     config = read_model_config(args.model)
@@ -46,3 +55,25 @@ def run(args) -> None:
     for name, parameter in parameters.items():
         value = node.get(name, parameter.default)
         print(f"  {name:<22} {'(required)' if value is inspect.Parameter.empty else value}")
+
+
+def memory(args) -> None:
+    """Bytes of parameters, gradients, optimiser, averaged weights and of a step, on one process, under DDP and FSDP."""
+    from ssmzoo.train.memory import of_run
+
+    if args.gpus < 1 or (args.batch is not None and args.batch < 1):
+        raise ValueError(f"--gpus is {args.gpus} and --batch {args.batch}; both must be at least 1")
+    read_model_config(args.model)  # names the nearest model when there is none of this name
+    batch = [] if args.batch is None else [f"data.batch_size={args.batch}"]
+    found, size, shapes = of_run([f"model={args.model}", *batch, *args.overrides])
+    print(f"{args.model}, {size} samples per process ({shapes}), {args.gpus} process(es)")
+    rows = {"parameters and buffers": found.parameters, "gradients": found.gradients, "optimiser": found.optimizer,
+            "averaged weights": found.ema, "activations and temporaries": found.step, "one process": found.on_one(),
+            "resident on a CPU": found.resident()}
+    if args.gpus > 1:
+        rows |= {f"each of {args.gpus} under trainer=ddp": found.ddp(),
+                 f"each of {args.gpus} under trainer=fsdp": found.fsdp(args.gpus)}
+    for name, value in rows.items():
+        print(f"  {name:<30}{value / 2**20:>12,.1f} MiB")
+    print(f"traced with {found.traced} on a CPU; the program itself and, on a GPU, CUDA's context come on top")
+    print("resident: with the holes that glibc's heap keeps between tensors")

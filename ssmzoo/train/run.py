@@ -115,17 +115,7 @@ def _fit(trainer, task, data, checkpoint: Path | None, run_dir: Path) -> None:
 @user_errors
 def _build(cfg: DictConfig, run_dir: Path) -> tuple[str, Any, Any, dict]:
     """(model name, data module, task, resolved configuration); nothing is written to the run folder."""
-    import lightning as L
-
-    configuration.check(cfg)
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    L.seed_everything(int(cfg.seed), workers=True, verbose=False)
-    node = OmegaConf.to_container(cfg.data, resolve=True)
-    data = configuration.build_node(node, "ssmzoo.data.")
-    data.prepare_data()
-    data.setup("fit")
-    configuration.set_sizes(data.sizes)
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    data, plain = _build_data(cfg)
     model = build_model(plain["model"])
     if plain.get("init_from") and not (run_dir / "config.yaml").exists():  # a resumed run has weights of its own
         print(start_from(model, plain["init_from"]), flush=True)
@@ -140,6 +130,19 @@ def _build(cfg: DictConfig, run_dir: Path) -> tuple[str, Any, Any, dict]:
     factory(model)  # a wrong optimiser setting must not wait for the first step
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
     return plain.get("model_name", type(model).__name__), data, task, plain
+
+
+def _build_data(cfg: DictConfig) -> tuple[Any, dict]:
+    """(data module, configuration resolved with its sizes), after everything has been checked."""
+    import lightning as L
+
+    configuration.check(cfg)
+    L.seed_everything(int(cfg.seed), workers=True, verbose=False)
+    data = configuration.build_node(OmegaConf.to_container(cfg.data, resolve=True), "ssmzoo.data.")
+    data.prepare_data()
+    data.setup("fit")
+    configuration.set_sizes(data.sizes)
+    return data, OmegaConf.to_container(cfg, resolve=True)
 
 
 def _total_steps(trainer: dict, data) -> int:
