@@ -149,3 +149,19 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     trainer.fit(task, datamodule=ToyData())
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["index.json", "step-00000004"]
     assert [r["step"] for r in read_metrics(run / "metrics.csv")] == [0, 1, 2, 3] and readable(run)
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ssmzoo.train.logger import start_after, tensorboard_logger
+
+    for first, last in ((0, 6), (3, 8)):  # killed after step 5, resumed from the checkpoint at 3
+        logger = tensorboard_logger(tmp_path)
+        start_after([logger], first)
+        for step in range(first, last):
+            logger.log_metrics({"train/loss": float(step)}, step)
+        logger.experiment.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(8))

@@ -252,3 +252,20 @@ def test_a_stopped_run_has_the_validations_of_one_that_was_not(tmp_path, moment)
     whole = go(tmp_path / "whole", {})
     go(tmp_path / "run", {moment: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     assert go(tmp_path / "run", {}) == whole and len(whole) == 4
+
+
+def test_a_second_signal_ends_at_once_with_the_same_status(tmp_path, capsys):
+    from ssmzoo.train.run import _fit
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer, task, _, _ = make(tmp_path, first=[At({7: twice})], checkpoint={"every_n_steps": 3})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        _fit(trainer, task, ToyData(), None, tmp_path)
+    assert stop.value.code == 75 and "continue with: python train.py resume=" in capsys.readouterr().out
+    assert (tmp_path / "status.txt").read_text().startswith("stopped")
+    assert last_good_checkpoint(tmp_path).name == "step-00000006"
+    signal.signal(signal.SIGTERM, before)

@@ -121,6 +121,18 @@ class CSVFile(Logger):
         self.save()
 
 
+def start_after(loggers: list, step: int) -> None:
+    """Forget what was logged at `step` and later, before a run goes on from there.
+
+    metrics.csv is cut, TensorBoard hides such rows; wandb only appends, so there they appear twice.
+    """
+    for logger in loggers:
+        if isinstance(logger, CSVFile):
+            logger.start_after(step)
+        elif type(logger).__name__ == "TensorBoardLogger":
+            logger._kwargs["purge_step"] = step  # read when its first row is written
+
+
 def wandb_logger(run_dir: Path, project: str, name: str, mode: str | None = None, entity: str | None = None):
     """Lightning's WandbLogger: online when a key is present, offline otherwise; it never waits for a login."""
     if mode not in (None, "online", "offline", "disabled"):

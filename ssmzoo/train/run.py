@@ -38,7 +38,7 @@ from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
 from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from
-from ssmzoo.train.logger import CSVFile, tensorboard_logger, wandb_logger
+from ssmzoo.train.logger import CSVFile, start_after, tensorboard_logger, wandb_logger
 from ssmzoo.train.progress import NoProfiler, Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.train.watchdog import Watchdog
@@ -91,7 +91,7 @@ def _continue(run_dir: Path, loggers: list) -> Path | None:
     checkpoint = last_good_checkpoint(run_dir)
     if checkpoint is None:
         print(f"{run_dir} has no checkpoint yet: starting at step 0", flush=True)
-    loggers[0].start_after(read_manifest(checkpoint)["step"] if checkpoint else 0)
+    start_after(loggers, read_manifest(checkpoint)["step"] if checkpoint else 0)
     return checkpoint
 
 
