@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-HOLES = 0.35  # of the step, on a CPU: what glibc's heap holds beyond the tensors (measured: 0.27 to 0.46)
+HOLES = 0.4  # of the step, on a CPU: what glibc's heap holds beyond the tensors (measured: 0.27 to 0.46)
 
 
 class Memory(NamedTuple):
@@ -108,28 +108,54 @@ def size_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def trace_step(task, batch: dict[str, Any], precision: str = "32-true") -> tuple[int, int, int]:
-    """(parameters and buffers, optimiser states, peak of a step beyond these and the gradients) in bytes."""
+def trace_step(task, batch: dict[str, Any], precision: str = "32-true", real: bool = False) -> tuple[int, int, int]:
+    """(parameters and buffers, optimiser states, peak of a step beyond these and the gradients) in bytes.
+
+    real  the tensors have memory: PyTorch's allocator is watched, which also sees what operators allocate inside
+    """
     model = task.model
     optimizer = task.optim(model)["optimizer"]
     fixed = size_of(model.parameters()) + size_of(model.buffers())
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+
+    def step() -> None:
+        kept = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+        with torch.autocast("cpu", dtype=half, enabled=half is not None):
+            out = task.step(kept, training=True)
+            loss = out.loss if out.auxiliary is None else out.loss + out.auxiliary
+        optimizer.zero_grad()  # in Lightning's order: the last gradients live through the forward pass
+        loss.backward()
+        optimizer.step()
+
+    def made() -> tuple[int, int]:
+        states = size_of(t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        return states, size_of(p.grad for p in model.parameters() if p.grad is not None)
+
     task.train()
+    if real:
+        step()  # makes gradients and optimiser states; the second step is like all others
+        return fixed, made()[0], _allocated(step)
     tracker = Peak()
     with tracker:
-        for _ in range(2):  # the first makes gradients and optimiser states, the second is like all others
-            states = size_of(t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-            gradients = size_of(p.grad for p in model.parameters() if p.grad is not None)
-            tracker.peak = tracker.live
-            kept = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
-            with torch.autocast("cpu", dtype=half, enabled=half is not None):
-                out = task.step(kept, training=True)
-                loss = out.loss if out.auxiliary is None else out.loss + out.auxiliary
-            optimizer.zero_grad()  # in Lightning's order: the last gradients live through the forward pass
-            loss.backward()
-            del out, loss, kept
-            optimizer.step()
+        step()
+        tracker.peak = tracker.live
+        states, gradients = made()
+        step()
     return fixed, states, tracker.peak - states - gradients
+
+
+def _allocated(step) -> int:
+    """The most that PyTorch's allocator gave out at a time during `step()`, over what was out before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
@@ -187,9 +213,9 @@ def predict(cfg_task, batch, batch_size: int, *, precision: str = "32-true", ema
     except Exception:  # a shape or a decision that depends on values
         small, large = max(1, batch_size // 4), max(1, batch_size // 2)
         task = cfg_task()
-        fixed, states, step = trace_step(task, batch(small), precision)
+        fixed, states, step = trace_step(task, batch(small), precision, real=True)
         if large > small:
-            more = trace_step(cfg_task(), batch(large), precision)[2]
+            more = trace_step(cfg_task(), batch(large), precision, real=True)[2]
             step = round(step + (more - step) * (batch_size - small) / (large - small))
         how = "small batches"
     trained = size_of(p for p in task.model.parameters() if p.requires_grad)
