@@ -7,6 +7,7 @@ repetition or loss.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssmzoo.data.shuffle import Permutation
 from ssmzoo.data.workers import quiet_worker, replacing
+
+_END = object()
 
 
 class Draw(NamedTuple):
@@ -58,6 +61,7 @@ class ResumableLoader:
         self.seed, self.num_workers, self.collate_fn = seed, num_workers, collate_fn
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self.epoch, self.position, self._resumed = 0, 0, False
+        self.waited = 0.0  # seconds that whoever iterates has waited for batches
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill one batch of {batch_size} on {world_size} rank(s); "
                              f"lower data.batch_size or give more data")
@@ -82,7 +86,13 @@ class ResumableLoader:
         if not self.shuffle and not self._resumed:
             self.position = 0
         self._resumed = False
-        for batch in replacing(self._loader):
+        batches = replacing(self._loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, _END)
+            self.waited += time.perf_counter() - asked
+            if batch is _END:
+                return
             self.position += 1
             if self.position == len(self):
                 self.epoch, self.position = self.epoch + 1, 0

@@ -19,6 +19,10 @@ class StagedLoader:
     def __len__(self) -> int:
         return sum(batches for _, batches in self.stages)
 
+    @property
+    def waited(self) -> float:
+        return sum(loader.waited for loader, _ in self.stages)
+
     def __iter__(self) -> Iterator[Any]:
         while True:
             loader, batches = self.stages[self.stage]

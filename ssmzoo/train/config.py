@@ -45,6 +45,7 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.checkpoint": "ssmzoo.train.checkpointer.Checkpointer",
     "callbacks.guards": "ssmzoo.train.guards.Guards",
     "callbacks.watchdog": "ssmzoo.train.watchdog.Watchdog",
+    "callbacks.profile": "ssmzoo.train.profile.Profile",
     "callbacks.progress": "ssmzoo.train.progress.Progress",
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
@@ -105,6 +106,7 @@ def check(cfg: DictConfig) -> None:
         "optim": ("model", "total_steps"),
         "callbacks.checkpoint": ("folder", "monitor", "mode"),
         "callbacks.guards": ("run_dir",),
+        "callbacks.profile": ("run_dir",),
         "callbacks.watchdog": ("run_dir",),
         "trainer": ("callbacks", "logger", "plugins", "default_root_dir"),
     }

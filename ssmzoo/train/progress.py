@@ -27,6 +27,19 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
+def peak_memory() -> int:
+    """Bytes: the most this process had allocated on its GPU, or the most that was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Progress(L.Callback):
     """Step, loss, learning rate, throughput, memory and time left.
 
@@ -75,7 +88,7 @@ class Progress(L.Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         shown = float(loss) * trainer.accumulate_grad_batches if loss is not None else float("nan")
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+        memory = f", {peak_memory() / 2**30:.1f} GiB"
         return (
             f"step {step}{f'/{total}' if total else ''}, loss {shown:.4f}, lr {rate:.2e}, "
             f"{self.throughput(trainer, task):,.0f} {task.unit}/s{memory}{left}"

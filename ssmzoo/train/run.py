@@ -179,6 +179,10 @@ def _trainer(plain: dict, run_dir: Path, task, data, model_name: str):
     callbacks: list[Any] = [RandomStates(), Guards(run_dir, **(wanted.get("guards") or {}))]
     if wanted.get("watchdog"):
         callbacks.append(Watchdog(run_dir, **wanted["watchdog"]))
+    if wanted.get("profile"):
+        from ssmzoo.train.profile import Profile
+
+        callbacks.append(Profile(run_dir, **wanted["profile"]))
     if wanted.get("ema"):
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
