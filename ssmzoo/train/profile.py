@@ -16,7 +16,7 @@ class Profile(L.Callback):
 
     def __init__(self, run_dir: Path, steps: int = 5, after: int = 3):
         if steps < 1 or after < 0:
-            raise ValueError(f"callbacks.profile: steps is {steps}, it must be at least 1; after is {after}, at least 0")
+            raise ValueError(f"callbacks.profile: steps is {steps} (at least 1), after is {after} (at least 0)")
         self.run_dir, self.steps, self.after = Path(run_dir), steps, after
         self._profiler, self._seen = None, 0
 
