@@ -270,7 +270,7 @@ def _explanations(finding, subject) -> None:
     try:
         entry = enter(subject.model, subject.inputs)
         target = explained(subject, entry)
-        layers = attention_layers(entry, target, 32, subject.layers, subject.channels, subject.max_bytes)
+        layers = attention_layers(entry, target, 64, subject.layers, subject.channels, subject.max_bytes)
     except ValueError as error:
         if "max_bytes" in str(error) or "target" in str(error):
             raise

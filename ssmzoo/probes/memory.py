@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ssmzoo.probes.entry import Entry
-from ssmzoo.probes.hidden_attention import attention_row
-from ssmzoo.probes.tap import Scan
+from ssmzoo.probes.hidden_attention import attention_row, dense_map
+from ssmzoo.probes.tap import DenseScan, Scan
 
 SHARE = 0.9
 
@@ -51,6 +51,14 @@ def channel_memory(scan: Scan, rows: int = 4, share: float = SHARE, chunk: int =
         lengths = [memory_length(attention_row(part, r)[..., : r + 1].abs().flip(-1), share).double() for r in reads]
         out.append(torch.stack(lengths).mean((0, 1)))
     return torch.cat(out)
+
+
+@torch.no_grad()
+def dense_memory(scan: DenseScan, rows: int = 4, share: float = SHARE) -> Tensor:
+    """The same of a state with dense transitions, (1): by the norms with which it carries its inputs on."""
+    carried, l = dense_map(scan), scan.states.shape[1]
+    reads = torch.linspace(3 * l // 4, l - 1, max(1, min(rows, l - 3 * l // 4))).long().tolist()
+    return torch.stack([memory_length(carried[:, r, : r + 1].flip(-1), share).double() for r in reads]).mean()[None]
 
 
 def gradient_influence(entry: Entry, probes: int = 8, seed: int = 0) -> Influence:
@@ -96,17 +104,22 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
     from ssmzoo.probes.tap import tap
 
-    finding, by_layer = Finding(), {}
-    if any(hasattr(m, "A_log") or hasattr(m, "A_logs") for m in subject.model.modules()):
+    finding, by_layer, scans = Finding(), {}, []
+    try:
         with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2,
                                   max_bytes=subject.max_bytes) as scans:
             subject.model(subject.inputs[:2])
-        by_layer = {f"{i}: {s.name}": channel_memory(s) for i, s in enumerate(scans) if isinstance(s, Scan)}
+    except ValueError as error:
+        if "ran no scan" not in str(error):
+            raise
+    for i, scan in enumerate(scans):
+        by_layer[f"{i}: {scan.name}"] = channel_memory(scan) if isinstance(scan, Scan) else dense_memory(scan)
     for name, memory in by_layer.items():
         finding.summary[f"{name}, tokens: median, 90 %, largest"] = ", ".join(
             f"{float(v):.1f}" for v in (memory.median(), memory.quantile(0.9), memory.max()))
     figure, axes = figures.canvas(1, 2, (4.6, 3.4))
-    longest = subject.inputs[0].numel() if not subject.is_image else max(float(m.max()) for m in by_layer.values()) + 1
+    longest = max(float(m.max()) + 1 for m in (*by_layer.values(), torch.ones(1)))
+    longest = longest if subject.is_image else max(longest, subject.inputs.shape[1])
     if by_layer:
         edges = torch.logspace(0, torch.log10(torch.tensor(float(longest))), 21).tolist()
         shares = {n: (m[:, None] + 1 <= torch.tensor(edges)).double().mean(0) * 100 for n, m in by_layer.items()}

@@ -29,7 +29,7 @@ def probe(subject):
                        "conservation error": f"{lrp.conservation_error():.1e}"})
     scores = {}
     try:
-        layers = attention_layers(entry, target, 32, subject.layers, subject.channels, subject.max_bytes)
+        layers = attention_layers(entry, target, 64, subject.layers, subject.channels, subject.max_bytes)
         scores = {m: attention_scores(entry, layers, m) for m in ATTENTION_METHODS}
     except ValueError as error:
         if "max_bytes" in str(error) or "do not exist" in str(error) or "numbered from" in str(error):
