@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.ops import rms_norm
+
 
 def fp32(x: Tensor) -> Tensor:
     """Half precision -> float32; float32 and float64 as they are."""
@@ -22,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        return F.rms_norm(fp32(x), (self.dim,), fp32(weight), self.eps).to(weight.dtype)
+        return rms_norm(fp32(x), fp32(weight), self.eps).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"

@@ -12,11 +12,13 @@ from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F4
 from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
 from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
 from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
+from ssmzoo.ops.native import rms_norm as _native_rms_norm  # noqa: F401
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401
 from ssmzoo.ops.native import selective_state_update as _native_selective_state_update  # noqa: F401
 from ssmzoo.ops.native import spatial_scan as _native_spatial_scan  # noqa: F401
 from ssmzoo.ops.native import ssd as _native_ssd  # noqa: F401
 from ssmzoo.ops.native import state_fusion as _native_state_fusion  # noqa: F401
+from ssmzoo.ops.rms_norm import rms_norm
 from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
 from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
@@ -41,6 +43,7 @@ __all__ = [
     "mamba_chunk_scan_combined",
     "mamba_step",
     "mix_transitions",
+    "rms_norm",
     "selective_scan_fn",
     "selective_state_update",
     "spatial_scan",

@@ -1,5 +1,5 @@
 // One token through a Mamba-1 mixer, fp32 and contiguous: see ssmzoo/ops/mamba_step.py for the equations.
-// All work is one pass over the weights; small enough that a single thread is the fastest.
+// All work is one pass over the weights, whose rows the threads share.
 #include "parallel.h"
 #include "vec.h"
 
@@ -7,38 +7,45 @@ typedef struct {
     const float *u, *conv_state, *ssm_state, *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D, *in_proj,
         *in_bias, *out_proj, *out_bias;
     float *out, *conv_new, *ssm_new;
-    int64_t b, d, e, n, r, k;
+    int64_t b, d, e, n, r, k, threads;
 } step_args;
 
-INLINE float dot(const float *w, const float *x, int64_t size) {
-    vf sum = v_set(0);
-    int64_t i = 0;
-    for (; i + VL <= size; i += VL) sum += v_load(w + i) * v_load(x + i);
-    float s = v_sum(sum);
-    for (; i < size; i++) s += w[i] * x[i];
-    return s;
+// The sums of VL vectors as one vector.
+INLINE vf v_sums(vf *x) {
+    v_transpose(x);
+    vf sum = x[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < VL; i++) sum += x[i];
+    return sum;
 }
 
-// y = W x + bias; W (rows columns). Four rows at a time hide the latency of the additions.
-static void gemv(float *y, const float *W, const float *x, const float *bias, int64_t rows, int64_t columns) {
-    int64_t j = 0;
-    for (; j + 4 <= rows; j += 4) {
-        const float *w = W + j * columns;
-        vf s0 = v_set(0), s1 = s0, s2 = s0, s3 = s0;
-        int64_t i = 0;
-        for (; i + VL <= columns; i += VL) {
-            vf v = v_load(x + i);
-            s0 += v_load(w + i) * v;
-            s1 += v_load(w + columns + i) * v;
-            s2 += v_load(w + 2 * columns + i) * v;
-            s3 += v_load(w + 3 * columns + i) * v;
-        }
-        float s[4] = {v_sum(s0), v_sum(s1), v_sum(s2), v_sum(s3)};
-        for (; i < columns; i++)
-            for (int q = 0; q < 4; q++) s[q] += w[q * columns + i] * x[i];
-        for (int q = 0; q < 4; q++) y[j + q] = s[q] + (bias ? bias[j + q] : 0);
+// VL rows of y = W x + bias at a time, so that additions do not wait for each other and sums over lanes are taken together.
+INLINE void gemv_rows(float *y, const float *w, const float *x, const float *bias, int count, int64_t columns) {
+    vf sum[VL];
+    float rest[VL] = {0}, sums[VL];
+#pragma GCC unroll 16
+    for (int q = 0; q < VL; q++) sum[q] = (vf){0};
+    int64_t i = 0;
+    for (; i + VL <= columns; i += VL) {
+        vf v = v_load(x + i);
+#pragma GCC unroll 16
+        for (int q = 0; q < VL; q++)
+            if (q < count) sum[q] += v_load(w + q * columns + i) * v;
     }
-    for (; j < rows; j++) y[j] = dot(W + j * columns, x, columns) + (bias ? bias[j] : 0);
+    for (int q = 0; q < count; q++) {
+        for (int64_t j = i; j < columns; j++) rest[q] += w[q * columns + j] * x[j];
+        if (bias) rest[q] += bias[q];
+    }
+    v_store(sums, v_sums(sum) + v_load(rest));
+    memcpy(y, sums, sizeof(float) * (size_t)count);
+}
+
+static void gemv(float *y, const float *W, const float *x, const float *bias, int64_t rows, int64_t columns) {
+    for (int64_t j = 0; j < rows; j += VL) {
+        const float *w = W + j * columns, *b = bias ? bias + j : NULL;
+        if (rows - j >= VL) gemv_rows(y + j, w, x, b, VL, columns);
+        else gemv_rows(y + j, w, x, b, (int)(rows - j), columns);
+    }
 }
 
 static void silu(float *x, int64_t size) {
@@ -63,9 +70,10 @@ static void softplus(float *x, int64_t size) {
     }
 }
 
-// h' = exp(dt A) h + dt x B of one channel; returns <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds nothing.
-INLINE float channel(float *new_h, const float *h, const float *A_log, const float *B, const float *C, float dt, float dtx,
-                     int64_t n) {
+// h' = exp(dt A) h + dt x B of one channel; returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
+// nothing.
+INLINE vf channel(float *new_h, const float *h, const float *A_log, const float *B, const float *C, float dt, float dtx,
+                  int64_t n) {
     vf sum = v_set(0);
     int64_t i = 0;
     for (; i + VL <= n; i += VL) {
@@ -75,46 +83,86 @@ INLINE float channel(float *new_h, const float *h, const float *A_log, const flo
     }
     if (i < n) {
         float a[VL] = {0}, s[VL] = {0}, b[VL] = {0}, c[VL] = {0};
-        size_t bytes = (n - i) * sizeof(float);
+        size_t bytes = (size_t)(n - i) * sizeof(float);
         memcpy(a, A_log + i, bytes), memcpy(s, h + i, bytes), memcpy(b, B + i, bytes), memcpy(c, C + i, bytes);
         vf state = v_exp(-dt * v_exp(v_load(a))) * v_load(s) + dtx * v_load(b);
         sum += state * v_load(c);
         v_store(s, state);
         memcpy(new_h + i, s, bytes);
     }
-    return v_sum(sum);
+    return sum;
+}
+
+typedef struct {  // one sequence: its row, and what is computed on the way
+    const step_args *a;
+    int64_t row;
+    float *xz, *x, *dbc, *dt, *y;
+} step_info;
+enum { SHARE = 128 };  // rows of a matrix, or channels, per task
+
+static int64_t shares(int64_t size) { return (size + SHARE - 1) / SHARE; }
+static int64_t share_size(int64_t index, int64_t size) { return size - index * SHARE < SHARE ? size - index * SHARE : SHARE; }
+
+static void project_in(void *context, int64_t index) {
+    const step_info *s = context;
+    const step_args *a = s->a;
+    int64_t from = index * SHARE;
+    gemv(s->xz + from, a->in_proj + from * a->d, a->u + s->row * a->d, a->in_bias ? a->in_bias + from : NULL,
+         share_size(index, 2 * a->e), a->d);
+}
+
+static void project_out(void *context, int64_t index) {
+    const step_info *s = context;
+    const step_args *a = s->a;
+    int64_t from = index * SHARE;
+    gemv(a->out + s->row * a->d + from, a->out_proj + from * a->e, s->y, a->out_bias ? a->out_bias + from : NULL,
+         share_size(index, a->d), a->e);
+}
+
+// The time step, the state and the gated output of some channels.
+static void advance(void *context, int64_t index) {
+    const step_info *s = context;
+    const step_args *a = s->a;
+    int64_t n = a->n, r = a->r, from = index * SHARE, to = from + share_size(index, a->e);
+    const float *B = s->dbc + r, *C = B + n, *z = s->xz + a->e;
+    gemv(s->dt + from, a->dt_proj + from * r, s->dbc, a->dt_bias + from, to - from, r);
+    softplus(s->dt + from, to - from);
+    for (int64_t first = from; first < to; first += VL) {
+        int lanes = to - first < VL ? (int)(to - first) : VL;
+        vf terms[VL] = {{0}};
+        float sums[VL];
+        for (int q = 0; q < lanes; q++) {
+            int64_t c = first + q, at = (s->row * a->e + c) * n;
+            terms[q] = channel(a->ssm_new + at, a->ssm_state + at, a->A_log + c * n, B, C, s->dt[c], s->dt[c] * s->x[c], n);
+        }
+        v_store(sums, v_sums(terms));
+        for (int q = 0; q < lanes; q++) s->y[first + q] = (sums[q] + a->D[first + q] * s->x[first + q]) * z[first + q];
+    }
 }
 
 static void step(const step_args *a, int64_t row, float *memory) {
-    int64_t e = a->e, n = a->n, r = a->r, k = a->k;
-    float *xz = memory, *x = xz + 2 * e, *dbc = x + e, *dt = dbc + r + 2 * n;
-    if (a->in_proj) gemv(xz, a->in_proj, a->u + row * a->d, a->in_bias, 2 * e, a->d);
-    else memcpy(xz, a->u + row * 2 * e, 2 * e * sizeof(float));
-    float *z = xz + e;
+    int64_t e = a->e, k = a->k;
+    step_info s = {a, row, memory, memory + 2 * e, memory + 3 * e, NULL, NULL};
+    s.dt = s.dbc + a->r + 2 * a->n + VL;
+    s.y = a->out_proj ? s.dt + e : a->out + row * e;
+    if (a->in_proj) parallel_for(shares(2 * e), a->threads, project_in, &s);
+    else memcpy(s.xz, a->u + row * 2 * e, 2 * (size_t)e * sizeof(float));
     for (int64_t c = 0; c < e; c++) {
         const float *old = a->conv_state + (row * e + c) * k, *w = a->conv_weight + c * k;
         float *window = a->conv_new + (row * e + c) * k, sum = a->conv_bias ? a->conv_bias[c] : 0;
         for (int64_t j = 0; j + 1 < k; j++) sum += (window[j] = old[j + 1]) * w[j];
-        window[k - 1] = xz[c];
-        x[c] = sum + xz[c] * w[k - 1];
+        window[k - 1] = s.xz[c];
+        s.x[c] = sum + s.xz[c] * w[k - 1];
     }
-    silu(x, e);
-    silu(z, e);
-    gemv(dbc, a->x_proj, x, NULL, r + 2 * n, e);
-    gemv(dt, a->dt_proj, dbc, a->dt_bias, e, r);
-    softplus(dt, e);
-    const float *B = dbc + r, *C = B + n;
-    float *y = a->out_proj ? xz : a->out + row * e;
-    for (int64_t c = 0; c < e; c++) {
-        int64_t at = (row * e + c) * n;
-        float hC = channel(a->ssm_new + at, a->ssm_state + at, a->A_log + c * n, B, C, dt[c], dt[c] * x[c], n);
-        y[c] = (hC + a->D[c] * x[c]) * z[c];
-    }
-    if (a->out_proj) gemv(a->out + row * a->d, a->out_proj, y, a->out_bias, a->d, e);
+    silu(s.x, e);
+    silu(s.xz + e, e);
+    gemv(s.dbc, a->x_proj, s.x, NULL, a->r + 2 * a->n, e);
+    parallel_for(shares(e), a->threads, advance, &s);
+    if (a->out_proj) parallel_for(shares(a->d), a->threads, project_out, &s);
 }
 
 void ssmzoo_mamba_step(const step_args *a) {
-    float *memory = scratch((4 * a->e + a->r + 2 * a->n) * sizeof(float));
+    float *memory = scratch((size_t)(5 * a->e + a->r + 2 * a->n + VL) * sizeof(float));
     for (int64_t row = 0; row < a->b; row++) step(a, row, memory);
     free(memory);
 }
