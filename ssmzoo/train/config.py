@@ -50,7 +50,7 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
 }
 LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
-TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "init_from", "compile", "grad_checkpointing", "model_name",
+TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "config", "init_from", "compile", "grad_checkpointing", "model_name",
              "n_trials")
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 

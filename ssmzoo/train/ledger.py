@@ -79,7 +79,9 @@ def choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
     from hydra.core.hydra_config import HydraConfig
 
     hydra_cfg = HydraConfig.get()
-    model_name = hydra_cfg.runtime.choices.model
+    if cfg.get("config") is not None:
+        cfg = _again(cfg, Path(cfg.config), hydra_cfg)
+    model_name = cfg.get("model_name") or hydra_cfg.runtime.choices.model
     sweep = hydra_cfg.mode.name == "MULTIRUN"
     name = f"{cfg.name}-{hydra_cfg.job.num}" if sweep else str(cfg.name)
     new = Path(cfg.runs_dir) / model_name / name
@@ -111,11 +113,22 @@ def choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
     return _merge(cfg, run_dir, hydra_cfg), run_dir, True
 
 
+def _again(cfg: DictConfig, source: Path, hydra_cfg) -> DictConfig:
+    """The configuration of an earlier run, under the name and in the folder of this one."""
+    run_dir = source if source.is_dir() else source.parent
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"config={source}: neither a run folder nor its config.yaml")
+    merged = _merge(cfg, run_dir, hydra_cfg)
+    for key in ("name", "runs_dir", "resume"):
+        OmegaConf.update(merged, key, cfg[key])
+    return merged
+
+
 def _merge(cfg: DictConfig, run_dir: Path, hydra_cfg) -> DictConfig:
     saved = OmegaConf.load(run_dir / "config.yaml")
     typed = [o.lstrip("+") for o in hydra_cfg.overrides.task if not o.startswith("~")]
     groups = set(hydra_cfg.runtime.choices)
-    typed = [o for o in typed if o.split("=")[0] not in groups | {"resume", "name", "runs_dir"}]
+    typed = [o for o in typed if o.split("=")[0] not in groups | {"resume", "config", "name", "runs_dir"}]
     return OmegaConf.merge(saved, OmegaConf.from_dotlist(typed))
 
 
