@@ -20,9 +20,9 @@ from ssmzoo.probes.faithfulness import average_precision, deletion, perturbation
 from ssmzoo.probes.mamba_lrp import ALL, relevance, rules
 from tests.test_probes_attention import MODELS, build
 
-EXPLAINED = ("mamba", "mamba_scenario", "mamba2", "mamba2, initial states", "mamba3",
-             "mamba3, mimo", "moe_mamba", "moe_mamba_inner", "vim", "shuffle_mamba", "vmamba", "res_vmamba", "adventurer",
-             "spatial_mamba", "mamba_reorder")
+EXPLAINED = ("mamba", "mamba_scenario", "mamba2", "mamba2, initial states", "mamba3", "mamba3, mimo", "moe_mamba",
+             "moe_mamba_inner", "vim", "shuffle_mamba", "vmamba", "res_vmamba", "adventurer", "spatial_mamba",
+             "mamba_reorder")
 
 
 def noisy(name):
