@@ -2,7 +2,7 @@
 
     python benchmarks/restoration.py speed [--threads 1] [--loop-rows 180]   MambaIR-light x2 on 320 x 180 pixels
     python benchmarks/restoration.py claim [--arms ...] [--seeds 0 1 2]      MambaIR, its ablations and its Swin twin
-    python benchmarks/restoration.py memory                                  a photograph of 24 megapixels, x2
+    python benchmarks/restoration.py memory [--ckpt X] [--model PRESET]      a photograph of 24 megapixels, x2
     python benchmarks/restoration.py run RUN_FOLDER TITLE                    enter a finished or stopped training run
     python benchmarks/restoration.py page                                    write the page again
 
@@ -134,17 +134,22 @@ def claim(arms: list[str], seeds: list[int], steps: int, runs: Path | None) -> N
                     train(arm, seed, steps, runs or Path(temporary))
 
 
-def memory(ckpt: str) -> None:
-    """`ssmzoo restore` on 6000 x 4000 pixels in a process of its own; its peak resident memory."""
+def memory(ckpt: str, preset: str | None, width: int, height: int) -> None:
+    """`ssmzoo restore` of a large picture in a process of its own; its peak resident memory."""
     import numpy as np
     from skimage.data import astronaut
 
+    from ssmzoo import create_model
     from ssmzoo.data.image_file import Picture, write_picture
 
     with tempfile.TemporaryDirectory() as folder:
-        photo = np.tile(astronaut(), (8, 12, 1))[:4000, :6000]
+        photo = np.tile(astronaut(), (-(-height // 512), -(-width // 512), 1))[:height, :width]
         write_picture(Path(folder, "in.png"), Picture(np.ascontiguousarray(photo)))
-        command = [sys.executable, "-m", "ssmzoo.cli.main", "restore", f"{folder}/in.png", "--ckpt", ckpt, "-o",
+        chosen = ["--ckpt", ckpt]
+        if preset:  # memory does not depend on the weights
+            torch.save(create_model(preset).state_dict(), f"{folder}/w.pth")
+            chosen = ["--ckpt", f"{folder}/w.pth", "--model", preset]
+        command = [sys.executable, "-m", "ssmzoo.cli.main", "restore", f"{folder}/in.png", *chosen, "-o",
                    f"{folder}/out.png", "--device", "cpu"]
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -166,10 +171,10 @@ def memory(ckpt: str) -> None:
         if process.returncode:
             raise SystemExit(f"restore failed with status {process.returncode}")
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        row = {"pixels": "6000 x 4000", "peak_gib": peak[0] / 2**20, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-               "seconds": time.monotonic() - started, "ckpt": ckpt}
+        row = {"pixels": f"{width} x {height}", "peak_gib": peak[0] / 2**20,
+               "cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - started}
         print(printed, row)
-        store("memory/24 megapixels x2", row)
+        store(f"memory/{preset or Path(ckpt).name}, {width} x {height}", row)
 
 
 def run(folder: Path, title: str) -> None:
@@ -197,6 +202,8 @@ def main() -> None:
     one.add_argument("--runs", type=Path, help="keep the run folders here")
     one = commands.add_parser("memory")
     one.add_argument("--ckpt", default=str(ROOT / "notebooks" / "checkpoints" / "restoration"))
+    one.add_argument("--model", help="a preset with random weights in place of --ckpt")
+    one.add_argument("--size", nargs=2, type=int, default=[6000, 4000], metavar=("WIDTH", "HEIGHT"))
     one = commands.add_parser("run")
     one.add_argument("folder", type=Path)
     one.add_argument("title")
@@ -207,7 +214,7 @@ def main() -> None:
     elif a.command == "claim":
         claim(a.arms, a.seeds, a.steps, a.runs)
     elif a.command == "memory":
-        memory(a.ckpt)
+        memory(a.ckpt, a.model, *a.size)
     elif a.command == "run":
         run(a.folder, a.title)
     else:
