@@ -118,12 +118,12 @@ class TrainingStrings:
         labels[:, : self.min_length - 1] = IGNORE
         if self.held_out.first <= longest:
             labels[self.held_out.is_test(prefix_hashes(ids))] = IGNORE
-        return np.ascontiguousarray(ids), np.ascontiguousarray(labels), uniform
+        return ids, labels, uniform
 
 
 def answers(automaton: Automaton, states: np.ndarray) -> np.ndarray:
     """States -> class labels, -100 where no string can end."""
-    return np.where(automaton.output < 0, IGNORE, automaton.output)[states]
+    return np.where(automaton.output < 0, IGNORE, automaton.output).take(states.T).T  # in the memory order of `states`
 
 
 def append_query(ids: np.ndarray, labels: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
