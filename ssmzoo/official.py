@@ -101,6 +101,24 @@ def refuse_zip_bomb(path: Path) -> None:
         raise CheckpointError(f"{path} would unpack to {unpacked:,} bytes from {path.stat().st_size:,}: refused")
 
 
+TELLING_KEYS = {  # family: a key, or part of one, that only its checkpoints have; the first that fits counts
+    "mamba_fscil": r"etf_vec|block_new\.|mlp_proj\.", "mambair_v2": r"embeddingA|\.assm\.|\.win_mhsa\.",
+    "mambair": r"layers\.\d+\.residual_group", "spatial_mamba": r"state_fusion\.|patch_embed\.conv1\.",
+    "res_vmamba": r"(^|\.)fuse\.\d", "vmamba": r"(op|self_attention)\.x_proj_weight|classifier\.norm",
+    "shuffle_mamba": r"pos_embed_cls|norm_neck", "vim": r"A_b_log", "adventurer": r"norm_mlp\.|mlp\.w3\.",
+    "moe_mamba": r"router|expert", "mamba2": r"mixer\.dt_bias", "mamba": r"mixer\.x_proj\.weight",
+}
+
+
+def looks_like(state: dict[str, Tensor]) -> str:
+    """'; by <key> it looks like ...' for an error message; empty when no family is recognised."""
+    for family, pattern in TELLING_KEYS.items():
+        key = next((k for k in state if re.search(pattern, k)), None)
+        if key is not None:
+            return f"; by {key} it looks like a checkpoint of family {family!r}"
+    return ""
+
+
 def load_official(family: str, checkpoint, **official_kwargs) -> nn.Module:
     """Build the official model of `family` from a checkpoint in the official naming, in eval mode.
 
@@ -130,7 +148,8 @@ def load_official(family: str, checkpoint, **official_kwargs) -> nn.Module:
     try:
         module, state = hook(dict(checkpoint), **official_kwargs)
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error}: is it one of family {family!r}?") from None
+        raise CheckpointError(f"the checkpoint has no {error}: is it one of family {family!r}?"
+                              f"{looks_like(checkpoint)}") from None
     fit_state_dict(module, state, what=f"the official {family} model")
     return module.eval()
 
@@ -151,7 +170,7 @@ def fit_state_dict(module: nn.Module, state: dict[str, Tensor], what: str = "the
         if keys
     ]
     if problems:
-        raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems))
+        raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + looks_like(state))
     module.load_state_dict(state)
 
 

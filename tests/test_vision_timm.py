@@ -123,8 +123,8 @@ def test_layer_decay_and_weight_decay_groups(name):
     assert spared and kept.issuperset(spared)
 
 
-@pytest.mark.parametrize("name", ["vim_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in (
-    "vmamba_tiny", "spatial_mamba_tiny", "adventurer_tiny"))])
+@pytest.mark.parametrize("name", ["vim_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL
+                                               if n != "vim_tiny")])
 def test_export(name):
     model, x = create(name).eval(), torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
@@ -139,3 +139,33 @@ def test_released_file_through_timm(tmp_path):
     torch.testing.assert_close(loaded(x), source.eval()(x))
     smaller = create("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, img_size=96).eval()
     assert smaller(x).shape == (1, 3) and smaller.grid == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["vmamba_tiny", "spatial_mamba_tiny"])
+def test_output_stride(name):
+    x = torch.randn(1, 3, 64, 96)
+    for stride, sides in ((32, (2, 3)), (16, (4, 6)), (8, (8, 12))):
+        model = create(name, output_stride=stride, features_only=True).eval()
+        assert model.feature_info.reduction() == [min(r, stride) for r in (4, 8, 16, 32)]
+        assert tuple(model(x)[-1].shape[2:]) == sides
+        assert create(name, output_stride=stride).eval().forward_features(x).shape[2:] == sides
+    dense = create(name, output_stride=8)
+    dense.load_state_dict(create(name).state_dict())
+    with pytest.raises(ValueError, match="output_stride=12; this model has 4, 8, 16, 32"):
+        create(name, output_stride=12)
+    with pytest.raises(ValueError, match="3x3 convolution, not PatchMerging"):
+        create("vmamba_vanilla_tiny", output_stride=16)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pools_image_sizes_channels_and_depth_rates(name):
+    model = create(name, global_pool="max" if name in STAGED else "avg", drop_path_rate=0.2, drop_rate=0.1, in_chans=1)
+    rates = [m.p for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates) > 0 and rates == sorted(rates)
+    assert model.head_drop.p == 0.1 or name in PLAIN
+    assert model.eval()(torch.randn(2, 1, 64, 64)).shape == (2, 1000)
+    if name in PLAIN:
+        assert create(name, img_size=96).grid == (6, 6)
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing and model.num_features == model.feature_info[-1]["num_chs"]
+    assert list(model.no_weight_decay())

@@ -100,16 +100,33 @@ class Stage(nn.Module):
         self.blocks, self.downsample = nn.ModuleList(blocks), downsample
 
 
+def keep_resolution(downsample: nn.Module) -> None:
+    """Take the stride out of the way down between two stages; weights stay as they are."""
+    strided = [m for m in downsample.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
+    if len(strided) != 1 or strided[0].kernel_size != (3, 3):
+        raise ValueError(f"output_stride needs a way down by a 3x3 convolution, not {type(downsample).__name__}; leave "
+                         f"it out, or take a model with such convolutions (vmamba_tiny, spatial_mamba_tiny)")
+    strided[0].stride = (1, 1)
+
+
 class FourStage(ImageBackbone):
     """Stem, stages, final norm; subclasses build `patch_embed`, `layers` (of Stage) and `norm`, then `init_stages`.
 
     The tap of a stage is its output before the downsampling, as in the papers' dense predictors.
     """
 
-    def init_stages(self, dims: Sequence[int], stride: int, halves: bool = True) -> None:
+    def init_stages(self, dims: Sequence[int], stride: int, halves: bool = True, output_stride: int = 0) -> None:
+        """halves: whether every stage halves the map; output_stride > 0: only down to 1 / output_stride of it."""
         self.dims = tuple(dims)
-        self.feature_info = [dict(num_chs=d, reduction=stride * 2**i if halves else stride, module=f"layers.{i}")
-                             for i, d in enumerate(dims)]
+        strides = [stride * 2**i if halves else stride for i in range(len(dims))]
+        if output_stride and output_stride != strides[-1]:
+            if output_stride not in strides:
+                raise ValueError(f"output_stride={output_stride}; this model has {', '.join(map(str, strides))}")
+            for i in range(strides.index(output_stride), len(dims) - 1):
+                keep_resolution(self.layers[i].downsample)
+            strides = [min(s, output_stride) for s in strides]
+        self.feature_info = [dict(num_chs=d, reduction=s, module=f"layers.{i}")
+                             for i, (d, s) in enumerate(zip(dims, strides))]
 
     def stem(self, x: Tensor) -> Tensor:
         """Images (b c y x) to the first map (b y' x' d)."""

@@ -109,6 +109,12 @@ class ShuffleMambaReg(ShuffleMamba):
     def hidden_size(self) -> int:
         return self.n_registers * self.embed_dim // self.cls_reduce
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """On the joined registers ("token"); any other pooling of the tokens leaves the neck unused."""
+        pooled = self.global_pool if global_pool is None else global_pool
+        self.head_hidden_size = self.hidden_size() if pooled == "token" else self.embed_dim
+        super().reset_classifier(num_classes, global_pool)
+
     def reset_parameters(self) -> None:
         """As Vim; tables and registers truncated normal 0.02, and so is the neck."""
         Vim.reset_parameters(self)

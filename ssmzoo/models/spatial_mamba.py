@@ -190,6 +190,7 @@ class SpatialMamba(FourStage):
     depths, embed_dim  blocks per stage; width of the first stage, doubled at every further one
     mixer              further arguments of `StructureAwareSSM`, e.g. {"fuse_states": False}
     norm               of the final map: "ln" or "bn"
+    output_stride      the last map is 1 / output_stride of the image; 0: as the stages make it
     freeze_batch_norm  keep the BatchNorm statistics of stem and downsampling in training (small batches)
     """
 
@@ -198,7 +199,7 @@ class SpatialMamba(FourStage):
     def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
                  depths: Sequence[int] = (2, 4, 8, 4), embed_dim: int = 64, mlp_ratio: float = 4.0,
                  mixer: dict | None = None, norm: str = "ln", freeze_batch_norm: bool = False, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.2):
+                 drop_path_rate: float = 0.2, output_stride: int = 0):
         super().__init__()
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
@@ -209,7 +210,7 @@ class SpatialMamba(FourStage):
                   Downsample(d) if i + 1 < len(dims) else None)
             for i, (depth, d) in enumerate(zip(depths, dims)))
         self.norm = map_norm(norm, dims[-1])
-        self.init_stages(dims, stride=4)
+        self.init_stages(dims, stride=4, output_stride=output_stride)
         self.init_head(dims[-1], num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 

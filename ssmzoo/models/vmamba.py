@@ -121,6 +121,7 @@ class VMamba(FourStage):
     mlp_act, gmlp    activation of the MLP; gated MLP
     norm             "ln" or "bn"
     stem, downsample "conv" or "patch"; "conv3", "conv2", "merge" or "none"
+    output_stride    the last map is 1 / output_stride of the image, for dense heads; 0: as the stages make it
     pos_embed        a learned position table of the size of img_size, resized for other images
     """
 
@@ -129,7 +130,7 @@ class VMamba(FourStage):
                  d_state: int = 1, ssm_ratio: float = 1.0, mixer: dict | None = None, mlp_ratio: float = 4.0,
                  mlp_act: str = "gelu", gmlp: bool = False, norm: str = "ln", patch_norm: bool = True,
                  stem: str = "conv", downsample: str = "conv3", pos_embed: bool = False, drop_rate: float = 0.0,
-                 mlp_drop_rate: float = 0.0, drop_path_rate: float = 0.2):
+                 mlp_drop_rate: float = 0.0, drop_path_rate: float = 0.2, output_stride: int = 0):
         super().__init__()
         if stem not in ("conv", "patch"):
             raise ValueError(f"stem is {stem!r}; expected 'conv' or 'patch'")
@@ -152,7 +153,7 @@ class VMamba(FourStage):
                   downsampling(downsample, d, dims[i + 1], norm) if i + 1 < len(dims) else None)
             for i, (depth, d) in enumerate(zip(depths, dims)))
         self.norm = map_norm(norm, dims[-1])
-        self.init_stages(dims, patch_size, halves=downsample != "none")
+        self.init_stages(dims, patch_size, downsample != "none", output_stride)
         self.init_head(dims[-1], num_classes, global_pool, drop_rate)
         self.apply(init_linear)
         if pos_embed:
