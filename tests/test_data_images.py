@@ -107,6 +107,39 @@ def test_other_bad_input(tmp_path):
         ImageData(in_chans=4)
 
 
+def test_files_that_only_look_like_images(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "cat" / "empty.png").write_bytes(b"")
+    (root / "cat" / "text.jpg").write_text("not a picture")
+    (root / "cat" / ".hidden").write_text("passed over")
+    with pytest.raises(ValueError, match=r"2 of 10 files .*cat/empty.png, cat/text.jpg"):
+        ImageData(path=str(root)).setup()
+    for file in (root / "dog").glob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="class 'dog' has no readable images"):
+        ImageData(path=str(root), broken="skip").setup()
+
+
+def test_a_file_that_breaks_while_training_is_named(tmp_path):
+    root = make_folder(tmp_path)
+    data = ImageData(path=str(root), batch_size=1, image_size=8)
+    data.setup()
+    for file in root.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"\.png cannot be decoded .*remove it, or write it anew"):
+        list(data.train_dataloader())
+
+
+def test_validation_with_an_unknown_class_and_wrong_num_classes(tmp_path):
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val", classes=("cat", "dog", "emu"))
+    with pytest.raises(ValueError, match="classes that the training folder does not know: emu"):
+        ImageData(path=str(tmp_path)).setup()
+    subject = ImageClassification(VMamba(in_chans=1, num_classes=2, depths=(1,), dims=8))
+    with pytest.raises(ValueError, match="label 5, but the model has 2 classes .*num_classes=6 or more"):
+        subject.step({"image": torch.randn(2, 1, 16, 16), "label": torch.tensor([1, 5])}, training=True)
+
+
 def test_targets_and_loss():
     labels, logits = torch.tensor([0, 2]), torch.randn(2, 3)
     torch.testing.assert_close(soft_cross_entropy(logits, smooth_targets(labels, 3, 0.1)),

@@ -5,11 +5,12 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssmzoo.data.image_sources import from_arrays
 from ssmzoo.data.images_fewshot import CIFAR100, FewShotImages
 from ssmzoo.models.mamba_fscil import MambaFSCIL, MambaNeck, simplex_etf
-from ssmzoo.tasks.fscil import FewShotIncremental, session_rate
+from ssmzoo.tasks.fscil import FewShotIncremental, of_session, session_rate
 from ssmzoo.tasks.objectives.fscil import dot_regression, separation, suppression
 
 
@@ -42,6 +43,75 @@ def test_index_files(tmp_path):
     with pytest.raises(ValueError, match="not of the class of their row: 6, 7"):
         again.few_shot_places()
     assert [len(row.split(",")) for row in CIFAR100.split()] == [5] * 40
+
+
+def make_bird_folder(root, classes=5, train=6, test=2):
+    """CUB-200's layout: numbered folders under train/ and test/."""
+    generator = np.random.default_rng(0)
+    for side, count in (("train", train), ("test", test)):
+        for c in range(1, classes + 1):
+            folder = root / side / f"{c:03d}.Bird_{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                levels = generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(levels).save(folder / f"Bird_{c}_{i}.jpg")
+    return root
+
+
+def test_folders_with_session_lists(tmp_path):
+    root, lists = make_bird_folder(tmp_path / "cub"), tmp_path / "lists"
+    lists.mkdir()
+    (lists / "session_1.txt").write_text("CUB_200_2011/images/001.Bird_1/Bird_1_0.jpg\n")  # a base class
+    for session, c in ((2, 4), (3, 5)):
+        names = [f"CUB_200_2011/images/{c:03d}.Bird_{c}/Bird_{c}_{i}.jpg" for i in (5, 2)]
+        (lists / f"session_{session}.txt").write_text("\n".join(names) + "\n")
+    arguments = dict(path=str(root), image_size=16, base_classes=3, way=1, shot=2)
+    data = FewShotImages(**arguments, few_shot=str(lists))
+    data.setup()
+    assert data.sessions == 2 and data.sizes == {"in_chans": 3, "num_classes": 5, "img_size": 16}
+    train = data._all[0]
+    assert [train.files[i] for i in data.few_shot_places().ravel()] == [
+        f"{c:03d}.Bird_{c}/Bird_{c}_{i}.jpg" for c in (4, 5) for i in (5, 2)]
+    assert torch.cat([y for _, y in data.images("few")]).tolist() == [3, 3, 4, 4]
+    assert len(torch.cat([y for _, y in data.images("test")])) == 10
+    (lists / "session_3.txt").write_text("x/005.Bird_5/Bird_5_1.jpg\n")
+    with pytest.raises(ValueError, match="data.shot = 2, but the list has another number of images for: 005.Bird_5 1"):
+        data.few_shot_places()
+    (lists / "session_3.txt").write_text("x/005.Bird_5/Bird_5_99.jpg\n")
+    with pytest.raises(ValueError, match="1 files are not in .*: 005.Bird_5/Bird_5_99.jpg"):
+        data.few_shot_places()
+    missing = FewShotImages(**arguments, few_shot=str(tmp_path / "nothing"))
+    missing.setup()
+    with pytest.raises(ValueError, match="no such file"):
+        missing.few_shot_places()
+    seeded = FewShotImages(**arguments)
+    seeded.setup()
+    assert seeded.few_shot_places().shape == (2, 2)
+
+
+def test_cifar100_layout(monkeypatch):
+    """The field's list on a stand-in for CIFAR-100 with the right labels at its places."""
+    labels = np.random.default_rng(0).integers(0, 60, 50_000)
+    for c, row in enumerate(CIFAR100.split(), start=60):
+        labels[[int(n) for n in row.split(",")]] = c
+    labels[:60] = range(60)
+    whole = from_arrays("CIFAR-100", np.zeros((50_000, 2, 2, 3), np.uint8), labels, [str(c) for c in range(100)])
+    monkeypatch.setattr("ssmzoo.data.images.sources.torchvision_images", lambda name, root: (whole, whole))
+    data = FewShotImages("torchvision/cifar100", base_classes=60, way=5, shot=5, few_shot="cec")
+    data.setup()
+    assert data.sessions == 8 and [data.seen(i) for i in (0, 8)] == [60, 100] and data.few_shot_places().shape == (40, 5)
+    assert data.few_shot_places()[0].tolist() == [29774, 33344, 4815, 6772, 48317]
+    assert set(data._open()[0].labels) == set(range(60))
+
+
+def test_numbers_of_sessions():
+    assert [of_session([200, 210], s) for s in (1, 2, 3)] == [200, 210, 210]
+    model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=5, img_size=16, d_state=2)
+    assert FewShotIncremental(model, steps=[3, 4]).steps == [3, 4]
+    with pytest.raises(ValueError, match="must be positive"):
+        FewShotIncremental(model, steps=[3, 0])
+    with pytest.raises(ValueError, match="needs model=mamba_fscil"):
+        FewShotIncremental(model.backbone)
 
 
 def test_simplex_of_directions():
@@ -103,7 +173,7 @@ def test_protocol(monkeypatch, tmp_path):
     data = FewShotImages(image_size=16, base_classes=2, way=1, shot=2, batch_size=8)
     data.setup()
     model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=4, img_size=16, d_state=2)
-    task = FewShotIncremental(model, steps=10, lr=0.05, copy=2, base_copy=2)
+    task = FewShotIncremental(model, steps=[10, 8], lr=0.05, copy=2, base_copy=[2, 1])
     task._trainer = types.SimpleNamespace(datamodule=data)
     monkeypatch.setattr(FewShotIncremental, "trainer", property(lambda self: self._trainer))
     first = model.neck.mlp_proj[0].weight.clone()

@@ -18,21 +18,23 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 
 @dataclass
 class Images:
-    """Labelled images. `read(i)` is a PIL image, `labels` (n) integers, `classes` their names."""
+    """Labelled images. `read(i)` is a PIL image, `labels` (n) integers, `classes` and `files` their names."""
 
     name: str
     read: Callable[[int], Any]
     labels: np.ndarray
     classes: list[str]
     fingerprint: str
+    files: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Sequence[int]) -> Images:
         indices = np.asarray(indices)
+        files = None if self.files is None else [self.files[i] for i in indices]
         return Images(self.name, lambda i: self.read(int(indices[i])), self.labels[indices], self.classes,
-                      self.fingerprint)
+                      self.fingerprint, files)
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,9 +113,10 @@ def read_classes(root: Path, broken: str, classes: list[str] | None = None) -> I
         if broken == "refuse":
             raise ValueError(f"{message}; remove them, or set data.broken=skip")
         print(f"warning: skipped: {message}", flush=True)
-    names = "\n".join(f"{f.relative_to(root)} {f.stat().st_size}" for f in files)
+    names = [f.relative_to(root).as_posix() for f in files]
+    sizes = "\n".join(f"{name} {f.stat().st_size}" for name, f in zip(names, files))
     return Images(str(root), lambda i: open_image(files[i]), np.array(labels), classes,
-                  hashlib.sha256(names.encode()).hexdigest())
+                  hashlib.sha256(sizes.encode()).hexdigest(), names)
 
 
 def readable(file: Path) -> bool:

@@ -35,8 +35,9 @@ class FewShotImages(ImageData):
 
     base_classes  how many classes (in label order) are trained on first
     way, shot     new classes per session and training images of each
-    few_shot      which images: "seed", "cec" (the field's list, CIFAR-100 only), or a text file with a line of `shot`
-                  places in the training set per new class
+    few_shot      which images: "seed", "cec" (the field's list, CIFAR-100 only), or a text file, or a folder of them:
+                  a line of `shot` places in the training set per new class, or image files, one per line, of which
+                  folder and name count (the field's session lists of CUB-200; those of base classes are passed over)
     Other arguments as in `ImageData`.
     """
 
@@ -79,7 +80,9 @@ class FewShotImages(ImageData):
             if short:
                 raise ValueError(f"data.shot = {self.shot}: too few training images of {', '.join(short)}")
             return np.stack([generator.permutation(np.flatnonzero(labels == c))[: self.shot] for c in novel])
-        text = CIFAR100 if self.few_shot == "cec" else Path(self.few_shot).expanduser().read_text()
+        text = CIFAR100 if self.few_shot == "cec" else self._index()
+        if any(not set(row) <= set("0123456789,") for row in text.split()):
+            return self._places_of_files(text.splitlines())
         rows = [[int(n) for n in row.split(",")] for row in text.split()]
         if [len(row) for row in rows] != [self.shot] * len(novel):
             raise ValueError(f"data.few_shot = {self.few_shot}: expected {len(novel)} rows of {self.shot} numbers")
@@ -89,6 +92,34 @@ class FewShotImages(ImageData):
             raise ValueError(f"data.few_shot = {self.few_shot}: some images are not of the class of their row: "
                              f"{', '.join(wrong[:5])}")
         return places
+
+    def _index(self) -> str:
+        path = Path(self.few_shot).expanduser()
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files or not all(f.is_file() for f in files):
+            raise ValueError(f"data.few_shot = {self.few_shot}: no such file, and no folder with .txt files; choose "
+                             f"seed or cec, or give a list of images")
+        return "\n".join(f.read_text(encoding="utf-8") for f in files)
+
+    def _places_of_files(self, lines: list[str]) -> np.ndarray:
+        """The same from file names: their folder and name must be those of a training image."""
+        train = self._all[0]
+        if train.files is None:
+            raise ValueError(f"data.few_shot = {self.few_shot} lists files, but {train.name} is no folder of images")
+        places = {tuple(Path(name).parts[-2:]): i for i, name in enumerate(train.files)}
+        listed = [tuple(Path(line.split()[0]).parts[-2:]) for line in lines if line.strip()]
+        unknown = ["/".join(name) for name in listed if name not in places and name[0] in train.classes]
+        if unknown:
+            raise ValueError(f"data.few_shot = {self.few_shot}: {len(unknown)} files are not in {train.name}: "
+                             f"{', '.join(unknown[:5])}")
+        chosen = [places[name] for name in listed if name in places]
+        rows = [[i for i in chosen if train.labels[i] == c] for c in range(self.base_classes, len(self.classes))]
+        wrong = [f"{self.classes[self.base_classes + k]} {len(row)}" for k, row in enumerate(rows)
+                 if len(row) != self.shot]
+        if wrong:
+            raise ValueError(f"data.few_shot = {self.few_shot}: data.shot = {self.shot}, but the list has another "
+                             f"number of images for: {', '.join(wrong[:5])}")
+        return np.array(rows)
 
     def images(self, which: str) -> tuple[Tensor, Tensor]:
         """Without augmentation: "base" training images, "few" (in order of class) or "test" images of all classes.

@@ -27,6 +27,7 @@ class FewShotIncremental(Task):
 
     lr, steps            of every incremental session (SGD, momentum 0.9, weight decay 5e-4, cosine to 1 %)
     copy, base_copy      how often the mean maps are repeated in a session's data
+    (steps and base_copy may be lists: a number for every session, the last one for all further ones)
     weight_supp, weight_supp_novel, weight_sep, weight_sep_new   the class-sensitive losses
     mix_prob             chance of mixing features half and half with those of other images
     old_lr               learning rate of the base branch relative to the new one's
@@ -36,17 +37,18 @@ class FewShotIncremental(Task):
 
     unit, monitor, mode = "images", "top1", "max"
 
-    def __init__(self, model, optim=None, lr: float = 0.25, steps: int = 200, batch_size: int = 64, copy: int = 1,
-                 base_copy: int = 1, weight_supp: float = 100.0, weight_supp_novel: float = 1e-5,
+    def __init__(self, model, optim=None, lr: float = 0.25, steps: int | list[int] = 200, batch_size: int = 64,
+                 copy: int = 1, base_copy: int | list[int] = 1, weight_supp: float = 100.0, weight_supp_novel: float = 1e-5,
                  weight_sep: float = 0.0, weight_sep_new: float = 0.001, mix_prob: float = 0.75, old_lr: float = 0.0,
                  with_len_base: bool = False, with_len: bool = True, detach_residual: bool = True):
         super().__init__(model, optim)
         if not hasattr(model, "neck"):
             raise ValueError(f"task=fscil needs model=mamba_fscil (a neck and fixed class directions), not "
                              f"{type(model).__name__}")
-        if lr <= 0 or steps < 1 or not 0 <= mix_prob <= 1:
-            raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, "
-                             f"task.mix_prob = {mix_prob} in [0, 1]")
+        steps, base_copy = ([v] if isinstance(v, int) else list(v) for v in (steps, base_copy))
+        if lr <= 0 or min(steps, default=0) < 1 or min(base_copy, default=-1) < 0 or not 0 <= mix_prob <= 1:
+            raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} at "
+                             f"least 0, task.mix_prob = {mix_prob} in [0, 1]")
         self.lr, self.steps, self.batch_size, self.copy, self.base_copy = lr, steps, batch_size, copy, base_copy
         self.weights = dict(weight_supp=weight_supp, weight_supp_novel=weight_supp_novel, weight_sep=weight_sep,
                             weight_sep_new=weight_sep_new)
@@ -99,31 +101,31 @@ class FewShotIncremental(Task):
         for session in range(1, data.sessions + 1):
             old, new = data.seen(session - 1), data.seen(session)
             chosen = (few[1] >= old) & (few[1] < new)
-            x, y = self.memory(data, means, few[0][chosen], few[1][chosen])
-            self.learn(x, y, data.base_classes)
+            x, y = self.memory(data, means, few[0][chosen], few[1][chosen], of_session(self.base_copy, session))
+            self.learn(x, y, data.base_classes, of_session(self.steps, session))
             means = torch.cat([means, torch.stack([few[0][few[1] == c].mean(0) for c in range(old, new)])])
             scores.append(self.score(test, new))
             nearest.append(nearest_mean(means, test))
         return scores, nearest
 
-    def memory(self, data, means: Tensor, maps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def memory(self, data, means: Tensor, maps: Tensor, labels: Tensor, base_copy: int) -> tuple[Tensor, Tensor]:
         """What a session trains on: new maps, and the means of everything learnt before."""
         known = torch.arange(len(means), device=maps.device)
-        times = torch.where(known < data.base_classes, self.base_copy, self.copy)
+        times = torch.where(known < data.base_classes, base_copy, self.copy)
         return (torch.cat([maps, means.repeat_interleave(times, dim=0)]),
                 torch.cat([labels, known.repeat_interleave(times)]))
 
-    def learn(self, x: Tensor, y: Tensor, base: int) -> None:
+    def learn(self, x: Tensor, y: Tensor, base: int, steps: int) -> None:
         """One session: `steps` updates of the neck on stored maps x (n d y x) with labels y."""
         neck = self.model.neck.train()
         new = [p for n, p in neck.named_parameters() if "_new" in n]
         old = [p for n, p in neck.named_parameters() if "_new" not in n]
         groups = [{"params": new, "lr": self.lr}, {"params": old, "lr": self.lr * self.old_lr}]
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: session_rate(s, self.steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: session_rate(s, steps))
         for p in old:
             p.requires_grad_(self.old_lr > 0)
-        for _ in range(self.steps):
+        for _ in range(steps):
             chosen = torch.randperm(len(x))[: self.batch_size].to(x.device)
             optimizer.zero_grad()
             with torch.enable_grad():
@@ -152,6 +154,11 @@ class FewShotIncremental(Task):
         hits = [self.model.head(self.model.neck(m).features, seen).argmax(-1) == y
                 for m, y in zip(maps.split(256), labels.split(256))]
         return torch.cat(hits).float().mean().item()
+
+
+def of_session(values: list[int], session: int) -> int:
+    """The value of a session (from 1)."""
+    return values[min(session, len(values)) - 1]
 
 
 def session_rate(step: int, steps: int) -> float:
