@@ -1,13 +1,12 @@
 """Image models in figures: python benchmarks/vision.py size | speed [--sizes 224 512] [--batch 4] [--train]
 
 size   parameters and operations of the published sizes, beside the papers' figures
-speed  images per second on this machine against timm's swin_tiny, convnext_tiny and mambaout_tiny
+speed  images per second of processor time on this machine beside timm's swin_tiny, convnext_tiny and mambaout_tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch
@@ -31,36 +30,41 @@ COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224",
 
 
 def size() -> None:
-    print(f"{'model':24}{'parameters':>14}{'paper':>14}{'Gops':>9}{'paper':>7}")
+    print("| model | parameters | published | 10^9 operations at 224 px | published |\n|---|---|---|---|---|")
     for name, (parameters, operations) in PAPER.items():
         cls, arguments = ssmzoo.timm.arguments_of(name)
         with torch.device("meta"):
             model = build_model({"_target_": f"{cls.__module__}.{cls.__name__}", **arguments})
         count = sum(p.numel() for p in model.parameters())
         found = giga(count_operations(model, 1, 3, 224, 224))
-        print(f"{name:24}{count:>14,}{parameters:>14,}{found:>9.2f}{operations or '-':>7}", flush=True)
+        print(f"| {name} | {count:,} | {parameters:,} | {found:.2f} | {operations or ''} |", flush=True)
 
 
 def speed(names: list[str], sizes: list[int], batch: int, train: bool, repeats: int) -> None:
-    """Median of `repeats` timed calls after one warm-up, in images per second."""
+    """Images per second of processor time: models take turns, best of `repeats` calls after one warm-up each."""
     import timm
 
-    print(f"{'images/s, ' + ('training' if train else 'inference'):32}" + "".join(f"{s:>9} px" for s in sizes))
-    for name in names:
-        extra = {"img_size": sizes[0]} if name.startswith("swin") else {}
-        row = []
-        for side in sizes:
-            model = timm.create_model(name, **(extra | ({"img_size": side} if extra else {}))).train(train)
-            x, times = torch.randn(batch, 3, side, side), []
-            for _ in range(repeats + 1):
-                started = time.perf_counter()
+    what = f"{'training' if train else 'inference'}, batch {batch}, {torch.get_num_threads()} thread(s)"
+    print(f"| images per CPU second ({what}) | " + " | ".join(f"{s} px" for s in sizes) + " |\n|---"
+          + "|---" * len(sizes) + "|")
+    best: dict[str, list[float]] = {name: [] for name in names}
+    for side in sizes:
+        extra = {name: {"img_size": side} if name.startswith("swin") else {} for name in names}
+        models = {name: timm.create_model(name, **extra[name]).train(train) for name in names}
+        x, times = torch.randn(batch, 3, side, side), {name: [] for name in names}
+        for _ in range(repeats + 1):
+            for name, model in models.items():
+                started = time.process_time()
                 with torch.set_grad_enabled(train):
                     y = model(x)
                 if train:
                     y.sum().backward()
-                times.append(time.perf_counter() - started)
-            row.append(batch / statistics.median(times[1:]))
-        print(f"{name:32}" + "".join(f"{v:>12.2f}" for v in row), flush=True)
+                    model.zero_grad()
+                times[name].append(time.process_time() - started)
+        for name in names:
+            best[name].append(batch / min(times[name][1:]))
+    for name in names:
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in best[name]) + " |", flush=True)
 
 
 def main() -> None:
