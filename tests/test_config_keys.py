@@ -94,3 +94,25 @@ def test_every_key_of_the_entries_says_type_and_meaning(name, known):
 def test_every_file_begins_by_saying_what_it_is(file):
     lines = [line for line in Path(file).read_text().splitlines() if "@package" not in line]
     assert lines[0].startswith("# ") and len(lines[0]) > 8
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["model.d_modell=8"], ["from 'model.d_modell=8' on the command line", "nearest: d_model"]),
+    (["optim.lr=fast"], ["optim.lr is 'fast' (str) (from 'optim.lr=fast'", "expected float"]),
+    (["trainer=fsdp", "optim=muon"], ["trainer.strategy=fsdp with optim.name=muon", "use trainer=ddp"]),
+    (["trainer=fsdp", "callbacks.ema.decay=0.9"], ["trainer.strategy=fsdp with callbacks.ema"]),
+    (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], ["16-mixed on a CPU"]),
+    (["callbacks.profile.step=3"], ["callbacks.profile.step", "nearest: steps"]),
+])
+def test_what_cannot_work_is_refused_by_key_and_origin(arguments, words, monkeypatch, capsys, tmp_path):
+    import sys
+
+    from ssmzoo.cli import train
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "model=mamba", *arguments, f"runs_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        train.train()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    for word in words:
+        assert word in error

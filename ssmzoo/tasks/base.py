@@ -149,9 +149,14 @@ class Task(L.LightningModule):
         """Do the loggers take a row at this step?"""
         return self.trainer._logger_connector.should_update_logs
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx: int):
-        """What is on the CPU already is not walked through."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+    def _on_before_batch_transfer(self, batch, dataloader_idx: int = 0):
+        """Lightning's way to three hooks that no task or data of ours has; asking who has them takes longer than a
+        small model's optimiser."""
+        return batch
+
+    def _apply_batch_transfer_handler(self, batch, device=None, dataloader_idx: int = 0):
+        on_cpu = device is not None and device.type == "cpu"  # what is there already is not walked through
+        return batch if on_cpu else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip by the norm that is known already; by value as Lightning does."""

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.official import nearest
 from ssmzoo.train import sweep
-from ssmzoo.zoo import config_names, model_class
+from ssmzoo.zoo import config_dir, config_names, model_class
 
 
 class ConfigError(ValueError):
@@ -118,6 +118,7 @@ def check(cfg: DictConfig) -> None:
     for key in cfg.callbacks:
         if key not in known:
             raise ConfigError(f"unknown key callbacks.{key}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+    check_combinations(cfg)
     if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
         raise ConfigError(
             f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)"
@@ -135,6 +136,47 @@ def _check_logger(logger) -> None:
             )
 
 
+def origin(node: str, key: str) -> str:
+    """Where a key came from: what was typed, or the file that has it; empty when that cannot be told."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return ""
+    cfg = HydraConfig.get()
+    for override in cfg.overrides.task:
+        if override.lstrip("+").split("=")[0] == f"{node}.{key}":
+            return f" (from {override.lstrip('+')!r} on the command line)"
+    group = node.split(".")[0]
+    for other in ("experiment", "debug", "model", "task", group):  # the later ones in the defaults list win
+        name = cfg.runtime.choices.get(other)
+        file = config_dir() / other / f"{name}.yaml"
+        if name and file.exists() and re.search(rf"\b{re.escape(key)}\s*:", file.read_text(encoding="utf-8")):
+            return f" (from configs/{other}/{name}.yaml)"
+    return ""
+
+
+def check_combinations(cfg: DictConfig) -> None:
+    """Settings that are right one by one and cannot work together."""
+    trainer, callbacks = cfg.trainer, cfg.callbacks
+    sharded = trainer.get("strategy") == "fsdp"
+    refused = [
+        (sharded and cfg.optim.get("name") == "muon", "trainer.strategy=fsdp with optim.name=muon",
+         "Muon needs whole matrices: use trainer=ddp or optim=adamw"),
+        (sharded and callbacks.get("ema"), "trainer.strategy=fsdp with callbacks.ema", "use trainer=ddp or no average"),
+        (sharded and trainer.get("precision") in ("16-mixed", 16, "16"), "trainer.strategy=fsdp with 16-mixed",
+         "use bf16-mixed or 32-true"),
+        (trainer.get("accelerator") == "cpu" and trainer.get("precision") in ("16-mixed", 16, "16"),
+         "trainer.precision=16-mixed on a CPU", "use bf16-mixed or 32-true"),
+        (cfg.get("compile") and sharded, "compile=true with trainer.strategy=fsdp", "leave one of them out"),
+        (cfg.get("resume") and cfg.get("config"), "resume= with config=", "one continues a run, the other repeats it"),
+        ((callbacks.get("guards") or {}).get("halve_batch") and (trainer.get("devices") not in (1, "auto", None)),
+         "callbacks.guards.halve_batch=true on several devices", "lower data.batch_size instead"),
+    ]
+    for wrong, what, why in refused:
+        if wrong:
+            raise ConfigError(f"{what} cannot work: {why}")
+
+
 def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
     parameters = inspect.signature(called).parameters
     allowed = [p for p in parameters if p not in injected and p not in ("self", "kwargs", "args")]
@@ -145,14 +187,15 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
             continue
         if key not in allowed and not free:
             raise ConfigError(
-                f"unknown key {node}.{key}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
+                f"unknown key {node}.{key}{origin(node, key)}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
                 f"{', '.join(allowed)}"
             )
         raw = OmegaConf.to_container(value, resolve=False)[key]
         if f"{node}.{key}" == "trainer.precision" and raw == "auto":  # ours, resolved when the trainer is made
             continue
         if key in hints and not (isinstance(raw, str) and "${" in raw) and not _fits(raw, hints[key]):
-            raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}); expected {_name(hints[key])}")
+            came = origin(node, key)
+            raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}){came}; expected {_name(hints[key])}")
 
 
 def _hints(called: Callable) -> dict[str, Any]:
@@ -205,8 +248,6 @@ def explain_hydra_error(error: Exception) -> str:
         return f"unknown {group or 'config'} {name!r}{nearest(name, names)}{choices}"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
-        from ssmzoo.zoo import config_dir
-
         known = list(OmegaConf.load(config_dir() / "train.yaml")) + list(FREE_ROOTS)
         return f"unknown key {key.group(1)!r}{nearest(key.group(1), known)}; top-level keys: {', '.join(sorted(known))}"
     return " ".join(text.split("\n")[0].split())
