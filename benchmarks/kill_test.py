@@ -195,6 +195,8 @@ def _one_run(name, options, run, whole, seconds, rng, log, tally: Tally) -> Tall
         tally = tally._replace(kills=tally.kills + 1, in_write=tally.in_write + in_write, rows=tally.rows + rows,
                                mismatches=tally.mismatches + wrong, checkpoints=tally.checkpoints + count,
                                unreadable=tally.unreadable + bad)
+        print(f"  {run.name}: kill {tally.kills} after {rows} rows{', in a write' * in_write}: {wrong} mismatches, "
+              f"{count} checkpoints, {bad} unreadable", flush=True)
         if (run / "config.yaml").exists():
             command, tally = [f"resume={run}"], tally._replace(resumes=tally.resumes + 1)
     rows, wrong = compare(run, whole)
