@@ -38,8 +38,9 @@ class FewShotIncremental(Task):
     unit, monitor, mode = "images", "top1", "max"
 
     def __init__(self, model, optim=None, lr: float = 0.25, steps: int | list[int] = 200, batch_size: int = 64,
-                 copy: int = 1, base_copy: int | list[int] = 1, weight_supp: float = 100.0, weight_supp_novel: float = 1e-5,
-                 weight_sep: float = 0.0, weight_sep_new: float = 0.001, mix_prob: float = 0.75, old_lr: float = 0.0,
+                 copy: int = 1, base_copy: int | list[int] = 1, weight_supp: float = 100.0,
+                 weight_supp_novel: float = 1e-5, weight_sep: float = 0.0, weight_sep_new: float = 0.001,
+                 mix_prob: float = 0.75, old_lr: float = 0.0,
                  with_len_base: bool = False, with_len: bool = True, detach_residual: bool = True):
         super().__init__(model, optim)
         if not hasattr(model, "neck"):
@@ -47,8 +48,8 @@ class FewShotIncremental(Task):
                              f"{type(model).__name__}")
         steps, base_copy = ([v] if isinstance(v, int) else list(v) for v in (steps, base_copy))
         if lr <= 0 or min(steps, default=0) < 1 or min(base_copy, default=-1) < 0 or not 0 <= mix_prob <= 1:
-            raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} at "
-                             f"least 0, task.mix_prob = {mix_prob} in [0, 1]")
+            raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} "
+                             f"not negative, task.mix_prob = {mix_prob} in [0, 1]")
         self.lr, self.steps, self.batch_size, self.copy, self.base_copy = lr, steps, batch_size, copy, base_copy
         self.weights = dict(weight_supp=weight_supp, weight_supp_novel=weight_supp_novel, weight_sep=weight_sep,
                             weight_sep_new=weight_sep_new)
