@@ -187,7 +187,8 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
             continue
         if key not in allowed and not free:
             raise ConfigError(
-                f"unknown key {node}.{key}{origin(node, key)}{nearest(key, allowed)}; {getattr(called, '__name__', node)} takes "
+                f"unknown key {node}.{key}{origin(node, key)}{nearest(key, allowed)}; "
+                f"{getattr(called, '__name__', node)} takes "
                 f"{', '.join(allowed)}"
             )
         raw = OmegaConf.to_container(value, resolve=False)[key]
