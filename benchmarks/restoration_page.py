@@ -76,7 +76,8 @@ def _claim(claim: dict) -> str:
         common = sorted(set(seeds) & set(arms.get("mambair", {})))
         gaps = [arms["mambair"][s]["psnr"] - seeds[s]["psnr"] for s in common] if arm != "mambair" else []
         gap = f"{statistics.mean(gaps):+.3f} ({', '.join(f'{g:+.3f}' for g in gaps)})" if gaps else ""
-        rows.append([arm, f"{statistics.mean(values):.3f}{spread}", ", ".join(f"{s}: {seeds[s]['psnr']:.3f}" for s in sorted(seeds)), gap,
+        each = ", ".join(f"{s}: {seeds[s]['psnr']:.3f}" for s in sorted(seeds))
+        rows.append([arm, f"{statistics.mean(values):.3f}{spread}", each, gap,
                      f"{statistics.mean(r['cpu_seconds'] for r in seeds.values()):.0f}"])
     missing = [f"{arm} {s}" for arm in ("mambair", "swinir", "no channel attention", "no local convolution")
                for s in (0, 1, 2) if s not in arms.get(arm, {})]
