@@ -4,7 +4,8 @@
 
 Text: a Mamba of 4 layers and width 64 on the default corpus, 240 steps of 16 x 128 bytes at learning rate 4e-3, with
 x_proj free, divergent, mixed or convergent. Images: `mamba_reorder` on digits, 330 steps, with and without reordering.
-Runs that DIR already holds are not repeated; --limit trains at most so many and stops. Writes token_dynamics.md, .png.
+Runs that DIR already holds are not repeated; --limit trains at most so many and stops, --limit 0 none: the page is then
+made of the seeds that all arms of a comparison have. Writes token_dynamics.md and token_dynamics.png.
 Claims of the paper (arXiv 2410.03292): convergent has the worst perplexity and divergent the best; reordering raises
 accuracy and speeds up convergence.
 """
@@ -53,12 +54,13 @@ def spread(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} +- {deviation:{form}}"
 
 
-def page(curves: dict[str, list[list[tuple[int, float]]]], seeds: list[int], command: str) -> str:
+def page(curves: dict[str, list[list[tuple[int, float]]]], seeds: dict[str, list[int]], command: str) -> str:
     text = [a for a in curves if METRIC[a] == "val/loss"]
     images = [a for a in curves if METRIC[a] == "val/top1"]
     lines = ["# Token dynamics: the two refinements, measured", "",
-             f"`{command}`, seeds {', '.join(map(str, seeds))}; mean +- standard deviation over them.", "",
-             "![Curves](token_dynamics.png)", "", "## Which scenario x_proj may take (text)", "",
+             f"`{command}`; mean +- standard deviation over the seeds "
+             f"{', '.join(map(str, seeds['val/loss']))} (text) and {', '.join(map(str, seeds['val/top1']))} (digits).",
+             "", "![Curves](token_dynamics.png)", "", "## Which scenario x_proj may take (text)", "",
              f"`python train.py {' '.join(TEXT)} [+model.ssm_cfg.scenario=...]`", "",
              "| x_proj | validation loss (nats per byte), end | half-way | seeds |", "|---|---|---|---|"]
     for arm in text:
@@ -110,13 +112,20 @@ def main() -> None:
     for arm, seed in missing[: args.limit]:
         train(arm, seed, args.runs)
         print(f"{arm}, seed {seed}: {curve(arm, seed, args.runs)[-1][1]:.4f}", flush=True)
-    if args.limit is not None and len(missing) > args.limit:
+    if args.limit and len(missing) > args.limit:
         print(f"{len(missing) - args.limit} runs are missing")
         return
-    curves = {arm: [curve(arm, seed, args.runs) for seed in args.seeds] for arm in ARMS}
+    left = [] if args.limit is None else missing[args.limit:]
+    curves, used = {}, {}
+    for metric in ("val/loss", "val/top1"):
+        arms = [a for a in ARMS if METRIC[a] == metric]
+        used[metric] = [s for s in args.seeds if not any((a, s) in left for a in arms)]
+        curves |= {a: [curve(a, s, args.runs) for s in used[metric]] for a in arms}
+    if not all(used.values()):
+        raise SystemExit("no seed has all its runs yet")
     args.out.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/token_dynamics.py"
-    (args.out / "token_dynamics.md").write_text(page(curves, args.seeds, command), encoding="utf-8")
+    (args.out / "token_dynamics.md").write_text(page(curves, used, command), encoding="utf-8")
     figure(curves, args.out / "token_dynamics.png")
     print(args.out / "token_dynamics.md")
 
