@@ -205,7 +205,7 @@ def predict(cfg_task, batch, batch_size: int, *, precision: str = "32-true", ema
         with torch.device("meta"):
             task = cfg_task()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            task = task.to_empty(device="cpu")
+            _materialise(task)
             fake = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in data.items()}
             fixed, states, step = trace_step(task, fake, precision)
             how = "fake"
@@ -219,6 +219,19 @@ def predict(cfg_task, batch, batch_size: int, *, precision: str = "32-true", ema
         how = "small batches"
     trained = size_of(p for p in task.model.parameters() if p.requires_grad)
     return Memory(fixed, trained, states, fixed if ema else 0, step, _largest_unit(task.model), how)
+
+
+def _materialise(task) -> None:
+    """Tensors instead of meta tensors; what was one parameter in two places stays one."""
+    places: dict[int, list] = {}
+    for module in task.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    task.to_empty(device="cpu")
+    for (module, name), *others in places.values():
+        for other, its_name in others:
+            other._parameters[its_name] = module._parameters[name]
 
 
 def _largest_unit(model: nn.Module) -> int:
