@@ -177,7 +177,7 @@ def test_training_end_to_end_with_self_distillation(tmp_path):
     before = [p.clone() for p in subject.teacher.parameters()]
     trainer = L.Trainer(max_steps=2, limit_val_batches=2, logger=False, enable_checkpointing=False, accelerator="cpu",
                         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                        num_sanity_val_steps=0, val_check_interval=2)
+                        num_sanity_val_steps=0, val_check_interval=2, log_every_n_steps=1)
     data = ImageData(image_size=16, batch_size=8)
     trainer.fit(subject, datamodule=data)
     assert "train/mesa" in trainer.callback_metrics
