@@ -1,7 +1,7 @@
 """Predicted against measured peak memory of training on a CPU, a process per case.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py
-    MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 python benchmarks/memory.py    # every tensor in a mapping of its own
+    MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 python benchmarks/memory.py    # a mapping per tensor
 
 Prediction: `ssmzoo info MODEL --memory --batch B`. Measurement: the largest resident set (VmHWM) over five updates
 minus what is resident before the model is built, after a small model was trained once, so that libraries that load late

@@ -130,7 +130,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     models = [m for m in args.models if "=" not in m]
     overrides += [m for m in args.models if "=" in m]
-    print(f"{'model':<14}{'bare ms':>9}{'trainer ms':>12}{'overhead':>10}   CPU time per step, {torch.get_num_threads()} thread(s)")
+    threads = torch.get_num_threads()
+    print(f"{'model':<14}{'bare ms':>9}{'trainer ms':>12}{'overhead':>10}   CPU time per step, {threads} thread(s)")
     for model in models:
         block = args.block or {"sd_ssm": 100, "rnn": 200, "lstm": 100}.get(model, 5)
         with torch.random.fork_rng():
