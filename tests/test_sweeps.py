@@ -99,7 +99,7 @@ def test_a_sweep_over_cores_survives_a_failing_run(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the sweep extra is not installed")
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY,
-         "model.state_size=4,-1", "name=j"], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+         "model.state_size=4,-1", "name=j"], capture_output=True, text=True, cwd=tmp_path, timeout=1200,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 1 and "sweep: 2 runs, 1 finished, 1 failed" in result.stdout, result.stderr
 
@@ -161,14 +161,14 @@ def test_slurm_puts_a_signalled_job_back_into_the_queue(tmp_path):
     environment = os.environ | slurm | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                                         "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-    metrics, deadline = tmp_path / "runs/lstm/q/metrics.csv", time.monotonic() + 120
+    metrics, deadline = tmp_path / "runs/lstm/q/metrics.csv", time.monotonic() + 1200
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(10)  # SIGUSR1
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=1200)[0]
     assert process.returncode == 75 and "SLURM job 4711 is back in the queue" in out
     assert (tmp_path / "called").read_text() == "requeue 4711\n"
     last = json.loads((tmp_path / "runs/lstm/q/checkpoints/index.json").read_text())["last"]
     again = subprocess.run([*command, f"trainer.max_steps={int(last[5:13]) + 2}"], cwd=tmp_path, env=environment,
-                           capture_output=True, text=True, timeout=120)  # as the queue would start it once more
+                           capture_output=True, text=True, timeout=1200)  # as the queue would start it once more
     assert again.returncode == 0 and f"steps                      {int(last[5:13]) + 2}" in again.stdout, again.stdout
