@@ -12,8 +12,8 @@ from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights
 
 HERE = Path(__file__).parent
 RECIPES = {
-    "image": ["model=vim", "model.embed_dim=32", "model.depth=3", "trainer.max_steps=330",
-              "trainer.val_check_interval=110"],
+    "image": ["model=vim", "model.patch_size=4", "model.embed_dim=32", "model.depth=3", "optim.lr=2e-3",
+              "trainer.max_steps=330", "trainer.val_check_interval=110"],
     "language": ["model=mamba", "model.d_model=64", "model.n_layer=3", "data.seq_len=128", "trainer.max_steps=500",
                  "trainer.val_check_interval=250"],
     "sd_ssm_D4": ["model=sd_ssm", "data.language=D4", "trainer.max_steps=1500", "trainer.val_check_interval=250"],
