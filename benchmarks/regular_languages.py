@@ -98,8 +98,8 @@ def page(runs: Path) -> str:
              "one thread of a CPU, times are CPU times, from start to end with all tests.", "",
              "## SD-SSM", "",
              "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
-             "length; no training string among them where the space allows), best and mean of the seeds; the longest "
-             "training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, "
+             "length, 256,000 in all; no training string among them where the space allows), best and mean of the seeds; "
+             "the longest training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, "
              "position of the first wrong answer, one entry per seed.", "",
              "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
              "length under 100 % | long strings: first wrong | steps | training and test |", "|---" * 9 + "|"]
@@ -134,7 +134,9 @@ def speed(runs: Path, tries: int = 5) -> None:
     from ssmzoo.data.formal import FormalData
     from ssmzoo.models.sd_ssm import SDSSMModel
     from ssmzoo.tasks.formal import FormalLanguage
+    from ssmzoo.train.freed_memory import keep_freed_memory
 
+    keep_freed_memory()  # as train.py does
     torch.set_num_threads(1)
     data = FormalData("cycle", supervise="last", curriculum="uniform")
     task = FormalLanguage(SDSSMModel(3, 5, 64, 8), num_classes=5)
