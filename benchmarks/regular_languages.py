@@ -98,9 +98,9 @@ def page(runs: Path) -> str:
              "one thread of a CPU, times are CPU times, from start to end with all tests.", "",
              "## SD-SSM", "",
              "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
-             "length, 256,000 in all; no training string among them where the space allows), best and mean of the seeds; "
-             "the longest training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read with carried state, "
-             "position of the first wrong answer, one entry per seed.", "",
+             "length, 256,000 in all; no training string among them where the space allows), best and mean of the "
+             "seeds; the longest training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read "
+             "with carried state, position of the first wrong answer, one entry per seed.", "",
              "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
              "length under 100 % | long strings: first wrong | steps | training and test |", "|---" * 9 + "|"]
     for cell in CELLS:
