@@ -19,9 +19,9 @@ RECIPES = {
     "sd_ssm_D4": ["model=sd_ssm", "data.language=D4", "trainer.max_steps=1500", "trainer.val_check_interval=250"],
     "mamba_D4": ["model=mamba", "task=formal", "data=formal", "optim=formal", "optim.lr=3e-3", "data.language=D4",
                  "model.d_model=32", "model.n_layer=2", "trainer.max_steps=3000", "trainer.val_check_interval=500"],
-    "restoration": ["model=mambair", "trainer.max_steps=150", "trainer.val_check_interval=150", "data.val_crop=null"],
+    "restoration": ["model=mambair", "trainer.max_steps=150", "trainer.val_check_interval=150", "+data.val_crop=null"],
     "restoration_swinir": ["model=swinir", "trainer.max_steps=150", "trainer.val_check_interval=150",
-                           "data.val_crop=null", "seed=1"],
+                           "+data.val_crop=null", "seed=1"],
 }
 
 

@@ -116,7 +116,7 @@ def alive() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        found = [t.untyped_storage() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     return sum({s.data_ptr(): s.nbytes() for s in found}.values())
 
 
