@@ -129,9 +129,10 @@ def strike(pid: int, store: Path, seconds: float, rng: random.Random) -> tuple[b
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
+    """What metrics.csv holds, without the times, which differ from run to run."""
     from ssmzoo.train.logger import read_metrics
 
-    return read_metrics(run / "metrics.csv")
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run / "metrics.csv")]
 
 
 def compare(run: Path, whole: list[dict[str, float]]) -> tuple[int, int]:
