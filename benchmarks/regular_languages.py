@@ -27,7 +27,7 @@ CELLS = ("parity", "even_pairs", "cycle", "modular_arithmetic", "c2xc4", "d4", "
 MODELS = {  # model: (name in the table, overrides, seeds, fresh strings for every length)
     "sd_ssm": ("SD-SSM", [], (0, 1, 2), True),
     "lstm": ("LSTM", [], (0,), True),
-    "complex_diagonal_ssm": ("complex diagonal", [], (0,), True),
+    "complex_diagonal_ssm": ("complex diagonal", ["data.test_samples=128"], (0,), False),
     "mamba": ("Mamba, 2 layers",
               ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"], (0,), False),
 }
