@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,19 @@ def wandb_logger(run_dir: Path, project: str, name: str, mode: str | None = None
         mode=mode,
         log_model=False,
     )
+
+
+@contextlib.contextmanager
+def ending_wandb() -> Iterator[None]:
+    """End wandb's run with the block: the next run of a sweep in this process would go on in it."""
+    status = 1
+    try:
+        yield
+        status = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            wandb.finish(exit_code=status)
 
 
 def _has_wandb_key() -> bool:

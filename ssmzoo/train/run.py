@@ -38,7 +38,7 @@ from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
 from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from
-from ssmzoo.train.logger import CSVFile, start_after, tensorboard_logger, wandb_logger
+from ssmzoo.train.logger import CSVFile, ending_wandb, start_after, tensorboard_logger, wandb_logger
 from ssmzoo.train.progress import NoProfiler, Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.train.watchdog import Watchdog
@@ -61,7 +61,7 @@ def train(cfg: DictConfig) -> float:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         os.environ[ledger.RUN_DIR] = str(run_dir)  # processes that Lightning starts from here belong to the same run
         print(f"{model_name} in {run_dir}\n{optim.roles_table(task.model)}", flush=True)
-    with interruptible(run_dir):
+    with interruptible(run_dir), ending_wandb():
         trainer, checkpointer, signals = _trainer(plain, run_dir, task, data, model_name)
         checkpoint = _continue(run_dir, trainer.loggers) if resuming else None
         ledger.write_status(run_dir, "running")
