@@ -70,7 +70,7 @@ class Checkpointer(L.Callback):
         """Lightning logs a step after this point: its metrics go along, or a killed run would miss one row."""
         checkpoint["step_metrics"] = {
             k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
-        }
+        } | {"epoch": float(trainer.current_epoch)}
 
     def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
         step, metrics = checkpoint["global_step"] - 1, checkpoint.get("step_metrics")
