@@ -147,6 +147,16 @@ def backend_table() -> list[BackendRow]:
     return rows
 
 
+def no_double_backward(operator: str, backend: str = "torch") -> Callable:
+    """The autograd function of a backward kernel: it refuses and names the `backend` that has second derivatives."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{operator} has no double backward on its fast backends; compute second derivatives within "
+                           f"`with ssmzoo.ops.backend('{backend}'):`")
+
+    return refuse
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the backward of a function of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

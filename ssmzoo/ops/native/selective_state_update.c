@@ -17,20 +17,6 @@ INLINE void load_channels(float *to, const tensor *t, const char *from, int64_t 
     else load_tile(to, VL, from, t->dtype, stride, 0, lanes, 1);
 }
 
-INLINE vf load_some(const float *p, int64_t count) {
-    if (count >= VL) return v_load(p);
-    float lane[VL] = {0};
-    memcpy(lane, p, sizeof(float) * (size_t)count);
-    return v_load(lane);
-}
-
-INLINE void store_some(float *p, vf x, int64_t count) {
-    float lane[VL];
-    if (count >= VL) { v_store(p, x); return; }
-    v_store(lane, x);
-    memcpy(p, lane, sizeof(float) * (size_t)count);
-}
-
 static void channels(const update_args *a, int64_t b, int64_t o, int64_t i, int lanes) {
     float x[VL], dt[VL], z[VL], skip[VL], bias[VL], y[VL], rate[VL], input[VL];
     load_channels(x, &a->x, at(&a->x, b, o, i), a->x.stride[2], lanes);
@@ -55,10 +41,10 @@ static void channels(const update_args *a, int64_t b, int64_t o, int64_t i, int 
         if (once) decay = v_exp2(v_set(rate[k] * A[0]));
         for (int64_t j = 0; j < a->n; j += VL) {
             int64_t count = a->n - j;
-            if (!once) decay = v_exp2(rate[k] * load_some(A + j, count));
-            vf next = decay * load_some(h + j, count) + in * load_some(B + j, count);
-            store_some(h + j, next, count);
-            sums[k] += next * load_some(C + j, count);
+            if (!once) decay = v_exp2(rate[k] * v_load_some(A + j, count));
+            vf next = decay * v_load_some(h + j, count) + in * v_load_some(B + j, count);
+            v_store_some(h + j, next, count);
+            sums[k] += next * v_load_some(C + j, count);
         }
     }
     v_transpose(sums);

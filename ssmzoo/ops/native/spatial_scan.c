@@ -25,20 +25,6 @@ typedef struct {
 
 static int64_t all_tiles(const spatial_args *a) { return (a->e + VL - 1) / VL; }
 
-INLINE vf load_lanes(const float *from, int64_t lanes) {
-    if (lanes >= VL) return v_load(from);
-    float row[VL] = {0};
-    memcpy(row, from, sizeof(float) * (size_t)lanes);
-    return v_load(row);
-}
-
-INLINE void store_lanes(float *to, vf x, int64_t lanes) {
-    float row[VL];
-    if (lanes >= VL) { v_store(to, x); return; }
-    v_store(row, x);
-    memcpy(to, row, sizeof(float) * (size_t)lanes);
-}
-
 // One column of a matrix with `width` entries per channel, VL channels from `channel` on.
 static void load_column(float *to, const float *matrix, int64_t width, int64_t column, int64_t channel, int64_t lanes) {
     for (int64_t i = 0; i < VL; i++) to[i] = i < lanes ? matrix[(channel + i) * width + column] : 0.0f;
@@ -88,7 +74,7 @@ static void scan_row(const spatial_task *t, int64_t tile, int64_t row, const flo
         }
         if (i < r) raw += v_load(weights + (3 + i) * VL) * steps[i];
         const vf delta = v_softplus(raw + more);
-        x = v_exp2(delta * rate) * x + delta * load_lanes(u, lanes) * steps[r];
+        x = v_exp2(delta * rate) * x + delta * v_load_some(u, lanes) * steps[r];
         v_store(inner + j * VL, x);
     }
     v_store(t->state + tile * VL, x);
@@ -123,7 +109,7 @@ static void read_out_row(const spatial_task *t, int64_t tile, int64_t row, const
             even += weight[k] * v_load(at[k] + j * VL);
             odd += weight[k + 1] * v_load(at[k + 1] + j * VL);
         }
-        store_lanes(y + j * a->e, (even + odd) * C[j * (r + 2)] + skip * load_lanes(u + j * a->e, lanes), lanes);
+        v_store_some(y + j * a->e, (even + odd) * C[j * (r + 2)] + skip * v_load_some(u + j * a->e, lanes), lanes);
     }
 }
 

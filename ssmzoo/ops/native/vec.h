@@ -27,6 +27,18 @@ typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 INLINE vf v_set(float x) { return x - (vf){0}; }
 INLINE vf v_load(const float *p) { return *(const vfu *)p; }
 INLINE void v_store(float *p, vf x) { *(vfu *)p = x; }
+INLINE vf v_load_some(const float *p, int64_t count) {  // the first `count` lanes, zeros behind them
+    if (count >= VL) return v_load(p);
+    float lane[VL] = {0};
+    memcpy(lane, p, sizeof(float) * (size_t)count);
+    return v_load(lane);
+}
+INLINE void v_store_some(float *p, vf x, int64_t count) {
+    float lane[VL];
+    if (count >= VL) { v_store(p, x); return; }
+    v_store(lane, x);
+    memcpy(p, lane, sizeof(float) * (size_t)count);
+}
 INLINE vf v_select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 // The bound when x lies beyond it, otherwise x; NaN stays NaN.
 INLINE vf v_at_least(vf x, float low) {
