@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -125,15 +126,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     return JsonTokenizer(tokenizer.to_str(), f"bpe-{tokenizer.get_vocab_size()}")
 
 
-class StreamDecoder:
+class StreamDecoder(ABC):
     """Text from tokens that arrive one at a time: characters come out as soon as they are whole."""
 
+    @abstractmethod
     def push(self, ids: Iterable[int]) -> str:
-        raise NotImplementedError
+        """Take tokens and return the text that is whole by now."""
 
+    @abstractmethod
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
-        raise NotImplementedError
 
 
 class _ByteDecoder(StreamDecoder):

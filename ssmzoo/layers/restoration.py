@@ -68,6 +68,7 @@ class RestorationNet(nn.Module):
     """
 
     size_multiple = 1  # height and width may be anything
+    window_size = 1  # images are continued by their mirror image to multiples of it, results cut to their size
 
     def __init__(self, upscale: int, in_chans: int, embed_dim: int, img_range: float, upsampler: str,
                  resi_connection: str, bicubic_skip: bool = False):
@@ -134,17 +135,20 @@ class RestorationNet(nn.Module):
                              f"width)")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (b c y x) to the deep features (b d y x) in front of the head."""
+        """Images (b c y x) to the deep features (b d y x) in front of the head, y and x in multiples of window_size."""
+        x = mirror_pad(x, self.window_size)
         shallow = self.conv_first((x - self.mean) * self.img_range)
         return self.conv_after_body(self.features(shallow)) + shallow
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
+        height, width = x.shape[2:]
+        x = mirror_pad(x, self.window_size)
         x0 = (x - self.mean) * self.img_range
         y = self.reconstruct(self.forward_features(x), x0)
         if self.bicubic_skip and self.upsampler:
             y = y + imresize(x0, float(self.upscale))
-        return y / self.img_range + self.mean
+        return (y / self.img_range + self.mean)[:, :, : height * self.upscale, : width * self.upscale]
 
 
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:

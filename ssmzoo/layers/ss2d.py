@@ -56,18 +56,6 @@ def directional_scan(xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tenso
     return scan_steps(xs, *project_steps(xs, x_proj, A_log.shape[-1]), dt_proj, dt_bias, A_log, D, z)
 
 
-def cross_scan_in_parts(x: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-                        scans: str = "cross") -> Tensor:
-    """`cross_selective_scan` by the operators that it joins, so that whoever wants to see them (ssmzoo.probes) can."""
-    xs = cross_scan(x, scans)  # (b k e l)
-    dt, B, C = project_steps(xs, x_proj, A.shape[1])
-    delta = torch.matmul(dt_proj, dt)  # (b k e l)
-    ys = selective_scan_fn(xs.flatten(1, 2), delta.flatten(1, 2), A, B, C, D, delta_bias=dt_bias.flatten(),
-                           delta_softplus=True)
-    y = cross_merge(ys.unflatten(1, (4, -1)).unflatten(-1, x.shape[2:]), scans)  # (b e l)
-    return y.transpose(1, 2).unflatten(1, x.shape[2:])
-
-
 def init_directional_(module: nn.Module, rule: str = "mamba") -> None:
     """Initial values of x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs and Ds of a module.
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, mirror_pad, residual_conv
+from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.layers.window_attention import WindowAttention, relative_position_index, shifted_window_attention
 from ssmzoo.ops import selective_scan_fn
@@ -259,15 +259,6 @@ class MambaIRv2(RestorationNet):
         for group in self.layers:
             x = self.run_group(group, x, size)
         return self.norm(x).mT.unflatten(-1, size).contiguous()
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward_features(mirror_pad(x, self.window_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        height, width = x.shape[2:]
-        y = super().forward(mirror_pad(x, self.window_size))
-        return y[:, :, : height * self.upscale, : width * self.upscale]
 
 
 def official_mambair_v2(state: dict[str, Tensor], *, img_size: int = 64, patch_size: int = 1, ape: bool = False,

@@ -32,7 +32,7 @@ from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.patch_embed import check_image, map_norm
 from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.models.vmamba import init_linear, official_stages
-from ssmzoo.ops import linear_act, selective_scan_fn, spatial_scan, state_fusion
+from ssmzoo.ops import linear_act, spatial_scan, state_fusion
 
 
 class StateFusion(nn.Module):
@@ -94,17 +94,6 @@ class StructureAwareSSM(nn.Module):
         """Kernels and weights of the fusion; None when states are left as they are."""
         fusion = self.state_fusion
         return (fusion.kernels(), fusion.alpha) if isinstance(fusion, StateFusion) else (None, None)
-
-
-def spatial_scan_in_parts(u: Tensor, steps: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, kernels,
-                          alpha) -> Tensor:
-    """`spatial_scan` by the operators that it joins, so that whoever wants to see them (ssmzoo.probes) can."""
-    dt, B, C = steps.split([dt_proj.shape[1], 1, 1], dim=-1)  # (b y x r), (b y x 1) twice
-    delta, x, B = (t.flatten(1, 2).transpose(1, 2) for t in (F.linear(dt, dt_proj), u, B))
-    states = selective_scan_fn(x, delta, A, B, torch.ones_like(A), delta_bias=dt_bias, delta_softplus=True)  # (b e l)
-    h = states.unflatten(2, u.shape[1:3])
-    h = h if kernels is None else state_fusion(h, kernels, alpha)
-    return h.permute(0, 2, 3, 1) * C + D * u
 
 
 class SpatialMambaBlock(nn.Module):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, mirror_pad, residual_conv
+from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.window_attention import WindowAttention, shifted_window_attention
 
 
@@ -80,12 +80,3 @@ class SwinIR(RestorationNet):
         for group in self.layers:
             x = self.run_group(group, x)
         return self.norm(x).permute(0, 3, 1, 2)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return super().forward_features(mirror_pad(x, self.window_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        height, width = x.shape[2:]
-        y = super().forward(mirror_pad(x, self.window_size))
-        return y[:, :, : height * self.upscale, : width * self.upscale]

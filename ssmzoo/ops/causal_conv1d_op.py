@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.dispatch import no_double_backward
+
 
 class ConvKernel(NamedTuple):
     """How one backend convolves.
@@ -58,10 +60,6 @@ def _gradients(ctx, dout):
     return dx, dw, None if saved[2] is None else db, None, None if saved[4] is None else di, None, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d has no double backward on its fast backends; compute second derivatives within "
-                       "`with ssmzoo.ops.backend('torch'):`")
-
-
 torch.library.register_autograd("ssmzoo::causal_conv1d_with", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::causal_conv1d_with_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::causal_conv1d_with_backward", no_double_backward("causal_conv1d"),
+                                lib=_LIBRARY)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.dispatch import no_double_backward
+
 
 class DenseKernel(NamedTuple):
     """How one backend computes the scan; signatures as in ssmzoo.ops.dense_scan_torch. All tensors are contiguous and
@@ -107,13 +109,9 @@ def _gradients(name: str, transitions: int, others: int):
     return backward
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("dense_scan has no double backward on its fast backends; compute second derivatives within "
-                       "`with ssmzoo.ops.backend('reference'):`")
-
-
 for _name, _transitions, _others in (("symbols", 1, 3), ("mixture", 2, 4)):
     torch.library.register_autograd(f"ssmzoo::dense_scan_{_name}",
                                     _gradients(f"dense_scan_{_name}_backward", _transitions, _others),
                                     setup_context=_setup(_transitions), lib=_LIBRARY)
-    torch.library.register_autograd(f"ssmzoo::dense_scan_{_name}_backward", _refuse_double_backward, lib=_LIBRARY)
+    torch.library.register_autograd(f"ssmzoo::dense_scan_{_name}_backward",
+                                    no_double_backward("dense_scan", "reference"), lib=_LIBRARY)

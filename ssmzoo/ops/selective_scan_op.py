@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype
-from ssmzoo.ops.dispatch import needs_grad, unobserved
+from ssmzoo.ops.dispatch import needs_grad, no_double_backward, unobserved
 
 
 class ScanKernel(NamedTuple):
@@ -151,10 +151,6 @@ class _EagerScan(torch.autograd.Function):
         return _gradients(ctx, dout, dlast_state)[:12]
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("selective_scan has no double backward on its fast backends; compute second derivatives within "
-                       "`with ssmzoo.ops.backend('reference'):`")
-
-
 torch.library.register_autograd("ssmzoo::selective_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::selective_scan_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::selective_scan_backward", no_double_backward("selective_scan", "reference"),
+                                lib=_LIBRARY)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype
-from ssmzoo.ops.dispatch import needs_grad
+from ssmzoo.ops.dispatch import needs_grad, no_double_backward
 
 
 class SSDKernel(NamedTuple):
@@ -75,10 +75,6 @@ def _gradients(ctx, dy, dlast, _):
     return (*(None if t is None else g for g, t in zip(grads, tensors)), None, None, None)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("the scan of Mamba-2 has no double backward on its fast backends; compute second derivatives "
-                       "within `with ssmzoo.ops.backend('reference'):`")
-
-
 torch.library.register_autograd("ssmzoo::ssd", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::ssd_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::ssd_backward", no_double_backward("the scan of Mamba-2", "reference"),
+                                lib=_LIBRARY)

@@ -14,21 +14,26 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from ssmzoo import ops
-from ssmzoo.layers.ss2d import cross_scan_in_parts
-from ssmzoo.models.spatial_mamba import spatial_scan_in_parts
+
+JOINED = ("cross_selective_scan", "spatial_scan")
+
+
+def in_parts(joined: Callable, *args, **kwargs):
+    """A joined operator by the operators that it joins, which are called in its own module."""
+    return joined.backends["torch"].function(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def operators(model: nn.Module, **replacements: Callable) -> Iterator[None]:
     """Within the block, `name=function` serves the operator `name`: function(operator, *args, **kwargs).
 
-    Reached are the modules of ssmzoo's layers and models and those in which the classes of `model` are written. There,
-    `cross_selective_scan` and `spatial_scan` are taken apart into the operators that they join, so that those can be
-    replaced too.
+    Reached are the modules of ssmzoo's layers and models and those in which the classes of `model` are written. The
+    operators that join others (JOINED) run on their torch backend, which calls those one after another, so that they
+    can be replaced too.
     """
-    replacements = {"cross_selective_scan": lambda whole, *args: cross_scan_in_parts(*args),
-                    "spatial_scan": lambda whole, *args: spatial_scan_in_parts(*args)} | replacements
+    replacements = dict.fromkeys(JOINED, in_parts) | replacements
     homes = {c.__module__ for m in model.modules() for c in type(m).__mro__}
+    homes |= {f"ssmzoo.ops.{name}" for name in JOINED}
     homes |= {name for name in sys.modules if name.startswith(("ssmzoo.layers.", "ssmzoo.models."))}
     homes = [sys.modules[name] for name in homes if name in sys.modules and not name.startswith("torch.")]
     with contextlib.ExitStack() as stack:

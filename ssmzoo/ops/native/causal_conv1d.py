@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, last_inputs
+from ssmzoo.ops.dispatch import no_double_backward
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel, pack, why_not_float
 
 FORWARD, MISSING = kernel("ssmzoo_causal_conv1d_forward")
@@ -92,13 +93,8 @@ def _gradients(ctx, dout):
     return dx, dw, None if bias is None else db, None, None if initial_states is None else di, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("causal_conv1d has no double backward on the native backend; compute second derivatives within "
-                       "`with ssmzoo.ops.backend('torch'):`")
-
-
 torch.library.register_autograd("ssmzoo::causal_conv1d", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::causal_conv1d_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::causal_conv1d_backward", no_double_backward("causal_conv1d"), lib=_LIBRARY)
 
 
 def why_not(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,

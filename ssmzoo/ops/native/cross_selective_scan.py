@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmzoo.ops.cross_selective_scan import cross_selective_scan
+from ssmzoo.ops.dispatch import no_double_backward
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 
 FORWARD, MISSING = kernel("ssmzoo_cross_selective_scan_forward")
@@ -93,13 +94,9 @@ def _gradients(ctx, dy, _):
     return *torch.ops.ssmzoo.cross_selective_scan_backward(dy, *ctx.saved_tensors, *ctx.orders), None, None, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("cross_selective_scan has no double backward on its compiled backend; compute second "
-                       "derivatives within `with ssmzoo.ops.backend('torch'):`")
-
-
 torch.library.register_autograd("ssmzoo::cross_selective_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::cross_selective_scan_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::cross_selective_scan_backward", no_double_backward("cross_selective_scan"),
+                                lib=_LIBRARY)
 
 
 def _why_not(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):

@@ -41,6 +41,8 @@ def mamba_step_native(u, conv_state, ssm_state, conv_weight, conv_bias, x_proj, 
     conv, ssm = torch.empty_like(conv_state), torch.empty_like(ssm_state)
     tensors = (u, conv_state, ssm_state, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, in_proj, in_bias,
                out_proj, out_bias, out, conv, ssm)
+    # without the large matrices there is little to share
+    threads = torch.get_num_threads() if in_proj is not None else 1
     STEP((ctypes.c_int64 * 24)(*[0 if t is None else t.data_ptr() for t in tensors], b, d, e, n, dt_proj.shape[1],
-                               conv_weight.shape[1], torch.get_num_threads() if in_proj is not None else 1))
+                               conv_weight.shape[1], threads))
     return out, conv, ssm

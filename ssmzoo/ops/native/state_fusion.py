@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.dispatch import no_double_backward
 from ssmzoo.ops.native import kernel, why_not_float
 from ssmzoo.ops.state_fusion import state_fusion, taps
 
@@ -60,13 +61,8 @@ def _gradients(ctx, dy):
     return torch.ops.ssmzoo.state_fusion_backward(dy, *ctx.saved_tensors)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("state_fusion has no double backward on its compiled backend; compute second derivatives within "
-                       "`with ssmzoo.ops.backend('torch'):`")
-
-
 torch.library.register_autograd("ssmzoo::state_fusion", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::state_fusion_backward", _refuse_double_backward, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::state_fusion_backward", no_double_backward("state_fusion"), lib=_LIBRARY)
 
 
 def _why_not(x, kernels, alpha):

@@ -7,6 +7,7 @@ Source: BasicSR as used by MambaIR@33d7b34 (`basicsr/metrics/psnr_ssim.py`, `bas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,16 @@ def gaussian_blur_valid(x: Tensor) -> Tensor:
     return F.conv2d(x, taps.view(1, 1, 1, 11))[:, 0]
 
 
+def _similarity(a: Tensor, b: Tensor, blur: Callable[[Tensor], Tensor]) -> Tensor:
+    """The map of structural similarity of two images of levels 0 to 255, with local moments taken by `blur`."""
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = blur(a), blur(b)
+    var_a = blur(a * a) - mean_a**2
+    var_b = blur(b * b) - mean_b**2
+    cov = blur(a * b) - mean_a * mean_b
+    return ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+
+
 def ssim(image: Tensor, other: Tensor, crop: int = 0, y_channel: bool = False) -> float:
     """Structural similarity, 11 x 11 Gaussian window, valid region, mean over the map and then over channels.
 
@@ -82,12 +93,7 @@ def ssim(image: Tensor, other: Tensor, crop: int = 0, y_channel: bool = False) -
     a, b = prepare(image, other, crop, y_channel)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs at least 11 x 11 pixels after cropping, got {a.shape[-2]} x {a.shape[-1]}")
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = gaussian_blur_valid(a), gaussian_blur_valid(b)
-    var_a = gaussian_blur_valid(a * a) - mean_a**2
-    var_b = gaussian_blur_valid(b * b) - mean_b**2
-    cov = gaussian_blur_valid(a * b) - mean_a * mean_b
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    similarity = _similarity(a, b, gaussian_blur_valid)
     return similarity.mean(dim=(1, 2)).mean().item()
 
 
@@ -108,10 +114,4 @@ def ssim_volume(image: Tensor, other: Tensor, crop: int = 0, y_channel: bool = F
     Arguments as for `psnr`; levels need not be whole numbers.
     """
     a, b = prepare(image, other, crop, y_channel)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = gaussian_blur_volume(a), gaussian_blur_volume(b)
-    var_a = gaussian_blur_volume(a * a) - mean_a**2
-    var_b = gaussian_blur_volume(b * b) - mean_b**2
-    cov = gaussian_blur_volume(a * b) - mean_a * mean_b
-    similarity = ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return similarity.mean().item()
+    return _similarity(a, b, gaussian_blur_volume).mean().item()
