@@ -168,11 +168,10 @@ def speed(runs: Path, tries: int = 5) -> None:
     data.training(0)
     ours, loop = seconds(lambda b: task.step(b, training=True).loss, 32), seconds(step_by_step, 4)
     batches = min(_generation(data, i) for i in range(tries))
-    line = (f"One training step (batch 128, uniform lengths to 40, state 64, K = 8, one thread): {1000 * ours:.1f} "
-            f"ms, of "
-            f"which {1000 * batches:.2f} ms make the batch; the same step in the published style, transitions formed "
-            f"per "
-            f"position and string: {1000 * loop:.0f} ms, {loop / ours:.0f} times as long. (CPU time, best of {tries}.)")
+    line = (f"One training step (batch 128, uniform lengths to 40, state 64, K = 8, one thread): {1000 * ours:.1f} ms. "
+            f"Making a batch takes {1e6 * batches:.0f} microseconds, 1/{ours / batches:.0f} of it. The same step in the "
+            f"published style, transitions formed per position and string: {1000 * loop:.0f} ms, {loop / ours:.0f} "
+            f"times as long. (CPU time, best of {tries}.)")
     runs.mkdir(parents=True, exist_ok=True)
     (runs / "speed.txt").write_text(line + "\n")
     print(line)

@@ -136,8 +136,7 @@ class Automaton:
                 edges = (weights / weights.sum(1, keepdims=True)).cumsum(1).astype(np.float32)  # (b e)
                 ids = sum((uniform > edges[:, i]).astype(np.int64) for i in range(e - 1)) if e > 1 else states * 0
             for t in range(length):
-                s = flat.take(s * e + ids[t])
-                states[t] = s
+                s = np.take(flat, s * e + ids[t], out=states[t], mode="clip")  # mode: without a check of every index
             return ids.T, states.T
         ids = np.empty((length, batch), dtype=np.int64)
         patterns, pattern = np.unique(self.delta >= 0, axis=0, return_inverse=True)  # what can come, by state

@@ -32,9 +32,11 @@ class Strings(NamedTuple):
 def prefix_hashes(ids: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every prefix (b l): a polynomial of the symbols, whose high bits are spread by one product."""
     columns = np.ascontiguousarray(ids.T).astype(np.uint64)  # (l b)
+    columns += np.uint64(1)
     total = np.full(columns.shape[1], 0x632BE59BD9B4E019, dtype=np.uint64)
     for t in range(len(columns)):
-        total = total * np.uint64(0xD1342543DE82EF95) + (columns[t] + np.uint64(1))
+        total *= np.uint64(0xD1342543DE82EF95)
+        total += columns[t]
         columns[t] = total
     columns *= np.uint64(0x9E3779B97F4A7C15)
     return columns.T
@@ -49,10 +51,10 @@ class HeldOut:
         self.first = int(large[0]) if len(large) and share > 0 else max_length + 1
         self.threshold = np.uint64(int(share * float(2**64 - 1)))
 
-    def is_test(self, hashes: np.ndarray) -> np.ndarray:
-        """(b l) prefix hashes -> bool: the prefix must not be trained on."""
+    def is_test(self, hashes: np.ndarray, start: int = 0) -> np.ndarray:
+        """(b l) hashes of the prefixes that end at positions `start` and later -> bool: must not be trained on."""
         result = hashes < self.threshold
-        result[:, : self.first - 1] = False
+        result[:, : max(0, self.first - 1 - start)] = False
         return result
 
     def may_test(self, hashes: np.ndarray) -> np.ndarray:
@@ -80,7 +82,7 @@ class TrainingStrings:
         self.min_length, self.max_length = min_length, max_length
         self.curriculum, self.curriculum_steps = curriculum, curriculum_steps
         self.supervise, self.query, self.skewed, self.seed = supervise, query, skewed, seed
-        self._block: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._block: tuple[int, np.ndarray, np.ndarray, np.ndarray | None, list[int]] | None = None
 
     def length(self, index: int, uniform: float) -> int:
         low, high = self.min_length, self.max_length
@@ -94,31 +96,28 @@ class TrainingStrings:
         block, place = divmod(index, BLOCK)
         if self._block is None or self._block[0] != block:
             self._block = (block, *self._draw(block))
-        _, ids, labels, uniform = self._block
-        rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
-        length = self.length(index, uniform[place])
-        ids, labels = ids[rows, :length], labels[rows, :length]  # (b l)
-        if self.supervise == "last":
-            labels = np.concatenate([np.full_like(labels[:, 1:], IGNORE), labels[:, -1:]], axis=1)
+        _, ids, states, hashes, lengths = self._block
+        rows, length = slice(place * self.batch_size, (place + 1) * self.batch_size), lengths[place]
+        first = length - 1 if self.supervise == "last" else self.min_length - 1  # position of the first answer
+        labels = np.full((self.batch_size, length), IGNORE)
+        labels[:, first:] = answers(self.automaton, states[rows, first:length])
+        if hashes is not None:
+            labels[:, first:][self.held_out.is_test(hashes[rows, first:length], first)] = IGNORE
+        ids = ids[rows, :length].copy(order="F").copy(order="C")  # (b l); at once it would miss the cache at every step
         if self.query:
             ids, labels = append_query(ids, labels, self.automaton.num_symbols)
-        return {"input_ids": torch.from_numpy(ids).contiguous(), "labels": torch.from_numpy(labels).contiguous()}
+        return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
-    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids and labels (BLOCK * batch, max_length), and a uniform number per batch."""
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[int]]:
+        """ids, states and, where strings are held out, hashes (BLOCK * batch, max_length); a length per batch."""
         rng = np.random.default_rng([self.seed, block])
-        uniform = rng.random(BLOCK)
-        rows, e = BLOCK * self.batch_size, self.automaton.num_symbols
-        longest = max(self.length(block * BLOCK + i, u) for i, u in enumerate(uniform))
+        lengths = [self.length(block * BLOCK + i, u) for i, u in enumerate(rng.random(BLOCK))]
+        rows, e, longest = BLOCK * self.batch_size, self.automaton.num_symbols, max(lengths)
         weights = None
         if self.skewed:
             weights = np.where(rng.random((rows, 1)) < self.skewed, rng.exponential(size=(rows, e)), 1.0)
         ids, states = self.automaton.draw(rng, rows, longest, weights=weights)
-        labels = answers(self.automaton, states)
-        labels[:, : self.min_length - 1] = IGNORE
-        if self.held_out.first <= longest:
-            labels[self.held_out.is_test(prefix_hashes(ids))] = IGNORE
-        return ids, labels, uniform
+        return ids, states, prefix_hashes(ids) if self.held_out.first <= longest else None, lengths
 
 
 def answers(automaton: Automaton, states: np.ndarray) -> np.ndarray:
