@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ssmzoo.data.image_sources import stratified_split
-from ssmzoo.data.images import ImageData, seeded
+from ssmzoo.data.images import ImageData, generators_kept, reseed
 from ssmzoo.models.vmamba import VMamba
 from ssmzoo.tasks.classification import ImageClassification, confusions, smooth_targets, soft_cross_entropy
 
@@ -44,10 +44,37 @@ def test_augmentation_follows_from_seed_epoch_and_image():
     a, again = first_batches(0), first_batches(0)
     assert torch.equal(a[0], again[0]) and torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(a[0], first_batches(1)[0])
-    with seeded(3):
+    with generators_kept():
+        reseed(3)
         x = torch.rand(2)
-    with seeded(3):
+        reseed(3)
         assert torch.equal(torch.rand(2), x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_repeated_augmentation_resumes_and_keeps_the_length_of_an_epoch():
+    def loader(rank=0, world=1):
+        data = ImageData(image_size=16, batch_size=30, repeats=3, augment={"scale": [0.5, 1.0]})
+        made = data.train_dataloader()
+        made.rank, made.world_size = rank, world
+        return made
+
+    whole = loader()
+    batches = list(whole)
+    assert len(batches) == 1438 // 30
+    first = next(iter(loader()._batches(0)))
+    assert len({d.index for d in first}) == 10 and len({d.seed for d in first}) == 30
+    assert len({d.index for draws in loader()._batches(0) for d in draws}) == -(-1410 // 3)
+    image = batches[0]["image"]
+    assert torch.equal(batches[0]["label"][0::3], batches[0]["label"][2::3]) and not torch.equal(image[0], image[1])
+    again = loader()
+    again.load_state_dict({"epoch": 0, "position": 40})
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(again, batches[40:], strict=True))
+    parts = [next(iter(loader(rank, 3)._batches(0))) for rank in range(3)]  # each rank has one of the three
+    assert all(a.index == b.index and a.seed != b.seed for a, b in zip(parts[0], parts[2]))
+    assert next(iter(loader(0, 3)._batches(1))) not in parts
+    with pytest.raises(ValueError, match="repeats 0"):
+        ImageData(repeats=0).train_dataloader()
 
 
 def test_linear_baseline_is_that_of_the_digits():

@@ -127,6 +127,10 @@ def test_losses_of_known_cases():
     f, labels = torch.tensor([[2.0, 0, 0], [0, 3.0, 0]]), torch.tensor([0, 1])
     assert dot_regression(f, labels, W) == 0
     assert dot_regression(f, 1 - labels, W) == 5  # orthogonal: 10 / 2 * 1
+    half = dot_regression(f, torch.tensor([[0.5, 0.5, 0], [0, 1.0, 0]]), W)  # mixed labels: the mean of their losses
+    assert half == pytest.approx((2.5 + 0) / 2)
+    counted = dot_regression(torch.eye(3), torch.tensor([0, 0, 1]), W, with_len=True)  # errors 0, 1, 1
+    assert counted == pytest.approx(5 * (1.5 / 2 + 1.5 / 1) / 3)
     z = torch.ones(4, 2, 3)
     found = suppression(z, torch.tensor([0, 0, 5, 5]), base=3, weight_base=100, weight_novel=10)
     assert found["loss_supp_base"].item() == pytest.approx(100 * 12**0.5 / 12)
@@ -182,6 +186,26 @@ def test_protocol(monkeypatch, tmp_path):
     assert len(report.rows["top-1 per session"].split()) == 3 and (tmp_path / "sessions.safetensors").exists()
     assert torch.equal(model.neck.mlp_proj[0].weight, first)  # old_lr = 0
     assert (tmp_path / "sessions.csv").read_text().count("\n") == 4
+
+
+def test_mixing_in_the_base_session():
+    model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=5, img_size=16, d_state=2)
+    batch = {"image": torch.randn(4, 1, 16, 16), "label": torch.tensor([0, 1, 2, 2])}
+
+    def loss(training=True, **options):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        task = FewShotIncremental(model, **options)
+        task._trainer = types.SimpleNamespace(datamodule=types.SimpleNamespace(base_classes=3))
+        copied = {k: v.clone() for k, v in batch.items()}
+        return task.step(copied, training).loss.item()
+
+    plain, mixed = loss(), loss(base_mixup=0.8, base_cutmix=1.0, base_mix_prob=1.0)
+    assert plain == loss(base_mixup=0.8, base_mix_prob=0.0) != mixed
+    assert loss(False, base_mixup=0.8, base_mix_prob=1.0) == loss(False)
+    assert loss(base_mixup=0.8, base_cutmix=1.0, base_mix_prob=1.0, base_plain_again=True) > mixed
+    with pytest.raises(ValueError, match="task.base_mix_prob = 2"):
+        loss(base_mix_prob=2)
 
 
 def test_rate_of_a_session():

@@ -66,6 +66,7 @@ class ImageData(LightningDataModule):
                   re_mode, re_count; and three_augment=true (grey, solarise or blur, DeiT III)
     crop_pct      share of the shorter side kept by the centre crop of validation
     batch_size    images per step and process (an even number for mixup)
+    repeats       how often an image is drawn in an epoch, each time augmented anew (the epoch stays as long)
 
     A batch is {"image" (b c y x), "label" (b)}. Raises ValueError for whatever cannot be read or does not fit.
     """
@@ -73,7 +74,7 @@ class ImageData(LightningDataModule):
     def __init__(self, dataset: str = "digits", path: str | None = None, val_path: str | None = None,
                  val_fraction: float = 0.2, split_seed: int = 0, broken: str = "refuse", image_size: int = 32,
                  in_chans: int | None = None, augment: dict | None = None, crop_pct: float = 1.0, batch_size: int = 64,
-                 seed: int = 0, num_workers: int = 0):
+                 seed: int = 0, num_workers: int = 0, repeats: int = 1):
         super().__init__()
         if broken not in ("refuse", "skip"):
             raise ValueError(f"data.broken = '{broken}'; choose refuse or skip")
@@ -90,7 +91,7 @@ class ImageData(LightningDataModule):
         self.val_fraction, self.split_seed, self.broken = val_fraction, split_seed, broken
         self.image_size, self.in_chans, self.crop_pct = image_size, in_chans, crop_pct
         self.augment = dict(augment or {})
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.batch_size, self.seed, self.num_workers, self.repeats = batch_size, seed, num_workers, repeats
         self._sides: tuple[sources.Images, sources.Images] | None = None
 
     # Lightning's hooks
@@ -199,7 +200,7 @@ class ImageData(LightningDataModule):
         mode = "L" if self.channels == 1 else "RGB"
         samples = ImageSamples(self._open()[which], self._transform(training=shuffle), mode)
         return ResumableLoader(samples, self.batch_size, shuffle=shuffle, drop_last=shuffle, seed=self.seed,
-                               num_workers=self.num_workers, rank=rank, world_size=world)
+                               num_workers=self.num_workers, rank=rank, world_size=world, repeats=self.repeats)
 
     def _transform(self, training: bool):
         from ssmzoo._torchvision import make_importable

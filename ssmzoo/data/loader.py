@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ssmzoo.data.shuffle import Permutation
 from ssmzoo.data.workers import quiet_worker, replacing
 
-_END = object()
-
 
 class Draw(NamedTuple):
     """What a dataset's `__getitem__` receives: the sample's index, its own seed for augmentation, the epoch."""
@@ -45,23 +43,28 @@ class ResumableLoader:
     shuffle     a fresh permutation per epoch, by (seed, epoch); False keeps the dataset's order
     drop_last   leave out an incomplete last batch
     collate_fn  list of samples -> batch; torch's default when None
+    repeats     each image of a shuffled epoch is drawn so often, side by side and with seeds of its own, from a share
+                1/repeats of the dataset: an epoch is as long as without (repeated augmentation, Hoffer et al. 2020)
 
     A shuffled loader goes on at every `iter()` where it stopped, to the end of the epoch, so that nothing is repeated
-    or left out when a loop leaves early and comes back; one that is not shuffled begins anew. With drop_last=False on
-    several ranks the last batches differ in size by at most one sample (a rank may get none and then ends one batch
-    earlier: use it for evaluation only).
+    or left out when a loop leaves early and comes back; its workers stay, and prepare the next epoch's first batches
+    while this one ends. One that is not shuffled begins anew. With drop_last=False on several ranks the last batches
+    differ in size by at most one sample (a rank may get none and then ends one batch earlier: use it for evaluation
+    only).
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False,
                  seed: int = 0, num_workers: int = 0, collate_fn: Callable[[list], Any] | None = None, rank: int = 0,
-                 world_size: int = 1, pin_memory: bool = False):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+                 world_size: int = 1, pin_memory: bool = False, repeats: int = 1):
+        if min(batch_size, repeats) < 1:
+            raise ValueError(f"batch_size is {batch_size} and repeats {repeats}; both must be at least 1")
         self.dataset, self.batch_size, self.shuffle, self.drop_last = dataset, batch_size, shuffle, drop_last
         self.seed, self.num_workers, self.collate_fn = seed, num_workers, collate_fn
+        self.repeats = repeats if shuffle else 1
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self.epoch, self.position, self._resumed = 0, 0, False
         self.waited = 0.0  # seconds that whoever iterates has waited for batches
+        self._iterator: Iterator[Any] | None = None  # over all epochs; Lightning sets this name to None after training
         if len(self) == 0:
             raise ValueError(f"{len(dataset)} samples do not fill one batch of {batch_size} on {world_size} rank(s); "
                              f"lower data.batch_size or give more data")
@@ -74,40 +77,47 @@ class ResumableLoader:
         rest = max(0, n % step - self.rank)
         return n // step + (1 if rest > 0 else 0)
 
-    def _batches(self, start: int) -> Iterator[list[Draw]]:
+    def _epoch(self, epoch: int, start: int) -> Iterator[list[Draw]]:
+        """What the batches of an epoch consist of, from number `start` on."""
         n, step = len(self.dataset), self.batch_size * self.world_size
-        epoch = self.epoch
         order = Permutation(n, draw_seed(self.seed, epoch, -1)) if self.shuffle else range(n)
         for batch in range(start, len(self)):
             mine = range(batch * step + self.rank, min(n, (batch + 1) * step), self.world_size)
             yield [Draw(i, draw_seed(self.seed, epoch, i), epoch) for i in (order[place] for place in mine)]
 
+    def _epochs(self) -> Iterator[list[Draw]]:
+        """From the next batch on: all epochs to come when shuffled, otherwise to the end of this one."""
+        yield from self._epoch(self.epoch, self.position)
+        epoch = self.epoch
+        while self.shuffle:
+            epoch += 1
+            yield from self._epoch(epoch, 0)
+
     def __iter__(self) -> Iterator[Any]:
         if not self.shuffle and not self._resumed:
             self.position = 0
         self._resumed = False
-        batches = replacing(self._loader)
-        while True:
+        batches = self._iterator or replacing(self._loader)
+        if self.shuffle:
+            self._iterator = batches
+        for _ in range(len(self) - self.position):
             asked = time.perf_counter()
-            batch = next(batches, _END)
+            batch = next(batches)
             self.waited += time.perf_counter() - asked
-            if batch is _END:
-                return
             self.position += 1
             if self.position == len(self):
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
 
     def _loader(self) -> DataLoader:
-        """From the next batch to the end of the epoch."""
-        return DataLoader(self.dataset, batch_sampler=self._batches(self.position), num_workers=self.num_workers,
+        return DataLoader(self.dataset, batch_sampler=self._epochs(), num_workers=self.num_workers,
                           collate_fn=self.collate_fn, pin_memory=self.pin_memory, worker_init_fn=quiet_worker,
                           generator=torch.Generator().manual_seed(self.seed))  # leaves the global random state alone
 
     def peek(self, count: int) -> list[Any]:
         """The next `count` batches of this epoch, which will be yielded all the same."""
         collate = self.collate_fn or default_collate
-        draws = islice(self._batches(self.position), count) if self.position else ()
+        draws = islice(self._epoch(self.epoch, self.position), count) if self.position else ()
         return [collate([self.dataset[draw] for draw in draw_list]) for draw_list in draws]
 
     def state_dict(self) -> dict[str, int]:
@@ -116,3 +126,4 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue with the batch after the last one yielded before `state_dict()` was taken."""
         self.epoch, self.position, self._resumed = state["epoch"], state["position"], True
+        self._iterator = None

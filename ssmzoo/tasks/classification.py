@@ -24,6 +24,15 @@ def smooth_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
+def mixing(mixup: float, cutmix: float, prob: float, switch_prob: float, smoothing: float, classes: int):
+    """timm's Mixup of whole batches: (images, labels) -> (images, targets (b classes)); None if both are off."""
+    if mixup <= 0 and cutmix <= 0:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=smoothing, num_classes=classes)
+
+
 class ImageClassification(Task):
     """Cross entropy on mixed, smoothed targets in training; plain accuracy in validation.
 
@@ -48,12 +57,7 @@ class ImageClassification(Task):
             raise ValueError(f"classification needs a model with at least two classes, {type(model).__name__} has "
                              f"{getattr(model, 'num_classes', 'no num_classes')}")
         self.classes, self.label_smoothing = model.num_classes, label_smoothing
-        self.mix = None
-        if mixup > 0 or cutmix > 0:
-            from timm.data import Mixup
-
-            self.mix = Mixup(mixup, cutmix, prob=mix_prob, switch_prob=switch_prob, label_smoothing=label_smoothing,
-                             num_classes=self.classes)
+        self.mix = mixing(mixup, cutmix, mix_prob, switch_prob, label_smoothing, self.classes)
         self.mesa, self.mesa_start, self.mesa_decay = mesa, mesa_start, mesa_decay
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval() if mesa > 0 else None
         self.confusion: Tensor | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.tasks.base import Report, StepOutput, Task
+from ssmzoo.tasks.classification import mixing
 from ssmzoo.tasks.objectives.fscil import dot_regression, incremental_losses
 
 
@@ -33,6 +34,8 @@ class FewShotIncremental(Task):
     old_lr               learning rate of the base branch relative to the new one's
     with_len_base, with_len   scale targets by class frequency, in the base session and afterwards
     detach_residual      no gradient into the base branch
+    base_mixup, base_cutmix   alpha of either in the base session (0: off);  base_mix_prob  how often a batch is mixed
+    base_plain_again     with mixing: add the loss of the unmixed labels once more, as the released code does
     """
 
     unit, monitor, mode = "images", "top1", "max"
@@ -41,20 +44,27 @@ class FewShotIncremental(Task):
                  copy: int = 1, base_copy: int | list[int] = 1, weight_supp: float = 100.0,
                  weight_supp_novel: float = 1e-5, weight_sep: float = 0.0, weight_sep_new: float = 0.001,
                  mix_prob: float = 0.75, old_lr: float = 0.0,
-                 with_len_base: bool = False, with_len: bool = True, detach_residual: bool = True):
+                 with_len_base: bool = False, with_len: bool = True, detach_residual: bool = True,
+                 base_mixup: float = 0.0, base_cutmix: float = 0.0, base_mix_prob: float = 0.8,
+                 base_plain_again: bool = False):
         super().__init__(model, optim)
         if not hasattr(model, "neck"):
             raise ValueError(f"task=fscil needs model=mamba_fscil (a neck and fixed class directions), not "
                              f"{type(model).__name__}")
         steps, base_copy = ([v] if isinstance(v, int) else list(v) for v in (steps, base_copy))
-        if lr <= 0 or min(steps, default=0) < 1 or min(base_copy, default=-1) < 0 or not 0 <= mix_prob <= 1:
+        if lr <= 0 or min(steps, default=0) < 1 or min(base_copy, default=-1) < 0:
             raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} "
-                             f"not negative, task.mix_prob = {mix_prob} in [0, 1]")
+                             f"not negative")
+        for name, value in (("mix_prob", mix_prob), ("base_mix_prob", base_mix_prob)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"task.{name} = {value}; it must lie between 0 and 1")
         self.lr, self.steps, self.batch_size, self.copy, self.base_copy = lr, steps, batch_size, copy, base_copy
         self.weights = dict(weight_supp=weight_supp, weight_supp_novel=weight_supp_novel, weight_sep=weight_sep,
                             weight_sep_new=weight_sep_new)
         self.mix_prob, self.old_lr, self.with_len_base, self.with_len = mix_prob, old_lr, with_len_base, with_len
         self.detach_residual = detach_residual
+        self.mix = mixing(base_mixup, base_cutmix, base_mix_prob, 0.5, 0.0, model.num_classes)
+        self.base_plain_again = base_plain_again
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -63,9 +73,14 @@ class FewShotIncremental(Task):
                              f"image_folder_fewshot, not {type(data).__name__}")
 
     def step(self, batch, training: bool) -> StepOutput:
-        labels, model = batch["label"], self.model
-        features = model.neck(model.feature_map(batch["image"])).features
-        loss = dot_regression(features, labels, model.head.etf_vec, with_len=self.with_len_base and training)
+        (images, labels), model = (batch["image"], batch["label"]), self.model
+        mixed = training and self.mix is not None and len(images) % 2 == 0
+        images, targets = self.mix(images, labels) if mixed else (images, labels)
+        features = model.neck(model.feature_map(images)).features
+        with_len = self.with_len_base and training
+        loss = dot_regression(features, targets, model.head.etf_vec, with_len=with_len)
+        if mixed and self.base_plain_again:
+            loss = loss + dot_regression(features, labels, model.head.etf_vec, with_len=with_len)
         hits = model.head(features, self.trainer.datamodule.base_classes).argmax(-1) == labels
         return StepOutput(loss, {"top1": hits.float().mean()}, len(labels))
 

@@ -10,31 +10,41 @@ from torch import nn
 
 from ssmzoo.official import nearest
 
-NO_DECAY_NAMES = (
-    "A_log",
-    "D",
-    "dt_bias",
-    "bias",
-    "init_states",
-    "Ds",
-    "A_logs",
-    "dt_projs_bias",
+POSITIONS = (
     "absolute_pos_embed",
     "pos_embed",
+    "pos_embed_cls",
     "cls_token",
+    "cls_token_head",
+    "cls_token_tail",
     "relative_position_bias_table",
 )
+NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "init_states", "Ds", "A_logs", "dt_projs_bias", *POSITIONS)
+DECAY_RULES = ("roles", "shape", "all")
 
 
-def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """{parameter name: "decay" or the reason why not}. Matrices and convolution kernels decay; A_log, D, biases (dt's
-    among them), norms, embeddings, positional tables and whatever `model.no_weight_decay()` lists do not."""
+def parameter_roles(model: nn.Module, rule: str = "roles") -> dict[str, str]:
+    """{parameter name: "decay" or the reason why not}.
+
+    roles   matrices and convolution kernels decay; A_log, D, biases (dt's among them), norms, embeddings, positional
+            tables and whatever `model.no_weight_decay()` lists do not
+    shape   whatever has two or more dimensions decays, A_log and the directions' dt biases among it, but for positional
+            tables and class tokens: what the released image codes do
+    all     everything decays (some published recipes)
+    """
+    if rule not in DECAY_RULES:
+        raise ValueError(f"optim.decay is {rule!r}; choose one of {', '.join(DECAY_RULES)}{nearest(rule, DECAY_RULES)}")
     listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     roles = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name
-            if isinstance(module, nn.Embedding):
+            if rule == "all":
+                roles[full] = "decay"
+            elif rule == "shape":
+                flat = "one dimension" if parameter.ndim < 2 else "decay"
+                roles[full] = name if name in POSITIONS else flat
+            elif isinstance(module, nn.Embedding):
                 roles[full] = "embedding"
             elif name in NO_DECAY_NAMES:
                 roles[full] = "bias" if name.endswith("bias") else name
@@ -56,14 +66,19 @@ def schedule(
     gamma: float = 0.5,
     decay_fraction: float = 0.2,
     hold_steps: int = 0,
+    warmup_lr_ratio: float | None = None,
+    warmup_prefix: bool = True,
+    stair_steps: int = 1,
+    cooldown_steps: int = 0,
 ) -> Callable[[int], float]:
-    """Factor on the peak learning rate at a step: linear warm-up from 1/warmup_steps, then
+    """Factor on the peak learning rate at a step: linear warm-up from `warmup_lr_ratio` (1/warmup_steps), then
 
     constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
     wsd       1, and over the last `decay_fraction` of the run linearly to min_lr_ratio;
     multistep times `gamma` at every step listed in milestones
 
-    cosine and linear begin after `hold_steps` more steps at the peak.
+    cosine and linear begin after `hold_steps` more steps at the peak, or at step 0, under the warm-up, without
+    `warmup_prefix`. The factor moves every `stair_steps` steps; in the last `cooldown_steps` it is min_lr_ratio / 10.
     """
     kinds = ("constant", "cosine", "linear", "wsd", "multistep")
     if kind not in kinds:
@@ -71,10 +86,15 @@ def schedule(
     total_steps = max(total_steps, warmup_steps + 1)
 
     def factor(step: int) -> float:
+        if cooldown_steps and step >= total_steps - cooldown_steps:
+            return min_lr_ratio / 10
+        step = step // stair_steps * stair_steps
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
+            if warmup_lr_ratio is None:
+                return (step + 1) / warmup_steps
+            return warmup_lr_ratio + (1 - warmup_lr_ratio) * step / warmup_steps
         held = hold_steps if kind in ("cosine", "linear") else 0
-        start = min(warmup_steps + held, total_steps - 1)
+        start = min(warmup_steps + held, total_steps - 1) if warmup_prefix else 0
         done = min(1.0, max(0, step - start) / (total_steps - start))
         if kind == "cosine":
             return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
@@ -131,8 +151,13 @@ def build(
     milestones=(),
     gamma: float = 0.5,
     hold_steps: int = 0,
+    warmup_lr_ratio: float | None = None,
+    warmup_prefix: bool = True,
+    stair_steps: int = 1,
+    cooldown_steps: int = 0,
     layer_decay: float = 1.0,
-    decay_all: bool = False,
+    lr_scale: dict[str, float] | None = None,
+    decay: str = "roles",
     adamw_lr: float | None = None,
 ) -> dict:
     """What a LightningModule's `configure_optimizers` returns.
@@ -140,18 +165,22 @@ def build(
     name         adamw | adam | sgd | muon (muon: matrices of the network by Muon with `lr`, everything else by AdamW
                  with `adamw_lr`, which defaults to lr)
     lr           peak learning rate;  warmup_steps, total_steps  in optimiser steps
-    hold_steps   steps at the peak between warm-up and a cosine or linear decay
-    decay_all    weight decay on every parameter, whatever its role (some published recipes)
+    hold_steps   steps at the peak between warm-up and a cosine or linear decay;  the other words of time: `schedule`
+    decay        roles | shape | all: which parameters decay, see `parameter_roles`
     layer_decay  < 1: the learning rate of block i of n is multiplied by layer_decay^(n - i), by the model's
                  `group_matcher`
+    lr_scale     {beginning of parameter names: factor on their learning rate}
 
     Raises ValueError for values out of range.
     """
-    not_negative = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "hold_steps": hold_steps}
+    not_negative = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "hold_steps": hold_steps,
+                    "warmup_lr_ratio": warmup_lr_ratio or 0, "cooldown_steps": cooldown_steps}
     for key, value in not_negative.items():
         if value < 0:
             raise ValueError(f"optim.{key} is {value}; it must not be negative")
-    groups = parameter_groups(model, weight_decay, lr, layer_decay, decay_all)
+    if stair_steps < 1:
+        raise ValueError(f"optim.stair_steps is {stair_steps}; it must be at least 1")
+    groups = parameter_groups(model, weight_decay, lr, layer_decay, decay, lr_scale)
     kinds = ("adamw", "adam", "sgd", "muon")
     if name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps)
@@ -176,24 +205,33 @@ def build(
         optimizer = MuonWithAdamW([m for m, _ in split if m["params"]], rest, lr, adamw_lr, tuple(betas), eps)
     else:
         raise ValueError(f"optim.name is {name!r}; choose one of {', '.join(kinds)}{nearest(str(name), kinds)}")
-    factor = schedule(schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma, hold_steps=hold_steps)
+    factor = schedule(
+        schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma, hold_steps=hold_steps,
+        warmup_lr_ratio=warmup_lr_ratio, warmup_prefix=warmup_prefix, stair_steps=stair_steps,
+        cooldown_steps=cooldown_steps,
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0, decay_all: bool = False
+    model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0, decay: str = "roles",
+    lr_scale: dict[str, float] | None = None,
 ) -> list[dict]:
-    """Optimiser groups by role (decay or not; `decay_all`: all do) and, with layer_decay < 1, by depth."""
-    roles = parameter_roles(model)
+    """Optimiser groups by role (decay or not), with layer_decay < 1 by depth, and by the prefixes of `lr_scale`."""
+    roles = parameter_roles(model, decay)
     depth = _depths(model) if layer_decay < 1 else {}
     deepest = max(depth.values(), default=0)
+    for prefix in lr_scale or {}:
+        if not any(name.startswith(prefix) for name in roles):
+            raise ValueError(f"optim.lr_scale: no parameter's name begins with {prefix!r}{nearest(prefix, roles)}")
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = decay_all or roles[name] == "decay"
+        decays = roles[name] == "decay"
         scale = layer_decay ** (deepest - depth.get(name, deepest))
+        scale *= math.prod(factor for prefix, factor in (lr_scale or {}).items() if name.startswith(prefix))
         group = groups.setdefault(
             (decays, scale), {"params": [], "lr": lr * scale, "weight_decay": weight_decay if decays else 0.0}
         )
@@ -210,11 +248,11 @@ def _depths(model: nn.Module) -> dict[str, int]:
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
 
 
-def roles_table(model: nn.Module) -> str:
+def roles_table(model: nn.Module, rule: str = "roles") -> str:
     """Parameters per role as aligned text: role, tensors, elements, an example."""
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     rows: dict[str, list[str]] = {}
-    for name, role in parameter_roles(model).items():
+    for name, role in parameter_roles(model, rule).items():
         rows.setdefault(role, []).append(name)
     lines = [f"{'role':<22}{'tensors':>8}{'elements':>14}  example"]
     for role, names in sorted(rows.items(), key=lambda kv: kv[0] != "decay"):

@@ -60,7 +60,8 @@ def train(cfg: DictConfig) -> float:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         os.environ[ledger.RUN_DIR] = str(run_dir)  # processes that Lightning starts from here belong to the same run
-        print(f"{model_name} in {run_dir}\n{optim.roles_table(task.model)}", flush=True)
+        roles = optim.roles_table(task.model, plain["optim"].get("decay", "roles"))
+        print(f"{model_name} in {run_dir}\n{roles}", flush=True)
     with interruptible(run_dir), ending_wandb():
         trainer, checkpointer, signals = _trainer(plain, run_dir, task, data, model_name)
         checkpoint = _continue(run_dir, trainer.loggers) if resuming else None

@@ -20,16 +20,15 @@ def dot_regression(f: Tensor, labels: Tensor, directions: Tensor, weight: float 
     """weight / 2 * mean_i (<f_i / |f_i|, t_i> - |t_i|)^2
 
     f (b e), labels (b), directions (e K) of unit columns; t_i is the column of label i, scaled by sqrt(gamma / n_c)
-    with `with_len`: n_c images of the class in the batch, gamma images per class on average.
+    with `with_len`: n_c images of the class in the batch, gamma images per class on average. Labels may be shares of
+    classes (b K), as mixed images have: the mean of their losses.
     """
-    targets = directions[:, labels].T
-    length = torch.ones_like(labels, dtype=f.dtype)
+    shares = labels if labels.ndim == 2 else F.one_hot(labels, directions.shape[1]).to(f.dtype)
+    error = (F.normalize(f, dim=-1) @ directions - 1).square()  # (b K)
     if with_len:
-        counts = torch.bincount(labels, minlength=directions.shape[1])
-        mean = len(labels) / (counts > 0).sum()
-        length = (mean / counts[labels]).sqrt().to(f.dtype)
-    cosine = (F.normalize(f, dim=-1) * targets).sum(-1)
-    return weight / 2 * (cosine * length - length).square().mean()
+        counts = shares.sum(0)
+        error = error * (len(labels) / (counts > 0).sum() / counts.clamp(min=1))
+    return weight / 2 * (shares * error).sum(-1).mean()
 
 
 def mean_norm(z: Tensor) -> Tensor:
