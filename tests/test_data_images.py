@@ -62,17 +62,17 @@ def test_repeated_augmentation_resumes_and_keeps_the_length_of_an_epoch():
     whole = loader()
     batches = list(whole)
     assert len(batches) == 1438 // 30
-    first = next(iter(loader()._batches(0)))
+    first = next(iter(loader()._epoch(0, 0)))
     assert len({d.index for d in first}) == 10 and len({d.seed for d in first}) == 30
-    assert len({d.index for draws in loader()._batches(0) for d in draws}) == -(-1410 // 3)
+    assert len({d.index for draws in loader()._epoch(0, 0) for d in draws}) == -(-1410 // 3)
     image = batches[0]["image"]
     assert torch.equal(batches[0]["label"][0::3], batches[0]["label"][2::3]) and not torch.equal(image[0], image[1])
     again = loader()
     again.load_state_dict({"epoch": 0, "position": 40})
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(again, batches[40:], strict=True))
-    parts = [next(iter(loader(rank, 3)._batches(0))) for rank in range(3)]  # each rank has one of the three
+    parts = [next(iter(loader(rank, 3)._epoch(0, 0))) for rank in range(3)]  # each rank has one of the three
     assert all(a.index == b.index and a.seed != b.seed for a, b in zip(parts[0], parts[2]))
-    assert next(iter(loader(0, 3)._batches(1))) not in parts
+    assert next(iter(loader(0, 3)._epoch(0, 1))) not in parts
     with pytest.raises(ValueError, match="repeats 0"):
         ImageData(repeats=0).train_dataloader()
 

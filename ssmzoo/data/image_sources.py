@@ -5,6 +5,7 @@ Every source is a pair (train, validation) of `Images`; which image belongs to w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,27 @@ class Images:
     def subset(self, indices: Sequence[int]) -> Images:
         indices = np.asarray(indices)
         files = None if self.files is None else [self.files[i] for i in indices]
-        return Images(self.name, lambda i: self.read(int(indices[i])), self.labels[indices], self.classes,
-                      self.fingerprint, files)
+        read = functools.partial(_read_chosen, self.read, indices)
+        return Images(self.name, read, self.labels[indices], self.classes, self.fingerprint, files)
+
+
+# Readers are functions of modules with bound arguments, for where data workers are sent their data set by pickle.
+def _read_chosen(read: Callable[[int], Any], indices: np.ndarray, i: int):
+    return read(int(indices[i]))
+
+
+def _read_array(levels: np.ndarray, i: int):
+    from PIL import Image
+
+    return Image.fromarray(levels[i])
+
+
+def _read_file(files: list[Path], i: int):
+    return open_image(files[i])
+
+
+def _read_column(data, column: int | str, i: int):
+    return data[i][column]
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,10 +85,8 @@ def digits(val_fraction: float, seed: int) -> tuple[Images, Images]:
 
 def from_arrays(name: str, levels: np.ndarray, labels: np.ndarray, classes: list[str]) -> Images:
     """levels (n y x) or (n y x 3) uint8, labels (n)"""
-    from PIL import Image
-
     fingerprint = hashlib.sha256(np.ascontiguousarray(levels).tobytes() + labels.astype(np.int64).tobytes()).hexdigest()
-    return Images(name, lambda i: Image.fromarray(levels[i]), labels.astype(np.int64), classes, fingerprint)
+    return Images(name, functools.partial(_read_array, levels), labels.astype(np.int64), classes, fingerprint)
 
 
 def folders(path: str, val_path: str | None, val_fraction: float, seed: int, broken: str) -> tuple[Images, Images]:
@@ -115,7 +133,7 @@ def read_classes(root: Path, broken: str, classes: list[str] | None = None) -> I
         print(f"warning: skipped: {message}", flush=True)
     names = [f.relative_to(root).as_posix() for f in files]
     sizes = "\n".join(f"{name} {f.stat().st_size}" for name, f in zip(names, files))
-    return Images(str(root), lambda i: open_image(files[i]), np.array(labels), classes,
+    return Images(str(root), functools.partial(_read_file, files), np.array(labels), classes,
                   hashlib.sha256(sizes.encode()).hexdigest(), names)
 
 
@@ -179,7 +197,7 @@ def _from_torchvision(data, name: str) -> Images:
     labels = np.array([data[i][1] for i in range(len(data))] if labels is None else labels).astype(np.int64)
     classes = [str(c) for c in getattr(data, "classes", range(int(labels.max()) + 1))]
     fingerprint = hashlib.sha256(name.encode() + labels.tobytes()).hexdigest()
-    return Images(name, lambda i: data[i][0], labels, classes, fingerprint)
+    return Images(name, functools.partial(_read_column, data, 0), labels, classes, fingerprint)
 
 
 def hub_images(name: str, cache: Path, val_fraction: float, seed: int) -> tuple[Images, Images]:
@@ -204,7 +222,7 @@ def hub_images(name: str, cache: Path, val_fraction: float, seed: int) -> tuple[
 
     def images(side) -> Images:
         labels = np.array(side[label], dtype=np.int64)
-        return Images(f"{name}", lambda i: side[i][image], labels, features[label].names,
+        return Images(f"{name}", functools.partial(_read_column, side, image), labels, features[label].names,
                       hashlib.sha256(side._fingerprint.encode()).hexdigest())
 
     train = images(found["train"])

@@ -22,13 +22,17 @@ GREY = ((0.5,), (0.5,))
 AUGMENT = {"scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "re_prob", "re_mode", "re_count"}
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators start from `seed` inside, and are as before afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def reseed(seed: int) -> None:
+    """Python's, NumPy's and torch's generators start from `seed`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed also queues calls for every accelerator
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Python's, NumPy's and torch's generators are afterwards as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
@@ -38,18 +42,42 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class ImageSamples(Dataset):
-    """`[Draw(index, seed)]` -> {"image" (c y x) float, "label"}; random choices follow from the seed."""
+    """`[Draw(index, seed)]` -> {"image" (c y x) float, "label"}; random choices follow from the seed.
+
+    transform   of torchvision's kind; where it ends by making a tensor and normalising it, that is done for a whole
+                batch at once: image by image it takes longer than cropping and scaling
+    """
 
     def __init__(self, images: sources.Images, transform, mode: str):
-        self.images, self.transform, self.mode = images, transform, mode
+        self.images, self.transform, self.normalise, self.mode = images, transform, None, mode
+        if type(transform.transforms[-1]).__name__ == "Normalize":
+            self.transform = type(transform)(transform.transforms[:-2])
+            self.normalise = transform.transforms[-1]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, draw: Draw) -> dict:
-        image = self.images.read(draw.index).convert(self.mode)
-        with seeded(draw.seed):
-            return {"image": self.transform(image), "label": int(self.images.labels[draw.index])}
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Draw]) -> list[dict]:
+        """torch's loader asks for a batch by this name."""
+        found = []
+        with generators_kept():
+            for draw in draws:
+                image = self.images.read(draw.index).convert(self.mode)
+                reseed(draw.seed)
+                found.append(self.transform(image))
+        if self.normalise is not None:
+            found = self.normalise(_to_tensors(found))
+        return [{"image": image, "label": int(self.images.labels[draw.index])} for image, draw in zip(found, draws)]
+
+
+def _to_tensors(pictures: list) -> Tensor:
+    """PIL images of one size, 8 bits per channel -> (b c y x) in [0, 1]"""
+    levels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (b y x) or (b y x c)
+    levels = levels.unsqueeze(1) if levels.ndim == 3 else levels.permute(0, 3, 1, 2)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div(255)
 
 
 class ImageData(LightningDataModule):
@@ -217,6 +245,7 @@ class ImageData(LightningDataModule):
         chosen = dict(self.augment)
         three = chosen.pop("three_augment", False)
         chosen = {"color_jitter": 0.0, "hflip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)} | chosen
+        chosen["color_jitter"] = chosen["color_jitter"] or None  # a jitter by 0 takes a third of the time
         return create_transform(shape, is_training=True, interpolation="bicubic", mean=mean, std=std,
                                 separate=False, **chosen) if not three else three_augment(shape, mean, std, chosen)
 

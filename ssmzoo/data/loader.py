@@ -83,12 +83,13 @@ class ResumableLoader:
         order = Permutation(n, draw_seed(self.seed, epoch, -1)) if self.shuffle else range(n)
         for batch in range(start, len(self)):
             mine = range(batch * step + self.rank, min(n, (batch + 1) * step), self.world_size)
-            yield [Draw(i, draw_seed(self.seed, epoch, i), epoch) for i in (order[place] for place in mine)]
+            drawn = ((order[place // self.repeats], place % self.repeats) for place in mine)
+            yield [Draw(i, draw_seed(self.seed, epoch, i + n * copy), epoch) for i, copy in drawn]
 
     def _epochs(self) -> Iterator[list[Draw]]:
         """From the next batch on: all epochs to come when shuffled, otherwise to the end of this one."""
-        yield from self._epoch(self.epoch, self.position)
-        epoch = self.epoch
+        epoch, start = self.epoch, self.position  # which have moved on when this is done
+        yield from self._epoch(epoch, start)
         while self.shuffle:
             epoch += 1
             yield from self._epoch(epoch, 0)

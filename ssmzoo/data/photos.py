@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def embedded_photo(name: str) -> np.ndarray:
 
 
 def embedded(names: tuple[str, ...]) -> list[Photo]:
-    return [Photo(name, lambda name=name: embedded_photo(name)) for name in names]
+    return [Photo(name, functools.partial(embedded_photo, name)) for name in names]
 
 
 def read_levels(path: Path) -> np.ndarray:
@@ -48,13 +49,14 @@ def folder_photos(folder: str, degraded: str | None = None) -> list[Photo]:
     """The pictures of a folder, each with the file of the same name under `degraded` (any suffix) if that is given."""
     clean = _by_name(folder)
     if degraded is None:
-        return [Photo(name, lambda f=f: read_levels(f)) for name, f in clean.items()]
+        return [Photo(name, functools.partial(read_levels, f)) for name, f in clean.items()]
     partners = _by_name(degraded)
     missing = [name for name in clean if name not in partners]
     if missing:
         raise ValueError(f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the same name in "
                          f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    return [Photo(n, lambda f=f: read_levels(f), lambda f=partners[n]: read_levels(f)) for n, f in clean.items()]
+    return [Photo(name, *(functools.partial(read_levels, file) for file in (f, partners[name])))
+            for name, f in clean.items()]
 
 
 def _by_name(folder: str) -> dict[str, Path]:
