@@ -54,13 +54,17 @@ class SelectiveScan(nn.Module):
         return y.mT
 
 
-def route(log_probs: Tensor, noisy: bool) -> Tensor:
-    """(b n t) to one-hot rows with the gradient of the softmax; `noisy` adds Gumbel noise (temperature 1)."""
+def route(log_probs: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+    """(b n t) to classes (b n) and the same as one-hot rows (b n t) with the gradient of the softmax.
+
+    noisy   adds Gumbel noise (temperature 1)
+    """
     if noisy:
         log_probs = log_probs - torch.empty_like(log_probs).exponential_().log()
     soft = log_probs.softmax(dim=-1)
-    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
-    return hard - soft.detach() + soft
+    classes = soft.argmax(dim=-1)
+    hard = torch.zeros_like(soft).scatter_(-1, classes[..., None], 1.0)
+    return classes, hard - soft.detach() + soft
 
 
 class ASSM(nn.Module):
@@ -81,19 +85,21 @@ class ASSM(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int], embeddingA: nn.Embedding) -> Tensor:
         pool = self.embeddingB.weight @ embeddingA.weight  # (t s)
-        classes = route(self.route(x), noisy=self.routing == "gumbel")  # (b n t)
-        order = classes.detach().argmax(dim=-1).argsort(dim=-1, stable=True)  # (b n)
+        classes, one_hot = route(self.route(x), noisy=self.routing == "gumbel")  # (b n), (b n t)
+        order = classes.argsort(dim=-1, stable=True)  # (b n)
         back = order.argsort(dim=-1)
         u = self.in_proj(x.mT.unflatten(-1, size))  # (b e y x)
         u = (u * torch.sigmoid(self.CPE(u))).flatten(2).mT  # (b n e)
-        y = self.selectiveScan(reorder(u, order), (classes @ pool).float())  # the prompt keeps raster order
+        y = self.selectiveScan(reorder(u, order), (one_hot @ pool).float())  # the prompt keeps raster order
         y = self.out_proj(self.out_norm(y).to(x.dtype))
         return reorder(y, back)
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:
     """Row t of the result is row order[t]; x (b n c), order (b n)."""
-    return x.gather(1, order[..., None].expand_as(x))
+    b, n, _ = x.shape
+    rows = order + n * torch.arange(b, device=order.device)[:, None]  # of (b*n c): whole rows move, which gather cannot
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view_as(x)
 
 
 class DepthwiseConv(nn.Module):
@@ -131,7 +137,7 @@ class SpatialGate(nn.Module):
 
     def forward(self, z: Tensor, size: tuple[int, int]) -> Tensor:
         z1, z2 = z.chunk(2, dim=-1)
-        return z1 * self.conv(self.norm(z2).mT.unflatten(-1, size).contiguous()).flatten(2).mT
+        return z1 * self.conv(self.norm(z2).mT.unflatten(-1, size)).flatten(2).mT
 
 
 class GatedMLP(nn.Module):
@@ -193,7 +199,7 @@ class ASSB(nn.Module):
         y = x
         for layer in self.residual_group["layers"]:
             y = layer(y, size)
-        return x + self.conv(y.mT.unflatten(-1, size).contiguous()).flatten(2).mT
+        return x + self.conv(y.mT.unflatten(-1, size)).flatten(2).mT
 
 
 class MambaIRv2(RestorationNet):
