@@ -1,4 +1,4 @@
-"""The smallest run of the shared loop: a linear model on vectors, with our callbacks, logger and checkpoints."""
+"""What several tests share: a small run of the shared loop (a linear model on vectors), a check of any model."""
 
 from __future__ import annotations
 
@@ -81,3 +81,15 @@ def make(run, *, task=None, width=4, first=(), guards=None, checkpoint=None, **t
         default_root_dir=str(run),
     )
     return built, task, checkpointer, signals
+
+
+def assert_checkpointing_changes_nothing(model, loss, **tolerance):
+    """The gradients of `loss()` are the same whether the model keeps its activations or computes them again."""
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)  # the same paths are dropped
+        loss().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, **tolerance)
