@@ -179,3 +179,5 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
     with pytest.raises(ImageError, match="No space left"):
         write_picture(target, Picture(np.zeros((2, 2, 3), np.uint8)))
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    with pytest.raises(ImageError, match="could not be written"):
+        write_picture(target / "y.png", Picture(np.zeros((2, 2, 3), np.uint8)))

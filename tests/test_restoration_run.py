@@ -136,6 +136,8 @@ def test_beside_the_input_and_tiles_that_change_little(monkeypatch, capsys, trai
 @pytest.mark.parametrize("more, words", [
     (["--scale", "4"], "built for x2"), (["--task", "denoise"], "trained for sr"), (["--overlap", "100"], "--overlap"),
     (["-o", "{here}/a.png"], "is the input itself"), (["--model", "mamba"], "does not restore"),
+    (["-o", "{here}/a.gif"], "neither a folder nor"), (["--tile", "0"], "--tile is 0"),
+    (["--device", "abacus"], "--device is abacus"),
 ])
 def test_what_the_user_gets_wrong_is_said_in_one_line(monkeypatch, capsys, trained, tmp_path, more, words):
     Image.fromarray(photo((8, 8))).save(tmp_path / "a.png")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 TASKS = ("sr", "denoise", "jpeg")
+OTHER_PICTURES = (".gif", ".heic", ".avif", ".jp2")  # as --out surely no folder
 TASK_OF = {"bicubic": "sr", "noise": "denoise", "jpeg": "jpeg", "paired": "denoise"}  # data.degradation -> --task
 
 
@@ -69,6 +70,9 @@ def plan(inputs: list[Path], out: Path | None) -> list[tuple[Path, Path | None]]
     from ssmzoo.data.image_file import SUFFIXES, find_pictures
 
     jobs: list[tuple[Path, Path | None]] = []
+    suffix = "" if out is None else out.suffix.lower()
+    if suffix in OTHER_PICTURES or (out is not None and out.is_file() and suffix not in SUFFIXES):
+        raise ValueError(f"--out {out} is neither a folder nor a file for a picture ({', '.join(SUFFIXES)})")
     for given in inputs:
         if given.is_dir():
             if out is None:
@@ -82,7 +86,7 @@ def plan(inputs: list[Path], out: Path | None) -> list[tuple[Path, Path | None]]
         elif out is None:
             jobs.append((given, None))
         else:
-            is_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
+            is_file = suffix in SUFFIXES and not out.is_dir()
             if is_file and len(inputs) > 1:
                 raise ValueError(f"--out {out} is one file and there are {len(inputs)} inputs; give a folder")
             jobs.append((given, out if is_file else out / given.name))
@@ -113,11 +117,16 @@ def load(args):
     task = TASK_OF[degradation] if degradation else ("sr" if model.upscale > 1 else args.task)
     if args.task and args.task != task:
         raise ValueError(f"--task is {args.task}, but the checkpoint was trained for {task}")
+    if args.tile < 1:
+        raise ValueError(f"--tile is {args.tile}; it must be at least 1 pixel")
     if not 0 <= args.overlap <= args.tile // 3:
         raise ValueError(f"--overlap is {args.overlap}; with --tile {args.tile} it can be 0 to {args.tile // 3}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)  # MambaIRv2 with routing=gumbel draws noise
-    return model.eval().to(device)
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        raise ValueError(f"--device is {device}: {str(error).splitlines()[0]}") from None
 
 
 def load_released(name: str, file: str):

@@ -57,6 +57,8 @@ def read_picture(path: str | Path) -> Picture:
             if image.format == "TIFF":
                 image.load()  # Pillow turns a TIFF upright itself while loading and drops the tag
             return _read_pillow(image)
+    except ImageError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError, LookupError
             ) as error:
         raise ImageError(f"{path} cannot be read as a picture (damaged or cut off?): {error}") from None
@@ -127,6 +129,7 @@ def _read_tiff(path: Path) -> Picture | None:
 
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
+        notes = [f"the first of {len(file.pages)} pages is taken"] if len(file.pages) > 1 else []
         if page.sampleformat == 3:
             raise ImageError(f"{path} holds floating-point samples; convert it to 8- or 16-bit levels first")
         if page.bitspersample not in (8, 16) or page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB"):
@@ -146,7 +149,7 @@ def _read_tiff(path: Path) -> Picture | None:
     if page.photometric.name == "MINISWHITE":
         array = np.iinfo(array.dtype).max - array
     exif = _orientation_exif(int(tags.get(ORIENTATION, 1)))
-    return _split(array, exif, bytes(tags.get(34675) or b""), [])
+    return _split(array, exif, bytes(tags.get(34675) or b""), notes)
 
 
 def _orientation_exif(value: int) -> bytes:
@@ -183,11 +186,12 @@ def write_picture(path: str | Path, picture: Picture) -> None:
         raise ImageError(f"{path}: {suffix} cannot hold 16 bits per channel; write .png or .tif")
     if picture.alpha is not None and suffix in (".jpg", ".jpeg", ".bmp"):
         raise ImageError(f"{path}: {suffix} cannot hold transparency; write .png, .tif or .webp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=suffix)
-    os.close(handle)
+    name = None
     try:
-        with open(name, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=suffix)
+        os.close(handle)
+        with open(name, "wb") as file:  # by its name, which tifffile asks for
             _encode(file, suffix, picture)
             file.flush()
             os.fsync(file.fileno())
@@ -199,7 +203,8 @@ def write_picture(path: str | Path, picture: Picture) -> None:
         raise ImageError(f"{path} could not be written ({error.strerror or error}); what was there before is untouched"
                          ) from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
 def _encode(file, suffix: str, picture: Picture) -> None:
