@@ -37,13 +37,35 @@ def test_spatial_scan(sizes):
                                    rtol=0.03, atol=0.1)
 
 
-def test_spatial_scan_leaves_gradients_to_its_parts():
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4),
+                                   (1, 1, 9, 40, 3)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_spatial_scan(sizes, threads):
+    """Of all ten arguments, beside the operators that are joined, in double precision."""
+    def gradients(dtype):
+        given = [t.detach().to(dtype).requires_grad_() for t in (*arguments[:6], *arguments[6], arguments[7])]
+        y = ops.spatial_scan(*given[:6], given[6:9], given[9])
+        return torch.autograd.grad((y * weight.to(dtype)).sum(), given)
+
+    torch.set_num_threads(threads)
+    arguments, weight = scan_arguments(*sizes), torch.randn(sizes[:4])
+    found = gradients(torch.float32)
+    with ops.backend("torch"):
+        expected = gradients(torch.float64)
+    torch.set_num_threads(1)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm().clamp(min=1e-3)
+
+
+def test_spatial_scan_traced_twice_derived_unfused_or_misused():
     arguments = scan_arguments(1, 3, 4, 6, 2)
     arguments[0].requires_grad_()
-    assert ops.chosen_backend(ops.spatial_scan, *arguments) == "torch"
-    grad, = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0])
-    expected, = torch.autograd.grad(ops.spatial_scan.reference(*arguments).square().sum(), arguments[0])
-    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    y = torch.compile(lambda u: ops.spatial_scan(u, *arguments[1:]), fullgraph=True, backend="aot_eager")(arguments[0])
+    torch.testing.assert_close(y, ops.spatial_scan.reference(*arguments), rtol=1e-4, atol=1e-4)
+    grad, = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0], create_graph=True)
+    if ops.chosen_backend(ops.spatial_scan, *arguments) == "native":
+        with pytest.raises(RuntimeError, match="spatial_scan has no double backward"):
+            grad.sum().backward()
     unfused = (*arguments[:6], None, None)
     torch.testing.assert_close(ops.spatial_scan(*unfused), ops.spatial_scan.reference(*unfused), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="steps has shape"):

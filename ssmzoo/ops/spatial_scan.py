@@ -53,8 +53,8 @@ def spatial_scan(u: Tensor, steps: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: 
     kernels, alpha  as in `state_fusion`; None: states are read out as they are
     returns  (b h w e)     in the widest of the inputs' dtypes; the recurrence runs in fp32 (fp64 if an input is)
 
-    The native backend, for inference, keeps the states of eleven rows in cache and writes nothing but y. Raises
-    ValueError naming the argument, its shape and the one expected.
+    The native backend keeps the states of eleven rows in cache and writes nothing but y; its backward scans anew.
+    Raises ValueError naming the argument, its shape and the one expected.
     """
     return _in_parts(selective_scan_fn.reference, state_fusion.reference, u, steps, dt_proj, dt_bias, A, D, kernels,
                      alpha)

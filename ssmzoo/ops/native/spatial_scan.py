@@ -1,16 +1,22 @@
-"""spatial_scan on our compiled CPU kernel (spatial_scan.c), for inference."""
+"""spatial_scan on our compiled CPU kernels (spatial_scan.c)."""
 
 from __future__ import annotations
 
 import torch
 
-from ssmzoo.ops.dispatch import needs_grad, unobserved
-from ssmzoo.ops.native import VECTOR_LENGTH, kernel, pack, why_not_float
+from ssmzoo.ops.dispatch import no_double_backward
+from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.state_fusion import taps
 
-KERNEL, MISSING = kernel("ssmzoo_spatial_scan")
+FORWARD, MISSING = kernel("ssmzoo_spatial_scan_forward")
+BACKWARD, _ = kernel("ssmzoo_spatial_scan_backward")
 CACHE = 1 << 19  # bytes of states that a task keeps at hand
+
+_LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
+_ARGS = "Tensor u, Tensor steps, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor taps"
+_LIBRARY.define(f"spatial_scan({_ARGS}) -> Tensor")
+_LIBRARY.define(f"spatial_scan_backward(Tensor dy, {_ARGS}) -> (" + ", ".join(["Tensor"] * 7) + ")")
 
 
 def _tiles(b: int, e: int, columns: int, threads: int) -> int:
@@ -19,24 +25,68 @@ def _tiles(b: int, e: int, columns: int, threads: int) -> int:
     return max(1, min(CACHE // row_bytes, -(-tiles * b // threads), tiles))
 
 
+def _forward(u, steps, dt_proj, dt_bias, A, D, taps):
+    """u (b h w e), steps (b h w r+2), A (e), taps (e 27), all contiguous float32 -> y (b h w e)"""
+    (b, h, w, e), r, threads = u.shape, dt_proj.shape[1], torch.get_num_threads()
+    y = torch.empty_like(u)
+    commit(y)
+    tensors = [u, steps, dt_proj, dt_bias, A, D, taps, y, *[None] * 8]
+    FORWARD(pack(tensors, b, e, h, w, r, _tiles(b, e, w, threads), threads))
+    return y
+
+
+def _backward(dy, u, steps, dt_proj, dt_bias, A, D, taps):
+    (b, h, w, e), r, threads = u.shape, dt_proj.shape[1], torch.get_num_threads()
+    tiles = -(-e // VECTOR_LENGTH)
+    per_task = max(1, min(tiles, -(-tiles * b // threads)))
+    du, draw, dread = torch.empty_like(u), torch.empty_like(u), u.new_empty(-(-tiles // per_task), b, h * w * 2)
+    dbias, dA, dD, dtaps = (u.new_empty(b, *t.shape) for t in (dt_bias, A, D, taps))
+    dy = dy.contiguous()
+    commit(du, draw)
+    tensors = [u, steps, dt_proj, dt_bias, A, D, taps, None, dy, du, draw, dread, dbias, dA, dD, dtaps]
+    BACKWARD(pack(tensors, b, e, h, w, r, per_task, threads))
+    draw = draw.flatten(0, 2)  # (b h w, e): gradients of dt_proj dt + dt_bias
+    dsteps = torch.cat([draw @ dt_proj, dread.sum(0).view(-1, 2)], dim=1).view_as(steps)
+    return du, dsteps, draw.T @ steps[..., :r].flatten(0, 2), dbias.sum(0), dA.sum(0), dD.sum(0), dtaps.sum(0)
+
+
+_LIBRARY.impl("spatial_scan", _forward, "CPU")
+_LIBRARY.impl("spatial_scan_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("ssmzoo::spatial_scan", lib=_LIBRARY)
+def _forward_fake(u, *rest):
+    return torch.empty_like(u)
+
+
+@torch.library.register_fake("ssmzoo::spatial_scan_backward", lib=_LIBRARY)
+def _backward_fake(dy, *tensors):
+    return tuple(torch.empty_like(t) for t in tensors)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dy):
+    return torch.ops.ssmzoo.spatial_scan_backward(dy, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("ssmzoo::spatial_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd("ssmzoo::spatial_scan_backward", no_double_backward("spatial_scan"), lib=_LIBRARY)
+
+
 def _why_not(u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
     if kernels is None:
         return "fuses states; without kernels the scan does it all"
-    tensors = (u, steps, dt_proj, dt_bias, A, D, *kernels, alpha)
-    if needs_grad(*tensors):
-        return "has no backward; the operators it joins have"
-    if not unobserved(*tensors):
-        return "is not traced; the operators it joins are"
     if min(u.shape) == 0:
         return "has nothing to do for an empty map"
-    return why_not_float(*tensors)
+    return why_not_float(u, steps, dt_proj, dt_bias, A, D, *kernels, alpha)
 
 
 @spatial_scan.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
 def spatial_scan_native(u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
-    (b, h, w, e), r, threads = u.shape, dt_proj.shape[1], torch.get_num_threads()
-    weights = taps(kernels, alpha, torch.float32).flatten(1).contiguous()  # (e 27)
-    tensors = [t.float().contiguous() for t in (u, steps, dt_proj, dt_bias, A.squeeze(1), D)] + [weights]
-    y = torch.empty(b, h, w, e)
-    KERNEL(pack([*tensors, y], b, e, h, w, r, _tiles(b, e, w, threads), threads))
+    weights = taps(kernels, alpha, torch.float32).flatten(1)  # (e 27)
+    tensors = [t.float().contiguous() for t in (u, steps, dt_proj, dt_bias, A.squeeze(1), D, weights)]
+    y = torch.ops.ssmzoo.spatial_scan(*tensors)
     return y.to(torch.promote_types(torch.promote_types(u.dtype, steps.dtype), D.dtype))
