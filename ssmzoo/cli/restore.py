@@ -144,7 +144,6 @@ def load_released(name: str, file: str):
 
 
 def restore_file(model, source: Path, target: Path, args) -> None:
-    import numpy as np
     import torch
 
     from ssmzoo.data.image_file import Picture, read_picture, write_picture
@@ -152,17 +151,16 @@ def restore_file(model, source: Path, target: Path, args) -> None:
 
     started = time.monotonic()
     picture = read_picture(source)
-    kind, wide = picture.levels.dtype, np.int32 if picture.top > 255 else np.uint8  # torch does little with uint16
-    levels = torch.from_numpy(picture.levels.astype(wide)).permute(2, 0, 1)
+    levels = torch.from_numpy(picture.levels).permute(2, 0, 1)
     out = restore_levels(model, levels, picture.top, tile=args.tile, overlap=args.overlap, ensemble=args.self_ensemble,
                          progress=Bar(source.name))
     alpha = picture.alpha
     if alpha is not None:
-        alpha = enlarge_alpha(torch.from_numpy(alpha.astype(wide)), picture.top, model.upscale).numpy().astype(kind)
-    restored = np.ascontiguousarray(out.permute(1, 2, 0).numpy().astype(kind))
+        alpha = enlarge_alpha(torch.from_numpy(alpha), picture.top, model.upscale).numpy()
+    restored = out.permute(1, 2, 0).numpy()
     write_picture(target, Picture(restored, alpha, picture.exif, picture.icc))
     notes = f" ({'; '.join(picture.notes)})" if picture.notes else ""
-    print(f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * kind.itemsize} bits, "
+    print(f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * restored.itemsize} bits, "
           f"{time.monotonic() - started:.1f} s{notes}", flush=True)
 
 

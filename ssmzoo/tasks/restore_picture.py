@@ -27,18 +27,18 @@ def restore_levels(model: nn.Module, levels: Tensor, top: int, *, tile: int = 19
     device, scale = next(model.parameters()).device, model.upscale
 
     def run(x: Tensor) -> Tensor:
-        x = (x.to(device).float() / top).expand(-1, model.in_chans, -1, -1)
+        x = (x.float().to(device) / top).expand(-1, model.in_chans, -1, -1)
         y = self_ensemble(whole, x) if ensemble else whole(x)
         return y.mean(dim=1, keepdim=True) if channels < model.in_chans else y
 
     def whole(x: Tensor) -> Tensor:
         return run_padded(model, x, scale, model.size_multiple)
 
-    out = torch.empty(channels, height * scale, width * scale, dtype=levels.dtype)
+    out = torch.empty(height * scale, width * scale, channels, dtype=levels.dtype).permute(2, 0, 1)  # as files have it
     row = 0
     with torch.inference_mode():
         for strip in run_blended(run, levels, scale, tile, overlap, progress):
-            out[:, row : row + strip.shape[1]] = (strip.clamp(0, 1) * top).round().to(levels.dtype)
+            out[:, row : row + strip.shape[1]] = (strip.clamp(0, 1) * top).round().cpu().to(levels.dtype)
             row += strip.shape[1]
     return out
 
