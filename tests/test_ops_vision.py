@@ -87,9 +87,14 @@ def test_linear_act(act, bias):
     torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
     with ops.backend("torch"):
         torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
-    weight.requires_grad_()
-    assert ops.chosen_backend(ops.linear_act, x, weight, b, act) == "torch"
-    assert torch.autograd.grad(ops.linear_act(x, weight, b, act).sum(), weight)[0].shape == weight.shape
+    given = [t.requires_grad_() for t in (x, weight, b) if t is not None]
+    found = torch.autograd.grad(ops.linear_act(x, weight, b, act).square().sum(), given, create_graph=True)
+    expected = torch.autograd.grad(ops.linear_act.reference(x, weight, b, act).square().sum(), given, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    twice, wanted = (torch.autograd.grad(g[1].square().sum(), x)[0] for g in (found, expected))
+    torch.testing.assert_close(twice, wanted, rtol=1e-3, atol=1e-3)
+    expanded, = torch.autograd.grad(ops.linear_act(x, weight, b).sum(), x)
+    torch.testing.assert_close(expanded, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad(), torch.autocast("cpu"):
         assert ops.linear_act(x, weight, b, act).dtype == torch.bfloat16
 

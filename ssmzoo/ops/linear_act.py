@@ -29,7 +29,7 @@ def check_linear_act(x, weight, bias=None, act=None) -> None:
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
     """act(x W^T + bias): x (... d), weight (e d), bias (e), act None, "gelu" (exact), "relu" or "silu" -> (... e)
 
-    The native backend is oneDNN's, for inference in fp32; it gains most where the product is small beside its result.
+    The native backend is oneDNN's, in fp32; it gains most in inference, where the product is small beside its result.
     Raises ValueError for shapes that do not fit or an unknown activation.
     """
     y = (x.unsqueeze(-2) * weight).sum(-1)
@@ -42,8 +42,6 @@ def linear_act_torch(x, weight, bias=None, act=None):
 
 
 def _why_not(x, weight, bias=None, act=None):
-    if needs_grad(x, weight, bias):
-        return "has no backward"
     if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
         return "computes in float32 only"
     if torch.is_autocast_enabled("cpu"):
@@ -55,5 +53,29 @@ def _why_not(x, weight, bias=None, act=None):
 
 @linear_act.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
 def linear_act_onednn(x, weight, bias=None, act=None):
+    if needs_grad(x, weight, bias):
+        return ACTIVATIONS[act](_Linear.apply(x, weight, bias))
+    return _onednn(x, weight, bias, act)
+
+
+def _onednn(x, weight, bias, act=None):
     attribute, algorithm = ONEDNN[act]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + bias with the gradients of its arguments; the one of W is a product that torch has as fast."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = linear_act(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, dweight, rows.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
