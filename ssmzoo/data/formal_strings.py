@@ -31,13 +31,13 @@ class Strings(NamedTuple):
 
 def prefix_hashes(ids: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every prefix (b l): a polynomial of the symbols, whose high bits are spread by one product."""
-    columns = np.ascontiguousarray(ids.T).astype(np.uint64)  # (l b)
-    columns += np.uint64(1)
-    total = np.full(columns.shape[1], 0x632BE59BD9B4E019, dtype=np.uint64)
-    for t in range(len(columns)):
-        total *= np.uint64(0xD1342543DE82EF95)
-        total += columns[t]
-        columns[t] = total
+    columns = np.add(ids.T, 1, dtype=np.uint64, casting="unsafe")  # (l b)
+    total, product = np.uint64(0x632BE59BD9B4E019), np.empty(columns.shape[1], dtype=np.uint64)
+    with np.errstate(over="ignore"):  # modulo 2^64
+        for column in columns:
+            np.multiply(total, np.uint64(0xD1342543DE82EF95), out=product)
+            column += product
+            total = column
     columns *= np.uint64(0x9E3779B97F4A7C15)
     return columns.T
 
@@ -82,6 +82,9 @@ class TrainingStrings:
         self.min_length, self.max_length = min_length, max_length
         self.curriculum, self.curriculum_steps = curriculum, curriculum_steps
         self.supervise, self.query, self.skewed, self.seed = supervise, query, skewed, seed
+        self.answers = answer_table(automaton)
+        self.lengths = {wanted: automaton.closest_length(wanted) if supervise == "last" else wanted
+                        for wanted in range(min_length, max_length + 1)}
         self._block: tuple[int, np.ndarray, np.ndarray, np.ndarray | None, list[int]] | None = None
 
     def length(self, index: int, uniform: float) -> int:
@@ -90,7 +93,7 @@ class TrainingStrings:
             high = low + int(uniform * (high - low + 1))
         elif self.curriculum == "increasing":
             high = low + (high - low) * min(index, self.curriculum_steps) // self.curriculum_steps
-        return self.automaton.closest_length(high) if self.supervise == "last" else high
+        return self.lengths[high]
 
     def __call__(self, index: int) -> dict[str, Tensor]:
         block, place = divmod(index, BLOCK)
@@ -100,7 +103,7 @@ class TrainingStrings:
         rows, length = slice(place * self.batch_size, (place + 1) * self.batch_size), lengths[place]
         first = length - 1 if self.supervise == "last" else self.min_length - 1  # position of the first answer
         labels = np.full((self.batch_size, length), IGNORE)
-        labels[:, first:] = answers(self.automaton, states[rows, first:length])
+        labels[:, first:] = self.answers.take(states[rows, first:length])
         if hashes is not None:
             labels[:, first:][self.held_out.is_test(hashes[rows, first:length], first)] = IGNORE
         ids = ids[rows, :length].copy(order="F").copy(order="C")  # (b l); at once it would miss the cache at every step
@@ -120,9 +123,14 @@ class TrainingStrings:
         return ids, states, prefix_hashes(ids) if self.held_out.first <= longest else None, lengths
 
 
+def answer_table(automaton: Automaton) -> np.ndarray:
+    """Class label of every state, -100 where no string can end."""
+    return np.where(automaton.output < 0, IGNORE, automaton.output)
+
+
 def answers(automaton: Automaton, states: np.ndarray) -> np.ndarray:
     """States -> class labels, -100 where no string can end."""
-    return np.where(automaton.output < 0, IGNORE, automaton.output).take(states.T).T  # in the memory order of `states`
+    return answer_table(automaton).take(states.T).T  # in the memory order of `states`
 
 
 def append_query(ids: np.ndarray, labels: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
