@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -9,3 +11,23 @@ make_importable()  # in the controlling process of pytest-xdist too, which impor
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run train.py, eval.py or ssmzoo in this process, from the test's folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, entry="train"):
+        from ssmzoo.cli import main, train
+
+        monkeypatch.setattr(sys, "argv", [entry, *arguments])
+        status = 0
+        try:
+            {"train": train.train, "eval": train.evaluate, "ssmzoo": main.main}[entry]()
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run

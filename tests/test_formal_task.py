@@ -2,7 +2,6 @@
 length."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,24 +101,6 @@ def test_a_small_state_warns():
         task.on_fit_start()
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    def run(*arguments, entry="train"):
-        from ssmzoo.cli import train
-
-        extra = [f"runs_dir={tmp_path}"] if entry == "train" else []
-        monkeypatch.setattr(sys, "argv", [f"{entry}.py", *arguments, *extra])
-        status = 0
-        try:
-            (train.train if entry == "train" else train.evaluate)()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
-
-
 SHORT = ["trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2", "data.batch_size=8",
          "data.test_length=60", "data.test_samples=8", "data.val_samples=4"]
 
@@ -138,7 +119,7 @@ def test_any_sequence_model_on_any_language(call, tmp_path, arguments):
         pytest.importorskip("automata")
     status, out, err = call(*arguments, *SHORT, "name=a")
     assert status == 0, err
-    run = next(tmp_path.glob("*/a"))
+    run = next(tmp_path.glob("runs/*/a"))
     assert (run / "lengths.png").stat().st_size > 0 and "first length under 100 %" in out
     with open(run / "lengths.csv") as file:
         lengths = [int(r["length"]) for r in csv.DictReader(file)]
@@ -173,7 +154,7 @@ def test_sd_ssm_learns_to_generalise_in_length(call, tmp_path, language):
                             "data.test_samples=128", "trainer.accelerator=cpu")
     assert status == 0, err
     assert "none up to 300" in out
-    status, out, err = call(f"ckpt={tmp_path / 'sd_ssm' / 'a'}", "task.long_length=2000", entry="eval")
+    status, out, err = call(f"ckpt={tmp_path / 'runs/sd_ssm/a'}", "task.long_length=2000", entry="eval")
     assert status == 0, err
     assert "none up to 2,000" in out
 

@@ -12,18 +12,12 @@ TINY = ["model=mamba", "model.d_model=16", "model.n_layer=1", "data.seq_len=32",
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, tmp_path):
+def train(call, tmp_path):
     def run(*arguments):
-        from ssmzoo.cli import train
-
-        where = [f"runs_dir={tmp_path}"] if any(a.startswith("config=") for a in arguments) else [
-            *TINY, f"runs_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *where, *arguments])
-        try:
-            train.train()
-        except SystemExit as stop:
-            assert not stop.code, capsys.readouterr().err
-        return tmp_path / "mamba"
+        given = () if any(a.startswith("config=") for a in arguments) else (*TINY, "data.cache_dir=cache")
+        status, _, error = call(*given, *arguments)
+        assert not status, error
+        return tmp_path / "runs/mamba"
 
     return run
 

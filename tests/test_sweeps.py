@@ -14,26 +14,6 @@ TINY = ["model=lstm", "data.batch_size=8", "data.val_samples=4", "data.test_leng
         "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run train.py or ssmzoo in this process: (exit status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, entry="train"):
-        from ssmzoo.cli import main, train
-
-        monkeypatch.setattr(sys, "argv", [entry, *arguments])
-        status = 0
-        try:
-            (train.train if entry == "train" else main.main)()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
-
-
 def test_a_failed_run_of_a_sweep_leaves_the_other_three_alone(call, tmp_path):
     status, out, err = call("-m", *TINY, "model.state_size=4,6,-1,8", "name=s")
     assert status == 1 and "error: run 2 of the sweep failed: hidden_size must be greater than zero" in err

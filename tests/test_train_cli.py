@@ -35,23 +35,12 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path, corpus):
-    """Run train.py in this process: (exit status, stdout, stderr)."""
+def call(call, corpus):
+    """The shared one, with this corpus unless another is named."""
 
     def run(*arguments, entry="train"):
-        from ssmzoo.cli import train
-
-        extra = [f"runs_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"] if entry == "train" else []
-        if entry == "train" and not any(a.startswith("data.path=") for a in arguments):
-            extra.append(f"data.path={corpus}")
-        monkeypatch.setattr(sys, "argv", [f"{entry}.py", *arguments, *extra])
-        status = 0
-        try:
-            getattr(train, entry if entry == "train" else "evaluate")()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
+        own = entry != "train" or any(a.startswith("data.path=") for a in arguments)
+        return call(*arguments, *([] if own else [f"data.path={corpus}", "data.cache_dir=cache"]), entry=entry)
 
     return run
 
@@ -66,7 +55,7 @@ def test_training_leaves_a_run_folder_that_explains_itself(call, tmp_path, model
     }[model]
     status, out, err = call(f"model={model}", *TINY, *size, "name=a")
     assert (status, err) == (0, "")
-    run = tmp_path / model / "a"
+    run = tmp_path / "runs" / model / "a"
     for file in ("config.yaml", "metrics.csv", "curves.png", "report.md", "checkpoints/index.json"):
         assert (run / file).stat().st_size > 0, file
     for shown in (
@@ -77,7 +66,7 @@ def test_training_leaves_a_run_folder_that_explains_itself(call, tmp_path, model
         "tokens/s",
         "tokens seen",
         "sampled continuation",
-        f"run folder: {run}",
+        f"run folder: runs/{model}/a",
     ):
         assert shown in out
     assert ("experts' load" in out and "tokens dropped" in out and "active per token" in out) == ("moe" in model)
@@ -93,7 +82,7 @@ def test_one_seed_gives_one_result_and_the_resolved_config_recreates_the_run(cal
 
     for name in ("a", "b"):
         assert call("model=mamba", "model.n_layer=1", *TINY, f"name={name}")[0] == 0
-    a, b = (read_weights(tmp_path / "mamba" / n) for n in "ab")
+    a, b = (read_weights(tmp_path / "runs/mamba" / n) for n in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -121,7 +110,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(call, tmp_path, argumen
     assert status == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
     for word in words:
         assert word in err
-    assert "Traceback" not in out + err and not list(tmp_path.glob("*/*/config.yaml"))
+    assert "Traceback" not in out + err and not list(tmp_path.rglob("config.yaml"))
 
 
 def test_a_corpus_that_is_missing_empty_or_too_short_is_refused(call, tmp_path):
@@ -133,14 +122,15 @@ def test_a_corpus_that_is_missing_empty_or_too_short_is_refused(call, tmp_path):
     binary.write_bytes(bytes(range(256)) * 10)
     for path in (tmp_path / "none.txt", empty, short, binary):
         status, _, err = call("model=mamba", *TINY, f"data.path={path}", "name=a")
-        assert status == 2 and path.name in err and not (tmp_path / "mamba").exists()
+        assert status == 2 and path.name in err and not (tmp_path / "runs/mamba").exists()
 
 
 def test_an_existing_run_is_not_written_over(call, tmp_path):
     assert call("model=mamba", "model.n_layer=1", *TINY, "name=a")[0] == 0
-    before = (tmp_path / "mamba/a/metrics.csv").read_text()
+    metrics = tmp_path / "runs/mamba/a/metrics.csv"
+    before = metrics.read_text()
     status, _, err = call("model=mamba", "model.n_layer=1", *TINY, "name=a")
-    assert status == 2 and "holds a run already" in err and (tmp_path / "mamba/a/metrics.csv").read_text() == before
+    assert status == 2 and "holds a run already" in err and metrics.read_text() == before
 
 
 def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(call, tmp_path):
@@ -158,13 +148,13 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
     assert status == 1 and "NaN or Inf at step" in err and "learning rate" in err and "gradient norm" in err
     from ssmzoo.train.checkpoint import read_weights
 
-    assert all(v.isfinite().all() for k, v in read_weights(tmp_path / "mamba/a", prefer="last").items())
-    assert (tmp_path / "mamba/a/bad_batch.pt").exists()
+    assert all(v.isfinite().all() for k, v in read_weights(tmp_path / "runs/mamba/a", prefer="last").items())
+    assert (tmp_path / "runs/mamba/a/bad_batch.pt").exists()
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(call, tmp_path):
     assert call("model=mamba", "model.n_layer=1", *TINY, "name=a")[0] == 0
-    run = tmp_path / "mamba/a"
+    run = tmp_path / "runs/mamba/a"
     store = run / "checkpoints" / json.loads((run / "checkpoints/index.json").read_text())["last"]
     weights = store / "model.safetensors"
     whole = weights.read_bytes()
@@ -188,7 +178,7 @@ def test_wandb_runs_offline_without_a_key(call, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     status, out, _ = call("model=mamba", "model.n_layer=1", *TINY, "logger=wandb", "name=w")
-    assert status == 0 and "wandb sync" in out and list((tmp_path / "mamba/w").glob("wandb/offline-run-*"))
+    assert status == 0 and "wandb sync" in out and list((tmp_path / "runs/mamba/w").glob("wandb/offline-run-*"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.official import nearest
@@ -48,6 +49,7 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.profile": "ssmzoo.train.profile.Profile",
     "callbacks.progress": "ssmzoo.train.progress.Progress",
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
+    "callbacks.early_stopping": "lightning.pytorch.callbacks.EarlyStopping",
 }
 LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
 TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "config", "init_from", "compile", "grad_checkpointing", "model_name",
@@ -91,10 +93,11 @@ def check(cfg: DictConfig) -> None:
     """Raise ConfigError for a key that nothing takes or a value of the wrong type, before anything is built."""
     for key in cfg:
         if key not in TOP_LEVEL + FREE_ROOTS:
-            raise ConfigError(f"unknown key {key!r}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
+            raise ConfigError(f"unknown key {key!r}{origin(str(key))}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
     for key, kind in (("seed", int), ("compile", bool), ("grad_checkpointing", bool)):
         if not _fits(cfg.get(key, kind()), kind):
-            raise ConfigError(f"{key} is {cfg[key]!r} ({type(cfg[key]).__name__}); expected {kind.__name__}")
+            given = f"{cfg[key]!r} ({type(cfg[key]).__name__})"
+            raise ConfigError(f"{key} is {given}{origin(key)}; expected {kind.__name__}")
     _check_logger(cfg.get("logger") or {"kind": "csv"})
     if str(cfg.model.get("_target_", "")):
         _check_node("model", cfg.model, model_class(cfg.model._target_), injected=())
@@ -108,20 +111,23 @@ def check(cfg: DictConfig) -> None:
         "callbacks.guards": ("run_dir",),
         "callbacks.profile": ("run_dir",),
         "callbacks.watchdog": ("run_dir",),
+        "callbacks.early_stopping": ("monitor", "mode"),
         "trainer": ("callbacks", "logger", "plugins", "default_root_dir"),
     }
     for node, target in CALLED.items():
         value = OmegaConf.select(cfg, node)
         if value is not None:
             _check_node(node, value, locate(target), injected.get(node, ()))
-    known = {n.split(".")[1] for n in CALLED if n.startswith("callbacks.")} | {"early_stopping"}
+    known = {n.split(".")[1] for n in CALLED if n.startswith("callbacks.")}
     for key in cfg.callbacks:
         if key not in known:
-            raise ConfigError(f"unknown key callbacks.{key}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown key callbacks.{key}{origin(f'callbacks.{key}')}{nearest(key, known)}; "
+                              f"known: {', '.join(sorted(known))}")
     check_combinations(cfg)
     if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
         raise ConfigError(
-            f"trainer.max_steps is {cfg.trainer.max_steps}; it must be positive (or -1 with max_epochs or max_time)"
+            f"trainer.max_steps is {cfg.trainer.max_steps}{origin('trainer.max_steps')}; it must be positive (or -1 "
+            f"with max_epochs or max_time)"
         )
 
 
@@ -132,27 +138,52 @@ def _check_logger(logger) -> None:
     for key in logger:
         if key != "kind" and key not in LOGGER_KEYS[kind]:
             raise ConfigError(
-                f"unknown key logger.{key}; logger={kind} takes {', '.join(LOGGER_KEYS[kind]) or 'no options'}"
+                f"unknown key logger.{key}{origin(f'logger.{key}')}{nearest(key, LOGGER_KEYS[kind])}; "
+                f"logger={kind} takes {', '.join(LOGGER_KEYS[kind]) or 'no options'}"
             )
 
 
-def origin(node: str, key: str) -> str:
-    """Where a key came from: what was typed, or the file that has it; empty when that cannot be told."""
+GROUPS = ("hparams_search", "debug", "experiment", "model", "callbacks", "logger", "trainer", "optim", "data", "task")
+# of files, in the order in which they win over those behind
+
+
+def origin(key: str) -> str:
+    """Where a key such as optim.lr came from: what was typed, or the file that has it; empty when it cannot be told."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return ""
     cfg = HydraConfig.get()
     for override in cfg.overrides.task:
-        if override.lstrip("+").split("=")[0] == f"{node}.{key}":
+        if override.lstrip("+").split("=")[0] == key:
             return f" (from {override.lstrip('+')!r} on the command line)"
-    group = node.split(".")[0]
-    for other in ("experiment", "debug", "model", "task", group):  # the later ones in the defaults list win
-        name = cfg.runtime.choices.get(other)
-        file = config_dir() / other / f"{name}.yaml"
-        if name and file.exists() and re.search(rf"\b{re.escape(key)}\s*:", file.read_text(encoding="utf-8")):
-            return f" (from configs/{other}/{name}.yaml)"
+    for group in GROUPS:
+        file = _file_with(key.split("."), group, cfg.runtime.choices.get(group))
+        if file:
+            return f" (from {file})"
     return ""
+
+
+def _file_with(path: list[str], group: str, name: str | None) -> str:
+    """The file of a config group, or the one it inherits from, that sets a key; empty when none does."""
+    file = config_dir() / group / f"{name}.yaml"
+    if name is None or not file.exists():
+        return ""
+    text = file.read_text(encoding="utf-8")
+    content = yaml.safe_load(text) or {}
+    inside = path if "@package _global_" in text else path[1:] if path[0] == group else []
+    if inside and _has(content, inside):
+        return f"configs/{group}/{name}.yaml"
+    for parent in reversed(content.get("defaults", [])):
+        if isinstance(parent, str) and parent != "_self_":
+            above = _file_with(path, group, parent.removeprefix(f"/{group}/"))
+            if above:
+                return above
+    return ""
+
+
+def _has(node: Any, path: list[str]) -> bool:
+    return not path or (isinstance(node, dict) and path[0] in node and _has(node[path[0]], path[1:]))
 
 
 def check_combinations(cfg: DictConfig) -> None:
@@ -174,7 +205,8 @@ def check_combinations(cfg: DictConfig) -> None:
     ]
     for wrong, what, why in refused:
         if wrong:
-            raise ConfigError(f"{what} cannot work: {why}")
+            named = re.sub(r"(\w+\.[\w.]+)(=\S+)?", lambda found: found.group() + origin(found.group(1)), what)
+            raise ConfigError(f"{named} cannot work: {why}")
 
 
 def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
@@ -187,7 +219,7 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
             continue
         if key not in allowed and not free:
             raise ConfigError(
-                f"unknown key {node}.{key}{origin(node, key)}{nearest(key, allowed)}; "
+                f"unknown key {node}.{key}{origin(f'{node}.{key}')}{nearest(key, allowed)}; "
                 f"{getattr(called, '__name__', node)} takes "
                 f"{', '.join(allowed)}"
             )
@@ -195,7 +227,7 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
         if f"{node}.{key}" == "trainer.precision" and raw == "auto":  # ours, resolved when the trainer is made
             continue
         if key in hints and not (isinstance(raw, str) and "${" in raw) and not _fits(raw, hints[key]):
-            came = origin(node, key)
+            came = origin(f"{node}.{key}")
             raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}){came}; expected {_name(hints[key])}")
 
 
@@ -250,5 +282,6 @@ def explain_hydra_error(error: Exception) -> str:
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
         known = list(OmegaConf.load(config_dir() / "train.yaml")) + list(FREE_ROOTS)
-        return f"unknown key {key.group(1)!r}{nearest(key.group(1), known)}; top-level keys: {', '.join(sorted(known))}"
+        near = nearest(key.group(1), known)
+        return f"unknown key {key.group(1)!r} on the command line{near}; top-level keys: {', '.join(sorted(known))}"
     return " ".join(text.split("\n")[0].split())
