@@ -153,7 +153,8 @@ def speed(runs: Path) -> None:
         rows.append((name, step, f"{1e3 * batch:.3f} ms", f"1/{step / batch:.0f} of the step"))
     task = FormalLanguage(SDSSMModel(3, 5, 64, 8), num_classes=5)
     step = step_seconds(task, published_loss, published, torch.optim.Adam(task.parameters(), lr=1e-4))
-    rows.append(("published recipe, by the published code's operations", step, "", f"{step / rows[0][1]:.0f} x as long"))
+    rows.append(("published recipe, by the published code's operations", step, "",
+                 f"{step / rows[0][1]:.0f} times as long"))
     lines = ["SD-SSM with state 64 and K = 8, batches of 128, one thread; CPU time, best of several tries on the same "
              "batches.", "", "| | training step | making its batch | |", "|---|---|---|---|",
              *(f"| {name} | {1e3 * step:.1f} ms | {batch} | {ratio} |" for name, step, batch, ratio in rows)]
