@@ -177,14 +177,14 @@ def memory(ckpt: str, preset: str | None, width: int, height: int) -> None:
         store(f"memory/{preset or Path(ckpt).name}, {width} x {height}", row)
 
 
-def run(folder: Path, title: str) -> None:
+def run(folder: Path, title: str, cpu_seconds: float | None) -> None:
     """Enter the validations of a training run as they stand in its metrics.csv."""
     from ssmzoo.train.logger import read_metrics
 
     rows = [r for r in read_metrics(folder / "metrics.csv") if "val/psnr" in r]
     points = [[int(r["step"]) + 1, r["val/psnr"], r["val/ssim"]] for r in rows]
     more = per_picture(folder) if (folder / "per_image.csv").exists() else {}
-    store(f"runs/{title}", {"points": points} | more)
+    store(f"runs/{title}", {"points": points, "cpu_seconds": cpu_seconds} | more)
 
 
 def main() -> None:
@@ -207,6 +207,7 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("folder", type=Path)
     one.add_argument("title")
+    one.add_argument("--cpu-seconds", type=float, help="CPU time of the run, user and system, as `time` gives it")
     commands.add_parser("page")
     a = parser.parse_args()
     if a.command == "speed":
@@ -216,7 +217,7 @@ def main() -> None:
     elif a.command == "memory":
         memory(a.ckpt, a.model, *a.size)
     elif a.command == "run":
-        run(a.folder, a.title)
+        run(a.folder, a.title, a.cpu_seconds)
     else:
         write_page(json.loads(RESULTS.read_text()), RESULTS.with_suffix(".md"))
 

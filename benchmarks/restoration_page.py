@@ -31,13 +31,15 @@ def _runs(runs: dict) -> str:
         if "pictures" in r:
             each = ", ".join(f"{name} {got:.2f} ({base:.2f})" for name, (got, base) in r["pictures"].items())
             rows.append([f"`{title}`", f"{r['psnr']:.2f}", f"{r['baseline_psnr']:.2f}",
-                         f"{r['psnr'] - r['baseline_psnr']:+.2f}", f"{r['ssim']:.4f} ({r['baseline_ssim']:.4f})", each])
+                         f"{r['psnr'] - r['baseline_psnr']:+.2f}", f"{r['ssim']:.4f} ({r['baseline_ssim']:.4f})", each,
+                         f"{r['cpu_seconds']:.0f}" if r.get("cpu_seconds") else ""])
         if r["points"]:
             curves.append(f"`{title}`, validation by step: " + ", ".join(f"{s}: {p:.2f}" for s, p, _ in r["points"]))
-    head = ["`python train.py ...`", "PSNR (dB)", "baseline", "gain", "SSIM (baseline)", "per picture (baseline)"]
+    head = ["`python train.py ...`", "PSNR (dB)", "baseline", "gain", "SSIM (baseline)", "per picture (baseline)", "CPU s"]
     table = _table(head, rows)
     return ("## Default runs\n\nBaselines: bicubic for super-resolution, scikit-image's non-local means with the "
-            "noise level given for denoising, the JPEG itself for JPEG.\n\n" + table + "\n\n" + "\n\n".join(curves))
+            "noise level given for denoising, the JPEG itself for JPEG. CPU seconds are of one thread on a crowded "
+            "machine, start and validations included.\n\n" + table + "\n\n" + "\n\n".join(curves))
 
 
 def _speed(speed: dict) -> str:
