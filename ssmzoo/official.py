@@ -31,9 +31,9 @@ class CheckpointError(ValueError):
 
 @functools.cache
 def hooks(prefix: str) -> dict[str, str]:
-    """{family: module name} for every top-level function `<prefix>_<family>` of the package."""
+    """{family: module name} for every top-level function `<prefix>_<family>(state or case ...)` of the package."""
     root = Path(__file__).parent
-    pattern = re.compile(rf"^def {prefix}_(\w+)\(", re.MULTILINE)
+    pattern = re.compile(rf"^def {prefix}_(\w+)\((?:state|case)\b", re.MULTILINE)
     found = {}
     for file in sorted(root.rglob("*.py")):
         for family in pattern.findall(file.read_text(encoding="utf-8")):
@@ -150,6 +150,9 @@ def load_official(family: str, checkpoint, **official_kwargs) -> nn.Module:
     except KeyError as error:
         raise CheckpointError(f"the checkpoint has no {error}: is it one of family {family!r}?"
                               f"{looks_like(checkpoint)}") from None
+    except (IndexError, RuntimeError) as error:  # a tensor of another shape than the key map expects
+        raise CheckpointError(f"the checkpoint does not fit the official {family} model ({error})"
+                              f"{looks_like(checkpoint)}") from error
     fit_state_dict(module, state, what=f"the official {family} model")
     return module.eval()
 

@@ -56,6 +56,12 @@ def test_probes_say_which_models_they_are_for(name, kind, message, tmp_path):
         run(name, CHECKPOINTS / kind, "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name, message", [("vmamba_tin", "nearest: vmamba_tiny"), ("timm/swin_tin", "timm has no")])
+def test_image_models_by_name_must_exist(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run("erf", name, "--out", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory):
     """A checkpoint without any scan: the language model's, with another model in it."""

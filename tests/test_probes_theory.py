@@ -378,5 +378,12 @@ def test_receptive_field_of_a_known_model():
 
     found = receptive_field(Blur(), torch.rand(2, 3, 20, 20))
     assert int((found.map > 0).sum()) == 25 and found.shares[99] <= 0.3
+    class ChannelsLast(Blur):
+        output_fmt = "NHWC"
+
+        def forward_features(self, x):
+            return super().forward_features(x).permute(0, 2, 3, 1)
+
+    assert torch.equal(receptive_field(ChannelsLast(), torch.ones(2, 3, 20, 20)).map, found.map)
     with pytest.raises(ValueError, match="needs an image model"):
         receptive_field(Blur(), torch.rand(2, 3))

@@ -89,6 +89,8 @@ def test_wrong_images_are_refused_in_words(family):
         model(torch.randn(1, 1, 32, 32))
     with pytest.raises(ValueError, match="takes images of shape"):
         model(torch.randn(3, 32, 32))
+    with pytest.raises(ValueError, match="takes normalised images as floats, got uint8"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     if "vmamba" not in family and family not in ("heads", "spatial_mamba"):
         with pytest.raises(ValueError, match="too small"):
             model(torch.randn(1, 3, 3, 32))
@@ -229,6 +231,9 @@ def test_released_checkpoints_that_do_not_fit():
         ssmzoo.load_official("spatial_mamba", state, **(kwargs | {"num_classes": 7}))
     with pytest.raises(CheckpointError, match=r"unexpected keys 1: more; by .* looks like .* family 'spatial_mamba'"):
         ssmzoo.load_official("spatial_mamba", state | {"more": torch.zeros(1)}, **kwargs)
+    for family, more in (("spatial_mamba", kwargs), ("vmamba", {})):  # with a table where theirs has none, or another
+        with pytest.raises(CheckpointError, match="looks like a checkpoint of family 'vim'"):
+            ssmzoo.load_official(family, SMALL["vim"]().state_dict(), **more)
     with pytest.raises(ValueError, match="only d_state=1"):
         ssmzoo.load_official("spatial_mamba", state, **(kwargs | {"d_state": 2}))
     with pytest.raises(TypeError, match="depth"):

@@ -130,6 +130,18 @@ def test_export(name):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["spatial_mamba_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL
+                                                         if n != "spatial_mamba_tiny")])
+def test_compile_as_one_graph(name):
+    """Inference and a training step, as `compile=true` of the trainer runs them."""
+    model, x = create(name, drop_path_rate=0.0).eval(), torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    compiled.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_released_file_through_timm(tmp_path):
     source = create("vim_tiny", num_classes=5)
     torch.save({"model": source.state_dict() | {"rope.freqs_cos": torch.zeros(2)}}, tmp_path / "vim.pth")

@@ -18,8 +18,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("name", choices=known, metavar="NAME", type=lambda name: SHORT.get(name, name),
         help=", ".join(known) + "; erf is short for receptive_field")
-    add("checkpoint", help="a run folder, a checkpoint folder inside one, or an image model's name: its initial "
-        "weights on embedded photographs")
+    add("checkpoint", help="a run folder, a checkpoint folder inside one, or the name of an image model (timm's: "
+        "timm/NAME): its initial weights on embedded photographs")
     add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
     add("--layers", type=numbers, metavar="0,2", help="scans to show, numbered by depth")

@@ -1,4 +1,4 @@
-"""A probe's subject without a run: an image model of the zoo by name, with its initial weights, on real photographs."""
+"""A probe's subject without a run: an image model by name, with its initial weights, on real photographs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ SIDE = 224
 
 
 def named_subject(name: str, args: argparse.Namespace):
-    """The model `name` for colour images and the pictures it looks at: --input, or the embedded photographs.
+    """The model `name` for colour images, or `timm/NAME` of timm's, and the pictures it looks at: --input, or the
+    embedded photographs.
 
     Raises ValueError for a name that is no image model, saying what else the argument may be.
     """
@@ -19,17 +20,33 @@ def named_subject(name: str, args: argparse.Namespace):
     from ssmzoo.probes.subject import Subject
     from ssmzoo.zoo import build_model, list_models, read_model_config
 
-    names = list_models(task="classification")
-    if name not in names:
-        raise ValueError(f"no checkpoint or run folder at {name}, and no image model of that name{nearest(name, names)}"
-                         f" (`ssmzoo list models --task classification`)")
-    node = read_model_config(name)["model"]
-    for key, value in node.items():
-        if isinstance(value, str) and value.startswith("${sizes:"):
-            node[key] = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE}[value[8:-1]]
     torch.manual_seed(0)
-    return Subject(build_model(node).eval(), pictures(args), layers=args.layers, channels=args.channels,
+    if name.startswith("timm/"):
+        model = of_timm(name[5:])
+    else:
+        names = list_models(task="classification")
+        if name not in names:
+            raise ValueError(f"no checkpoint or run folder at {name}, and no image model of that name"
+                             f"{nearest(name, names)} (`ssmzoo list models --task classification`, or timm/NAME)")
+        node = read_model_config(name)["model"]
+        for key, value in node.items():
+            if isinstance(value, str) and value.startswith("${sizes:"):
+                node[key] = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE}[value[8:-1]]
+        model = build_model(node)
+    return Subject(model.eval(), pictures(args), layers=args.layers, channels=args.channels,
                    target=args.target, max_bytes=int(args.max_bytes))
+
+
+def of_timm(name: str):
+    from ssmzoo._torchvision import make_importable
+    from ssmzoo.official import nearest
+
+    make_importable()
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    return timm.create_model(name)
 
 
 def pictures(args: argparse.Namespace):

@@ -114,7 +114,8 @@ def read_classes(root: Path, broken: str, classes: list[str] | None = None) -> I
         raise ValueError(f"{root} holds no folders; an image folder has one folder per class with its pictures inside")
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
-        raise ValueError(f"{root} has classes that the training folder does not know: {', '.join(unknown[:10])}")
+        raise ValueError(f"{root} has classes that the training folder does not know: {', '.join(unknown[:10])}; its "
+                         f"own are {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}")
     classes = classes or found
     files, labels, bad = [], [], []
     for label, name in enumerate(classes):

@@ -332,7 +332,7 @@ def official_stages(cls: type[FourStage], arguments, state: dict[str, Tensor], k
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     kwargs.pop("pretrained", None)
     model = cls(**arguments(**kwargs))
-    if "pos_embed" in state:
+    if "pos_embed" in state and getattr(model, "pos_embed", None) is not None:
         state["pos_embed"] = resize_map(state["pos_embed"], model.pos_embed.shape[1:3])
     if not pyramid:
         return model, state

@@ -42,6 +42,8 @@ def central_feature(model: nn.Module, features: Tensor, size: torch.Size) -> Ten
         patches = [i for i in range(features.shape[1]) if i not in special]
         rows, columns = model.patch_embed.grid(*size)
         return features[:, patches[rows // 2 * columns + columns // 2]]
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":  # timm's word for channels-last maps
+        features = features.permute(0, 3, 1, 2)
     return features[:, :, features.shape[2] // 2, features.shape[3] // 2]
 
 
