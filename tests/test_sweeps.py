@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -130,21 +131,41 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(cal
     assert (run / "metrics.csv").read_text() == whole
 
 
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize("name, more, called", [
+    ("SIGUSR1", {}, [["scontrol", "requeue", "4711"]]),
+    ("SIGUSR1", {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}, [["scontrol", "requeue", "40_7"]]),
+    ("SIGUSR1", {"SLURM_PROCID": "1"}, []),
+    ("SIGTERM", {}, []),
+])
+def test_a_signal_before_the_first_step_puts_the_job_back_too(tmp_path, monkeypatch, name, more, called):
+    from ssmzoo.train import callbacks
+
+    for key, value in (SLURM | more).items():
+        monkeypatch.setenv(key, value)
+    calls = []
+    monkeypatch.setattr(callbacks.subprocess, "run", lambda command, **_: calls.append(command))
+    with pytest.raises(SystemExit) as stop, callbacks.interruptible(begin(tmp_path / "run", "running")):
+        signal.raise_signal(getattr(signal, name))
+    assert stop.value.code == 75 and calls == called
+
+
 @pytest.mark.slow
 def test_slurm_puts_a_signalled_job_back_into_the_queue(tmp_path):
     """scontrol is a stand-in that writes down what it was called with."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/called\n")
     (tmp_path / "scontrol").chmod(0o755)
-    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0",
-             "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "trainer.max_steps=100000", "name=q", "resume=auto"]
-    environment = os.environ | slurm | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    environment = os.environ | SLURM | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                                         "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "runs/lstm/q/metrics.csv", time.monotonic() + 1200
-    while not metrics.exists() and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(10)  # SIGUSR1
+    process.send_signal(signal.SIGUSR1)
     out = process.communicate(timeout=1200)[0]
     assert process.returncode == 75 and "SLURM job 4711 is back in the queue" in out
     assert (tmp_path / "called").read_text() == "requeue 4711\n"

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from ssmzoo.train.checkpointer import Checkpointer, validation_is_due
 from ssmzoo.train.errors import RESUME_ME
-from ssmzoo.train.ledger import resume_command, write_status
+from ssmzoo.train.ledger import rank, resume_command, write_status
 
 
 def stop(run_dir: Path, why: str) -> NoReturn:
@@ -31,11 +31,27 @@ def stop(run_dir: Path, why: str) -> NoReturn:
     sys.exit(RESUME_ME)
 
 
+def requeue(received: str) -> None:
+    """Under SLURM, put the job back into the queue when the signal is the one that Lightning's SLURMEnvironment names
+    (SIGUSR1; `#SBATCH --signal=SIGUSR1@90` sends it 90 s before the time limit)."""
+    if rank() or not SLURMEnvironment.detect() or received != SLURMEnvironment().requeue_signal.name:
+        return
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+        print(f"SLURM job {job} is back in the queue", flush=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: SLURM job {job} could not be put back into the queue ({error})", flush=True)
+
+
 @contextlib.contextmanager
 def interruptible(run_dir: Path) -> Iterator[None]:
     """SIGTERM and SIGUSR1 before the first step, and while the report is made, also mean 'stop and say resume me'."""
 
     def end(number, frame) -> None:
+        requeue(signal.Signals(number).name)
         stop(run_dir, f"stopped by {signal.Signals(number).name} outside the training steps")
 
     old = {}
@@ -80,11 +96,9 @@ class RandomStates(L.Callback):
 
 
 class StopOnSignal(L.Callback):
-    """SIGTERM, SIGUSR1 and Ctrl-C: finish the update, save, end. A second signal ends at once.
+    """SIGTERM, SIGUSR1 and Ctrl-C: finish the update, save, end (see `requeue`). A second signal ends at once.
 
     received   the name of the signal that ended the run, or None
-    Under SLURM the job is put back into the queue when the signal is the one that Lightning's SLURMEnvironment names
-    (SIGUSR1; `#SBATCH --signal=SIGUSR1@90` sends it 90 s before the time limit) and its auto_requeue is on.
     """
 
     def __init__(self, checkpointer: Checkpointer):
@@ -123,21 +137,7 @@ class StopOnSignal(L.Callback):
 
     def on_train_end(self, trainer, task) -> None:
         if self.received:
-            self._requeue(trainer)
-
-    def _requeue(self, trainer) -> None:
-        environment = trainer._accelerator_connector.cluster_environment
-        wanted = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        if not wanted or self.received != environment.requeue_signal.name or not trainer.is_global_zero:
-            return
-        job = os.environ.get("SLURM_JOB_ID", "")
-        if "SLURM_ARRAY_JOB_ID" in os.environ:
-            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        try:
-            subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-            print(f"SLURM job {job} is back in the queue", flush=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"warning: SLURM job {job} could not be put back into the queue ({error})", flush=True)
+            requeue(self.received)
 
     def teardown(self, trainer, task, stage: str) -> None:
         for number, handler in self._old.items():

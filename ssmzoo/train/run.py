@@ -34,7 +34,7 @@ from ssmzoo.train.checkpoint import (
     write_text,
 )
 from ssmzoo.train.checkpointer import Checkpointer
-from ssmzoo.train.errors import TrainingFailed, UserError, user_errors
+from ssmzoo.train.errors import RESUME_ME, TrainingFailed, UserError, user_errors
 from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from
@@ -100,8 +100,10 @@ def _fit(trainer, task, data, checkpoint: Path | None, run_dir: Path) -> None:
     """Lightning's fit; leaves the run's status and a message behind however it ends."""
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):  # a second signal
-        stop(run_dir, f"stopped at once at step {trainer.global_step}")
+    except (KeyboardInterrupt, SystemExit) as end:
+        if getattr(end, "code", None) == RESUME_ME:  # a signal before the first step, which has been reported
+            raise
+        stop(run_dir, f"stopped at once at step {trainer.global_step}")  # a second signal
     except Exception as error:
         if is_out_of_memory(error):
             error = TrainingFailed(
