@@ -211,3 +211,42 @@ def test_training_end_to_end_with_self_distillation(tmp_path):
     assert any((a - b).abs().max() > 0 for a, b in zip(before, subject.teacher.parameters()))
     report = subject.report(tmp_path, subject.validation_means())
     assert "linear classifier on pixels, top-1" in report.rows and all(f.exists() for f in report.figures)
+
+
+def test_torchvision_set_from_its_files(tmp_path):
+    """MNIST's own files, with six pictures: what is there already is not downloaded."""
+    generator = np.random.default_rng(0)
+    raw = tmp_path / "torchvision" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for side, count in (("train", 6), ("t10k", 2)):
+        levels, labels = generator.integers(0, 255, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8)
+        head = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in levels.shape)
+        (raw / f"{side}-images-idx3-ubyte").write_bytes(head + levels.tobytes())
+        head = b"\x00\x00\x08\x01" + count.to_bytes(4, "big")
+        (raw / f"{side}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+    data = ImageData("torchvision/mnist", path=str(tmp_path / "torchvision"), image_size=16, batch_size=2)
+    facts = data.describe()
+    assert (facts["train_images"], facts["val_images"], data.sizes["in_chans"]) == (6, 2, 1)
+    assert data.classes[3] == "3 - three" and next(iter(data.val_dataloader()))["label"].tolist() == [0, 1]
+
+
+def test_hub_set_by_name(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(6)]
+    train = datasets.Dataset.from_dict({"img": pictures, "fine_label": [0, 1] * 3}, features=features)
+    asked = []
+
+    def load(repository, configuration, cache_dir):
+        asked.append((repository, configuration))
+        return {"train": train, "test": train.select([0, 1])} if configuration else {"train": train}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = ImageData("hf/someone/pets:small", image_size=8, batch_size=2)
+    assert data.classes == ["cat", "dog"] and data.describe()["val_images"] == 2 and data.channels == 3
+    assert next(iter(data.val_dataloader()))["image"].shape == (2, 3, 8, 8)
+    assert ImageData("hf/someone/pets", val_fraction=0.4).describe()["val_images"] == 2  # one of each class
+    assert asked == [("someone/pets", "small"), ("someone/pets", None)]
+    train = train.remove_columns("fine_label")
+    with pytest.raises(ValueError, match="has the columns img; it needs an image and a class label column"):
+        ImageData("hf/someone/pets").setup()

@@ -195,7 +195,7 @@ def torchvision_images(name: str, root: Path) -> tuple[Images, Images]:
 
 def _from_torchvision(data, name: str) -> Images:
     labels = next((getattr(data, key) for key in ("targets", "labels", "_labels") if hasattr(data, key)), None)
-    labels = np.array([data[i][1] for i in range(len(data))] if labels is None else labels).astype(np.int64)
+    labels = np.asarray([data[i][1] for i in range(len(data))] if labels is None else labels).astype(np.int64)
     classes = [str(c) for c in getattr(data, "classes", range(int(labels.max()) + 1))]
     fingerprint = hashlib.sha256(name.encode() + labels.tobytes()).hexdigest()
     return Images(name, functools.partial(_read_column, data, 0), labels, classes, fingerprint)
