@@ -211,3 +211,14 @@ def test_mixing_in_the_base_session():
 def test_rate_of_a_session():
     rates = [session_rate(s, 100) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[5] and rates[-1] == 0.001
+
+
+@pytest.mark.parametrize("arguments, whole, new", [
+    (dict(), 6_590_720, 3_295_360), (dict(out_channels=512, feat_size=5, use_residual_proj=True), 5_799_424, 2_735_872),
+    (dict(in_channels=512, out_channels=1024, feat_size=7, version="ss2d", num_layers_new=3, use_residual_proj=True),
+     19_844_096, 10_234_880)])
+def test_published_sizes_of_the_neck(arguments, whole, new):
+    """CIFAR-100, miniImageNet and CUB-200: both branches, and the new one alone."""
+    with torch.device("meta"):
+        sizes = {n: p.numel() for n, p in MambaNeck(**arguments, use_new_branch=True).named_parameters()}
+    assert sum(sizes.values()) == whole and sum(s for n, s in sizes.items() if "_new" in n) == new
