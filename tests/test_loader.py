@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from ssmzoo.data.formal import FormalData
 from ssmzoo.data.images import ImageData
 from ssmzoo.data.loader import ResumableLoader
 from ssmzoo.data.photos import PhotoData
@@ -41,6 +42,15 @@ def test_a_loop_that_leaves_early_goes_on_where_it_left(num_workers):
     assert sorted(torch.cat(first + rest).tolist()) == list(range(7))
     loader.load_state_dict({"epoch": 0, "position": 2})
     assert torch.equal(next(iter(loader))[:, 0], first[2])
+
+
+@pytest.mark.parametrize("data", [ImageData, PhotoData, FormalData])
+def test_waiting_for_batches_is_counted(data):
+    prepared = data()
+    prepared.setup("fit")
+    loader = prepared.train_dataloader()
+    next(iter(loader))
+    assert loader.waited > 0
 
 
 @pytest.mark.parametrize("data", [ImageData, PhotoData])

@@ -7,6 +7,7 @@ than the training length are all test strings.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -150,6 +151,7 @@ class BatchStream:
     def __init__(self, make: Callable[[int], dict[str, Tensor]], per_epoch: int = 1000, rank: int = 0,
                  world_size: int = 1):
         self.make, self.per_epoch, self.rank, self.world_size, self.position = make, per_epoch, rank, world_size, 0
+        self.waited = 0.0  # seconds that making batches took, while whoever iterates waited
 
     def __len__(self) -> int:
         return self.per_epoch
@@ -158,7 +160,10 @@ class BatchStream:
         end = (self.position // self.per_epoch + 1) * self.per_epoch
         while self.position < end:
             self.position += 1
-            yield self.make((self.position - 1) * self.world_size + self.rank)
+            asked = time.perf_counter()
+            batch = self.make((self.position - 1) * self.world_size + self.rank)
+            self.waited += time.perf_counter() - asked
+            yield batch
 
     def peek(self, count: int) -> list[dict[str, Tensor]]:
         """The next `count` batches before the next `iter()`, which will be yielded all the same."""

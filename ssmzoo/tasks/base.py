@@ -59,7 +59,7 @@ class Task(L.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
         self._row: dict[str, float] = {}
-        self._clock: tuple[float, float] | None = None  # of the last row: time, and seconds waited for data
+        self._clock: tuple[float, float | None] | None = None  # of the last row: time, and seconds waited for data
         self.measuring = True  # are this training step's metrics wanted? `step` may leave them out otherwise
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -134,8 +134,8 @@ class Task(L.LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         if self._row:
             row, self._row = self._row, {}
-            now, waited = time.perf_counter(), getattr(self.trainer.train_dataloader, "waited", 0.0)
-            if self._clock is not None:  # of the time since the last row
+            now, waited = time.perf_counter(), getattr(self.trainer.train_dataloader, "waited", None)
+            if self._clock is not None and waited is not None:  # of the time since the last row
                 row["time/data_wait"] = (waited - self._clock[1]) / (now - self._clock[0])
             self._clock = (now, waited)
             self.trainer._logger_connector.log_metrics(row)
