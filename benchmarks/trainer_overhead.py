@@ -1,11 +1,12 @@
 """What the trainer costs over a bare PyTorch loop: same model, data, optimiser and schedule, in turns in one process.
 
-    OMP_NUM_THREADS=1 python benchmarks/trainer_overhead.py moe_mamba mamba sd_ssm rnn
+    OMP_NUM_THREADS=1 python benchmarks/trainer_overhead.py moe_mamba rnn sd_ssm
 
 CPU time (time.process_time) of blocks of steps: a callback stops the trainer's clock every BLOCK steps and runs as many
 bare steps with a copy of the model. The trainer runs as `python train.py model=NAME` would: all callbacks, guards,
 metrics.csv, a line of progress; validation and checkpoints are left out (they are work, not overhead). The bare loop is
 what a user would write: batch, loss, backward, clipping, optimiser, schedule.
+Blocks are short, so that a change of the machine's speed meets both sides of a pair.
 """
 
 from __future__ import annotations
@@ -124,18 +125,19 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=["moe_mamba", "sd_ssm"])
-    parser.add_argument("--block", type=int, default=0, help="steps per block; 0: about a second of them")
-    parser.add_argument("--blocks", type=int, default=8, help="pairs of blocks")
+    parser.add_argument("models", nargs="*", default=["moe_mamba", "rnn", "sd_ssm"])
+    parser.add_argument("--block", type=int, default=0, help="steps per block; 0: as many as share a row of the log")
+    parser.add_argument("--blocks", type=int, default=0, help="pairs of blocks; 0: 60, or 12 of a large model")
     args, overrides = parser.parse_known_args()
     models = [m for m in args.models if "=" not in m]
     overrides += [m for m in args.models if "=" in m]
     threads = torch.get_num_threads()
     print(f"{'model':<14}{'bare ms':>9}{'trainer ms':>12}{'overhead':>10}   CPU time per step, {threads} thread(s)")
     for model in models:
-        block = args.block or {"sd_ssm": 100, "rnn": 200, "lstm": 100}.get(model, 5)
+        small = model in ("sd_ssm", "rnn", "lstm", "complex_diagonal_ssm")
         with torch.random.fork_rng():
-            bare, trained, percent = measure(model, block, args.blocks, overrides)
+            bare, trained, percent = measure(model, args.block or (25 if small else 5),
+                                             args.blocks or (60 if small else 12), overrides)
         print(f"{model:<14}{bare:>9.2f}{trained:>12.2f}{percent:>9.1f}%", flush=True)
     sys.exit(0)
 

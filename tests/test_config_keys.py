@@ -153,6 +153,7 @@ def test_every_file_begins_by_saying_what_it_is(file):
     (["trainer=fsdp", "callbacks.ema.decay=0.9"], ["fsdp.yaml) with callbacks.ema"]),
     (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], ["precision=16-mixed (from", "on a CPU cannot"]),
     (["callbacks.profile.step=3"], ["callbacks.profile.step", "nearest: steps"]),
+    (["callbacks.ema.dekay=0.9"], ["callbacks.ema.dekay (from", "nearest: decay"]),
     (["callbacks.early_stopping.patiance=3"], ["from 'callbacks.early_stopping.patiance=3'", "nearest: patience"]),
     (["logger=wandb", "logger.projekt=x"], ["from 'logger.projekt=x' on the command line", "nearest: project"]),
     (["seed=many"], ["seed is 'many' (str) (from 'seed=many' on the command line); expected int"]),

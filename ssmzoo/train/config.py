@@ -212,12 +212,11 @@ def check_combinations(cfg: DictConfig) -> None:
 def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[str, ...]) -> None:
     parameters = inspect.signature(called).parameters
     allowed = [p for p in parameters if p not in injected and p not in ("self", "kwargs", "args")]
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = _hints(called)
     for key in value:
         if key == "_target_":
             continue
-        if key not in allowed and not free:
+        if key not in allowed:
             raise ConfigError(
                 f"unknown key {node}.{key}{origin(f'{node}.{key}')}{nearest(key, allowed)}; "
                 f"{getattr(called, '__name__', node)} takes "
