@@ -35,7 +35,8 @@ def _runs(runs: dict) -> str:
                          f"{r['cpu_seconds']:.0f}" if r.get("cpu_seconds") else ""])
         if r["points"]:
             curves.append(f"`{title}`, validation by step: " + ", ".join(f"{s}: {p:.2f}" for s, p, _ in r["points"]))
-    head = ["`python train.py ...`", "PSNR (dB)", "baseline", "gain", "SSIM (baseline)", "per picture (baseline)", "CPU s"]
+    head = ["`python train.py ...`", "PSNR (dB)", "baseline", "gain", "SSIM (baseline)", "per picture (baseline)",
+            "CPU s"]
     table = _table(head, rows)
     return ("## Default runs\n\nBaselines: bicubic for super-resolution, scikit-image's non-local means with the "
             "noise level given for denoising, the JPEG itself for JPEG. CPU seconds are of one thread on a crowded "
@@ -99,4 +100,5 @@ def _memory(memory: dict) -> str:
     if not rows:
         return ""
     return ("## Memory\n\n`python benchmarks/restoration.py memory`: `ssmzoo restore` on one large photograph, tiles "
-            "of 192 pixels.\n\n" + _table(["what", "picture", "peak resident memory", "CPU s", "s"], rows))
+            "of 192 pixels, one thread of a crowded machine; `restoration` is the checkpoint beside the notebooks.\n\n"
+            + _table(["what", "picture", "peak resident memory", "CPU s", "s"], rows))
