@@ -51,7 +51,8 @@ def _speed(speed: dict) -> str:
            "window-attention model of its size; medians of interleaved calls after a warm-up. The loop is the scan "
            "as the official code runs it without CUDA, in the same model, called once."]
     for threads, measured in sorted(speed.items()):
-        command = f"python benchmarks/restoration.py speed --threads {threads} --loop-rows {measured['loop_rows']}"
+        command = (f"python benchmarks/restoration.py speed --threads {threads} --loop-rows {measured['loop_rows']} "
+                   f"--repeats {measured['repeats']}")
         out.append(f"{threads} thread{'s' if threads != '1' else ''}, `{command}`:\n\n" + _times(measured["rows"], 180))
         if measured["loop"]:
             out.append(_times(measured["loop"]["rows"], measured["loop_rows"]) + "\n\nLargest difference of the two "
