@@ -19,7 +19,7 @@ from ssmzoo.data.automata import Automaton
 
 IGNORE = -100  # label of a position without an answer
 SMALL_SPACE = 32_768  # lengths with fewer strings than this are covered by training and tested on all strings
-BLOCK = 32  # batches drawn together
+BLOCK = 4096  # strings drawn together, or a batch when that is more
 
 
 class Strings(NamedTuple):
@@ -83,6 +83,7 @@ class TrainingStrings:
         self.min_length, self.max_length = min_length, max_length
         self.curriculum, self.curriculum_steps = curriculum, curriculum_steps
         self.supervise, self.query, self.skewed, self.seed = supervise, query, skewed, seed
+        self.batches = max(1, BLOCK // batch_size)  # drawn together
         self.answers = answer_table(automaton)
         self.lengths = {wanted: automaton.closest_length(wanted) if supervise == "last" else wanted
                         for wanted in range(min_length, max_length + 1)}
@@ -97,7 +98,7 @@ class TrainingStrings:
         return self.lengths[high]
 
     def __call__(self, index: int) -> dict[str, Tensor]:
-        block, place = divmod(index, BLOCK)
+        block, place = divmod(index, self.batches)
         if self._block is None or self._block[0] != block:
             self._block = (block, *self._draw(block))
         _, ids, states, hashes, lengths = self._block
@@ -113,10 +114,11 @@ class TrainingStrings:
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
     def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[int]]:
-        """ids, states and, where strings are held out, hashes (BLOCK * batch, max_length); a length per batch."""
+        """ids, states and, where strings are held out, hashes (batches * batch_size, max_length); a length per
+        batch."""
         rng = np.random.default_rng([self.seed, block])
-        lengths = [self.length(block * BLOCK + i, u) for i, u in enumerate(rng.random(BLOCK))]
-        rows, e, longest = BLOCK * self.batch_size, self.automaton.num_symbols, max(lengths)
+        lengths = [self.length(block * self.batches + i, u) for i, u in enumerate(rng.random(self.batches))]
+        rows, e, longest = self.batches * self.batch_size, self.automaton.num_symbols, max(lengths)
         weights = None
         if self.skewed:
             weights = np.where(rng.random((rows, 1)) < self.skewed, rng.exponential(size=(rows, e)), 1.0)
