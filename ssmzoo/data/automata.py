@@ -133,8 +133,10 @@ class Automaton:
                 ids = rng.integers(0, e, size=(length, batch), dtype=np.int64)
             else:
                 uniform = rng.random((length, batch), dtype=np.float32)
-                edges = (weights / weights.sum(1, keepdims=True)).cumsum(1).astype(np.float32)  # (b e)
-                ids = sum((uniform > edges[:, i]).astype(np.int64) for i in range(e - 1)) if e > 1 else states * 0
+                edges = (weights / weights.sum(1, keepdims=True)).cumsum(1).astype(np.float32).T.copy()  # (e b)
+                ids = np.zeros((length, batch), dtype=np.int64)
+                for edge in edges[:-1]:
+                    ids += uniform > edge
             for t in range(length):
                 s = np.take(flat, s * e + ids[t], out=states[t], mode="clip")  # mode: without a check of every index
             return ids.T, states.T

@@ -105,7 +105,7 @@ class TrainingStrings:
         rows, length = slice(place * self.batch_size, (place + 1) * self.batch_size), lengths[place]
         first = length - 1 if self.supervise == "last" else self.min_length - 1  # position of the first answer
         labels = np.full((self.batch_size, length), IGNORE)
-        labels[:, first:] = self.answers.take(states[rows, first:length])
+        labels[:, first:] = self.answers.take(states[rows, first:length].T).T
         if hashes is not None:
             labels[:, first:][self.held_out.is_test(hashes[rows, first:length], first)] = IGNORE
         ids = ids[rows, :length].copy(order="F").copy(order="C")  # (b l); at once it would miss the cache at every step
