@@ -9,6 +9,8 @@ import torch
 from ops import Case
 
 import ssmzoo
+from ssmzoo import ops
+from ssmzoo.ops import native
 
 VOCAB, WIDTH, LAYERS = 256, 256, 4
 
@@ -98,7 +100,40 @@ def token_at(position: int):
     return prepare
 
 
+def normalise(backend: str):
+    def prepare():
+        x, weight = torch.randn(4, 256, WIDTH, requires_grad=True), torch.ones(WIDTH, requires_grad=True)
+        dy = torch.randn(4, 256, WIDTH)
+
+        def run():
+            with ops.backend(backend):
+                torch.autograd.grad(ops.rms_norm(x, weight), (x, weight), dy)
+
+        return run
+    return prepare
+
+
+def scan_into_fresh_memory(at_once: bool):
+    """A forward scan whose result of 50 MB the system has to hand out anew."""
+    def prepare():
+        u, delta = torch.randn(1, 1536, 8192), torch.rand(1, 1536, 8192)
+        B, C = torch.randn(1, 16, 8192), torch.randn(1, 16, 8192)
+        A, commit = -torch.rand(1536, 16), native._COMMIT
+
+        def run():
+            native._COMMIT = commit if at_once else None
+            ops.selective_scan_fn(u, delta, A, B, C)
+            native._COMMIT = commit
+
+        return run
+    return prepare
+
+
 CASES = [
+    Case(f"rms_norm forward + backward, (4, 256, {WIDTH})",
+         {"ssmzoo": normalise("native"), "eight operations of torch": normalise("torch")}),
+    Case("scan forward (1, 1536, 8192, 16) into fresh memory",
+         {"ssmzoo": scan_into_fresh_memory(True), "page by page": scan_into_fresh_memory(False)}),
     Case(f"training step of mamba, d_model {WIDTH}, {LAYERS} layers, 4 x 256 tokens",
          {"ssmzoo": training_step(ours, lambda m, ids: m(ids).logits),
           "transformers": training_step(hugging_face, lambda m, ids: m(input_ids=ids, use_cache=False).logits)},
