@@ -80,6 +80,11 @@ def test_against_reference(backend, data):
                          "parallel": parallel}, backend)
 
 
+@native
+def test_more_steps_than_are_sorted_at_once():
+    assert_close(inputs(b=400, l=43, n=5, masked=True), "native")  # 17,200 steps
+
+
 @pytest.mark.parametrize("symbols", [True, False])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_slices_of_time_fit_together(monkeypatch, symbols, parallel):

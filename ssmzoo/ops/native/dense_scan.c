@@ -20,7 +20,8 @@ typedef struct {
     const float *dstates, *dlast;  // (b l n) or NULL, (b n)
     float *dx, *dfirst;          // (b l n), (b n)
     const int64_t *order, *bounds;  // steps sorted by symbol; where each symbol begins
-    float *G, *H;                // (steps np): gradients and previous states in this order
+    int64_t from, to;            // which of them
+    float *G, *H;                // (to - from, np) are copied: gradients and previous states in this order
     float *dT;                   // (s n np)
 } dense_t;
 
@@ -99,13 +100,13 @@ static void backward_task(void *context, int64_t b) {
     free(memory);
 }
 
-enum { COPIES = 256, ROWS = 24 };  // steps sorted, and rows of one dT computed, by one task
+enum { SORTED = 8192, COPIES = 256, ROWS = 24 };  // steps sorted at a time, by one task; rows of dT that one task computes
 
 static void sort_task(void *context, int64_t block) {
     const dense_t *d = context;
-    const int64_t l = d->z[l_], n = d->z[n_], np = d->z[np_], end = d->bounds[d->z[s_]];
-    for (int64_t k = block * COPIES; k < (block + 1) * COPIES && k < end; k++) {
-        const int64_t at = d->order[k];
+    const int64_t l = d->z[l_], n = d->z[n_], np = d->z[np_], steps = d->to - d->from;
+    for (int64_t k = block * COPIES; k < (block + 1) * COPIES && k < steps; k++) {
+        const int64_t at = d->order[d->from + k];
         const float *before = at % l ? d->states + (at - 1) * n : d->first + at / l * n;
         memcpy(d->G + k * np, d->dx + at * n, n * sizeof(float));
         memcpy(d->H + k * np, before, n * sizeof(float));
@@ -116,11 +117,13 @@ static void sort_task(void *context, int64_t block) {
 
 static void product_task(void *context, int64_t i) {
     const dense_t *d = context;
-    const int64_t n = d->z[n_], np = d->z[np_], blocks = (n + ROWS - 1) / ROWS;
-    const int64_t s = i / blocks, row = i % blocks * ROWS, from = d->bounds[s], steps = d->bounds[s + 1] - from;
-    gemm_t product = {d->G + from * np + row, 1, np, d->H + from * np, np, d->dT + (s * n + row) * np, np,
-                      NULL, NULL, 0};
-    gemm(&product, n - row < ROWS ? n - row : ROWS, np, steps, GEMM_FULL);
+    const int64_t n = d->z[n_], np = d->z[np_], blocks = (n + ROWS - 1) / ROWS, s = i / blocks, row = i % blocks * ROWS;
+    const int64_t from = d->bounds[s] > d->from ? d->bounds[s] : d->from;
+    const int64_t to = d->bounds[s + 1] < d->to ? d->bounds[s + 1] : d->to, at = (from - d->from) * np;
+    if (to <= from) return;
+    float *dT = d->dT + (s * n + row) * np;
+    gemm_t product = {d->G + at + row, 1, np, d->H + at, np, dT, np, NULL, dT, 1.0f};
+    gemm(&product, n - row < ROWS ? n - row : ROWS, np, to - from, GEMM_FULL);
 }
 
 // arguments: the sizes, then the pointers T codes x first | states last
@@ -149,11 +152,16 @@ void ssmzoo_dense_scan_backward(int64_t *sizes) {
         if (d.codes[i] < SKIP) order[bounds[d.codes[i] + 1]++] = i;  // afterwards symbol i begins at bounds[i]
     d.order = order;
     d.bounds = bounds;
-    float *sorted = scratch(2 * bounds[s] * np * sizeof(float));
+    const int64_t most = bounds[s] < SORTED ? bounds[s] : SORTED;
+    float *sorted = scratch(2 * most * np * sizeof(float));
     d.G = sorted;
-    d.H = sorted + bounds[s] * np;
-    parallel_for((bounds[s] + COPIES - 1) / COPIES, sizes[threads_], sort_task, &d);
-    parallel_for(s * ((n + ROWS - 1) / ROWS), sizes[threads_], product_task, &d);
+    d.H = sorted + most * np;
+    memset(d.dT, 0, s * n * np * sizeof(float));
+    for (d.from = 0; d.from < bounds[s]; d.from = d.to) {
+        d.to = d.from + most < bounds[s] ? d.from + most : bounds[s];
+        parallel_for((d.to - d.from + COPIES - 1) / COPIES, sizes[threads_], sort_task, &d);
+        parallel_for(s * ((n + ROWS - 1) / ROWS), sizes[threads_], product_task, &d);
+    }
     free(sorted);
     free(order);
     free(bounds);
