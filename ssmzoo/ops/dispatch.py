@@ -171,6 +171,13 @@ def unobserved(*tensors: Tensor | None) -> bool:
     return all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
 
 
+def watched() -> str | None:
+    """The reason not to take a shortcut past torch's functions while a mode watches them (the probes' rules do)."""
+    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
+        return "a mode that watches torch's functions is active"
+    return None
+
+
 def _device_type(args: tuple, kwargs: dict) -> str | None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import expect_floats
-from ssmzoo.ops.dispatch import needs_grad, op, unobserved
+from ssmzoo.ops.dispatch import needs_grad, op, unobserved, watched
 
 ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}  # gelu: exact
@@ -48,7 +48,9 @@ def _why_not(x, weight, bias=None, act=None):
         return "leaves autocast to torch"
     if not unobserved(x, weight, bias):
         return "is not traced: compilers fuse by themselves"
-    return None if x.numel() and weight.numel() else "has nothing to do for an empty matrix"
+    if not (x.numel() and weight.numel()):
+        return "has nothing to do for an empty matrix"
+    return watched()
 
 
 @linear_act.register("native", device="cpu", missing=MISSING, unsupported=_why_not)

@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import needs_grad, no_double_backward, unobserved
+from ssmzoo.ops.dispatch import needs_grad, no_double_backward, unobserved, watched
 from ssmzoo.ops.native import commit, kernel
 from ssmzoo.ops.rms_norm import rms_norm
 
@@ -71,9 +71,7 @@ def why_not(x: Tensor, weight: Tensor, eps: float = 1e-5) -> str | None:
         return f"computes in float32, got {x.dtype} and {weight.dtype}"
     if not x.shape[-1]:
         return "has nothing to do for empty rows"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
-        return "a mode that watches torch's functions is active"
-    return None
+    return watched()
 
 
 @rms_norm.register("native", device="cpu", missing=MISSING, unsupported=why_not)
