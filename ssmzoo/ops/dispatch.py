@@ -157,6 +157,18 @@ def no_double_backward(operator: str, backend: str = "torch") -> Callable:
     return refuse
 
 
+def differentiate(operator: str, library: torch.library.Library) -> None:
+    """Autograd for ssmzoo::<operator>(*tensors), one result: ssmzoo::<operator>_backward(dy, *tensors), once."""
+    backward = getattr(torch.ops.ssmzoo, f"{operator}_backward")
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    torch.library.register_autograd(f"ssmzoo::{operator}", lambda ctx, dy: backward(dy, *ctx.saved_tensors),
+                                    setup_context=setup, lib=library)
+    torch.library.register_autograd(f"ssmzoo::{operator}_backward", no_double_backward(operator), lib=library)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the backward of a function of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

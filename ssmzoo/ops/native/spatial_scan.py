@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssmzoo.ops.dispatch import no_double_backward
+from ssmzoo.ops.dispatch import differentiate
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.state_fusion import taps
@@ -64,16 +64,7 @@ def _backward_fake(dy, *tensors):
     return tuple(torch.empty_like(t) for t in tensors)
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    return torch.ops.ssmzoo.spatial_scan_backward(dy, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("ssmzoo::spatial_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::spatial_scan_backward", no_double_backward("spatial_scan"), lib=_LIBRARY)
+differentiate("spatial_scan", _LIBRARY)
 
 
 def _why_not(u, steps, dt_proj, dt_bias, A, D, kernels, alpha):

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import no_double_backward
+from ssmzoo.ops.dispatch import differentiate
 from ssmzoo.ops.native import kernel, why_not_float
 from ssmzoo.ops.state_fusion import state_fusion, taps
 
@@ -53,16 +53,7 @@ def _backward_fake(dy, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    return torch.ops.ssmzoo.state_fusion_backward(dy, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("ssmzoo::state_fusion", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::state_fusion_backward", no_double_backward("state_fusion"), lib=_LIBRARY)
+differentiate("state_fusion", _LIBRARY)
 
 
 def _why_not(x, kernels, alpha):
