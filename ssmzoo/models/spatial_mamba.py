@@ -156,7 +156,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_chans, 1, "Spatial-Mamba")
-        x = self.conv1(x)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         return self.conv3(self.conv2(x) + x).permute(0, 2, 3, 1)
 
 
