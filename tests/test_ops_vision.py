@@ -99,6 +99,26 @@ def test_linear_act(act, bias):
         assert ops.linear_act(x, weight, b, act).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("act", [None, "gelu", "relu", "silu"])
+@pytest.mark.parametrize("rows,d,e", [(1, 16, 1), (5, 33, 70), (300, 64, 19), (2100, 80, 50)])
+def test_gradients_of_linear_act(act, rows, d, e):
+    x, weight, b = (torch.randn(s, dtype=torch.float64) for s in ((rows, d), (e, d), (e,)))
+    dy, given = torch.randn(rows, e, dtype=torch.float64), [t.requires_grad_() for t in (x, weight, b)]
+    expected = torch.autograd.grad(ops.linear_act(*given, act), given, dy)
+    single = [t.detach().float().requires_grad_() for t in given]
+    assert ops.chosen_backend(ops.linear_act, *given, act) == "torch"
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = torch.autograd.grad(ops.linear_act(*single, act), single, dy.float())
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+    torch.set_num_threads(1)
+    weight_only, = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
+    with ops.backend("torch"):
+        again, = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
+    torch.testing.assert_close(weight_only, again, rtol=1e-4, atol=1e-4)
+
+
 def test_linear_act_says_what_is_wrong():
     with pytest.raises(ValueError, match="act = 'tanh', expected one of None, 'gelu'"):
         ops.linear_act(torch.randn(2, 3), torch.randn(4, 3), act="tanh")

@@ -11,6 +11,7 @@ from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
 from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
 from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
+from ssmzoo.ops.native import linear_act as _native_linear_act  # noqa: F401
 from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
 from ssmzoo.ops.native import rms_norm as _native_rms_norm  # noqa: F401
 from ssmzoo.ops.native import selective_scan as _native_selective_scan  # noqa: F401
