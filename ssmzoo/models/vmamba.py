@@ -47,7 +47,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_chans, 1, "VMamba")
-        x = F.gelu(self.norm1(self.proj(x).permute(0, 2, 3, 1)))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = F.gelu(self.norm1(x.permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssmzoo.ops.cross_selective_scan import cross_selective_scan
 from ssmzoo.ops.dispatch import no_double_backward
+from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_float
 
 FORWARD, MISSING = kernel("ssmzoo_cross_selective_scan_forward")
@@ -106,7 +106,7 @@ def _why_not(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):
 @cross_selective_scan.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
 def cross_selective_scan_native(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):
     u = x.permute(0, 2, 3, 1)
-    steps = F.linear(u, x_proj.flatten(0, 1)).float().contiguous()  # (b h w 4(r+2n))
+    steps = linear_act(u, x_proj.flatten(0, 1)).float().contiguous()  # (b h w 4(r+2n))
     tensors = u.float().contiguous(), steps, *(t.float().contiguous() for t in (dt_proj, dt_bias, A, D))
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     y, _ = torch.ops.ssmzoo.cross_selective_scan(*tensors, COLUMNS[scans], REVERSED[scans], save)
