@@ -38,7 +38,7 @@ def test_spatial_scan(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4),
-                                   (1, 1, 9, 40, 3)])
+                                   (1, 1, 9, 40, 3), (2, 9, 8, 18, 9)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_of_spatial_scan(sizes, threads):
     """Of all ten arguments, beside the operators that are joined, in double precision."""

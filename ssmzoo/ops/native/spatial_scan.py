@@ -26,11 +26,12 @@ def _tiles(b: int, e: int, columns: int, threads: int) -> int:
 
 
 def _forward(u, steps, dt_proj, dt_bias, A, D, taps):
-    """u (b h w e), steps (b h w r+2), A (e), taps (e 27), all contiguous float32 -> y (b h w e)"""
+    """u (b h w e), steps (b h w r+2), A (e), taps (27 e), all contiguous float32 -> y (b h w e)"""
     (b, h, w, e), r, threads = u.shape, dt_proj.shape[1], torch.get_num_threads()
     y = torch.empty_like(u)
     commit(y)
-    tensors = [u, steps, dt_proj, dt_bias, A, D, taps, y, *[None] * 8]
+    weights = dt_proj.T.contiguous()  # (r e)
+    tensors = [u, steps, weights, dt_bias, A, D, taps, y, *[None] * 8]
     FORWARD(pack(tensors, b, e, h, w, r, _tiles(b, e, w, threads), threads))
     return y
 
@@ -39,15 +40,16 @@ def _backward(dy, u, steps, dt_proj, dt_bias, A, D, taps):
     (b, h, w, e), r, threads = u.shape, dt_proj.shape[1], torch.get_num_threads()
     tiles = -(-e // VECTOR_LENGTH)
     per_task = max(1, min(tiles, -(-tiles * b // threads)))
-    du, draw, dread = torch.empty_like(u), torch.empty_like(u), u.new_empty(-(-tiles // per_task), b, h * w * 2)
-    dbias, dA, dD, dtaps = (u.new_empty(b, *t.shape) for t in (dt_bias, A, D, taps))
-    dy = dy.contiguous()
-    commit(du, draw)
-    tensors = [u, steps, dt_proj, dt_bias, A, D, taps, None, dy, du, draw, dread, dbias, dA, dD, dtaps]
+    padded = -(-h * w // VECTOR_LENGTH) * VECTOR_LENGTH
+    dy, weights = dy.contiguous(), dt_proj.T.contiguous()  # (r e)
+    du, dsteps = torch.empty_like(u), u.new_empty(-(-tiles // per_task), b, r + 2, padded)
+    sums = [u.new_empty(b, *t.shape) for t in (weights, dt_bias, A, D, taps)]
+    commit(du)
+    tensors = [u, steps, weights, dt_bias, A, D, taps, None, dy, du, dsteps, *sums]
     BACKWARD(pack(tensors, b, e, h, w, r, per_task, threads))
-    draw = draw.flatten(0, 2)  # (b h w, e): gradients of dt_proj dt + dt_bias
-    dsteps = torch.cat([draw @ dt_proj, dread.sum(0).view(-1, 2)], dim=1).view_as(steps)
-    return du, dsteps, draw.T @ steps[..., :r].flatten(0, 2), dbias.sum(0), dA.sum(0), dD.sum(0), dtaps.sum(0)
+    dsteps = dsteps.sum(0)[..., :h * w].transpose(1, 2).reshape(steps.shape)
+    dproj, *others = (t.sum(0) for t in sums)
+    return du, dsteps, dproj.T.contiguous(), *others
 
 
 _LIBRARY.impl("spatial_scan", _forward, "CPU")
@@ -77,7 +79,7 @@ def _why_not(u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
 
 @spatial_scan.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
 def spatial_scan_native(u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
-    weights = taps(kernels, alpha, torch.float32).flatten(1)  # (e 27)
+    weights = taps(kernels, alpha, torch.float32).flatten(1).T  # (27 e)
     tensors = [t.float().contiguous() for t in (u, steps, dt_proj, dt_bias, A.squeeze(1), D, weights)]
     y = torch.ops.ssmzoo.spatial_scan(*tensors)
     return y.to(torch.promote_types(torch.promote_types(u.dtype, steps.dtype), D.dtype))

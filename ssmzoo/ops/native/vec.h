@@ -60,12 +60,26 @@ INLINE vf v_at_most(vf x, float high) {
 #endif
 }
 INLINE vf v_abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
-INLINE float v_sum(vf x) {  // always in the same order
-    float lane[VL];
-    v_store(lane, x);
-    for (int width = VL / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-    return lane[0];
+#if defined(__clang__) || __GNUC__ >= 12
+#define V_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define V_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+INLINE float v_sum(vf x) {  // always in the same order: halves, quarters, ...
+#if VL == 16
+    x += V_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += V_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += V_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += V_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif VL == 8
+    x += V_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += V_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    x += V_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    x += V_SHUFFLE(x, x, 2, 3, 0, 1);
+    x += V_SHUFFLE(x, x, 1, 0, 3, 2);
+#endif
+    return x[0];
 }
 
 // 2^t, relative error below 1.2e-7; exact at 0, gradual underflow, infinities and NaN as they should be.
@@ -95,10 +109,8 @@ INLINE vf v_exp2(vf t) {
 #define LOG2E 1.44269504088896340736f
 INLINE vf v_exp(vf x) { return v_exp2(x * LOG2E); }
 INLINE vf v_sigmoid(vf x) { return 1.0f / (1.0f + v_exp(-x)); }
-// log(1 + exp(x)); the logarithm is 2 atanh(y / (2 + y)) with y = exp(-|x|) in [0, 1].
-INLINE vf v_softplus(vf x) {
-    vf y = v_exp(-v_abs(x));
-    vf s = y / (2.0f + y);
+// log(1 + exp(x)) of x and s = y / (2 + y), y = exp(-|x|) in [0, 1]: the logarithm is 2 atanh(s).
+INLINE vf v_softplus_of(vf x, vf s) {
     vf q = s * s;
     vf p = v_set(1.408916712e-1f);
     p = p * q + 1.398030072e-1f;
@@ -107,13 +119,17 @@ INLINE vf v_softplus(vf x) {
     p = p * q + 1.0f;
     return v_at_least(x, 0.0f) + 2.0f * s * p;
 }
+INLINE vf v_softplus(vf x) {
+    vf y = v_exp(-v_abs(x));
+    return v_softplus_of(x, y / (2.0f + y));
+}
+INLINE vf v_softplus_slope(vf x, vf *slope) {  // and its derivative, by one division
+    vf y = v_exp(-v_abs(x)), both = 1.0f / ((1.0f + y) * (2.0f + y));
+    *slope = v_select(x < 0.0f, y, v_set(1.0f)) * (2.0f + y) * both;
+    return v_softplus_of(x, y * (1.0f + y) * both);
+}
 
 // Interleave the lower / upper halves of two vectors: a0 b0 a1 b1 ...
-#if defined(__clang__) || __GNUC__ >= 12
-#define V_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define V_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-#endif
 #if VL == 16
 #define V_LOW(a, b) V_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define V_HIGH(a, b) V_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
