@@ -76,7 +76,10 @@ class ConvDown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[1:3]) < self.conv.kernel_size[0] - 2 * self.conv.padding[0]:
             raise ValueError(f"a map of {x.shape[1]}x{x.shape[2]} positions cannot be halved again; enlarge the images")
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        if x.numel() < self.conv.weight.numel():
+            x = x.contiguous()  # rows last, as the weights are: torch would rearrange these, at greater cost
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 def downsampling(kind: str, dim: int, out_dim: int, norm: str) -> nn.Module:
