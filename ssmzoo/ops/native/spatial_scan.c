@@ -32,6 +32,7 @@ typedef struct {
     const spatial_args *a;
     int64_t batch, first, tiles, width, rows;  // tiles [first, first + tiles); width of a kept row with its margins
     float *kept, *weights, *state;  // [tile][rows][width][VL], [tile][r + 3 + MERGED][VL], [tile][VL]
+    float *raw;                     // [cols][VL], a row's time steps before bias and softplus
     float *steps;                   // [l][2][VL], time steps and the softplus's slopes there; NULL: not wanted
 } spatial_task;
 
@@ -72,17 +73,12 @@ static void scan_row(const spatial_task *t, int64_t tile, int64_t row, const flo
     float *to = kept_row(t, tile, row), *inner = to + MARGIN * VL;
     float *kept = t->steps ? t->steps + row * cols * 2 * VL : NULL;
     const vf bias = v_load(weights), rate = v_load(weights + VL);
+    const gemm_t time_steps = {steps, r + 2, 1, weights + 3 * VL, VL, t->raw, VL, NULL, NULL, 0};
+    gemm(&time_steps, cols, VL, r, GEMM_FULL);
     vf x = v_load(t->state + tile * VL);
     for (int64_t j = 0; j < cols; j++, steps += r + 2, u += a->e) {
-        vf raw = bias, more = {0};
         __builtin_prefetch(u + AHEAD * a->e);
-        int64_t i = 0;
-        for (; i + 2 <= r; i += 2) {
-            raw += v_load(weights + (3 + i) * VL) * steps[i];
-            more += v_load(weights + (4 + i) * VL) * steps[i + 1];
-        }
-        if (i < r) raw += v_load(weights + (3 + i) * VL) * steps[i];
-        raw += more;
+        const vf raw = v_load(t->raw + j * VL) + bias;
         vf delta, slope;
         if (kept) {
             delta = v_softplus_slope(raw, &slope);
@@ -155,9 +151,10 @@ static void forward_task(void *context, int64_t index) {
     const int64_t size = weights_size(a);
     spatial_task t = task_of(a, index);
     t.rows = KEPT;
-    t.kept = scratch(sizeof(float) * (size_t)(t.tiles * (KEPT * t.width * VL + size + VL)));
+    t.kept = scratch(sizeof(float) * (size_t)(t.tiles * (KEPT * t.width * VL + size + VL) + a->cols * VL));
     t.weights = t.kept + t.tiles * KEPT * t.width * VL;
     t.state = t.weights + t.tiles * size;
+    t.raw = t.state + t.tiles * VL;
     memset(t.state, 0, sizeof(float) * (size_t)(t.tiles * VL));
     for (int64_t tile = 0; tile < t.tiles; tile++) load_weights(&t, tile, t.weights + tile * size);
     for (int64_t row = 0; row < a->rows + MARGIN; row++)
@@ -304,15 +301,16 @@ static void backward_task(void *context, int64_t index) {
     const int64_t length = a->rows * a->cols, last = task_of(a, index).tiles, padded_cols = a->cols + 2 * MARGIN;
     spatial_task t = task_of(a, index);
     t.rows = a->rows;
-    t.kept = scratch(sizeof(float) * (size_t)((t.rows * t.width + 3 * length + padded_cols + BLOCK + a->r + 1) * VL +
-                                              weights_size(a)));
+    const int64_t vectors = t.rows * t.width + 3 * length + padded_cols + a->cols + BLOCK + a->r + 1;
+    t.kept = scratch(sizeof(float) * (size_t)(vectors * VL + weights_size(a)));
     t.steps = t.kept + t.rows * t.width * VL;
     gradients grad = {.length = padded(length)};
     grad.g = t.steps + 2 * length * VL;
     grad.dh = grad.g + (length + MARGIN) * VL;
     grad.turned = grad.dh + (a->cols + MARGIN) * VL;
     grad.dw = grad.turned + BLOCK * VL;
-    t.state = grad.dw + a->r * VL;
+    t.raw = grad.dw + a->r * VL;
+    t.state = t.raw + a->cols * VL;
     t.weights = t.state + VL;
     const int64_t part = (a->r + 2) * grad.length;
     grad.dsteps = (float *)a->dsteps.data + (index % splits_of(a) * a->b + t.batch) * part;
