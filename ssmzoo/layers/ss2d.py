@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.depthwise_conv import DepthwiseConv, MapConv
 from ssmzoo.layers.image_mlp import Linear, activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
@@ -91,21 +92,10 @@ class SpatialSoftmax(nn.Module):
         return x.flatten(1, 2).softmax(dim=1).view_as(x)
 
 
-class MapConv(nn.Module):
-    """Depthwise 3x3 convolution of a channels-last map, without bias."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 OUT_NORMS = {
     "layer": nn.LayerNorm,
-    "layer_conv": lambda dim: nn.Sequential(nn.LayerNorm(dim), MapConv(dim)),
-    "conv": MapConv,
+    "layer_conv": lambda dim: nn.Sequential(nn.LayerNorm(dim), MapConv(dim, bias=False)),
+    "conv": lambda dim: MapConv(dim, bias=False),
     "softmax": lambda dim: SpatialSoftmax(),
     "sigmoid": lambda dim: nn.Sigmoid(),
     "none": lambda dim: nn.Identity(),
@@ -140,10 +130,8 @@ class SS2D(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.d_state, self.gate, self.scans, self.ssm_init = d_state, gate, scans, ssm_init
         self.in_proj = Linear(d_model, e if gate is None else 2 * e, bias=False)
-        self.conv2d = None
-        if d_conv > 1:
-            self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
         self.act = activation(act)
+        self.conv2d = DepthwiseConv(e, d_conv, bias=conv_bias, act=act) if d_conv > 1 else None
         self.out_act = activation(out_act) if out_act else nn.Identity()
         self.make_scan_parameters()
         self.out_norm = OUT_NORMS[out_norm](e)
@@ -169,10 +157,8 @@ class SS2D(nn.Module):
         x, z = self.in_proj(u), None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = x.permute(0, 3, 1, 2)  # (b e y x)
-        if self.conv2d is not None:
-            x = self.conv2d(x)
-        y = self.scan(self.act(x)).to(u.dtype)  # (b y x e)
+        x = self.act(x) if self.conv2d is None else self.conv2d(x)
+        y = self.scan(x.permute(0, 3, 1, 2)).to(u.dtype)  # (b y x e)
         y = self.out_act(self.out_norm(y))
         if z is not None:
             y = y * (self.act(z) if self.gate == "act" else z)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.depthwise_conv import DepthwiseConv, MapConv
 from ssmzoo.layers.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image_backbone import FourStage, Stage
 from ssmzoo.layers.image_mlp import Linear, Mlp
@@ -66,7 +67,7 @@ class StructureAwareSSM(nn.Module):
         e = self.d_inner = int(expand * d_model)
         r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.in_proj = Linear(d_model, 2 * e, bias=bias)
-        self.conv2d = nn.Conv2d(e, e, d_conv, padding=(d_conv - 1) // 2, groups=e, bias=conv_bias)
+        self.conv2d = DepthwiseConv(e, d_conv, bias=conv_bias, act="silu")
         self.x_proj_weight = nn.Parameter(torch.empty(r + 2, e))
         self.dt_projs_weight = nn.Parameter(torch.empty(e, r))
         self.dt_projs_bias = nn.Parameter(torch.empty(e))
@@ -80,8 +81,7 @@ class StructureAwareSSM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (b y x e)
-        y = self.out_norm(self.ssm(u).to(z.dtype)) * F.silu(z)
+        y = self.out_norm(self.ssm(self.conv2d(u)).to(z.dtype)) * F.silu(z)
         return self.dropout(self.out_proj(y))
 
     def ssm(self, u: Tensor) -> Tensor:
@@ -102,43 +102,40 @@ class SpatialMambaBlock(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-5,
                  mixer: dict | None = None):
         super().__init__()
-        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.cpe1 = DepthwiseConv(dim, residual=True)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.self_attention = StructureAwareSSM(dim, **(mixer or {}))
-        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.cpe2 = DepthwiseConv(dim, residual=True)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.cpe1(x)
         x = x + self.drop_path(self.self_attention(self.ln_1(x)))
-        x = x + self.cpe2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.cpe2(x)
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
 
 class PointConv(nn.Conv2d):
-    """A 1x1 convolution of (b d y x) maps as the matrix product that it is, with a ReLU behind it if `relu`."""
+    """A 1x1 convolution of (b d y x) maps as the matrix product that it is."""
 
-    def __init__(self, dim: int, out_dim: int, bias: bool, relu: bool):
+    def __init__(self, dim: int, out_dim: int, bias: bool):
         super().__init__(dim, out_dim, 1, bias=bias)
-        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear_act(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias, "relu" if self.relu else None)
-        return y.permute(0, 3, 1, 2)
+        return linear_act(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Module):
     """Convolution, BatchNorm (`norm`; then without bias unless `bias`) and ReLU (`act`), on (b d y x)."""
 
-    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int = 1, groups: int = 1, norm: bool = True,
-                 act: bool = True, bias: bool = False):
+    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int = 1, norm: bool = True, act: bool = True,
+                 bias: bool = False):
         super().__init__()
-        joined = kernel == 1 and act and not norm
-        self.conv = (PointConv(dim, out_dim, bias, relu=joined) if kernel == 1 else
-                     nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias))
+        self.conv = (PointConv(dim, out_dim, bias) if kernel == 1 else
+                     nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=bias))
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
-        self.act = nn.ReLU() if act and not joined else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
@@ -161,16 +158,18 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(b y x d) -> (b y/2 x/2 2d): 1x1 to 8d, depthwise 3x3 of stride 2, 1x1; halves are rounded up."""
+    """(b y x d) -> (b y/2 x/2 2d): 1x1 to 8d, depthwise 3x3 of stride 2 between ReLUs, 1x1; halves are rounded up."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Sequential(ConvNorm(dim, 8 * dim, 1, norm=False, bias=True),
-                                  ConvNorm(8 * dim, 8 * dim, 3, 2, groups=8 * dim, norm=False, bias=True),
-                                  ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True))
+        self.conv = nn.ModuleList([ConvNorm(dim, 8 * dim, 1, norm=False, act=False, bias=True),
+                                   MapConv(8 * dim, stride=2, act="relu", rectify=True),
+                                   ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        widen, halve, narrow = self.conv
+        x = halve(widen(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (b y/2 x/2 8d)
+        return narrow(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SpatialMamba(FourStage):
