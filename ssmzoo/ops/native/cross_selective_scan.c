@@ -6,6 +6,7 @@
 // Lanes run over channels, VL of them make a tile whose states live in registers. A chunk of steps is gathered from
 // wherever its positions lie into rows [step][VL] in cache, so that all orders cost the same. A task is a batch entry,
 // a part (the orders k = part and part + 2) and some tiles. The backward starts from states saved at chunk starts.
+#include "gemm.h"
 #include "parallel.h"
 #include "tensor.h"
 
@@ -117,23 +118,17 @@ static float *saved_at(const cross_task *t, int64_t k, int64_t chunk) {
            + (((t->batch * 4 + k) * t->chunks + chunk) * all_tiles(t->a) + t->first) * states;
 }
 
-// raw = W dt_r + bias, dt = softplus(raw), du = dt u
+// dt = softplus(W dt_r + bias), du = dt u, and the softplus's slope if wanted
 static void steps_of_tile(const cross_task *t, const float *w, const float *bias, const float *steps, const float *u,
-                          float *raw, float *dt, float *du, int64_t count) {
-    for (int64_t s = 0; s < count; s++) {
-        vf x = v_load(bias), more = {0};
-        const float *row = steps + s * t->c;
-        int64_t j = 0;
-        for (; j + 2 <= t->a->r; j += 2) {
-            x += v_load(w + j * VL) * row[j];
-            more += v_load(w + (j + 1) * VL) * row[j + 1];
-        }
-        if (j < t->a->r) x += v_load(w + j * VL) * row[j];
-        x += more;
-        vf d = v_softplus(x);
-        if (raw) v_store(raw + s * VL, x);
-        v_store(dt + s * VL, d);
-        v_store(du + s * VL, d * v_load(u + s * VL));
+                          float *slope, float *dt, float *du, int64_t count) {
+    const gemm_t raw = {.A = steps, .am = t->c, .ak = 1, .B = w, .ldb = VL, .C = dt, .ldc = VL};
+    gemm(&raw, count, VL, t->a->r, GEMM_FULL);
+    const vf shift = v_load(bias);
+    for (int64_t i = 0; i < count * VL; i += VL) {
+        vf here, d = v_softplus_slope(v_load(dt + i) + shift, &here);
+        if (slope) v_store(slope + i, here);
+        v_store(dt + i, d);
+        v_store(du + i, d * v_load(u + i));
     }
 }
 
@@ -211,7 +206,7 @@ void ssmzoo_cross_selective_scan_forward(const cross_args *a) {
 // ------------------------------------------------------------------------------------------------------- backward
 
 typedef struct {
-    float *u, *raw, *dt, *du, *dy, *grad_du, *grad_dt;  // rows of a tile
+    float *u, *slope, *dt, *du, *dy, *grad_du, *grad_dt;  // rows of a tile
 } cross_rows;
 enum { CROSS_ROWS = 7 };
 
@@ -276,42 +271,45 @@ static void sum_lanes(float *rows, int64_t total, int64_t size, float *to, int64
 
 typedef struct {  // [tile][n or r or 1][VL]; rows [tile][CROSS_ROWS][CHUNK][VL]
     float *A2, *w, *bias, *skip, *rows, *steps, *dsteps, *decay, *after;
+    float *turned, *ddt;  // [VL][CHUNK], gradients before the softplus; [r][CHUNK], those of dt_r
     float *dh, *dA, *dw, *dbias, *dD, *gB, *gC;  // start at zero
 } cross_memory;
 
 static float *cross_scratch(const cross_task *t, cross_memory *m) {
     int64_t states = t->tiles * t->a->n * VL, w = t->tiles * t->a->r * VL, one = t->tiles * VL, block = BACK * CHUNK * VL;
     int64_t sizes[] = {states, w, one, one, t->tiles * (CROSS_ROWS * CHUNK * VL + PAD), CHUNK * t->c, CHUNK * t->c, block + PAD,
-                       block + BACK * VL + PAD, states, states, w, one, one, block + PAD, block + PAD};
-    float **parts[] = {&m->A2, &m->w, &m->bias, &m->skip, &m->rows, &m->steps, &m->dsteps, &m->decay, &m->after,
-                       &m->dh, &m->dA, &m->dw, &m->dbias, &m->dD, &m->gB, &m->gC};
+                       block + BACK * VL + PAD, CHUNK * VL, CHUNK * t->a->r, states, states, w, one, one, block + PAD,
+                       block + PAD};
+    float **parts[] = {&m->A2, &m->w, &m->bias, &m->skip, &m->rows, &m->steps, &m->dsteps, &m->decay, &m->after, &m->turned,
+                       &m->ddt, &m->dh, &m->dA, &m->dw, &m->dbias, &m->dD, &m->gB, &m->gC};
     int64_t total = 0;
-    for (int i = 0; i < 16; i++) total += (sizes[i] + 15) / 16 * 16;
+    for (int i = 0; i < 18; i++) total += (sizes[i] + 15) / 16 * 16;
     float *memory = scratch(sizeof(float) * (size_t)total), *p = memory;
-    for (int i = 0; i < 16; i++) *parts[i] = p, p += (sizes[i] + 15) / 16 * 16;
+    for (int i = 0; i < 18; i++) *parts[i] = p, p += (sizes[i] + 15) / 16 * 16;
     return memory;
 }
 
-// From the gradients of dt u and dt to those of u, W dt_r, W, bias and D; r.du and r.raw take the first two.
+// From the gradients of dt u and dt to those of u, W dt_r, W, dt_r, bias and D; r.du and r.slope take the first two.
 static void finish_cross(const cross_task *t, cross_memory *m, cross_rows r, int64_t tile, int64_t count) {
     vf D = v_load(m->skip + tile * VL), dD = v_load(m->dD + tile * VL), dbias = v_load(m->dbias + tile * VL);
     for (int64_t s = 0; s < count; s++) {
         int64_t i = s * VL;
         vf u = v_load(r.u + i), dy = v_load(r.dy + i), grad_du = v_load(r.grad_du + i);
-        vf ddt = (v_load(r.grad_dt + i) * 0.693147180559945309f + grad_du * u) * v_sigmoid(v_load(r.raw + i));
+        vf ddt = (v_load(r.grad_dt + i) * 0.693147180559945309f + grad_du * u) * v_load(r.slope + i);
         v_store(r.du + i, grad_du * v_load(r.dt + i) + dy * D);
-        v_store(r.raw + i, ddt);
+        v_store(r.slope + i, ddt);
         dD += dy * u;
         dbias += ddt;
     }
     v_store(m->dD + tile * VL, dD);
     v_store(m->dbias + tile * VL, dbias);
-    for (int64_t j = 0; j < t->a->r; j++) {
-        float *to = m->dw + (tile * t->a->r + j) * VL;
-        vf sum = v_load(to);
-        for (int64_t s = 0; s < count; s++) sum += v_load(r.raw + s * VL) * m->steps[s * t->c + j];
-        v_store(to, sum);
-    }
+    float *dw = m->dw + tile * t->a->r * VL;
+    const gemm_t g = {.A = m->steps, .am = 1, .ak = t->c, .B = r.slope, .ldb = VL, .C = dw, .ldc = VL, .from = dw, .keep = 1};
+    gemm(&g, t->a->r, VL, count, GEMM_FULL);
+    transpose(r.slope, VL, count, VL, m->turned, CHUNK);
+    const gemm_t back = {.A = m->w + tile * t->a->r * VL, .am = VL, .ak = 1, .B = m->turned, .ldb = CHUNK, .C = m->ddt,
+                         .ldc = CHUNK, .from = tile ? m->ddt : NULL, .keep = 1};
+    gemm(&back, t->a->r, CHUNK, VL, GEMM_FULL);
 }
 
 static void cross_backward_chunk(const cross_task *t, cross_memory *m, int64_t k, int64_t chunk) {
@@ -326,7 +324,7 @@ static void cross_backward_chunk(const cross_task *t, cross_memory *m, int64_t k
     gather_steps(t, m->steps, k, at, count);
     for (int64_t tile = 0; tile < t->tiles; tile++) {
         cross_rows r = rows_at(m->rows + tile * gap);
-        steps_of_tile(t, m->w + tile * a->r * VL, m->bias + tile * VL, m->steps, r.u, r.raw, r.dt, r.du, count);
+        steps_of_tile(t, m->w + tile * a->r * VL, m->bias + tile * VL, m->steps, r.u, r.slope, r.dt, r.du, count);
         memset(r.grad_du, 0, sizeof(float) * (size_t)(2 * CHUNK * VL));  // grad_dt follows
     }
     for (int64_t i = 0; i < n;) {
@@ -344,15 +342,8 @@ static void cross_backward_chunk(const cross_task *t, cross_memory *m, int64_t k
         i += size;
     }
     for (int64_t tile = 0; tile < t->tiles; tile++) finish_cross(t, m, rows_at(m->rows + tile * gap), tile, count);
-    for (int64_t j = 0; j < a->r; j++) {
-        for (int64_t s = 0; s < count; s++) {
-            vf sum = {0};
-            for (int64_t tile = 0; tile < t->tiles; tile++)
-                sum += v_load(rows_at(m->rows + tile * gap).raw + s * VL) * v_load(m->w + (tile * a->r + j) * VL);
-            v_store(m->gB + s * VL, sum);
-        }
-        sum_lanes(m->gB, count, 1, m->dsteps + j, c);
-    }
+    for (int64_t s = 0; s < count; s++)
+        for (int64_t j = 0; j < a->r; j++) m->dsteps[s * c + j] = m->ddt[j * CHUNK + s];
     scatter(t, all.du, gap, (float *)a->du.data + (t->batch * 2 + t->part) * t->l * a->e, a->e, at, count, k >= 2);
     float *dsteps = (float *)a->dsteps.data + (t->split * a->b + t->batch) * t->l * 4 * c + k * c;
     for (int64_t s = 0; s < count; s++) memcpy(dsteps + at[s] * 4 * c, m->dsteps + s * c, sizeof(float) * (size_t)c);
