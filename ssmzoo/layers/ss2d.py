@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.depthwise_conv import DepthwiseConv, MapConv
 from ssmzoo.layers.image_mlp import Linear, activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.norm import GatedLayerNorm, fp32
 from ssmzoo.ops import cross_merge, cross_scan, cross_selective_scan, mamba_chunk_scan_combined, selective_scan_fn
 
 SCANS = ("cross", "unidirectional", "bidirectional", "cascade")
@@ -134,7 +134,8 @@ class SS2D(nn.Module):
         self.conv2d = DepthwiseConv(e, d_conv, bias=conv_bias, act=act) if d_conv > 1 else None
         self.out_act = activation(out_act) if out_act else nn.Identity()
         self.make_scan_parameters()
-        self.out_norm = OUT_NORMS[out_norm](e)
+        joined = (gate, act, out_norm, out_act) == ("act", "silu", "layer", None)
+        self.out_norm = GatedLayerNorm(e) if joined else OUT_NORMS[out_norm](e)
         self.out_proj = Linear(e, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
@@ -159,10 +160,16 @@ class SS2D(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = self.act(x) if self.conv2d is None else self.conv2d(x)
         y = self.scan(x.permute(0, 3, 1, 2)).to(u.dtype)  # (b y x e)
+        return self.dropout(self.out_proj(self.close(y, z)))
+
+    def close(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """out_act(out_norm(y)) * gate(z): (b y x e), z None without a gate"""
+        if isinstance(self.out_norm, GatedLayerNorm):
+            return self.out_norm(y, z)
         y = self.out_act(self.out_norm(y))
-        if z is not None:
-            y = y * (self.act(z) if self.gate == "act" else z)
-        return self.dropout(self.out_proj(y))
+        if z is None:
+            return y
+        return y * (self.act(z) if self.gate == "act" else z)
 
     def scan(self, x: Tensor) -> Tensor:
         """(b e y x) -> the sum over the orders (b y x e)"""

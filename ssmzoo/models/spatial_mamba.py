@@ -23,13 +23,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssmzoo.layers.depthwise_conv import DepthwiseConv, MapConv
 from ssmzoo.layers.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image_backbone import FourStage, Stage
 from ssmzoo.layers.image_mlp import Linear, Mlp
-from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.norm import GatedLayerNorm, fp32
 from ssmzoo.layers.patch_embed import check_image, map_norm
 from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.models.vmamba import init_linear, official_stages
@@ -74,14 +73,14 @@ class StructureAwareSSM(nn.Module):
         self.A_logs = nn.Parameter(torch.empty(e, 1))
         self.Ds = nn.Parameter(torch.empty(e))
         self.state_fusion = StateFusion(e) if fuse_states else nn.Identity()
-        self.out_norm = nn.LayerNorm(e)
+        self.out_norm = GatedLayerNorm(e)
         self.out_proj = Linear(e, d_model, bias=bias)
         self.dropout = nn.Dropout(dropout)
         init_directional_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.out_norm(self.ssm(self.conv2d(u)).to(z.dtype)) * F.silu(z)
+        y = self.out_norm(self.ssm(self.conv2d(u)).to(z.dtype), z)
         return self.dropout(self.out_proj(y))
 
     def ssm(self, u: Tensor) -> Tensor:

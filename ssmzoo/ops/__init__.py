@@ -7,12 +7,14 @@ from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d
 from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
+from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
 from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
 from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
 from ssmzoo.ops.native import depthwise_conv2d as _native_depthwise_conv2d  # noqa: F401
+from ssmzoo.ops.native import gated_layer_norm as _native_gated_layer_norm  # noqa: F401
 from ssmzoo.ops.native import linear_act as _native_linear_act  # noqa: F401
 from ssmzoo.ops.native import mamba_step as _native_mamba_step  # noqa: F401
 from ssmzoo.ops.native import rms_norm as _native_rms_norm  # noqa: F401
@@ -43,6 +45,7 @@ __all__ = [
     "cross_selective_scan",
     "dense_scan",
     "depthwise_conv2d",
+    "gated_layer_norm",
     "linear_act",
     "mamba_chunk_scan_combined",
     "mamba_step",

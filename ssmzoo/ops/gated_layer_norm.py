@@ -1,0 +1,36 @@
+"""Layer normalisation over the last axis times a SiLU gate, which closes the mixers of the image models."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.ops.checks import compute_dtype, expect_floats
+from ssmzoo.ops.dispatch import op
+
+
+def check_gated_layer_norm(x, z, weight, bias, eps=1e-5) -> None:
+    if weight.ndim != 1 or weight.shape != bias.shape or x.shape[-1:] != weight.shape or z.shape != x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} and bias "
+                         f"{tuple(bias.shape)}, expected (... d), (... d), (d) and (d)")
+    expect_floats(x.device, x=x, z=z, weight=weight, bias=bias)
+
+
+@op(check=check_gated_layer_norm)
+def gated_layer_norm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """y = ((x - mean) / sqrt(variance + eps) * weight + bias) * SiLU(z), mean and variance of the last axis.
+
+    x, z (... d), weight and bias (d); returns (... d) in x's dtype, computed in fp32 (fp64 for fp64 input).
+    Raises ValueError when the shapes do not fit.
+    """
+    dtype = compute_dtype(x)
+    x32, z32 = x.to(dtype), z.to(dtype)
+    centred = x32 - x32.mean(-1, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return ((normal * weight.to(dtype) + bias.to(dtype)) * z32 * torch.sigmoid(z32)).to(x.dtype)
+
+
+@gated_layer_norm.register("torch")
+def gated_layer_norm_torch(x, z, weight, bias, eps=1e-5):
+    return F.layer_norm(x, weight.shape, weight, bias, eps) * F.silu(z)
