@@ -2,7 +2,8 @@
 //
 // Lanes run over channels, VL of them make a tile. A task is a batch entry and some tiles, row by row of the result: the
 // three rows of x that it needs are kept in cache, tile by tile and with a zero on both sides, and a window of 3x3
-// vectors slides along them in registers.
+// vectors slides along them in registers. Meanwhile the next row of x, and of y or dy, is called into the cache: tile by
+// tile, memory is read in strides, which no hardware foresees as well.
 //
 // Backwards, the same window gives the sum before the activation anew, its gradient g = dy act'(sum), those of the nine
 // taps, window * g, and what g adds to the window's own gradient, which slides along three more rows; rows that no
@@ -92,12 +93,15 @@ typedef struct {
     const float *taps, *x[3];  // taps and bias; the rows of the window, from their left margin on
     float *dx[3], *sums;
     int64_t lanes, columns;  // of the result
+    const float *below;      // the next row of x
+    int64_t x_step, y_down;  // between its columns; from a row of y or dy to the next
 } line;
 
 static line line_of(const conv_task *t, int64_t row, int64_t tile) {
     const conv_args *a = t->a;
     line l = {.taps = t->taps + tile * SUMS * VL, .lanes = a->d - t->channel - tile * VL,
-              .columns = (a->w - 1) / a->stride + 1};
+              .columns = (a->w - 1) / a->stride + 1, .below = place(&a->x, t, row + 2) + tile * VL,
+              .x_step = a->x.stride[2], .y_down = t->dx ? a->dy.stride[1] : a->y.stride[1]};
     for (int k = 0; k < 3; k++) l.x[k] = kept_row(t, t->x, row * a->stride + k - 1) + tile * t->width * VL;
     if (!t->dx) return l;
     for (int k = 0; k < 3; k++) l.dx[k] = kept_row(t, t->dx, row * a->stride + k - 1) + tile * t->width * VL;
@@ -137,6 +141,10 @@ INLINE void forward_line(const line *l, float *y, int64_t step, int stride, int 
     start(window, l->x, stride);
     for (int64_t j = 0; j < l->columns; j++, y += step) {
         slide(window, l->x, j * stride, stride);
+        if (stride == 1) {
+            __builtin_prefetch(l->below + j * l->x_step);
+            __builtin_prefetch(y + l->y_down, 1);
+        }
         vf sum = sum_window(taps, window);
         if (act == SILU) sum *= v_sigmoid(sum);
         if (act == RELU) sum = v_at_least(sum, 0.0f);
@@ -160,6 +168,8 @@ INLINE void backward_line(const line *l, const float *dy, int64_t step, int stri
             for (int k = 0; k < 3; k++)
                 dwindow[3 * row + k] = k + stride < 3 ? dwindow[3 * row + k + stride] :
                                        row + stride < 3 ? v_load(l->dx[row] + (j * stride + k) * VL) : v_set(0.0f);
+        if (stride == 1) __builtin_prefetch(l->below + j * l->x_step);
+        __builtin_prefetch(dy + l->y_down);
         vf g = v_load_some(dy, l->lanes);
         if (act != NONE) {
             const vf y = sum_window(taps, window);
