@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.depthwise_conv import DepthwiseConv
 from ssmzoo.layers.image_backbone import ImageBackbone
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.ss2d import init_directional_, project_steps, scan_steps
@@ -104,7 +105,7 @@ class CrossScan(nn.Module):
     def __init__(self, dim: int, d_state: int, d_rank: int):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
-        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.conv2d = DepthwiseConv(dim, act="silu")
         self.x_proj_weight = nn.Parameter(torch.empty(4, d_rank + 2 * d_state, dim))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, dim, d_rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(4, dim))
@@ -116,7 +117,7 @@ class CrossScan(nn.Module):
     def forward(self, s: Tensor) -> BranchOutput:
         """s (b y x e)"""
         x, z = self.in_proj(s).chunk(2, dim=-1)
-        xs = four_orders(F.silu(self.conv2d(x.permute(0, 3, 1, 2))))
+        xs = four_orders(self.conv2d(x).permute(0, 3, 1, 2))
         steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
         rows, rows_back, columns, columns_back = scan_steps(
             xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds).unbind(1)

@@ -1,9 +1,9 @@
 // Depthwise 3x3 convolution of a channels-last map with zeros around it, stride 1 or 2, and the activation behind it.
 //
-// Lanes run over channels, VL of them make a tile. A task is a batch entry and some tiles, row by row of the result: the
-// three rows of x that it needs are kept in cache, tile by tile and with a zero on both sides, and a window of 3x3
-// vectors slides along them in registers. Meanwhile the next row of x, and of y or dy, is called into the cache: tile by
-// tile, memory is read in strides, which no hardware foresees as well.
+// Lanes run over channels, VL of them make a tile. A task is a batch entry and some tiles, row by row of the result:
+// the three rows of x that it needs are kept in cache, tile by tile and with a zero on both sides, and a window of 3x3
+// vectors slides along them in registers. Meanwhile the next row of x, and of y or dy, is called into the cache: tile
+// by tile, memory is read in strides, which no hardware foresees as well.
 //
 // Backwards, the same window gives the sum before the activation anew, its gradient g = dy act'(sum), those of the nine
 // taps, window * g, and what g adds to the window's own gradient, which slides along three more rows; rows that no
@@ -15,8 +15,8 @@ enum { KEPT = 3, TAPS = 9, SUMS = TAPS + 1 };
 enum { NONE, SILU, RELU };
 
 typedef struct {
-    // x (b h w d), taps (9 d), bias (d) or NULL, y (b h' w' d); backwards: dy like y, dx like x, and per batch entry the
-    // gradients of taps and bias, sums (b 10 d); all float32, channels dense
+    // x (b h w d), taps (9 d), bias (d) or NULL, y (b h' w' d); backwards: dy like y, dx like x, and per batch entry
+    // the gradients of taps and bias, sums (b 10 d); all float32, channels dense
     tensor x, taps, bias, y, dy, dx, sums;
     int64_t b, h, w, d, stride, act, rectify, tiles, threads;  // rectify: relu(x) for x; tiles: per task
 } conv_args;
@@ -34,7 +34,9 @@ static int64_t splits_of(const conv_args *a) {
 }
 
 static int64_t row_size(const conv_task *t) { return t->tiles * t->width * VL; }
-static float *kept_row(const conv_task *t, float *rows, int64_t row) { return rows + (row + KEPT) % KEPT * row_size(t); }
+static float *kept_row(const conv_task *t, float *rows, int64_t row) {
+    return rows + (row + KEPT) % KEPT * row_size(t);
+}
 static float *place(const tensor *of, const conv_task *t, int64_t row) {
     return (float *)at(of, t->batch, row, 0) + t->channel;
 }
@@ -121,26 +123,31 @@ INLINE vf sum_window(const vf *taps, const vf *window) {
     return sum[0] + sum[1] + sum[2];
 }
 
-// Move a window to the place `next` columns on: some columns are new.
-INLINE void slide(vf *window, const float *const *rows, int64_t column, int stride) {
+// The vector of a window's row that lies `at` columns from the left margin; rows not begun are zeros.
+INLINE vf window_at(const float *const *rows, int row, int64_t at, int begun) {
+    return row < begun ? v_load(rows[row] + at * VL) : v_set(0.0f);
+}
+
+// Move a window on by `stride` columns, to where its left one is `column`; `begin` prepares for the first time.
+INLINE void slide(vf *window, const float *const *rows, int64_t column, int stride, int begun) {
 #pragma GCC unroll 3
     for (int row = 0; row < 3; row++)
 #pragma GCC unroll 3
         for (int k = 0; k < 3; k++)
-            window[3 * row + k] = k + stride < 3 ? window[3 * row + k + stride] : v_load(rows[row] + (column + k) * VL);
+            window[3 * row + k] = k + stride < 3 ? window[3 * row + k + stride]
+                                                 : window_at(rows, row, column + k, begun);
 }
-
-INLINE void start(vf *window, const float *const *rows, int stride) {
+INLINE void begin(vf *window, const float *const *rows, int stride, int begun) {
     for (int row = 0; row < 3; row++)
-        for (int k = stride; k < 3; k++) window[3 * row + k] = v_load(rows[row] + (k - stride) * VL);
+        for (int k = stride; k < 3; k++) window[3 * row + k] = window_at(rows, row, k - stride, begun);
 }
 
 INLINE void forward_line(const line *l, float *y, int64_t step, int stride, int act) {
     vf window[TAPS], taps[SUMS];
     load_sums(taps, l->taps);
-    start(window, l->x, stride);
+    begin(window, l->x, stride, 3);
     for (int64_t j = 0; j < l->columns; j++, y += step) {
-        slide(window, l->x, j * stride, stride);
+        slide(window, l->x, j * stride, stride, 3);
         if (stride == 1) {
             __builtin_prefetch(l->below + j * l->x_step);
             __builtin_prefetch(y + l->y_down, 1);
@@ -153,21 +160,15 @@ INLINE void forward_line(const line *l, float *y, int64_t step, int stride, int 
 }
 
 INLINE void backward_line(const line *l, const float *dy, int64_t step, int stride, int act) {
+    const int begun = 3 - stride;  // rows of dx that the line above has added to
     vf window[TAPS], dwindow[TAPS], taps[SUMS], sums[SUMS];
     load_sums(taps, l->taps);
     load_sums(sums, l->sums);
-    start(window, l->x, stride);
-    for (int row = 0; row < 3; row++)
-        for (int k = stride; k < 3; k++)
-            dwindow[3 * row + k] = row + stride < 3 ? v_load(l->dx[row] + (k - stride) * VL) : v_set(0.0f);
+    begin(window, l->x, stride, 3);
+    begin(dwindow, (const float *const *)l->dx, stride, begun);
     for (int64_t j = 0; j < l->columns; j++, dy += step) {
-        slide(window, l->x, j * stride, stride);
-#pragma GCC unroll 3
-        for (int row = 0; row < 3; row++)
-#pragma GCC unroll 3
-            for (int k = 0; k < 3; k++)
-                dwindow[3 * row + k] = k + stride < 3 ? dwindow[3 * row + k + stride] :
-                                       row + stride < 3 ? v_load(l->dx[row] + (j * stride + k) * VL) : v_set(0.0f);
+        slide(window, l->x, j * stride, stride, 3);
+        slide(dwindow, (const float *const *)l->dx, j * stride, stride, begun);
         if (stride == 1) __builtin_prefetch(l->below + j * l->x_step);
         __builtin_prefetch(dy + l->y_down);
         vf g = v_load_some(dy, l->lanes);
@@ -190,7 +191,8 @@ INLINE void backward_line(const line *l, const float *dy, int64_t step, int stri
             for (int k = 0; k < stride; k++) v_store(l->dx[row] + (j * stride + k) * VL, dwindow[3 * row + k]);
     }
     for (int row = 0; row < 3; row++)
-        for (int k = stride; k < 3; k++) v_store(l->dx[row] + ((l->columns - 1) * stride + k) * VL, dwindow[3 * row + k]);
+        for (int k = stride; k < 3; k++)
+            v_store(l->dx[row] + ((l->columns - 1) * stride + k) * VL, dwindow[3 * row + k]);
     for (int k = 0; k < SUMS; k++) v_store(l->sums + k * VL, sums[k]);
 }
 

@@ -55,7 +55,7 @@ class _DepthwiseConv(torch.autograd.Function):
             return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 4
         act, stride, residual, rectify = ctx.options
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx, sums = torch.empty(x.shape), torch.empty(x.shape[0], 10, x.shape[3])  # taps and bias
+        dx, sums = x.new_empty(x.shape), x.new_empty(x.shape[0], 10, x.shape[3])  # taps and bias
         commit(dx)
         _call(BACKWARD, [x, _taps(weight, residual), bias, None, dy, dx, sums], x, act, stride, rectify)
         sums = sums.sum(0)
