@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+
+from ssmzoo.ops.dispatch import unobserved
 
 
 class DropPath(nn.Module):
-    """Zero the branch of a sample with probability p in training, divide the others by 1 - p. (b ...) -> (b ...)"""
+    """Zero the branch of a sample with probability p in training, divide the others by 1 - p. (b ...) -> (b ...)
 
-    def __init__(self, p: float = 0.0):
+    apart  the branch treats every sample by itself (BatchNorm does not), so that `add` need not compute what is zeroed
+    """
+
+    def __init__(self, p: float = 0.0, apart: bool = True):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"a drop path rate must lie in [0, 1), got {p}")
-        self.p = p
+        self.p, self.apart = p, apart
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.p == 0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.p)
-        return x * keep.div_(1 - self.p)
+        return x * self.factors(x) if self.active() else x
+
+    def add(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + self(branch(x)); on a CPU the branch is computed for the samples alone whose factor is not 0."""
+        if not self.active():
+            return x + branch(x)
+        factors = self.factors(x)
+        chosen = self.apart and x.device.type == "cpu" and unobserved(x)
+        rows = factors.flatten().nonzero().flatten() if chosen else ()
+        if not 0 < len(rows) < len(x):
+            return torch.addcmul(x, branch(x), factors)
+        y = branch(x.index_select(0, rows))
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return x.to(dtype).index_add(0, rows, y.to(dtype), alpha=1 / (1 - self.p))
+
+    def active(self) -> bool:
+        return self.p > 0 and self.training
+
+    def factors(self, x: Tensor) -> Tensor:
+        """0 or 1 / (1 - p) for every sample: (b 1 ...)"""
+        return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.p).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3g}"

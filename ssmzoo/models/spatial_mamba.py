@@ -110,9 +110,9 @@ class SpatialMambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cpe1(x)
-        x = x + self.drop_path(self.self_attention(self.ln_1(x)))
+        x = self.drop_path.add(x, lambda x: self.self_attention(self.ln_1(x)))
         x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.ln_2(x)))
+        return self.drop_path.add(x, lambda x: self.mlp(self.ln_2(x)))
 
 
 class PointConv(nn.Conv2d):

@@ -104,7 +104,7 @@ class VSSBlock(nn.Module):
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, mlp_act: str = "gelu", gmlp: bool = False,
                  norm: str = "ln", drop_path: float = 0.0, mlp_drop: float = 0.0):
         super().__init__()
-        self.norm, self.op, self.drop_path = map_norm(norm, dim), mixer, DropPath(drop_path)
+        self.norm, self.op, self.drop_path = map_norm(norm, dim), mixer, DropPath(drop_path, apart=norm == "ln")
         if mlp_ratio > 0:
             self.norm2 = map_norm(norm, dim)
             self.mlp = (GatedMlp if gmlp else Mlp)(dim, int(mlp_ratio * dim), mlp_act, mlp_drop)
@@ -112,8 +112,8 @@ class VSSBlock(nn.Module):
             self.mlp = None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x if self.mlp is None else x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path.add(x, lambda x: self.op(self.norm(x)))
+        return x if self.mlp is None else self.drop_path.add(x, lambda x: self.mlp(self.norm2(x)))
 
 
 class VMamba(FourStage):
