@@ -169,6 +169,14 @@ def differentiate(operator: str, library: torch.library.Library) -> None:
     torch.library.register_autograd(f"ssmzoo::{operator}_backward", no_double_backward(operator), lib=library)
 
 
+def gradients_by(function: Callable, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dy: Tensor) -> tuple:
+    """For a backward whose results are to be differentiated again: autograd's gradients of `function(*tensors)`
+    times dy, as many as `wanted` (which goes on for arguments that are no tensors), None where that is False."""
+    given = [t for t, want in zip(tensors, wanted) if want]
+    found = iter(torch.autograd.grad(function(*tensors), given, dy, create_graph=True))
+    return tuple(next(found) if want else None for want in wanted)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the backward of a function of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_torch
-from ssmzoo.ops.dispatch import needs_grad, unobserved, watched
+from ssmzoo.ops.dispatch import gradients_by, needs_grad, unobserved, watched
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack
 
 FORWARD, MISSING = kernel("ssmzoo_depthwise_conv2d_forward")
@@ -48,11 +48,9 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # with a view to second derivatives
-            wanted = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
-            grads = iter(torch.autograd.grad(depthwise_conv2d_torch(x, weight, bias, *ctx.options), wanted, dy,
-                                             create_graph=True))
-            return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 4
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            return gradients_by(lambda *t: depthwise_conv2d_torch(*t, *ctx.options), (x, weight, bias),
+                                ctx.needs_input_grad, dy)
         act, stride, residual, rectify = ctx.options
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx, sums = x.new_empty(x.shape), x.new_empty(x.shape[0], 10, x.shape[3])  # taps and bias

@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import unobserved, watched
+from ssmzoo.ops.dispatch import gradients_by, unobserved, watched
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm, gated_layer_norm_torch
 from ssmzoo.ops.native import commit, kernel
 
@@ -45,11 +45,8 @@ class _GatedLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         *given, mean, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # gradients of the gradients are wanted: torch has them
-            y = gated_layer_norm_torch(*given, ctx.eps)
-            wanted = [t for t in given if t.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in given), None
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            return gradients_by(lambda *t: gated_layer_norm_torch(*t, ctx.eps), given, ctx.needs_input_grad, dy)
         dy = dy.contiguous()
         dx, dz = torch.empty_like(dy), torch.empty_like(dy)
         sums = dy.new_empty(-(-mean.numel() // ROWS), 2, dy.shape[-1])

@@ -10,7 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import needs_grad, unobserved, watched
+from ssmzoo.ops.dispatch import gradients_by, needs_grad, unobserved, watched
 from ssmzoo.ops.linear_act import linear_act, linear_act_torch
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
 
@@ -70,10 +70,8 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # gradients of the gradients are wanted: torch has them
-            given = [t for t, want in zip((x, weight, bias), wanted) if want]
-            found = iter(torch.autograd.grad(linear_act_torch(x, weight, bias, ctx.act), given, dy, create_graph=True))
-            return *(next(found) if want else None for want in wanted[:3]), None
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            return gradients_by(lambda *t: linear_act_torch(*t, ctx.act), (x, weight, bias), wanted, dy)
         flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (dy, saved, x)]
         dh, dweight, dbias = _backward(*flat, ctx.act)
         dx = _onednn(dh, weight.t(), None).view_as(x) if wanted[0] else None
