@@ -26,17 +26,23 @@ class DropPath(nn.Module):
         return x * self.factors(x) if self.active() else x
 
     def add(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + self(branch(x)); on a CPU the branch is computed for the samples alone whose factor is not 0."""
+        """x + self(branch(x)); on a CPU the branch is computed for few samples besides those whose factor is not 0.
+
+        Their number is rounded up to eighths of the batch, as oneDNN keeps a compiled kernel for every shape it meets.
+        """
         if not self.active():
             return x + branch(x)
         factors = self.factors(x)
-        chosen = self.apart and x.device.type == "cpu" and unobserved(x)
-        rows = factors.flatten().nonzero().flatten() if chosen else ()
-        if not 0 < len(rows) < len(x):
+        if not (self.apart and x.device.type == "cpu" and unobserved(x)):
             return torch.addcmul(x, branch(x), factors)
-        y = branch(x.index_select(0, rows))
+        order = factors.flatten().argsort(descending=True, stable=True)
+        kept, step = int(factors.count_nonzero()), -(-len(x) // 8)
+        computed = -(-kept // step) * step
+        if not 0 < computed < len(x):
+            return torch.addcmul(x, branch(x), factors)
+        y = branch(x.index_select(0, order[:computed]))[:kept]
         dtype = torch.promote_types(x.dtype, y.dtype)
-        return x.to(dtype).index_add(0, rows, y.to(dtype), alpha=1 / (1 - self.p))
+        return x.to(dtype).index_add(0, order[:kept], y.to(dtype), alpha=1 / (1 - self.p))
 
     def active(self) -> bool:
         return self.p > 0 and self.training
