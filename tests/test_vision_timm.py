@@ -134,6 +134,7 @@ def test_export(name):
                                                          if n != "spatial_mamba_tiny")])
 def test_compile_as_one_graph(name):
     """Inference and a training step, as `compile=true` of the trainer runs them."""
+    torch._dynamo.reset()  # the models share a forward, of which a process keeps eight compiled forms
     model, x = create(name, drop_path_rate=0.0).eval(), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
