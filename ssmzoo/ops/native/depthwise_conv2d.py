@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_torch
-from ssmzoo.ops.dispatch import gradients_by, needs_grad, unobserved, watched
-from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack
+from ssmzoo.ops.dispatch import gradients_by, needs_grad
+from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack, why_not_eager
 
 FORWARD, MISSING = kernel("ssmzoo_depthwise_conv2d_forward")
 BACKWARD, _ = kernel("ssmzoo_depthwise_conv2d_backward")
@@ -66,15 +66,7 @@ def _why_not(x, weight, bias=None, act=None, stride=1, residual=False, rectify=F
         return f"has kernels of 3x3 only, got {weight.shape[-1]}x{weight.shape[-1]}"
     if act not in ACTIVATIONS:
         return f"has no {act}"
-    if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
-        return "computes in float32 only"
-    if torch.is_autocast_enabled("cpu"):
-        return "leaves autocast to torch"
-    if not unobserved(x, weight, bias):
-        return "is not traced: compilers fuse by themselves"
-    if not x.numel():
-        return "has nothing to do for an empty map"
-    return watched()
+    return why_not_eager(x, weight, bias)
 
 
 @depthwise_conv2d.register("native", device="cpu", missing=MISSING, unsupported=_why_not)

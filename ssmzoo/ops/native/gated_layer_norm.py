@@ -10,9 +10,9 @@ import struct
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import gradients_by, unobserved, watched
+from ssmzoo.ops.dispatch import gradients_by
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm, gated_layer_norm_torch
-from ssmzoo.ops.native import commit, kernel
+from ssmzoo.ops.native import commit, kernel, why_not_eager
 
 FORWARD, MISSING = kernel("ssmzoo_gated_layer_norm")
 BACKWARD, _ = kernel("ssmzoo_gated_layer_norm_backward")
@@ -56,15 +56,7 @@ class _GatedLayerNorm(torch.autograd.Function):
 
 
 def _why_not(x, z, weight, bias, eps=1e-5):
-    if any(t.dtype != torch.float32 for t in (x, z, weight, bias)):
-        return "computes in float32 only"
-    if torch.is_autocast_enabled("cpu"):
-        return "leaves autocast to torch"
-    if not unobserved(x, z, weight, bias):
-        return "is not traced: compilers fuse by themselves"
-    if not x.numel():
-        return "has nothing to do for empty rows"
-    return watched()
+    return why_not_eager(x, z, weight, bias)
 
 
 @gated_layer_norm.register("native", device="cpu", missing=MISSING, unsupported=_why_not)

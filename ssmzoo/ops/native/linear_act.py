@@ -10,9 +10,9 @@ import struct
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import gradients_by, needs_grad, unobserved, watched
+from ssmzoo.ops.dispatch import gradients_by, needs_grad
 from ssmzoo.ops.linear_act import linear_act, linear_act_torch
-from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+from ssmzoo.ops.native import VECTOR_LENGTH, kernel, why_not_eager
 
 FORWARD, MISSING = kernel("ssmzoo_act")
 BACKWARD, _ = kernel("ssmzoo_linear_backward")
@@ -79,15 +79,7 @@ class _LinearAct(torch.autograd.Function):
 
 
 def _why_not(x, weight, bias=None, act=None):
-    if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
-        return "computes in float32 only"
-    if torch.is_autocast_enabled("cpu"):
-        return "leaves autocast to torch"
-    if not unobserved(x, weight, bias):
-        return "is not traced: compilers fuse by themselves"
-    if not (x.numel() and weight.numel()):
-        return "has nothing to do for an empty matrix"
-    return watched()
+    return why_not_eager(x, weight, bias)
 
 
 @linear_act.register("native", device="cpu", missing=MISSING, unsupported=_why_not)
