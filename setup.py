@@ -21,8 +21,11 @@ class BuildWithKernels(build_py):
             kernels.build(NATIVE if self.editable_mode else Path(self.build_lib, NATIVE))
         except kernels.BuildError as error:
             reason = str(error).splitlines()[0]
-            self.announce(f"ssmzoo: the CPU kernels were not compiled ({reason}); plain PyTorch serves instead. With "
-                          "a C compiler, `python -m ssmzoo.ops.native.build` adds them.", level=logging.WARNING)
+            self.announce(
+                f"ssmzoo: the CPU kernels were not compiled ({reason}); plain PyTorch serves instead. With "
+                "a C compiler, `python -m ssmzoo.ops.native.build` adds them.",
+                level=logging.WARNING,
+            )
 
 
 class PlatformDistribution(Distribution):
@@ -35,5 +38,8 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(packages=["ssmzoo.benchmarks", "ssmzoo.configs", *find_packages(include=["ssmzoo", "ssmzoo.*"])],
-      distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel})
+setup(
+    packages=["ssmzoo.benchmarks", "ssmzoo.configs", *find_packages(include=["ssmzoo", "ssmzoo.*"])],
+    distclass=PlatformDistribution,
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel},
+)

@@ -33,14 +33,24 @@ TOLERANCE = {"bf16": (1e-2, 5e-2), "fp16": (2e-3, 1e-2), "fp32": (1e-5, 1e-4)}
 
 def scan_call(device, dtype, b, d, l, n=16, last=False, extras=False) -> dict:
     """Arguments of selective_scan_fn; `last`: channels next to each other in memory; `extras`: all optional ones."""
+
     def sequence():
         return torch.randn(b, l, d, device=device).transpose(1, 2) if last else torch.randn(b, d, l, device=device)
 
-    call = dict(u=sequence(), delta=sequence() - 2, B=torch.randn(b, n, l, device=device),
-                C=torch.randn(b, n, l, device=device), z=sequence())
+    call = dict(
+        u=sequence(),
+        delta=sequence() - 2,
+        B=torch.randn(b, n, l, device=device),
+        C=torch.randn(b, n, l, device=device),
+        z=sequence(),
+    )
     call = {name: t.to(dtype) for name, t in call.items()}
-    call |= dict(A=-torch.rand(d, n, device=device) * n, D=torch.randn(d, device=device),
-                 delta_bias=torch.rand(d, device=device), delta_softplus=True)
+    call |= dict(
+        A=-torch.rand(d, n, device=device) * n,
+        D=torch.randn(d, device=device),
+        delta_bias=torch.rand(d, device=device),
+        delta_softplus=True,
+    )
     if extras:
         call |= dict(initial_state=torch.randn(b, d, n, device=device), seq_idx=documents(device, b, l))
     return call
@@ -48,19 +58,27 @@ def scan_call(device, dtype, b, d, l, n=16, last=False, extras=False) -> dict:
 
 def conv_call(device, dtype, b, d, l, last=False, extras=False) -> dict:
     x = torch.randn(b, l, d, device=device).transpose(1, 2) if last else torch.randn(b, d, l, device=device)
-    call = dict(x=x.to(dtype), weight=torch.randn(d, 4, device=device), bias=torch.randn(d, device=device),
-                activation="silu")
+    call = dict(
+        x=x.to(dtype), weight=torch.randn(d, 4, device=device), bias=torch.randn(d, device=device), activation="silu"
+    )
     return call | (dict(seq_idx=documents(device, b, l)) if extras else {})
 
 
 def ssd_call(device, dtype, b, d, l, n=128, extras=False) -> dict:
     p = min(64, d)
     h = d // p
-    call = dict(x=torch.randn(b, l, h, p, device=device), B=torch.randn(b, l, 1, n, device=device),
-                C=torch.randn(b, l, 1, n, device=device))
+    call = dict(
+        x=torch.randn(b, l, h, p, device=device),
+        B=torch.randn(b, l, 1, n, device=device),
+        C=torch.randn(b, l, 1, n, device=device),
+    )
     call = {name: t.to(dtype) for name, t in call.items()}
-    call |= dict(dt=torch.randn(b, l, h, device=device) - 2, A=-torch.rand(h, device=device) * 4,
-                 D=torch.randn(h, device=device), dt_softplus=True)
+    call |= dict(
+        dt=torch.randn(b, l, h, device=device) - 2,
+        A=-torch.rand(h, device=device) * 4,
+        D=torch.randn(h, device=device),
+        dt_softplus=True,
+    )
     if extras:
         call |= dict(z=torch.randn(b, l, h, p, device=device).to(dtype), seq_idx=documents(device, b, l))
     return call
@@ -73,7 +91,8 @@ def documents(device, b, l) -> torch.Tensor:
 OPERATORS = {
     "selective_scan": (ops.selective_scan_fn, scan_call, [{}, {"last": True}, {"extras": True}]),
     "causal_conv1d": (ops.causal_conv1d_fn, conv_call, [{}, {"last": True}, {"last": True, "extras": True}]),
-    "ssd": (ops.mamba_chunk_scan_combined, ssd_call, [{}, {"extras": True}])}
+    "ssd": (ops.mamba_chunk_scan_combined, ssd_call, [{}, {"extras": True}]),
+}
 
 
 def objection(function, backend: str, call: dict) -> str | None:
@@ -84,8 +103,12 @@ def objection(function, backend: str, call: dict) -> str | None:
 
 def gradients(function, backend: str, call: dict, dtype=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output and gradients of a fixed loss, computed in `dtype` or in the arguments' own."""
-    call = {k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend(backend):
         out = function(**call)
@@ -103,8 +126,10 @@ def check(device: str, dtypes: list[str], sizes=(2, 128, 300)) -> list[dict]:
                 call = make(device, DTYPES[dtype], *sizes, **variant)
                 expected = gradients(function, "reference", call, torch.float64)
                 for backend in BACKENDS:
-                    probe = {k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-                             for k, v in call.items()}
+                    probe = {
+                        k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+                        for k, v in call.items()
+                    }
                     row = dict(operator=name, variant=" ".join(variant), dtype=dtype, backend=backend, out="", grad="")
                     why = objection(function, backend, probe)
                     if why is None:
@@ -130,8 +155,10 @@ def timed(run, device: str) -> float:
 def runner(function, backend: str, call: dict, training: bool):
     """A function without arguments: forward, or forward and backward."""
     if training:
-        call = {k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-                for k, v in call.items()}
+        call = {
+            k: v.detach().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+            for k, v in call.items()
+        }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
 
     def run():
@@ -146,8 +173,12 @@ def runner(function, backend: str, call: dict, training: bool):
 def measure(device: str, dtypes: list[str], lengths: list[int], b=8, d=2048, repeats=15, slowest=4096) -> list[dict]:
     """One row per operator, layout, dtype, length, pass and backend; PyTorch's forms up to length `slowest`."""
     rows = []
-    cases = [(name, variant) for name, (_, _, variants) in OPERATORS.items() for variant in variants
-             if "extras" not in variant]
+    cases = [
+        (name, variant)
+        for name, (_, _, variants) in OPERATORS.items()
+        for variant in variants
+        if "extras" not in variant
+    ]
     for name, variant in cases:
         function, make, _ = OPERATORS[name]
         for dtype in dtypes:
@@ -165,9 +196,17 @@ def measure(device: str, dtypes: list[str], lengths: list[int], b=8, d=2048, rep
                         for backend, run in runs.items():
                             times[backend].append(timed(run, device))
                     for backend, values in times.items():
-                        rows.append(dict(operator=name, variant=" ".join(variant), dtype=dtype, length=l,
-                                         what="forward + backward" if training else "forward", backend=backend,
-                                         ms=f"{statistics.median(values):.3f}"))
+                        rows.append(
+                            dict(
+                                operator=name,
+                                variant=" ".join(variant),
+                                dtype=dtype,
+                                length=l,
+                                what="forward + backward" if training else "forward",
+                                backend=backend,
+                                ms=f"{statistics.median(values):.3f}",
+                            )
+                        )
                         print(" | ".join(map(str, rows[-1].values())), flush=True)
                 del call
     return rows
@@ -213,8 +252,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit(f"benchmarks/gpu.py needs a CUDA GPU, and torch {torch.__version__} finds none here; the "
-                         "Triton kernels are checked without one by `python -m pytest tests/test_ops_triton.py`.")
+        raise SystemExit(
+            f"benchmarks/gpu.py needs a CUDA GPU, and torch {torch.__version__} finds none here; the "
+            "Triton kernels are checked without one by `python -m pytest tests/test_ops_triton.py`."
+        )
     warnings.simplefilter("once")
     dtypes, lengths = (["bf16"], [2048]) if args.quick else (args.dtypes, args.lengths)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -32,26 +32,81 @@ sys.path.insert(0, str(ROOT))
 
 COMMON = ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "callbacks.checkpoint.every_n_minutes=0"]
 CASES = {  # what each covers -> options; intervals share no factor, so that saves fall on every phase of the loop
-    "language": ("2 workers, accumulation over 3 with validation in mid-phase, EMA, dropped tokens", [
-        "model=moe_mamba", "model.d_model=16", "model.n_blocks=1", "model.n_experts=4", "data.seq_len=32",
-        "data.batch_size=2", "data.val_tokens=512", "data.num_workers=2", "task.sample_tokens=4",
-        "trainer.max_steps=60", "trainer.accumulate_grad_batches=3", "trainer.val_check_interval=20",
-        "callbacks.checkpoint.every_n_steps=4", "callbacks.ema.decay=0.9"]),
-    "classification": ("2 workers, augmentation, mixup, stochastic depth, several epochs, EMA, keep-best 2", [
-        "model=vim", "model.embed_dim=16", "model.depth=2", "model.d_state=2", "data.image_size=16",
-        "model.drop_path_rate=0.2", "data.batch_size=64", "data.num_workers=2", "task.mixup=0.8",
-        "trainer.max_steps=60", "trainer.val_check_interval=15", "trainer.limit_val_batches=1",
-        "callbacks.checkpoint.every_n_steps=5", "callbacks.checkpoint.keep_best=2", "callbacks.ema.decay=0.9"]),
-    "restoration": ("random crops and flips, Adam, keep-last 3, validation on pictures", [
-        "model=mambair", "model.embed_dim=30", "model.depths=[1]", "model.d_state=2", "data.patch_size=16",
-        "data.batch_size=2", "data.holdout=1", "data.val_crop=24", "data.num_workers=1", "trainer.max_steps=60",
-        "trainer.val_check_interval=12", "callbacks.checkpoint.every_n_steps=4",
-        "callbacks.checkpoint.keep_last=3"]),
-    "formal": ("endless strings with a curriculum, accumulation over 2, Muon", [
-        "model=lstm", "model.state_size=16", "data.language=parity", "data.batch_size=16", "data.val_samples=8",
-        "data.test_length=40", "data.test_samples=4", "data.curriculum_steps=40", "optim=muon",
-        "trainer.max_steps=120", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=35",
-        "callbacks.checkpoint.every_n_steps=7"]),
+    "language": (
+        "2 workers, accumulation over 3 with validation in mid-phase, EMA, dropped tokens",
+        [
+            "model=moe_mamba",
+            "model.d_model=16",
+            "model.n_blocks=1",
+            "model.n_experts=4",
+            "data.seq_len=32",
+            "data.batch_size=2",
+            "data.val_tokens=512",
+            "data.num_workers=2",
+            "task.sample_tokens=4",
+            "trainer.max_steps=60",
+            "trainer.accumulate_grad_batches=3",
+            "trainer.val_check_interval=20",
+            "callbacks.checkpoint.every_n_steps=4",
+            "callbacks.ema.decay=0.9",
+        ],
+    ),
+    "classification": (
+        "2 workers, augmentation, mixup, stochastic depth, several epochs, EMA, keep-best 2",
+        [
+            "model=vim",
+            "model.embed_dim=16",
+            "model.depth=2",
+            "model.d_state=2",
+            "data.image_size=16",
+            "model.drop_path_rate=0.2",
+            "data.batch_size=64",
+            "data.num_workers=2",
+            "task.mixup=0.8",
+            "trainer.max_steps=60",
+            "trainer.val_check_interval=15",
+            "trainer.limit_val_batches=1",
+            "callbacks.checkpoint.every_n_steps=5",
+            "callbacks.checkpoint.keep_best=2",
+            "callbacks.ema.decay=0.9",
+        ],
+    ),
+    "restoration": (
+        "random crops and flips, Adam, keep-last 3, validation on pictures",
+        [
+            "model=mambair",
+            "model.embed_dim=30",
+            "model.depths=[1]",
+            "model.d_state=2",
+            "data.patch_size=16",
+            "data.batch_size=2",
+            "data.holdout=1",
+            "data.val_crop=24",
+            "data.num_workers=1",
+            "trainer.max_steps=60",
+            "trainer.val_check_interval=12",
+            "callbacks.checkpoint.every_n_steps=4",
+            "callbacks.checkpoint.keep_last=3",
+        ],
+    ),
+    "formal": (
+        "endless strings with a curriculum, accumulation over 2, Muon",
+        [
+            "model=lstm",
+            "model.state_size=16",
+            "data.language=parity",
+            "data.batch_size=16",
+            "data.val_samples=8",
+            "data.test_length=40",
+            "data.test_samples=4",
+            "data.curriculum_steps=40",
+            "optim=muon",
+            "trainer.max_steps=120",
+            "trainer.accumulate_grad_batches=2",
+            "trainer.val_check_interval=35",
+            "callbacks.checkpoint.every_n_steps=7",
+        ],
+    ),
 }
 
 
@@ -193,11 +248,19 @@ def _one_run(name, options, run, whole, seconds, rng, log, tally: Tally) -> Tall
             break
         rows, wrong = compare(run, whole)
         count, bad = check_checkpoints(store)
-        tally = tally._replace(kills=tally.kills + 1, in_write=tally.in_write + in_write, rows=tally.rows + rows,
-                               mismatches=tally.mismatches + wrong, checkpoints=tally.checkpoints + count,
-                               unreadable=tally.unreadable + bad)
-        print(f"  {run.name}: kill {tally.kills} after {rows} rows{', in a write' * in_write}: {wrong} mismatches, "
-              f"{count} checkpoints, {bad} unreadable", flush=True)
+        tally = tally._replace(
+            kills=tally.kills + 1,
+            in_write=tally.in_write + in_write,
+            rows=tally.rows + rows,
+            mismatches=tally.mismatches + wrong,
+            checkpoints=tally.checkpoints + count,
+            unreadable=tally.unreadable + bad,
+        )
+        print(
+            f"  {run.name}: kill {tally.kills} after {rows} rows{', in a write' * in_write}: {wrong} mismatches, "
+            f"{count} checkpoints, {bad} unreadable",
+            flush=True,
+        )
         if (run / "config.yaml").exists():
             command, tally = [f"resume={run}"], tally._replace(resumes=tally.resumes + 1)
     rows, wrong = compare(run, whole)

@@ -114,8 +114,11 @@ def main() -> None:
                 sys.exit(f"{model} {what}: {done.stderr[-2000:]}")
             found |= json.loads(lines[0][7:])
         error = 100 * (found["predicted"] / found["measured"] - 1)
-        print(f"{model:<16}{found['batch']:>6}{found['predicted'] / 2**20:>15,.1f}{found['measured'] / 2**20:>14,.1f}"
-              f"{error:>+7.1f}%  {found['traced']}", flush=True)
+        print(
+            f"{model:<16}{found['batch']:>6}{found['predicted'] / 2**20:>15,.1f}{found['measured'] / 2**20:>14,.1f}"
+            f"{error:>+7.1f}%  {found['traced']}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

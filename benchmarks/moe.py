@@ -36,9 +36,11 @@ def time_experts(e: int, x: torch.Tensor, f: int, target: torch.Tensor, dense: f
     ends = torch.searchsorted(torch.randint(0, e, (t,)).sort().values, torch.arange(e), right=True).to(torch.int32)
     w1, w2 = (torch.randn(e, a, b, requires_grad=True) for a, b in ((d, f), (f, d)))
     padded = torch.randn(e, t // e, d, requires_grad=True)
-    ways = {"grouped_mm": lambda: grouped_matmul(grouped_matmul(x, w1, ends).relu(), w2, ends),
-            "loop": lambda: grouped_matmul_reference(grouped_matmul_reference(x, w1, ends).relu(), w2, ends),
-            "padded bmm": lambda: torch.bmm(torch.bmm(padded, w1).relu(), w2)}
+    ways = {
+        "grouped_mm": lambda: grouped_matmul(grouped_matmul(x, w1, ends).relu(), w2, ends),
+        "loop": lambda: grouped_matmul_reference(grouped_matmul_reference(x, w1, ends).relu(), w2, ends),
+        "padded bmm": lambda: torch.bmm(torch.bmm(padded, w1).relu(), w2),
+    }
 
     def step(forward):
         y = forward()
@@ -67,6 +69,7 @@ def main() -> None:
             loss = (y * target).sum() + sum(v for k, v in aux.items() if k.endswith("_loss"))
             module.zero_grad()
             loss.backward()
+
         return step
 
     dense = milliseconds(train_step(FeedForward(d, f)))

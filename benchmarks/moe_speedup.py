@@ -23,8 +23,17 @@ def curve(model: str, seed: int, runs: Path, overrides: list[str]) -> list[tuple
     """[(optimiser step, validation loss)] of a run, trained now if it is not there."""
     folder = runs / model / f"{'moe' if model == 'moe_mamba' else model}{seed}"
     if not (folder / "report.md").exists():
-        command = [sys.executable, str(ROOT / "train.py"), f"model={model}", "optim.lr=4e-3", f"seed={seed}",
-                   f"name={folder.name}", f"runs_dir={runs}", "trainer.val_check_interval=20", "task.sample_tokens=0"]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"model={model}",
+            "optim.lr=4e-3",
+            f"seed={seed}",
+            f"name={folder.name}",
+            f"runs_dir={runs}",
+            "trainer.val_check_interval=20",
+            "task.sample_tokens=0",
+        ]
         subprocess.run([*command, *overrides], check=True, stdout=subprocess.DEVNULL)
     return [(int(r["step"]) + 1, r["val/loss"]) for r in read_metrics(folder / "metrics.csv") if "val/loss" in r]
 

@@ -60,8 +60,10 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
 
 def in_fresh_process(case: Case, repeats: int) -> dict[str, float] | str:
     """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run."""
-    code = ("import json, sys; sys.path[:0] = {path!r}; import ops; case = next(c for c in ops.load_cases({name!r}) "
-            "if c.name == {name!r}); print(json.dumps(ops.measure(case, {repeats})))")
+    code = (
+        "import json, sys; sys.path[:0] = {path!r}; import ops; case = next(c for c in ops.load_cases({name!r}) "
+        "if c.name == {name!r}); print(json.dumps(ops.measure(case, {repeats})))"
+    )
     command = code.format(path=[str(HERE), *filter(None, sys.path)], name=case.name, repeats=repeats)
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     if result.returncode != 0:

@@ -55,7 +55,9 @@ def training_step(way, backend=None):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+
         return step
+
     return build
 
 
@@ -66,12 +68,15 @@ def evaluation(way, length, grad):
         def evaluate():
             with torch.set_grad_enabled(grad):
                 return getattr(model, way)(x)
+
         return evaluate
+
     return build
 
 
 def sequential(parallel, length=4096):
     """One long sequence in PyTorch, step by step or by products of transitions."""
+
     def build():
         torch.manual_seed(0)
         A, w, x = torch.randn(N, N, K), torch.rand(1, length, K).softmax(-1), torch.randn(1, length, N)
@@ -79,17 +84,36 @@ def sequential(parallel, length=4096):
         def run():
             with torch.no_grad(), ops.backend("torch"):
                 return ops.dense_scan(A, w, x, P_NORM, parallel=parallel)
+
         return run
+
     return build
 
 
 CASES = [
-    Case(f"dense_scan training step, B {BATCH}, L 40, N {N}, K {K}, alphabet {ALPHABET}",
-         {"ssmzoo": training_step("by_symbols"), "ssmzoo torch": training_step("by_symbols", "torch"),
-          "per-step loop": training_step("per_step_loop")}, target=50, repeats=5),
-    Case(f"dense_scan evaluation, B {BATCH}, L 500",
-         {"ssmzoo": evaluation("by_symbols", 500, False), "per-step loop": evaluation("per_step_loop", 500, False),
-          "per-step loop, gradients on (as released)": evaluation("per_step_loop", 500, True)}, target=100, repeats=3),
-    Case("dense_scan in PyTorch, mixtures, B 1, L 4096",
-         {"products of transitions": sequential(True), "step by step": sequential(False)}, repeats=3),
+    Case(
+        f"dense_scan training step, B {BATCH}, L 40, N {N}, K {K}, alphabet {ALPHABET}",
+        {
+            "ssmzoo": training_step("by_symbols"),
+            "ssmzoo torch": training_step("by_symbols", "torch"),
+            "per-step loop": training_step("per_step_loop"),
+        },
+        target=50,
+        repeats=5,
+    ),
+    Case(
+        f"dense_scan evaluation, B {BATCH}, L 500",
+        {
+            "ssmzoo": evaluation("by_symbols", 500, False),
+            "per-step loop": evaluation("per_step_loop", 500, False),
+            "per-step loop, gradients on (as released)": evaluation("per_step_loop", 500, True),
+        },
+        target=100,
+        repeats=3,
+    ),
+    Case(
+        "dense_scan in PyTorch, mixtures, B 1, L 4096",
+        {"products of transitions": sequential(True), "step by step": sequential(False)},
+        repeats=3,
+    ),
 ]

@@ -44,11 +44,13 @@ def training_step(build, logits):
             optimizer.zero_grad()
 
         return step
+
     return prepare
 
 
 def decode(tokens: int):
     """One sequence, greedy, `tokens` new ones after a prompt of 16."""
+
     def prepare():
         model = ours().eval()
         prompt = torch.zeros(1, 16, dtype=torch.long)
@@ -60,6 +62,7 @@ def decode(tokens: int):
                 out = model(out.logits[:, -1:].argmax(-1), out.state)
 
         return run
+
     return prepare
 
 
@@ -70,15 +73,23 @@ def decode_hugging_face(tokens: int):
 
         @torch.inference_mode()
         def run():
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=tokens,
-                           min_new_tokens=tokens, pad_token_id=0)
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                pad_token_id=0,
+            )
 
         return run
+
     return prepare
 
 
 def token_at(position: int):
     """Milliseconds per token (median of 400) after a prefix of `position` tokens, as the unit "ms per token"."""
+
     def prepare():
         model = ours().eval()
 
@@ -97,6 +108,7 @@ def token_at(position: int):
             return statistics.median(times)
 
         return run
+
     return prepare
 
 
@@ -110,11 +122,13 @@ def normalise(backend: str):
                 torch.autograd.grad(ops.rms_norm(x, weight), (x, weight), dy)
 
         return run
+
     return prepare
 
 
 def scan_into_fresh_memory(at_once: bool):
     """A forward scan whose result of 50 MB the system has to hand out anew."""
+
     def prepare():
         u, delta = torch.randn(1, 1536, 8192), torch.rand(1, 1536, 8192)
         B, C = torch.randn(1, 16, 8192), torch.randn(1, 16, 8192)
@@ -126,20 +140,37 @@ def scan_into_fresh_memory(at_once: bool):
             native._COMMIT = commit
 
         return run
+
     return prepare
 
 
 CASES = [
-    Case(f"rms_norm forward + backward, (4, 256, {WIDTH})",
-         {"ssmzoo": normalise("native"), "eight operations of torch": normalise("torch")}),
-    Case("scan forward (1, 1536, 8192, 16) into fresh memory",
-         {"ssmzoo": scan_into_fresh_memory(True), "page by page": scan_into_fresh_memory(False)}),
-    Case(f"training step of mamba, d_model {WIDTH}, {LAYERS} layers, 4 x 256 tokens",
-         {"ssmzoo": training_step(ours, lambda m, ids: m(ids).logits),
-          "transformers": training_step(hugging_face, lambda m, ids: m(input_ids=ids, use_cache=False).logits)},
-         target=200, repeats=2),
-    Case(f"decoding 128 tokens, d_model {WIDTH}, {LAYERS} layers, 1 sequence",
-         {"ssmzoo": decode(128), "transformers generate": decode_hugging_face(128)}, target=8, repeats=5),
-    Case("decoding cost of a token by position", {"at 100": token_at(100), "at 100,000": token_at(100_000)},
-         unit="ms per token"),
+    Case(
+        f"rms_norm forward + backward, (4, 256, {WIDTH})",
+        {"ssmzoo": normalise("native"), "eight operations of torch": normalise("torch")},
+    ),
+    Case(
+        "scan forward (1, 1536, 8192, 16) into fresh memory",
+        {"ssmzoo": scan_into_fresh_memory(True), "page by page": scan_into_fresh_memory(False)},
+    ),
+    Case(
+        f"training step of mamba, d_model {WIDTH}, {LAYERS} layers, 4 x 256 tokens",
+        {
+            "ssmzoo": training_step(ours, lambda m, ids: m(ids).logits),
+            "transformers": training_step(hugging_face, lambda m, ids: m(input_ids=ids, use_cache=False).logits),
+        },
+        target=200,
+        repeats=2,
+    ),
+    Case(
+        f"decoding 128 tokens, d_model {WIDTH}, {LAYERS} layers, 1 sequence",
+        {"ssmzoo": decode(128), "transformers generate": decode_hugging_face(128)},
+        target=8,
+        repeats=5,
+    ),
+    Case(
+        "decoding cost of a token by position",
+        {"at 100": token_at(100), "at 100,000": token_at(100_000)},
+        unit="ms per token",
+    ),
 ]

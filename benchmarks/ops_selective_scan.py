@@ -23,9 +23,16 @@ def scan_inputs(length: int, channels: int = D, grad: bool = False) -> dict[str,
     def sequence(width):
         return torch.randn(B, length, width, generator=rng).transpose(1, 2)
 
-    call = {"u": sequence(channels), "delta": sequence(channels), "A": -torch.arange(1.0, N + 1).repeat(channels, 1),
-            "B": sequence(N), "C": sequence(N), "D": torch.ones(channels), "z": sequence(channels),
-            "delta_bias": torch.full((channels,), -3.0)}
+    call = {
+        "u": sequence(channels),
+        "delta": sequence(channels),
+        "A": -torch.arange(1.0, N + 1).repeat(channels, 1),
+        "B": sequence(N),
+        "C": sequence(N),
+        "D": torch.ones(channels),
+        "z": sequence(channels),
+        "delta_bias": torch.full((channels,), -3.0),
+    }
     return {name: t.requires_grad_(grad) for name, t in call.items()}
 
 
@@ -61,6 +68,7 @@ def forward(function, length):
     def build():
         call = scan_inputs(length)
         return lambda: function(call)
+
     return build
 
 
@@ -69,6 +77,7 @@ def training(function, length, channels=D):
         call = scan_inputs(length, channels, grad=True)
         weight = torch.randn_like(call["u"])
         return lambda: torch.autograd.grad(function(call), list(call.values()), weight)
+
     return build
 
 
@@ -90,9 +99,11 @@ def bare_forward():
 
 def peak_memory(which: str, length: int, channels: int):
     """Megabytes that a forward and backward adds to a fresh process."""
+
     def build():
         command = [sys.executable, __file__, which, str(length), str(channels)]
         return lambda: float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
     return build
 
 
@@ -126,28 +137,62 @@ def conv(channels_last: bool, module: bool):
             else:
                 y = ops.causal_conv1d_fn(x, layer.weight[:, 0], layer.bias, activation="silu")
             return torch.autograd.grad(y, leaves, weight)
+
         return run
+
     return build
 
 
 CASES = [
-    *(Case(f"scan forward (1, {D}, {length}, {N})", {
-        "ssmzoo": forward(ours, length), "sequential loop": forward(sequential, length),
-        "mambapy": forward(mambapy, length)}, target=60, repeats=7) for length in (512, 2048)),
-    Case(f"scan forward + backward (1, {D}, 512, {N})", {
-        "ssmzoo": training(ours, 512), "ssmzoo, torch backend": training(lambda call: ours(call, "torch"), 512),
-        "mambapy": training(mambapy, 512)}, target=80, repeats=9),
-    Case("scan forward without softplus and gate, against the vector unit", {
-        "ssmzoo": bare_forward, "limit: exp + 2 FMA": limit}, target=0.6, repeats=51),
-    Case("scan forward + backward, 256 channels, 16k steps, memory", {
-        "ssmzoo": peak_memory("ssmzoo", 16384, 256), "mambapy": peak_memory("mambapy", 16384, 256)},
-        target=10, unit="MB"),
-    Case("scan forward + backward, 256 channels, by length", {
-        f"{length // 1024}k steps": training(ours, length, 256)
-        for length in (1024, 4096, 16384, 65536, 262144)}, repeats=5),
-    *(Case(f"conv forward + backward (1, {D}, 512), {name}", {
-        "ssmzoo": conv(last, False), "torch.nn.Conv1d + silu": conv(last, True)}, target=3, repeats=31)
-      for name, last in (("channels first", False), ("channels last", True))),
+    *(
+        Case(
+            f"scan forward (1, {D}, {length}, {N})",
+            {
+                "ssmzoo": forward(ours, length),
+                "sequential loop": forward(sequential, length),
+                "mambapy": forward(mambapy, length),
+            },
+            target=60,
+            repeats=7,
+        )
+        for length in (512, 2048)
+    ),
+    Case(
+        f"scan forward + backward (1, {D}, 512, {N})",
+        {
+            "ssmzoo": training(ours, 512),
+            "ssmzoo, torch backend": training(lambda call: ours(call, "torch"), 512),
+            "mambapy": training(mambapy, 512),
+        },
+        target=80,
+        repeats=9,
+    ),
+    Case(
+        "scan forward without softplus and gate, against the vector unit",
+        {"ssmzoo": bare_forward, "limit: exp + 2 FMA": limit},
+        target=0.6,
+        repeats=51,
+    ),
+    Case(
+        "scan forward + backward, 256 channels, 16k steps, memory",
+        {"ssmzoo": peak_memory("ssmzoo", 16384, 256), "mambapy": peak_memory("mambapy", 16384, 256)},
+        target=10,
+        unit="MB",
+    ),
+    Case(
+        "scan forward + backward, 256 channels, by length",
+        {f"{length // 1024}k steps": training(ours, length, 256) for length in (1024, 4096, 16384, 65536, 262144)},
+        repeats=5,
+    ),
+    *(
+        Case(
+            f"conv forward + backward (1, {D}, 512), {name}",
+            {"ssmzoo": conv(last, False), "torch.nn.Conv1d + silu": conv(last, True)},
+            target=3,
+            repeats=31,
+        )
+        for name, last in (("channels first", False), ("channels last", True))
+    ),
 ]
 
 if __name__ == "__main__":

@@ -12,9 +12,15 @@ P, N = 64, 128
 
 def inputs(b: int, l: int, h: int) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    call = {"x": torch.randn(b, l, h, P, generator=rng), "dt": torch.randn(b, l, h, generator=rng),
-            "A": -1 - 15 * torch.rand(h, generator=rng), "B": torch.randn(b, l, 1, N, generator=rng),
-            "C": torch.randn(b, l, 1, N, generator=rng), "D": torch.ones(h), "dt_bias": torch.full((h,), -3.0)}
+    call = {
+        "x": torch.randn(b, l, h, P, generator=rng),
+        "dt": torch.randn(b, l, h, generator=rng),
+        "A": -1 - 15 * torch.rand(h, generator=rng),
+        "B": torch.randn(b, l, 1, N, generator=rng),
+        "C": torch.randn(b, l, 1, N, generator=rng),
+        "D": torch.ones(h),
+        "dt_bias": torch.full((h,), -3.0),
+    }
     return {name: t.requires_grad_() for name, t in call.items()}
 
 
@@ -39,6 +45,7 @@ def training(function, *sizes):
         call = inputs(*sizes)
         weight = torch.randn_like(call["x"])
         return lambda: torch.autograd.grad(function(call), list(call.values()), weight)
+
     return build
 
 
@@ -47,8 +54,15 @@ def on_torch(call):
 
 
 CASES = [
-    Case(f"ssd forward+backward (b, l, h, p, n) = ({b}, {l}, {h}, {P}, {N})",
-         {"ssmzoo": training(ours, b, l, h), "ssmzoo torch": training(on_torch, b, l, h),
-          "transformers Mamba2": training(hugging_face, b, l, h)}, target=10, repeats=5)
+    Case(
+        f"ssd forward+backward (b, l, h, p, n) = ({b}, {l}, {h}, {P}, {N})",
+        {
+            "ssmzoo": training(ours, b, l, h),
+            "ssmzoo torch": training(on_torch, b, l, h),
+            "transformers Mamba2": training(hugging_face, b, l, h),
+        },
+        target=10,
+        repeats=5,
+    )
     for b, l, h in ((1, 2048, 24), (4, 256, 8))
 ]

@@ -22,8 +22,10 @@ def fused(x, *rest):
 
 def convolutions(x, *rest):
     """The three dilated depthwise convolutions with replicate padding, as the released training code runs them."""
-    return sum(a * F.conv2d(F.pad(x, (d,) * 4, mode="replicate"), k, dilation=d, groups=x.shape[1])
-               for a, k, d in zip(rest[3], rest, (1, 3, 5)))
+    return sum(
+        a * F.conv2d(F.pad(x, (d,) * 4, mode="replicate"), k, dilation=d, groups=x.shape[1])
+        for a, k, d in zip(rest[3], rest, (1, 3, 5))
+    )
 
 
 def zero_padded(x, *rest):
@@ -42,7 +44,9 @@ def run(function, size, grad):
 
         def training():
             return torch.autograd.grad(function(*values), values, weight, allow_unused=True)
+
         return training if grad else forward
+
     return build
 
 
@@ -57,12 +61,25 @@ def indexed(x):
 
 
 CASES = [
-    Case(f"state_fusion {'forward+backward' if grad else 'forward'} {size}",
-         {"ssmzoo": run(fused, size, grad), "three convolutions": run(convolutions, size, grad),
-          "three convolutions, zero padding": run(zero_padded, size, grad)}, target=1, repeats=9)
-    for size in MAPS for grad in (False, True)
+    Case(
+        f"state_fusion {'forward+backward' if grad else 'forward'} {size}",
+        {
+            "ssmzoo": run(fused, size, grad),
+            "three convolutions": run(convolutions, size, grad),
+            "three convolutions, zero padding": run(zero_padded, size, grad),
+        },
+        target=1,
+        repeats=9,
+    )
+    for size in MAPS
+    for grad in (False, True)
 ] + [
-    Case(f"cross_scan and cross_merge forward+backward {MAPS[0]}",
-         {"ssmzoo": run(lambda x, *_: there_and_back(x).unflatten(-1, x.shape[-2:]), MAPS[0], True),
-          "gathers": run(lambda x, *_: indexed(x).unflatten(-1, x.shape[-2:]), MAPS[0], True)}, repeats=5),
+    Case(
+        f"cross_scan and cross_merge forward+backward {MAPS[0]}",
+        {
+            "ssmzoo": run(lambda x, *_: there_and_back(x).unflatten(-1, x.shape[-2:]), MAPS[0], True),
+            "gathers": run(lambda x, *_: indexed(x).unflatten(-1, x.shape[-2:]), MAPS[0], True),
+        },
+        repeats=5,
+    )
 ]

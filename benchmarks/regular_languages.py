@@ -28,8 +28,12 @@ MODELS = {  # model: (name in the table, overrides, seeds, fresh strings for eve
     "sd_ssm": ("SD-SSM", [], (0, 1, 2), True),
     "lstm": ("LSTM", [], (0,), True),
     "complex_diagonal_ssm": ("complex diagonal", ["data.test_samples=128"], (0,), False),
-    "mamba": ("Mamba, 2 layers",
-              ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"], (0,), False),
+    "mamba": (
+        "Mamba, 2 layers",
+        ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"],
+        (0,),
+        False,
+    ),
 }
 PAGE, FIGURE = ROOT / "docs/results/regular_languages.md", ROOT / "docs/results/regular_languages.png"
 
@@ -44,8 +48,16 @@ def train(runs: Path, model: str, cell: str, seed: int) -> None:
     _, overrides, _, independent = MODELS[model]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if not (folder / "lengths.csv").exists():
-        command = [sys.executable, "train.py", f"experiment=regular_languages/{cell}", f"model={model}", f"seed={seed}",
-                   f"name={folder.name}", f"runs_dir={runs}", *overrides]
+        command = [
+            sys.executable,
+            "train.py",
+            f"experiment=regular_languages/{cell}",
+            f"model={model}",
+            f"seed={seed}",
+            f"name={folder.name}",
+            f"runs_dir={runs}",
+            *overrides,
+        ]
         if not independent:
             command.append("data.test_strings=prefixes")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -91,33 +103,56 @@ class Result:
 
 
 def page(runs: Path) -> str:
-    found = {(model, cell): [Result(run_folder(runs, model, cell, seed)) for seed in seeds
-                             if (run_folder(runs, model, cell, seed) / "lengths.csv").exists()]
-             for model, (_, _, seeds, _) in MODELS.items() for cell in CELLS}
-    lines = ["# Regular languages", "", "Written by `python benchmarks/regular_languages.py`; every run on "
-             "one thread of a CPU, times are CPU times, from start to end with all tests.", "",
-             "## SD-SSM", "",
-             "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
-             "length, 256,000 in all; no training string among them where the space allows), best and mean of the "
-             "seeds; the longest training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read "
-             "with carried state, position of the first wrong answer, one entry per seed.", "",
-             "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
-             "length under 100 % | long strings: first wrong | steps | training and test |", "|---" * 9 + "|"]
+    found = {
+        (model, cell): [
+            Result(run_folder(runs, model, cell, seed))
+            for seed in seeds
+            if (run_folder(runs, model, cell, seed) / "lengths.csv").exists()
+        ]
+        for model, (_, _, seeds, _) in MODELS.items()
+        for cell in CELLS
+    }
+    lines = [
+        "# Regular languages",
+        "",
+        "Written by `python benchmarks/regular_languages.py`; every run on "
+        "one thread of a CPU, times are CPU times, from start to end with all tests.",
+        "",
+        "## SD-SSM",
+        "",
+        "One layer, state 64, K = 8, p = 1.2; accuracy over fresh test strings of every length 1 to 500 (512 per "
+        "length, 256,000 in all; no training string among them where the space allows), best and mean of the "
+        "seeds; the longest training string has 40 symbols. *Long strings*: 16 strings of 100,000 symbols read "
+        "with carried state, position of the first wrong answer, one entry per seed.",
+        "",
+        "| language | seeds | best, mean over lengths | mean of seeds | lowest at a length (best seed) | first "
+        "length under 100 % | long strings: first wrong | steps | training and test |",
+        "|---" * 9 + "|",
+    ]
     for cell in CELLS:
         results = found["sd_ssm", cell]
         if not results:
             continue
         best = max(results, key=lambda r: r.mean)
         seconds = [r.seconds for r in results if r.seconds]
-        lines.append(f"| {cell} | {len(results)} | {best.mean:.3f} % | {statistics.mean(r.mean for r in results):.3f} "
-                     f"% | {best.lowest:.2f} % | {', '.join(str(r.first or 'none') for r in results)} | "
-                     f"{'; '.join(r.along() for r in results)} | {best.steps:,} | "
-                     f"{max(seconds) if seconds else '?'} s |")
-    lines += ["", "## Beside it", "", "Mean accuracy over the lengths 41 to 500 (never seen in training), in %: the "
-              "same training strings, answers, steps and batch; for SD-SSM the mean of its seeds, for the others one "
-              "seed. SD-SSM and LSTM are tested as above; complex diagonal and Mamba on every prefix of 128 strings of "
-              "500 symbols and of 1,024 of 40.", "",
-              "| language | " + " | ".join(v[0] for v in MODELS.values()) + " |", "|---" * (len(MODELS) + 1) + "|"]
+        lines.append(
+            f"| {cell} | {len(results)} | {best.mean:.3f} % | {statistics.mean(r.mean for r in results):.3f} "
+            f"% | {best.lowest:.2f} % | {', '.join(str(r.first or 'none') for r in results)} | "
+            f"{'; '.join(r.along() for r in results)} | {best.steps:,} | "
+            f"{max(seconds) if seconds else '?'} s |"
+        )
+    lines += [
+        "",
+        "## Beside it",
+        "",
+        "Mean accuracy over the lengths 41 to 500 (never seen in training), in %: the "
+        "same training strings, answers, steps and batch; for SD-SSM the mean of its seeds, for the others one "
+        "seed. SD-SSM and LSTM are tested as above; complex diagonal and Mamba on every prefix of 128 strings of "
+        "500 symbols and of 1,024 of 40.",
+        "",
+        "| language | " + " | ".join(v[0] for v in MODELS.values()) + " |",
+        "|---" * (len(MODELS) + 1) + "|",
+    ]
     for cell in CELLS:
         cells = [f"{statistics.mean(r.beyond for r in found[m, cell]):.1f}" if found[m, cell] else "" for m in MODELS]
         if any(cells):
@@ -144,20 +179,31 @@ def speed(runs: Path) -> None:
     default = FormalData("cycle", curriculum="fixed", skewed=0.5)
     rows = []
     for name, data, options, consistency in (
-            ("lengths 1 to 40, one answer per string (published recipe)", published, {}, 0.0),
-            ("length 40, an answer at every position (default recipe)", default,
-             {"init": "identity", "state_penalty": 0.01}, 1.0)):
+        ("lengths 1 to 40, one answer per string (published recipe)", published, {}, 0.0),
+        (
+            "length 40, an answer at every position (default recipe)",
+            default,
+            {"init": "identity", "state_penalty": 0.01},
+            1.0,
+        ),
+    ):
         task = FormalLanguage(SDSSMModel(3, 5, 64, 8, **options), num_classes=5, consistency=consistency)
         optimizer = build(task.model, total_steps=1000, name="adam", lr=1e-4, weight_decay=0.0)["optimizer"]
         step, batch = step_seconds(task, our_loss, data, optimizer), batch_seconds(data)
         rows.append((name, step, f"{1e3 * batch:.3f} ms", f"1/{step / batch:.0f} of the step"))
     task = FormalLanguage(SDSSMModel(3, 5, 64, 8), num_classes=5)
     step = step_seconds(task, published_loss, published, torch.optim.Adam(task.parameters(), lr=1e-4))
-    rows.append(("published recipe, by the published code's operations", step, "",
-                 f"{step / rows[0][1]:.0f} times as long"))
-    lines = ["SD-SSM with state 64 and K = 8, batches of 128, one thread; CPU time, best of several tries on the same "
-             "batches.", "", "| | training step | making its batch | |", "|---|---|---|---|",
-             *(f"| {name} | {1e3 * step:.1f} ms | {batch} | {ratio} |" for name, step, batch, ratio in rows)]
+    rows.append(
+        ("published recipe, by the published code's operations", step, "", f"{step / rows[0][1]:.0f} times as long")
+    )
+    lines = [
+        "SD-SSM with state 64 and K = 8, batches of 128, one thread; CPU time, best of several tries on the same "
+        "batches.",
+        "",
+        "| | training step | making its batch | |",
+        "|---|---|---|---|",
+        *(f"| {name} | {1e3 * step:.1f} ms | {batch} | {ratio} |" for name, step, batch, ratio in rows),
+    ]
     text = "\n".join(lines) + "\n"
     runs.mkdir(parents=True, exist_ok=True)
     (runs / "speed.txt").write_text(text)

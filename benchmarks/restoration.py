@@ -28,9 +28,12 @@ from restoration_page import write_page  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "restoration.json"
-ARMS = {"mambair": ["model=mambair"], "swinir": ["model=swinir"],
-        "no channel attention": ["model=mambair", "model.cab=convolution"],
-        "no local convolution": ["model=mambair", "model.cab=attention"]}
+ARMS = {
+    "mambair": ["model=mambair"],
+    "swinir": ["model=swinir"],
+    "no channel attention": ["model=mambair", "model.cab=convolution"],
+    "no local convolution": ["model=mambair", "model.cab=attention"],
+}
 
 
 def store(key: str, value) -> None:
@@ -74,9 +77,17 @@ def speed(threads: int, loop_rows: int, repeats: int) -> None:
         make_importable()
         from spandrel.architectures.SwinIR import SwinIR
 
-        models["spandrel SwinIR-light"] = SwinIR(upscale=2, img_size=64, window_size=8, img_range=1.0, depths=[6] * 4,
-                                                 embed_dim=60, num_heads=[6] * 4, mlp_ratio=2,
-                                                 upsampler="pixelshuffledirect").eval()
+        models["spandrel SwinIR-light"] = SwinIR(
+            upscale=2,
+            img_size=64,
+            window_size=8,
+            img_range=1.0,
+            depths=[6] * 4,
+            embed_dim=60,
+            num_heads=[6] * 4,
+            mlp_ratio=2,
+            upsampler="pixelshuffledirect",
+        ).eval()
     except ImportError as error:
         print(f"no SwinIR: {error}")
     times: dict[str, list] = {name: [] for name in models}
@@ -100,17 +111,32 @@ def loop_against(model, x) -> dict:
     ours, *fast = timed(lambda: model(x))
     with operators(model, selective_scan_fn=lambda whole, *a, **k: scan_loop(*a, **k)):
         theirs, *slow = timed(lambda: model(x))
-    return {"rows": {"ssmzoo MambaIR-light": fast, "the same model, scans as a Python loop": slow},
-            "difference": float((ours - theirs).abs().max())}
+    return {
+        "rows": {"ssmzoo MambaIR-light": fast, "the same model, scans as a Python loop": slow},
+        "difference": float((ours - theirs).abs().max()),
+    }
 
 
 def train(arm: str, seed: int, steps: int, runs: Path) -> None:
     """One run; its PSNR on whole held-out photographs and its CPU seconds are entered."""
     name = f"{arm.replace(' ', '_')}-{seed}"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *ARMS[arm], f"seed={seed}", f"name={name}",
-                    f"runs_dir={runs}", f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}",
-                    "data.val_crop=null"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *ARMS[arm],
+            f"seed={seed}",
+            f"name={name}",
+            f"runs_dir={runs}",
+            f"trainer.max_steps={steps}",
+            f"trainer.val_check_interval={steps}",
+            "data.val_crop=null",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     row = per_picture(next(runs.glob(f"*/{name}"))) | {"cpu_seconds": round(cpu, 1), "steps": steps}
@@ -149,8 +175,18 @@ def memory(ckpt: str, preset: str | None, width: int, height: int) -> None:
         if preset:  # memory does not depend on the weights
             torch.save(create_model(preset).state_dict(), f"{folder}/w.pth")
             chosen = ["--ckpt", f"{folder}/w.pth", "--model", preset]
-        command = [sys.executable, "-m", "ssmzoo.cli.main", "restore", f"{folder}/in.png", *chosen, "-o",
-                   f"{folder}/out.png", "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "ssmzoo.cli.main",
+            "restore",
+            f"{folder}/in.png",
+            *chosen,
+            "-o",
+            f"{folder}/out.png",
+            "--device",
+            "cpu",
+        ]
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         peak = [0]
@@ -171,8 +207,12 @@ def memory(ckpt: str, preset: str | None, width: int, height: int) -> None:
         if process.returncode:
             raise SystemExit(f"restore failed with status {process.returncode}")
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        row = {"pixels": f"{width} x {height}", "peak_gib": peak[0] / 2**20,
-               "cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - started}
+        row = {
+            "pixels": f"{width} x {height}",
+            "peak_gib": peak[0] / 2**20,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "seconds": time.monotonic() - started,
+        }
         print(printed, row)
         store(f"memory/{preset or Path(ckpt).name}, {width} x {height}", row)
 
@@ -193,8 +233,12 @@ def main() -> None:
     one = commands.add_parser("speed")
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--repeats", type=int, default=3)
-    one.add_argument("--loop-rows", type=int, default=180,
-                     help="rows of the picture for the Python loop, which takes minutes for all 180; 0: none")
+    one.add_argument(
+        "--loop-rows",
+        type=int,
+        default=180,
+        help="rows of the picture for the Python loop, which takes minutes for all 180; 0: none",
+    )
     one = commands.add_parser("claim")
     one.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -25,8 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def start(model: str, folder: str, *flags: str) -> tuple[float, float, str]:
     """(CPU seconds, seconds, what was written to stderr) until the first step is done."""
-    command = [sys.executable, *flags, str(ROOT / "train.py"), f"model={model}", f"runs_dir={folder}",
-               "trainer.accelerator=cpu"]
+    command = [
+        sys.executable,
+        *flags,
+        str(ROOT / "train.py"),
+        f"model={model}",
+        f"runs_dir={folder}",
+        "trainer.accelerator=cpu",
+    ]
     with open(Path(folder) / "stderr", "w+") as errors:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
@@ -63,8 +69,10 @@ def main() -> None:
             print(f"{model:<16}" + "".join(f"{statistics.median(column):>8.2f}" for column in zip(*runs)), flush=True)
         packages = imports(start(args.models[0], folder, "-X", "importtime")[2])
     total = sum(packages.values())
-    print(f"imports {total:.2f} s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items()
-                                                 if seconds > 0.02 * total))
+    print(
+        f"imports {total:.2f} s: "
+        + ", ".join(f"{name} {seconds:.2f}" for name, seconds in packages.items() if seconds > 0.02 * total)
+    )
 
 
 if __name__ == "__main__":

@@ -63,11 +63,15 @@ def checks(feed, model, ids: Tensor) -> dict[str, float]:
         real = mask.bool()
         wanted = torch.cat([expected[i, :n] for i, n in enumerate(LENGTHS)])
         compare(f"{side} padding", feed(model, [padded], [mask])[real], wanted)
-        compare(f"{side} padding, two chunks",
-                feed(model, padded.split(LENGTH // 2, 1), mask.split(LENGTH // 2, 1))[real], wanted)
+        compare(
+            f"{side} padding, two chunks",
+            feed(model, padded.split(LENGTH // 2, 1), mask.split(LENGTH // 2, 1))[real],
+            wanted,
+        )
         more = ids[:, :4]
-        wanted = torch.cat([feed(model, [torch.cat([ids[i:i + 1, :n], more[i:i + 1]], 1)])[:, -4:]
-                            for i, n in enumerate(LENGTHS)])
+        wanted = torch.cat(
+            [feed(model, [torch.cat([ids[i : i + 1, :n], more[i : i + 1]], 1)])[:, -4:] for i, n in enumerate(LENGTHS)]
+        )
         ones = torch.ones_like(more)
         pieces = [padded, *more.split(1, 1)], [mask, *ones.split(1, 1)]
         compare(f"{side} padding, then decoding", feed(model, *pieces)[:, -4:], wanted)

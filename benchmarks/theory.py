@@ -45,15 +45,24 @@ def separate(seeds: list[int]) -> tuple[list[str], dict[str, list[float]]]:
 
 
 def majority_by_length(seeds: list[int]) -> tuple[list[str], dict[str, list[float]]]:
-    lines = ["| T | training accuracy (%) | test accuracy (%) | gap in accuracy | test minus training loss (nats) | "
-             "rho_A | surrogate G_T / sqrt(m) |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| T | training accuracy (%) | test accuracy (%) | gap in accuracy | test minus training loss (nats) | "
+        "rho_A | surrogate G_T / sqrt(m) |",
+        "|---|---|---|---|---|---|---|",
+    ]
     curves: dict[str, list[float]] = {"accuracy gap": [], "surrogate": []}
     for T in LENGTHS:
         points = [train_majority(T, epochs=40, seed=s) for s in seeds]
         surrogate = [p.surrogate for p in points]
-        cells = [spread(v, form) for v, form in (([p.train for p in points], ".1f"), ([p.test for p in points], ".1f"),
-                                                 ([p.train - p.test for p in points], ".1f"),
-                                                 ([p.gap for p in points], ".2f"))]
+        cells = [
+            spread(v, form)
+            for v, form in (
+                ([p.train for p in points], ".1f"),
+                ([p.test for p in points], ".1f"),
+                ([p.train - p.test for p in points], ".1f"),
+                ([p.gap for p in points], ".2f"),
+            )
+        ]
         cells += [", ".join(f"{p.rho:.3f}" for p in points), ", ".join(f"{v:.3g}" for v in surrogate)]
         lines.append(f"| {T} | {' | '.join(cells)} |")
         curves["accuracy gap"].append(statistics.mean(p.train - p.test for p in points))
@@ -86,31 +95,63 @@ def main() -> None:
     torch.set_num_threads(1)
     (first, errors), (second, gaps), (third, paths) = (f(args.seeds) for f in (separate, majority_by_length, stability))
     figure, axes = figures.canvas(1, 3, (4.6, 3.4))
-    figures.lines(axes[0, 0], FACTORS, errors, "r, tokens in the product", "test error (1: nothing learned)",
-                  "learning products of tokens", xticks=FACTORS, ylim=(-0.03, 1.3))
+    figures.lines(
+        axes[0, 0],
+        FACTORS,
+        errors,
+        "r, tokens in the product",
+        "test error (1: nothing learned)",
+        "learning products of tokens",
+        xticks=FACTORS,
+        ylim=(-0.03, 1.3),
+    )
     axes[0, 1].plot(LENGTHS, gaps["accuracy gap"], color=figures.COLOURS[0], marker="o", label="measured gap")
-    axes[0, 1].set(xlabel="length T (symbols)", ylabel="training minus test accuracy (points)", title="majority",
-                   xscale="log")
+    axes[0, 1].set(
+        xlabel="length T (symbols)", ylabel="training minus test accuracy (points)", title="majority", xscale="log"
+    )
     axes[0, 1].grid(alpha=0.3)
     other = axes[0, 1].twinx()
-    other.plot(LENGTHS, gaps["surrogate"], color=figures.COLOURS[1], linestyle="--", marker="s",
-               label="surrogate (right)")
+    other.plot(
+        LENGTHS, gaps["surrogate"], color=figures.COLOURS[1], linestyle="--", marker="s", label="surrogate (right)"
+    )
     other.set(ylabel="G_T / sqrt(m), median over seeds", yscale="log")
     drawn = [*axes[0, 1].get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes[0, 1].legend(drawn, [d.get_label() for d in drawn], fontsize=7)
-    figures.lines(axes[0, 2], range(len(next(iter(paths.values())))), paths, "epoch", "s_A (per unit of time)",
-                  "spectral abscissa in training")
+    figures.lines(
+        axes[0, 2],
+        range(len(next(iter(paths.values())))),
+        paths,
+        "epoch",
+        "s_A (per unit of time)",
+        "spectral abscissa in training",
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "theory.png", dpi=130)
     seeds = ", ".join(map(str, args.seeds))
-    page = ["# Expressivity and generalisation, measured", "",
-            f"`python benchmarks/theory.py`, seeds {seeds}; mean +- standard deviation over them.", "",
-            "![Measured](theory.png)", "", "## Products of r tokens", "",
-            "Error on x_1 ... x_r relative to the target's variance, 600 steps of 64 strings of 6 signs, width 16.", "",
-            *first, "", "## Majority: the gap against length", "",
-            "A free-A layer (d 4, n 4) from s_A = 0, 1000 training strings of which a quarter of the ones is erased,",
-            "1000 clean test strings, 40 epochs.", "", *second, "",
-            "## Majority: the spectral abscissa in training", "", *third]
+    page = [
+        "# Expressivity and generalisation, measured",
+        "",
+        f"`python benchmarks/theory.py`, seeds {seeds}; mean +- standard deviation over them.",
+        "",
+        "![Measured](theory.png)",
+        "",
+        "## Products of r tokens",
+        "",
+        "Error on x_1 ... x_r relative to the target's variance, 600 steps of 64 strings of 6 signs, width 16.",
+        "",
+        *first,
+        "",
+        "## Majority: the gap against length",
+        "",
+        "A free-A layer (d 4, n 4) from s_A = 0, 1000 training strings of which a quarter of the ones is erased,",
+        "1000 clean test strings, 40 epochs.",
+        "",
+        *second,
+        "",
+        "## Majority: the spectral abscissa in training",
+        "",
+        *third,
+    ]
     (args.out / "theory.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     print(args.out / "theory.md")
 

@@ -108,8 +108,17 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
     keep_freed_memory()
     steps = block * (blocks + 1)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose("train", [f"model={model}", f"trainer.max_steps={steps}", "trainer.limit_val_batches=0",
-                                "trainer.accelerator=cpu", "callbacks.checkpoint.every_n_minutes=0", *overrides])
+        cfg = compose(
+            "train",
+            [
+                f"model={model}",
+                f"trainer.max_steps={steps}",
+                "trainer.limit_val_batches=0",
+                "trainer.accelerator=cpu",
+                "callbacks.checkpoint.every_n_minutes=0",
+                *overrides,
+            ],
+        )
     OmegaConf.update(cfg, "model_name", model, force_add=True)
     with tempfile.TemporaryDirectory() as folder:
         name, data, task, plain = run._build(cfg, Path(folder))
@@ -136,8 +145,9 @@ def main() -> None:
     for model in models:
         small = model in ("sd_ssm", "rnn", "lstm", "complex_diagonal_ssm")
         with torch.random.fork_rng():
-            bare, trained, percent = measure(model, args.block or (25 if small else 5),
-                                             args.blocks or (60 if small else 12), overrides)
+            bare, trained, percent = measure(
+                model, args.block or (25 if small else 5), args.blocks or (60 if small else 12), overrides
+            )
         print(f"{model:<14}{bare:>9.2f}{trained:>12.2f}{percent:>9.1f}%", flush=True)
     sys.exit(0)
 

@@ -17,17 +17,25 @@ from ssmzoo.probes.flops import count_operations, giga
 from ssmzoo.zoo import build_model
 
 PAPER = {  # parameters and 10^9 operations at 224 pixels (None: not published)
-    "spatial_mamba_tiny": (26_748_862, 4.5), "spatial_mamba_small": (43_074_280, 7.1),
-    "spatial_mamba_base": (95_745_592, 15.8), "vmamba_tiny": (30_249_064, 4.9), "vmamba_small": (50_147_752, 8.7),
-    "vmamba_base": (88_557_800, 15.4), "vmamba_vanilla_tiny": (22_893_448, 5.6),
-    "vmamba_vanilla_small": (44_417_416, 11.2), "vmamba_vanilla_base": (76_254_056, 18.0),
-    "vim_tiny": (7_148_008, None), "vim_small": (25_796_584, None), "vim_base": (97_598_440, None),
-    "shuffle_mamba_base": (97_598_440, None), "shuffle_mamba_reg_base": (99_301_096, None),
-    "adventurer_tiny": (11_608_840, None), "adventurer_small": (44_491_816, None),
+    "spatial_mamba_tiny": (26_748_862, 4.5),
+    "spatial_mamba_small": (43_074_280, 7.1),
+    "spatial_mamba_base": (95_745_592, 15.8),
+    "vmamba_tiny": (30_249_064, 4.9),
+    "vmamba_small": (50_147_752, 8.7),
+    "vmamba_base": (88_557_800, 15.4),
+    "vmamba_vanilla_tiny": (22_893_448, 5.6),
+    "vmamba_vanilla_small": (44_417_416, 11.2),
+    "vmamba_vanilla_base": (76_254_056, 18.0),
+    "vim_tiny": (7_148_008, None),
+    "vim_small": (25_796_584, None),
+    "vim_base": (97_598_440, None),
+    "shuffle_mamba_base": (97_598_440, None),
+    "shuffle_mamba_reg_base": (99_301_096, None),
+    "adventurer_tiny": (11_608_840, None),
+    "adventurer_small": (44_491_816, None),
     "adventurer_base": (98_657_608, None),
 }
-COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny",
-            "mambaout_tiny"]
+COMPARED = ["spatial_mamba_tiny", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", "mambaout_tiny"]
 
 
 def size() -> None:
@@ -49,10 +57,21 @@ def speed(names: list[str], sizes: list[int], batch: int, train: bool, repeats: 
     import timm
 
     depth = {} if drop_path is None else {"drop_path_rate": drop_path}
-    what = ", ".join(["training" if train else "inference", *(f"{k} {v}" for k, v in depth.items()), f"batch {batch}",
-                      f"{torch.get_num_threads()} thread(s)"])
-    print(f"| images per CPU second ({what}) | " + " | ".join(f"{s} px" for s in sizes) + " |\n|---"
-          + "|---" * len(sizes) + "|")
+    what = ", ".join(
+        [
+            "training" if train else "inference",
+            *(f"{k} {v}" for k, v in depth.items()),
+            f"batch {batch}",
+            f"{torch.get_num_threads()} thread(s)",
+        ]
+    )
+    print(
+        f"| images per CPU second ({what}) | "
+        + " | ".join(f"{s} px" for s in sizes)
+        + " |\n|---"
+        + "|---" * len(sizes)
+        + "|"
+    )
     rates: dict[str, list[float]] = {name: [] for name in names}
     for side in sizes:
         extra = {name: depth | ({"img_size": side} if name.startswith("swin") else {}) for name in names}
@@ -86,8 +105,9 @@ def main() -> None:
     if arguments.what == "size":
         size()
     else:
-        speed(arguments.models, arguments.sizes, arguments.batch, arguments.train, arguments.repeats,
-              arguments.drop_path)
+        speed(
+            arguments.models, arguments.sizes, arguments.batch, arguments.train, arguments.repeats, arguments.drop_path
+        )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,14 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = {  # experiment: (question, {arm: overrides})
-    "spatial_mamba": ("Does fusing neighbouring states help Spatial-Mamba?",
-                      {"with state fusion": [], "without": ["model.mixer.fuse_states=false"]}),
-    "layer_shuffle": ("Does layer-wise shuffle close the gap between training and validation?",
-                      {"with layer shuffle": [], "without": ["model.shuffle_rate=0"]}),
+    "spatial_mamba": (
+        "Does fusing neighbouring states help Spatial-Mamba?",
+        {"with state fusion": [], "without": ["model.mixer.fuse_states=false"]},
+    ),
+    "layer_shuffle": (
+        "Does layer-wise shuffle close the gap between training and validation?",
+        {"with layer shuffle": [], "without": ["model.shuffle_rate=0"]},
+    ),
 }
 
 
@@ -32,8 +36,15 @@ def train(claim: str, arm: int, overrides: list[str], seed: int, runs: Path) -> 
     name = f"{claim}-{arm}-seed{seed}"
     found = list(runs.glob(f"*/{name}/report.md"))
     if not found:
-        command = [sys.executable, str(ROOT / "train.py"), f"experiment=claims/{claim}", f"seed={seed}", f"name={name}",
-                   f"runs_dir={runs}", *overrides]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"experiment=claims/{claim}",
+            f"seed={seed}",
+            f"name={name}",
+            f"runs_dir={runs}",
+            *overrides,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found = list(runs.glob(f"*/{name}/report.md"))
     return found[0].parent
@@ -70,16 +81,23 @@ def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
 def section(claim: str, seeds: list[int], runs: Path) -> list[str]:
     question, arms = CLAIMS[claim]
     command = f"python train.py experiment=claims/{claim}"
-    lines = [f"### {question}", "", f"`{command}`, seeds {', '.join(map(str, seeds))}; mean and standard deviation.",
-             "", "| | validation top-1 (%) | training top-1 (%) | validation cross entropy | training cross entropy |"
-             " gap |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"### {question}",
+        "",
+        f"`{command}`, seeds {', '.join(map(str, seeds))}; mean and standard deviation.",
+        "",
+        "| | validation top-1 (%) | training top-1 (%) | validation cross entropy | training cross entropy | gap |",
+        "|---|---|---|---|---|---|",
+    ]
     for number, (arm, overrides) in enumerate(arms.items()):
         found = [judge(train(claim, number, overrides, seed, runs)) for seed in seeds]
         columns = {key: [f[key] for f in found] for key in found[0]}
         gap = [f["val_loss"] - f["train_loss"] for f in found]
         name = f"{arm} (`{' '.join(overrides)}`)" if overrides else arm
-        lines.append(f"| {name} | {spread(columns['val_top1'], 2, 100)} | {spread(columns['train_top1'], 2, 100)} | "
-                     f"{spread(columns['val_loss'], 3)} | {spread(columns['train_loss'], 3)} | {spread(gap, 3)} |")
+        lines.append(
+            f"| {name} | {spread(columns['val_top1'], 2, 100)} | {spread(columns['train_top1'], 2, 100)} | "
+            f"{spread(columns['val_loss'], 3)} | {spread(columns['train_loss'], 3)} | {spread(gap, 3)} |"
+        )
         print(lines[-1], flush=True)
     return [*lines, ""]
 

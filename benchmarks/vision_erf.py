@@ -17,8 +17,16 @@ from ssmzoo.probes.figures import canvas
 from ssmzoo.probes.receptive_field import receptive_field
 from ssmzoo.train.checkpoint import find_checkpoint
 
-NAMES = ["spatial_mamba_tiny", "vmamba_tiny", "res_vmamba_tiny", "vim_tiny", "shuffle_mamba_tiny", "adventurer_tiny",
-         "timm/swin_tiny_patch4_window7_224", "timm/convnext_tiny"]
+NAMES = [
+    "spatial_mamba_tiny",
+    "vmamba_tiny",
+    "res_vmamba_tiny",
+    "vim_tiny",
+    "shuffle_mamba_tiny",
+    "adventurer_tiny",
+    "timm/swin_tiny_patch4_window7_224",
+    "timm/convnext_tiny",
+]
 PIXELS = 56  # sides of the drawn fields: every picture stays small
 
 
@@ -28,8 +36,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    options = argparse.Namespace(batch=given.batch, input=None, layers=None, channels=None, positions=None, target=None,
-                                 max_bytes=2**30, masks=None)
+    options = argparse.Namespace(
+        batch=given.batch,
+        input=None,
+        layers=None,
+        channels=None,
+        positions=None,
+        target=None,
+        max_bytes=2**30,
+        masks=None,
+    )
     columns = 4
     names = given.runs or NAMES
     figure, axes = canvas(-(-len(names) // columns), columns, (1.9, 1.9))
@@ -44,7 +60,7 @@ def main() -> None:
         drawn = axis.imshow((small / small.max() + 1e-6).log10(), cmap="cividis", vmin=-6, vmax=0, extent=(0, 1, 1, 0))
         axis.set(xticks=[0, 1], yticks=[0, 1])
         axis.set_title(title, fontsize=8)
-    for axis in axes.flat[len(names):]:
+    for axis in axes.flat[len(names) :]:
         axis.axis("off")
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="log10 |gradient|, largest = 0")
     figure.supxlabel("x and y as shares of the image's side", fontsize=8)

@@ -52,11 +52,15 @@ def import_lightly() -> None:
     spec = importlib.util.find_spec("torchmetrics")
     if "torchmetrics" in sys.modules or spec is None:
         return
-    package = _Light("torchmetrics", spec, {
-        "Metric": _metric,
-        "MetricCollection": lambda: importlib.import_module("torchmetrics.collections").MetricCollection,
-        "utilities": lambda: importlib.import_module("torchmetrics.utilities"),
-    })
+    package = _Light(
+        "torchmetrics",
+        spec,
+        {
+            "Metric": _metric,
+            "MetricCollection": lambda: importlib.import_module("torchmetrics.collections").MetricCollection,
+            "utilities": lambda: importlib.import_module("torchmetrics.utilities"),
+        },
+    )
     package._logger = logging.getLogger("torchmetrics")  # its modules print by it
     package.__version__ = importlib.metadata.version("torchmetrics")
     name, file = "torchmetrics.utilities.plot", Path(spec.origin).parent / "utilities" / "plot.py"
@@ -65,5 +69,8 @@ def import_lightly() -> None:
         def draw(*args, **kwargs):
             return _Light.whole(plots).plot_single_or_multi_val(*args, **kwargs)
 
-        plots = _Light(name, importlib.util.spec_from_file_location(name, file), {
-            "plot_single_or_multi_val": lambda: draw, "_AX_TYPE": lambda: Any, "_PLOT_OUT_TYPE": lambda: Any})
+        plots = _Light(
+            name,
+            importlib.util.spec_from_file_location(name, file),
+            {"plot_single_or_multi_val": lambda: draw, "_AX_TYPE": lambda: Any, "_PLOT_OUT_TYPE": lambda: Any},
+        )

@@ -102,11 +102,18 @@ def refuse_zip_bomb(path: Path) -> None:
 
 
 TELLING_KEYS = {  # family: a key, or part of one, that only its checkpoints have; the first that fits counts
-    "mamba_fscil": r"etf_vec|block_new\.|mlp_proj\.", "mambair_v2": r"embeddingA|\.assm\.|\.win_mhsa\.",
-    "mambair": r"layers\.\d+\.residual_group", "spatial_mamba": r"state_fusion\.|patch_embed\.conv1\.",
-    "res_vmamba": r"(^|\.)fuse\.\d", "vmamba": r"(op|self_attention)\.x_proj_weight|classifier\.norm",
-    "shuffle_mamba": r"pos_embed_cls|norm_neck", "vim": r"A_b_log", "adventurer": r"norm_mlp\.|mlp\.w3\.",
-    "moe_mamba": r"router|expert", "mamba2": r"mixer\.dt_bias", "mamba": r"mixer\.x_proj\.weight",
+    "mamba_fscil": r"etf_vec|block_new\.|mlp_proj\.",
+    "mambair_v2": r"embeddingA|\.assm\.|\.win_mhsa\.",
+    "mambair": r"layers\.\d+\.residual_group",
+    "spatial_mamba": r"state_fusion\.|patch_embed\.conv1\.",
+    "res_vmamba": r"(^|\.)fuse\.\d",
+    "vmamba": r"(op|self_attention)\.x_proj_weight|classifier\.norm",
+    "shuffle_mamba": r"pos_embed_cls|norm_neck",
+    "vim": r"A_b_log",
+    "adventurer": r"norm_mlp\.|mlp\.w3\.",
+    "moe_mamba": r"router|expert",
+    "mamba2": r"mixer\.dt_bias",
+    "mamba": r"mixer\.x_proj\.weight",
 }
 
 
@@ -148,11 +155,13 @@ def load_official(family: str, checkpoint, **official_kwargs) -> nn.Module:
     try:
         module, state = hook(dict(checkpoint), **official_kwargs)
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error}: is it one of family {family!r}?"
-                              f"{looks_like(checkpoint)}") from None
+        raise CheckpointError(
+            f"the checkpoint has no {error}: is it one of family {family!r}?{looks_like(checkpoint)}"
+        ) from None
     except (IndexError, RuntimeError) as error:  # a tensor of another shape than the key map expects
-        raise CheckpointError(f"the checkpoint does not fit the official {family} model ({error})"
-                              f"{looks_like(checkpoint)}") from error
+        raise CheckpointError(
+            f"the checkpoint does not fit the official {family} model ({error}){looks_like(checkpoint)}"
+        ) from error
     fit_state_dict(module, state, what=f"the official {family} model")
     return module.eval()
 

@@ -22,8 +22,9 @@ from ssmzoo.layers.image_backbone import FourStage, ImageBackbone  # noqa: E402
 from ssmzoo.official import nearest  # noqa: E402
 from ssmzoo.zoo import config_dir, list_models, model_class, read_model_config  # noqa: E402
 
-IMAGENET = dict(num_classes=1000, crop_pct=0.875, interpolation="bicubic", mean=(0.485, 0.456, 0.406),
-                std=(0.229, 0.224, 0.225))
+IMAGENET = dict(
+    num_classes=1000, crop_pct=0.875, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
 DEFAULT_SIZE = 224
 
 
@@ -70,8 +71,14 @@ def register(name: str) -> None:
             if key not in known and key not in BUILDER:
                 raise TypeError(f"{name} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
         features = dict(out_indices=taps(cls, arguments | kwargs), feature_cls="getter")
-        return build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-                                    feature_cfg=features, **(arguments | kwargs))
+        return build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=features,
+            **(arguments | kwargs),
+        )
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
@@ -81,8 +88,16 @@ def register(name: str) -> None:
     register_model(entrypoint)
 
 
-BUILDER = ("pretrained_cfg", "pretrained_cfg_overlay", "features_only", "out_indices", "feature_cls", "cache_dir",
-           "pretrained_strict", "output_fmt")  # read by timm's builder, not by our constructors
+BUILDER = (
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "features_only",
+    "out_indices",
+    "feature_cls",
+    "cache_dir",
+    "pretrained_strict",
+    "output_fmt",
+)  # read by timm's builder, not by our constructors
 default_cfgs: dict = {}
 __all__: list[str] = []
 

@@ -34,8 +34,16 @@ def model(kind: str):
     if kind == "mamba":
         return MambaLM(vocab_size=13, d_model=8, n_layer=1).double()
     capacity, top_k = {"moe": (None, 2), "moe_capacity": (1.0, 1)}[kind]
-    return MoEMambaLM(vocab_size=13, d_model=8, n_blocks=2, n_experts=4, top_k=top_k, capacity_factor=capacity,
-                      balance_weight=0.5, z_loss_weight=0.1).double()
+    return MoEMambaLM(
+        vocab_size=13,
+        d_model=8,
+        n_blocks=2,
+        n_experts=4,
+        top_k=top_k,
+        capacity_factor=capacity,
+        balance_weight=0.5,
+        z_loss_weight=0.1,
+    ).double()
 
 
 def train(task, batch_size: int, parts: int, folder):
@@ -49,8 +57,14 @@ def train(task, batch_size: int, parts: int, folder):
 
     loader = ResumableLoader(Ragged(), batch_size, shuffle=True, seed=3)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = L.Trainer(max_epochs=2, accumulate_grad_batches=parts, accelerator="cpu", callbacks=[Keep()],
-                        default_root_dir=folder, **quiet)
+    trainer = L.Trainer(
+        max_epochs=2,
+        accumulate_grad_batches=parts,
+        accelerator="cpu",
+        callbacks=[Keep()],
+        default_root_dir=folder,
+        **quiet,
+    )
     with backend("reference"):  # in float64 throughout
         trainer.fit(task, loader)
     return {k: v.clone() for k, v in task.model.state_dict().items()}, losses

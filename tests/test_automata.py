@@ -64,8 +64,13 @@ def test_group_from_generators():
 
 
 def test_users_own_automaton(tmp_path):
-    table = {"symbols": ["a", "b"], "state_names": ["no", "yes"], "delta": [["no", "yes"], ["yes", "no"]],
-             "accepting": ["yes"], "initial_state": "no"}
+    table = {
+        "symbols": ["a", "b"],
+        "state_names": ["no", "yes"],
+        "delta": [["no", "yes"], ["yes", "no"]],
+        "accepting": ["yes"],
+        "initial_state": "no",
+    }
     (tmp_path / "mine.json").write_text(json.dumps(table))
     (tmp_path / "mine.yaml").write_text("delta: [[0, 1], [1, 0]]\noutput: [0, 1]\nsymbols: [a, b]\n")
     for file in ("mine.json", "mine.yaml"):
@@ -86,18 +91,21 @@ def test_regular_expression():
         Automaton.from_regex("(ab", "ab")
 
 
-@pytest.mark.parametrize("table, message", [
-    ({"delta": [[0, 1], [0]]}, r"delta\[1\] lacks 1 of 2 transitions"),
-    ({"delta": [[0, 1], [0, None]]}, r"delta\[1\] lacks 1"),
-    ({"delta": [[0, 2], [0, 1]]}, r"delta\[0\]\[1\] is 2"),
-    ({"delta": [[0, 1], [-1, -1]]}, "without any transition"),
-    ({"delta": [[0, 1], [1, 0]], "output": [0]}, "output has shape"),
-    ({"delta": [[0, 1], [1, 0]], "symbols": ["a"]}, "symbols has 1 names"),
-    ({"delta": [[0, 1], [1, 0]], "initial_state": 2}, "initial_state is 2"),
-    ({"delta": [["x", "x"]], "state_names": ["y"]}, "names the state 'x'"),
-    ({"delta": [[0]], "colour": 1}, "unknown key 'colour'"),
-    ({"output": [0]}, "key 'delta'"),
-])
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"delta": [[0, 1], [0]]}, r"delta\[1\] lacks 1 of 2 transitions"),
+        ({"delta": [[0, 1], [0, None]]}, r"delta\[1\] lacks 1"),
+        ({"delta": [[0, 2], [0, 1]]}, r"delta\[0\]\[1\] is 2"),
+        ({"delta": [[0, 1], [-1, -1]]}, "without any transition"),
+        ({"delta": [[0, 1], [1, 0]], "output": [0]}, "output has shape"),
+        ({"delta": [[0, 1], [1, 0]], "symbols": ["a"]}, "symbols has 1 names"),
+        ({"delta": [[0, 1], [1, 0]], "initial_state": 2}, "initial_state is 2"),
+        ({"delta": [["x", "x"]], "state_names": ["y"]}, "names the state 'x'"),
+        ({"delta": [[0]], "colour": 1}, "unknown key 'colour'"),
+        ({"output": [0]}, "key 'delta'"),
+    ],
+)
 def test_bad_tables_name_the_field(table, message):
     with pytest.raises(AutomatonError, match=message):
         Automaton.from_dict(table)
@@ -115,11 +123,14 @@ def test_bad_requests():
         automaton("parity").draw(np.random.default_rng(0), 1, 0)
     with pytest.raises(ValueError, match="outside the alphabet"):
         automaton("parity").run(np.array([[0, 2]]))
-    for arguments, message in (({"min_length": 0}, "min_length is 0"),
-                               ({"curriculum": "steep"}, "increasing, uniform, fixed"),
-                               ({"query_token": True}, "supervise=last"), ({"regex": "a*"}, "alphabet"),
-                               ({"language": "even_pairs", "group": True}, "not a permutation"),
-                               ({"regex": "a*", "alphabet": "a", "automaton": "x.yaml"}, "both given")):
+    for arguments, message in (
+        ({"min_length": 0}, "min_length is 0"),
+        ({"curriculum": "steep"}, "increasing, uniform, fixed"),
+        ({"query_token": True}, "supervise=last"),
+        ({"regex": "a*"}, "alphabet"),
+        ({"language": "even_pairs", "group": True}, "not a permutation"),
+        ({"regex": "a*", "alphabet": "a", "automaton": "x.yaml"}, "both given"),
+    ):
         with pytest.raises(ValueError, match=message):
             FormalData(**arguments)
 
@@ -164,7 +175,9 @@ def test_test_strings_are_never_trained_on():
         data.test_mode = mode
         tested, shared = 0, 0
         for strings in data.test_sets():
-            hashes = strings.hashes[:, data.held_out.first - 1:][strings.labels[:, data.held_out.first - 1:] != IGNORE]
+            hashes = strings.hashes[:, data.held_out.first - 1 :][
+                strings.labels[:, data.held_out.first - 1 :] != IGNORE
+            ]
             tested, shared = tested + len(hashes), shared + len(trained & set(hashes.tolist()))
         assert tested > 500 and shared == 0
     data.test_mode = "prefixes"

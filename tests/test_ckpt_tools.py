@@ -27,8 +27,16 @@ def ckpt(capsys):
 def make(path, seed, **changed):
     torch.manual_seed(seed)
     node = NODE | changed
-    manifest = {"model": "mamba", "config": {"model": node, "seed": seed}, "step": 10 * seed, "epoch": 0,
-                "versions": {"torch": "2"}, "git_commit": "abc", "data": {"files": 3}, "metrics": {"val/loss": 1.25}}
+    manifest = {
+        "model": "mamba",
+        "config": {"model": node, "seed": seed},
+        "step": 10 * seed,
+        "epoch": 0,
+        "versions": {"torch": "2"},
+        "git_commit": "abc",
+        "data": {"files": 3},
+        "metrics": {"val/loss": 1.25},
+    }
     return write_checkpoint(path, build_model(node).state_dict(), manifest, {"optimizer": seed})
 
 

@@ -145,20 +145,29 @@ def test_every_file_begins_by_saying_what_it_is(file):
     assert lines[0].startswith("# ") and len(lines[0]) > 8
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["model.d_modell=8"], ["from 'model.d_modell=8' on the command line", "nearest: d_model"]),
-    (["optim.lr=fast"], ["optim.lr is 'fast' (str) (from 'optim.lr=fast'", "expected float"]),
-    (["trainer=fsdp", "optim=muon"], ["trainer.strategy=fsdp (from configs/trainer/fsdp.yaml) with "
-                                      "optim.name=muon (from configs/optim/muon.yaml)", "use trainer=ddp"]),
-    (["trainer=fsdp", "callbacks.ema.decay=0.9"], ["fsdp.yaml) with callbacks.ema"]),
-    (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], ["precision=16-mixed (from", "on a CPU cannot"]),
-    (["callbacks.profile.step=3"], ["callbacks.profile.step", "nearest: steps"]),
-    (["callbacks.ema.dekay=0.9"], ["callbacks.ema.dekay (from", "nearest: decay"]),
-    (["callbacks.early_stopping.patiance=3"], ["from 'callbacks.early_stopping.patiance=3'", "nearest: patience"]),
-    (["logger=wandb", "logger.projekt=x"], ["from 'logger.projekt=x' on the command line", "nearest: project"]),
-    (["seed=many"], ["seed is 'many' (str) (from 'seed=many' on the command line); expected int"]),
-    (["sead=1"], ["unknown key 'sead' on the command line", "nearest: seed"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["model.d_modell=8"], ["from 'model.d_modell=8' on the command line", "nearest: d_model"]),
+        (["optim.lr=fast"], ["optim.lr is 'fast' (str) (from 'optim.lr=fast'", "expected float"]),
+        (
+            ["trainer=fsdp", "optim=muon"],
+            [
+                "trainer.strategy=fsdp (from configs/trainer/fsdp.yaml) with "
+                "optim.name=muon (from configs/optim/muon.yaml)",
+                "use trainer=ddp",
+            ],
+        ),
+        (["trainer=fsdp", "callbacks.ema.decay=0.9"], ["fsdp.yaml) with callbacks.ema"]),
+        (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], ["precision=16-mixed (from", "on a CPU cannot"]),
+        (["callbacks.profile.step=3"], ["callbacks.profile.step", "nearest: steps"]),
+        (["callbacks.ema.dekay=0.9"], ["callbacks.ema.dekay (from", "nearest: decay"]),
+        (["callbacks.early_stopping.patiance=3"], ["from 'callbacks.early_stopping.patiance=3'", "nearest: patience"]),
+        (["logger=wandb", "logger.projekt=x"], ["from 'logger.projekt=x' on the command line", "nearest: project"]),
+        (["seed=many"], ["seed is 'many' (str) (from 'seed=many' on the command line); expected int"]),
+        (["sead=1"], ["unknown key 'sead' on the command line", "nearest: seed"]),
+    ],
+)
 def test_what_cannot_work_is_refused_by_key_and_origin(arguments, words, call, tmp_path):
     status, _, error = call("model=mamba", *arguments)
     assert status == 2 and not list(tmp_path.iterdir())
@@ -166,20 +175,47 @@ def test_what_cannot_work_is_refused_by_key_and_origin(arguments, words, call, t
         assert word in error
 
 
-@pytest.mark.parametrize("file, text, choice, words", [
-    ("experiment/mine.yaml", "model: {d_modell: 8}", "experiment=mine",
-     ["unknown key model.d_modell (from configs/experiment/mine.yaml)", "nearest: d_model"]),
-    ("experiment/deep/mine.yaml", "callbacks: {guards: {spikes: 2}}", "experiment=deep/mine",
-     ["callbacks.guards.spikes (from configs/experiment/deep/mine.yaml)", "nearest: spike"]),
-    ("experiment/mine.yaml", "optim: {lr: fast}\ndata: {seq_len: 8}", "experiment=mine",
-     ["optim.lr is 'fast' (str) (from configs/experiment/mine.yaml); expected float"]),
-    ("experiment/mine.yaml", "sead: 1", "experiment=mine",
-     ["unknown key 'sead' (from configs/experiment/mine.yaml)", "nearest: seed"]),
-    ("model/large.yaml", "defaults: [small, _self_]", "model=large",
-     ["unknown key model.widht (from configs/model/small.yaml)"]),
-    ("optim/mine.yaml", "defaults: [adamw, _self_]\nwarmup: 5", "optim=mine",
-     ["unknown key optim.warmup (from configs/optim/mine.yaml)", "nearest: warmup_steps"]),
-])
+@pytest.mark.parametrize(
+    "file, text, choice, words",
+    [
+        (
+            "experiment/mine.yaml",
+            "model: {d_modell: 8}",
+            "experiment=mine",
+            ["unknown key model.d_modell (from configs/experiment/mine.yaml)", "nearest: d_model"],
+        ),
+        (
+            "experiment/deep/mine.yaml",
+            "callbacks: {guards: {spikes: 2}}",
+            "experiment=deep/mine",
+            ["callbacks.guards.spikes (from configs/experiment/deep/mine.yaml)", "nearest: spike"],
+        ),
+        (
+            "experiment/mine.yaml",
+            "optim: {lr: fast}\ndata: {seq_len: 8}",
+            "experiment=mine",
+            ["optim.lr is 'fast' (str) (from configs/experiment/mine.yaml); expected float"],
+        ),
+        (
+            "experiment/mine.yaml",
+            "sead: 1",
+            "experiment=mine",
+            ["unknown key 'sead' (from configs/experiment/mine.yaml)", "nearest: seed"],
+        ),
+        (
+            "model/large.yaml",
+            "defaults: [small, _self_]",
+            "model=large",
+            ["unknown key model.widht (from configs/model/small.yaml)"],
+        ),
+        (
+            "optim/mine.yaml",
+            "defaults: [adamw, _self_]\nwarmup: 5",
+            "optim=mine",
+            ["unknown key optim.warmup (from configs/optim/mine.yaml)", "nearest: warmup_steps"],
+        ),
+    ],
+)
 def test_a_wrong_key_in_a_file_is_refused_with_the_file(file, text, choice, words, call, tmp_path, monkeypatch):
     copy = tmp_path / "configs"
     shutil.copytree(config_dir(), copy)

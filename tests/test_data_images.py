@@ -169,8 +169,10 @@ def test_validation_with_an_unknown_class_and_wrong_num_classes(tmp_path):
 
 def test_targets_and_loss():
     labels, logits = torch.tensor([0, 2]), torch.randn(2, 3)
-    torch.testing.assert_close(soft_cross_entropy(logits, smooth_targets(labels, 3, 0.1)),
-                               torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+    torch.testing.assert_close(
+        soft_cross_entropy(logits, smooth_targets(labels, 3, 0.1)),
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1),
+    )
 
 
 def task(**kwargs):
@@ -199,12 +201,23 @@ def test_classification_steps_and_confusion():
 def test_training_end_to_end_with_self_distillation(tmp_path):
     import lightning as L
 
-    subject = task(mesa=1.0, mesa_start=0.0, mesa_decay=0.5,
-                   optim=lambda m: {"optimizer": torch.optim.AdamW(m.parameters(), 2e-3)})
+    subject = task(
+        mesa=1.0, mesa_start=0.0, mesa_decay=0.5, optim=lambda m: {"optimizer": torch.optim.AdamW(m.parameters(), 2e-3)}
+    )
     before = [p.clone() for p in subject.teacher.parameters()]
-    trainer = L.Trainer(max_steps=2, limit_val_batches=2, logger=False, enable_checkpointing=False, accelerator="cpu",
-                        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                        num_sanity_val_steps=0, val_check_interval=2, log_every_n_steps=1)
+    trainer = L.Trainer(
+        max_steps=2,
+        limit_val_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+        log_every_n_steps=1,
+    )
     data = ImageData(image_size=16, batch_size=8)
     trainer.fit(subject, datamodule=data)
     assert "train/mesa" in trainer.callback_metrics

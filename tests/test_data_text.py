@@ -55,6 +55,7 @@ def pairs(windows, draws):
 
 # ---------------------------------------------------------------- corpora
 
+
 def test_default_corpus_is_the_standard_library_without_tests(cache):
     data = TextData(cache_dir=cache)
     about = data.describe()
@@ -69,8 +70,10 @@ def test_default_corpus_is_the_standard_library_without_tests(cache):
 
 def test_documents_are_split_by_content_and_nothing_leaks(data, folder):
     data.setup()
-    documents = {split: [bytes(side.tokens[a:b]) for a, b in zip(side.starts, side.starts[1:])]
-                 for split, side in [("train", data._side("train")), ("val", data._side("val"))]}
+    documents = {
+        split: [bytes(side.tokens[a:b]) for a, b in zip(side.starts, side.starts[1:])]
+        for split, side in [("train", data._side("train")), ("val", data._side("val"))]
+    }
     texts = {path.read_bytes() for path in folder.rglob("*.txt")} - {b""}
     assert not set(documents["train"]) & set(documents["val"])
     assert set(documents["train"]) | set(documents["val"]) == texts
@@ -149,6 +152,7 @@ def test_missing_datasets_package_names_the_extra(cache, monkeypatch):
 
 # ---------------------------------------------------------------- tokenizers
 
+
 def test_tokenizers_round_trip_and_describe_themselves(folder):
     text = "grüße, 世界 🙂\n\tdef f(): pass"
     bpe = train_bpe([p.read_text() for p in folder.rglob("*.txt")], 300)
@@ -192,6 +196,7 @@ def test_bpe_is_learnt_on_the_corpus_and_a_file_gives_the_same(data, folder, cac
 
 # ---------------------------------------------------------------- the store
 
+
 def test_store_is_found_again_and_mended_when_damaged(folder, cache, data, monkeypatch):
     first = np.array(data._side("train").tokens)
     stores = [p for p in data.cache_dir.glob("text/*")]
@@ -227,7 +232,7 @@ def test_large_corpora_need_no_memory(tmp_path):
 import resource, sys
 from ssmzoo.data.text import TextData
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-data = TextData(path={str(tmp_path / 'big.txt')!r}, seq_len=1024, cache_dir={str(tmp_path / 'cache')!r})
+data = TextData(path={str(tmp_path / "big.txt")!r}, seq_len=1024, cache_dir={str(tmp_path / "cache")!r})
 for i, batch in enumerate(data.train_dataloader()):
     if i == 20: break
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -237,6 +242,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 # ---------------------------------------------------------------- windows and order
+
 
 def test_windows_show_the_drawn_example():
     windows = Windows(split_of(list(b"abcdefg"), [0, 3, 7]), 6)
@@ -332,8 +338,12 @@ def test_ranks_share_an_epoch_without_repetition_or_loss(data, world):
     def trained(rank, world):
         data.trainer = type("Trainer", (), {"global_rank": rank, "world_size": world})()
         loader = data.train_dataloader()
-        found = [(int(a), int(b)) for batch in loader
-                 for a, b in zip(batch["input_ids"].flatten(), batch["labels"].flatten()) if b >= 0]
+        found = [
+            (int(a), int(b))
+            for batch in loader
+            for a, b in zip(batch["input_ids"].flatten(), batch["labels"].flatten())
+            if b >= 0
+        ]
         return len(loader), found
 
     lengths, found = zip(*[trained(rank, world) for rank in range(world)])
@@ -362,9 +372,18 @@ def test_lightning_resumes_anywhere_with_the_same_batches(data, tmp_path):
 
     def fit(steps, ckpt=None):
         module = Recorder()
-        trainer = L.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                            val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+        )
         arguments = dict(path=data.corpus.path, seq_len=16, batch_size=40, val_fraction=0.2, cache_dir=data.cache_dir)
         trainer.fit(module, datamodule=TextData(**arguments), ckpt_path=ckpt, weights_only=True)
         return trainer, module.seen
@@ -397,6 +416,7 @@ def test_validation_is_capped_and_longer_windows_see_the_same_tokens(folder, cac
 
 # ---------------------------------------------------------------- the order-0 model
 
+
 def test_unigram_cross_entropy_has_known_values():
     uniform = np.full(256, 1000)
     assert abs(unigram_bits_per_token(uniform, uniform) - 8) < 1e-9
@@ -417,32 +437,42 @@ def test_unigram_bits_are_per_byte(data, folder, cache):
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"seq_len": 0}, r"data.seq_len = 0; it must be at least 1"),
-    ({"batch_size": -4}, r"data.batch_size = -4"),
-    ({"val_tokens": -1}, r"data.val_tokens = -1"),
-    ({"num_workers": -1}, r"data.num_workers = -1"),
-    ({"val_fraction": 1.5}, r"data.val_fraction = 1.5; give a share between 0 and 1"),
-    ({"tokenizer": "gpt2"}, r"'gpt2' is neither 'bytes' nor 'bpe' nor an existing tokenizer.json"),
-    ({"bpe_vocab_size": 500}, r"data.bpe_vocab_size = 500 does nothing for data.tokenizer = 'bytes'"),
-    ({"path": "x", "corpus": {"name": "y"}}, "both given"),
-    ({"corpus": {"nam": "y"}}, "data.corpus.nam is unknown; data.corpus takes name, subset"),
-    ({"corpus": {"split": "train"}}, "data.corpus.name is missing"),
-    ({"corpus": {"name": "y", "max_documents": 0}}, "max_documents = 0"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"seq_len": 0}, r"data.seq_len = 0; it must be at least 1"),
+        ({"batch_size": -4}, r"data.batch_size = -4"),
+        ({"val_tokens": -1}, r"data.val_tokens = -1"),
+        ({"num_workers": -1}, r"data.num_workers = -1"),
+        ({"val_fraction": 1.5}, r"data.val_fraction = 1.5; give a share between 0 and 1"),
+        ({"tokenizer": "gpt2"}, r"'gpt2' is neither 'bytes' nor 'bpe' nor an existing tokenizer.json"),
+        ({"bpe_vocab_size": 500}, r"data.bpe_vocab_size = 500 does nothing for data.tokenizer = 'bytes'"),
+        ({"path": "x", "corpus": {"name": "y"}}, "both given"),
+        ({"corpus": {"nam": "y"}}, "data.corpus.nam is unknown; data.corpus takes name, subset"),
+        ({"corpus": {"split": "train"}}, "data.corpus.name is missing"),
+        ({"corpus": {"name": "y", "max_documents": 0}}, "max_documents = 0"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, message, cache):
     with pytest.raises(ValueError, match=message):
         TextData(cache_dir=cache, **arguments)
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "does not exist .* give a text file, a folder, or a quoted glob"),
-    (b"", "holds 1 file.s. but no text"),
-    (b"text\0more", "'.*corpus.txt' is not text: NUL at byte 4"),
-    (b"abc \xff\xfe", "'.*corpus.txt' is not UTF-8 text: invalid start byte near byte 4"),
-    (b"cut \xe2\x82", "'.*corpus.txt' is not UTF-8 text"),
-    (b"only a few words", "has 15 tokens to train on, too few .* data.seq_len = 64 .* choose data.seq_len below 15"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not exist .* give a text file, a folder, or a quoted glob"),
+        (b"", "holds 1 file.s. but no text"),
+        (b"text\0more", "'.*corpus.txt' is not text: NUL at byte 4"),
+        (b"abc \xff\xfe", "'.*corpus.txt' is not UTF-8 text: invalid start byte near byte 4"),
+        (b"cut \xe2\x82", "'.*corpus.txt' is not UTF-8 text"),
+        (
+            b"only a few words",
+            "has 15 tokens to train on, too few .* data.seq_len = 64 .* choose data.seq_len below 15",
+        ),
+    ],
+)
 def test_bad_corpora_are_explained(content, message, tmp_path, cache):
     path = tmp_path / "corpus.txt"
     if content is not None:
@@ -480,14 +510,18 @@ def test_corpus_classes_are_usable_alone(folder, cache):
 
 # ---------------------------------------------------------------- together with models
 
+
 @pytest.mark.parametrize("name", ["mamba", "transformer", "moe_mamba"])
 def test_no_gradient_reaches_another_document(data, name):
     from ssmzoo.models.baselines import TransformerLM
     from ssmzoo.models.mamba import MambaLM
     from ssmzoo.models.moe_mamba import MoEMambaLM
 
-    model = {"mamba": lambda: MambaLM(256, 16, 2), "transformer": lambda: TransformerLM(256, 16, 2, 2),
-             "moe_mamba": lambda: MoEMambaLM(256, 16, 2, n_experts=2, capacity_factor=8.0)}[name]()
+    model = {
+        "mamba": lambda: MambaLM(256, 16, 2),
+        "transformer": lambda: TransformerLM(256, 16, 2, 2),
+        "moe_mamba": lambda: MoEMambaLM(256, 16, 2, n_experts=2, capacity_factor=8.0),
+    }[name]()
     windows = Windows(data._side("train"), 128)
     item = next(w for w in (windows[Draw(i, 0)] for i in range(len(windows))) if 8 <= (w["seq_idx"] == 0).sum() <= 120)
     seen = []

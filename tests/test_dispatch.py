@@ -18,6 +18,7 @@ def why_not_fast(x, times=1):
 @pytest.fixture
 def double():
     """An operator with a reference, a picky backend, one for CUDA and one whose library is missing."""
+
     def check(x, times=1):
         if times < 0:
             raise ValueError(f"times is {times}, expected 0 or more")
@@ -50,8 +51,14 @@ def test_override_is_honoured_or_explained(double):
             double(x)
         with backend(None):
             assert double(x).tolist() == [2, 2]
-    for line in ("'triton' was asked for", "cuda: mamba-ssm is not installed", "triton: needs cuda tensors, got cpu",
-                 "native: only twice", "torch: no torch kernel", "reference: available"):
+    for line in (
+        "'triton' was asked for",
+        "cuda: mamba-ssm is not installed",
+        "triton: needs cuda tensors, got cpu",
+        "native: only twice",
+        "torch: no torch kernel",
+        "reference: available",
+    ):
         assert line in str(error.value)
     with pytest.raises(BackendError, match="unknown backend 'nativ'"), backend("nativ"):
         pass
@@ -84,13 +91,19 @@ def test_table_lists_every_operator_on_every_backend(double):
     assert torch.cuda.is_available() or rows["double", "triton"].reason == "no CUDA device"
 
 
-@pytest.mark.parametrize("variable, value, expected", [
-    ("SSMZOO_BACKEND", "reference", "reference"), ("SSMZOO_BACKEND", "torhc", "asked for"),
-    ("SSMZOO_NATIVE", "off", "torch"),
-])
+@pytest.mark.parametrize(
+    "variable, value, expected",
+    [
+        ("SSMZOO_BACKEND", "reference", "reference"),
+        ("SSMZOO_BACKEND", "torhc", "asked for"),
+        ("SSMZOO_NATIVE", "off", "torch"),
+    ],
+)
 def test_environment_chooses(variable, value, expected):
-    code = ("import torch; from ssmzoo.ops import chosen_backend, selective_scan_fn as f; x = torch.ones(1, 2, 3); "
-            "print(chosen_backend(f, x, x, -x[0, :, :1], x[:, :1], x[:, :1]))")
+    code = (
+        "import torch; from ssmzoo.ops import chosen_backend, selective_scan_fn as f; x = torch.ones(1, 2, 3); "
+        "print(chosen_backend(f, x, x, -x[0, :, :1], x[:, :1], x[:, :1]))"
+    )
     environment = os.environ | {variable: value}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert expected in result.stdout + result.stderr

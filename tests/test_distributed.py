@@ -38,12 +38,21 @@ def train(tmp_path, *arguments):
 
 SIZES = {
     "mamba": ["model.d_model=16", "model.n_layer=1"],
-    "moe_mamba": ["model.d_model=16", "model.n_blocks=1", "model.n_experts=4", "model.capacity_factor=null",
-                  "model.balance_weight=0.5", "model.z_loss_weight=0.01"],
+    "moe_mamba": [
+        "model.d_model=16",
+        "model.n_blocks=1",
+        "model.n_experts=4",
+        "model.capacity_factor=null",
+        "model.balance_weight=0.5",
+        "model.z_loss_weight=0.01",
+    ],
 }
 PER_BATCH = ("val/load_balancing_loss", "val/busiest_expert")  # no means over tokens: batches of 2 and of 4 differ
-WAYS = {"one": ["data.batch_size=4"], "ddp": ["data.batch_size=2", "trainer=ddp", "trainer.devices=2"],
-        "fsdp": ["data.batch_size=2", "trainer=fsdp", "trainer.devices=2"]}
+WAYS = {
+    "one": ["data.batch_size=4"],
+    "ddp": ["data.batch_size=2", "trainer=ddp", "trainer.devices=2"],
+    "fsdp": ["data.batch_size=2", "trainer=fsdp", "trainer.devices=2"],
+}
 
 
 def rows(run: Path, prefix: str = "") -> dict[int, dict[str, float]]:
@@ -71,11 +80,16 @@ def compare(run: Path, other: Path, tolerance: float) -> None:
         assert (a[name] - b[name]).abs().max() < 20 * tolerance, name
 
 
-@pytest.mark.parametrize("model, way", [
-    ("mamba", "ddp"),
-    *(pytest.param(m, w, marks=pytest.mark.slow) for m, w in (("mamba", "fsdp"), ("moe_mamba", "ddp"),
-                                                              ("moe_mamba", "fsdp"))),
-])
+@pytest.mark.parametrize(
+    "model, way",
+    [
+        ("mamba", "ddp"),
+        *(
+            pytest.param(m, w, marks=pytest.mark.slow)
+            for m, w in (("mamba", "fsdp"), ("moe_mamba", "ddp"), ("moe_mamba", "fsdp"))
+        ),
+    ],
+)
 def test_two_ranks_equal_one_and_continue_each_others_runs(tmp_path, model, way):
     corpus = f"data.path={argparse.__file__}"
     for name in ("one", way):

@@ -38,8 +38,13 @@ def test_only_samples_that_count_are_computed():
     assert 16 < seen[0] < 48 and seen[1:] == [64, 64]
 
 
-@pytest.mark.parametrize("build", [lambda: SpatialMambaBlock(8, drop_path=0.4),
-                                   lambda: VSSBlock(8, SpatialMambaBlock(8).self_attention, drop_path=0.4)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SpatialMambaBlock(8, drop_path=0.4),
+        lambda: VSSBlock(8, SpatialMambaBlock(8).self_attention, drop_path=0.4),
+    ],
+)
 def test_blocks_learn_the_same(build):
     torch.manual_seed(0)
     block, x, results = build().train(), torch.randn(6, 4, 5, 8), []

@@ -54,8 +54,9 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_it_has_no_room_for(small_
         seen.append((readable(run), names(run)[0]))
 
     actions = {6: full, 11: still_there, 13: lambda: (small_disk / "ballast").unlink(), 14: still_there}
-    trainer, task, checkpointer, _ = make(run, width=8000, first=[At(actions)], max_steps=20,
-                                          checkpoint={"every_n_steps": 5}, val_check_interval=100)
+    trainer, task, checkpointer, _ = make(
+        run, width=8000, first=[At(actions)], max_steps=20, checkpoint={"every_n_steps": 5}, val_check_interval=100
+    )
     trainer.fit(task, datamodule=ToyData())
     out = capsys.readouterr().out
     assert trainer.global_step == 20 and not checkpointer.failures
@@ -69,8 +70,14 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_it_has_no_room_for(small_
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(small_disk, monkeypatch):
     run = small_disk / "run"
     monkeypatch.setattr("ssmzoo.train.checkpointer.time.sleep", lambda seconds: None)
-    trainer, task, checkpointer, _ = make(run, width=8000, first=[At({6: lambda: fill(small_disk)})], max_steps=12,
-                                          checkpoint={"every_n_steps": 5}, val_check_interval=100)
+    trainer, task, checkpointer, _ = make(
+        run,
+        width=8000,
+        first=[At({6: lambda: fill(small_disk)})],
+        max_steps=12,
+        checkpoint={"every_n_steps": 5},
+        val_check_interval=100,
+    )
     trainer.fit(task, datamodule=ToyData())
     assert trainer.global_step == 12 and checkpointer.failures > 1  # which ends the run with status 75
     assert last_good_checkpoint(run).name == "step-00000005"
@@ -86,8 +93,9 @@ def test_a_read_only_folder_is_reported_and_tried_again(small_disk, capsys):
     def mode(option):
         return lambda: subprocess.run(["mount", "-o", f"remount,{option}", str(small_disk)], check=True)
 
-    trainer, task, _, _ = make(run, first=[At({3: mode("ro"), 8: mode("rw")})], max_steps=12,
-                               checkpoint={"every_n_steps": 2})
+    trainer, task, _, _ = make(
+        run, first=[At({3: mode("ro"), 8: mode("rw")})], max_steps=12, checkpoint={"every_n_steps": 2}
+    )
     trainer.fit(task, datamodule=ToyData())
     out = capsys.readouterr().out
     assert "Read-only file system" in out and out.count("metrics.csv could not be written") <= 3
@@ -97,8 +105,12 @@ def test_a_read_only_folder_is_reported_and_tried_again(small_disk, capsys):
 
 def test_a_vanished_folder_is_made_again(tmp_path):
     run = tmp_path / "run"
-    trainer, task, _, _ = make(run, first=[At({7: lambda: shutil.rmtree(run)})], max_steps=12,
-                               checkpoint={"every_n_steps": 2, "keep_last": 3, "keep_best": 2})
+    trainer, task, _, _ = make(
+        run,
+        first=[At({7: lambda: shutil.rmtree(run)})],
+        max_steps=12,
+        checkpoint={"every_n_steps": 2, "keep_last": 3, "keep_best": 2},
+    )
     trainer.fit(task, datamodule=ToyData())
     assert names(run)[0] == "step-00000012" and readable(run)  # and names nothing that went with the folder
     assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(12))
@@ -108,8 +120,11 @@ def test_a_failing_write_is_survived_whatever_it_raises(tmp_path, monkeypatch, c
     """The same without a mount: safetensors and torch raise errors of their own."""
     from safetensors import SafetensorError
 
-    errors = [SafetensorError("I/O error: No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter"),
-              OSError(28, "No space left on device")]
+    errors = [
+        SafetensorError("I/O error: No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter"),
+        OSError(28, "No space left on device"),
+    ]
     save = files._save_tensors
 
     def failing(*args):

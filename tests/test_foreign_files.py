@@ -120,9 +120,22 @@ def test_a_path_outside_the_checkpoint_is_refused(run, name):
         find_checkpoint(run, "last")
 
 
-@pytest.mark.parametrize("target", ["os.system", "subprocess.run", "ssmzoo.train.run.subprocess", "builtins.eval",
-                                    "ssmzoo.models.mamba.importlib", "ssmzoo.models.nothing.Mamba",
-                                    "ssmzoo.models.mamba.nn.Linear", "ssmzoo.models.mamba.Tensor", "Mamba", 7, None])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.run",
+        "ssmzoo.train.run.subprocess",
+        "builtins.eval",
+        "ssmzoo.models.mamba.importlib",
+        "ssmzoo.models.nothing.Mamba",
+        "ssmzoo.models.mamba.nn.Linear",
+        "ssmzoo.models.mamba.Tensor",
+        "Mamba",
+        7,
+        None,
+    ],
+)
 def test_a_foreign_target_is_never_called(tmp_path, target):
     weights = {"weight": torch.zeros(2)}
     write_checkpoint(tmp_path / "ckpt", weights, {"model": "mamba", "config": {"model": {"_target_": target}}})
@@ -135,8 +148,13 @@ def test_a_foreign_target_is_never_called(tmp_path, target):
 def test_targets_of_data_and_task_must_be_defined_in_the_package(tmp_path):
     from ssmzoo.train.config import ConfigError, locate
 
-    for target in ("ssmzoo.data.images.contextlib.suppress", "ssmzoo.data.text.Path", "ssmzoo.data.images.random",
-                   "lightning.pytorch.cli.instantiate_module", "ssmzoo.data.photos.np"):
+    for target in (
+        "ssmzoo.data.images.contextlib.suppress",
+        "ssmzoo.data.text.Path",
+        "ssmzoo.data.images.random",
+        "lightning.pytorch.cli.instantiate_module",
+        "ssmzoo.data.photos.np",
+    ):
         with pytest.raises(ConfigError, match="refused|cannot be imported"):
             locate(target, "ssmzoo.data.")
 

@@ -101,19 +101,37 @@ def test_a_small_state_warns():
         task.on_fit_start()
 
 
-SHORT = ["trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2", "data.batch_size=8",
-         "data.test_length=60", "data.test_samples=8", "data.val_samples=4"]
+SHORT = [
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "data.batch_size=8",
+    "data.test_length=60",
+    "data.test_samples=8",
+    "data.val_samples=4",
+]
 
 
-@pytest.mark.parametrize("arguments", [
-    ["model=lstm", "data.language=D4"],
-    ["model=complex_diagonal_ssm", "data.supervise=last", "data.query_token=true", "data.curriculum=uniform"],
-    ["model=mamba", "data=formal", "task=formal", "data.language=parity", "model.d_model=16", "model.n_layer=1"],
-    ["model=transformer", "data=formal", "task=formal", "data.language=A5", "model.d_model=16", "model.n_blocks=1",
-     "model.n_heads=2"],
-    ["model=sd_ssm", "data.regex='(ab)*'", "data.alphabet=ab"],
-    ["model=sd_ssm", "data.generators=[[1,0,2],[1,2,0]]"],
-], ids=lambda a: a[0].split("=")[1])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model=lstm", "data.language=D4"],
+        ["model=complex_diagonal_ssm", "data.supervise=last", "data.query_token=true", "data.curriculum=uniform"],
+        ["model=mamba", "data=formal", "task=formal", "data.language=parity", "model.d_model=16", "model.n_layer=1"],
+        [
+            "model=transformer",
+            "data=formal",
+            "task=formal",
+            "data.language=A5",
+            "model.d_model=16",
+            "model.n_blocks=1",
+            "model.n_heads=2",
+        ],
+        ["model=sd_ssm", "data.regex='(ab)*'", "data.alphabet=ab"],
+        ["model=sd_ssm", "data.generators=[[1,0,2],[1,2,0]]"],
+    ],
+    ids=lambda a: a[0].split("=")[1],
+)
 def test_any_sequence_model_on_any_language(call, tmp_path, arguments):
     if "data.regex" in arguments[1]:
         pytest.importorskip("automata")
@@ -126,9 +144,13 @@ def test_any_sequence_model_on_any_language(call, tmp_path, arguments):
     assert lengths == list(range(1, 61))
 
 
-@pytest.mark.parametrize("arguments", [
-    ["data=formal_words", "data.group=S3", "data.test_lengths=[8]", "data.val_samples=8"],
-    ["data=formal_fixedset", "data.language=cycle_nav", "data.val_samples=8"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data=formal_words", "data.group=S3", "data.test_lengths=[8]", "data.val_samples=8"],
+        ["data=formal_fixedset", "data.language=cycle_nav", "data.val_samples=8"],
+    ],
+)
 def test_other_protocols(call, arguments):
     status, out, err = call("model=lstm", *arguments, *SHORT[:4], "name=a")
     assert status == 0 and "validation accuracy" in out, err
@@ -136,11 +158,13 @@ def test_other_protocols(call, arguments):
 
 def test_bad_input_is_one_message(call, tmp_path):
     (tmp_path / "bad.yaml").write_text("delta: [[0, 1], [0]]\n")
-    for argument, message in (("data.language=parityy", "unknown language 'parityy'"),
-                              (f"data.automaton={tmp_path / 'bad.yaml'}", "delta[1] lacks 1 of 2 transitions"),
-                              ("data.min_length=0", "data.min_length is 0"),
-                              ("data.generators=[[0,0]]", "generators[0]"),
-                              ("data.test_length=0", "data.test_length is 0")):
+    for argument, message in (
+        ("data.language=parityy", "unknown language 'parityy'"),
+        (f"data.automaton={tmp_path / 'bad.yaml'}", "delta[1] lacks 1 of 2 transitions"),
+        ("data.min_length=0", "data.min_length is 0"),
+        ("data.generators=[[0,0]]", "generators[0]"),
+        ("data.test_length=0", "data.test_length is 0"),
+    ):
         status, _, err = call("model=sd_ssm", argument)
         assert status == 2 and message in err and err.count("\n") <= 2
 
@@ -148,10 +172,21 @@ def test_bad_input_is_one_message(call, tmp_path):
 @pytest.mark.parametrize("language", ["parity", "even_pairs"])
 def test_sd_ssm_learns_to_generalise_in_length(call, tmp_path, language):
     """A small model of the published kind, trained to 20 symbols, answers every string of up to 300."""
-    status, out, err = call("model=sd_ssm", f"data.language={language}", "model.state_size=16", "data.batch_size=64",
-                            "model.num_transition_matrices=4", "data.max_length=20", "data.curriculum_steps=150",
-                            "trainer.max_steps=500", "trainer.val_check_interval=250", "data.test_length=300", "name=a",
-                            "data.test_samples=128", "trainer.accelerator=cpu")
+    status, out, err = call(
+        "model=sd_ssm",
+        f"data.language={language}",
+        "model.state_size=16",
+        "data.batch_size=64",
+        "model.num_transition_matrices=4",
+        "data.max_length=20",
+        "data.curriculum_steps=150",
+        "trainer.max_steps=500",
+        "trainer.val_check_interval=250",
+        "data.test_length=300",
+        "name=a",
+        "data.test_samples=128",
+        "trainer.accelerator=cpu",
+    )
     assert status == 0, err
     assert "none up to 300" in out
     status, out, err = call(f"ckpt={tmp_path / 'runs/sd_ssm/a'}", "task.long_length=2000", entry="eval")

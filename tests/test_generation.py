@@ -36,8 +36,11 @@ class Counter(nn.Module):
 
 def build(name):
     torch.manual_seed(0)
-    model = {"mamba": lambda: MambaLM(32, 16, 2), "transformer": lambda: TransformerLM(32, 16, 2, 2),
-             "moe_mamba": lambda: MoEMambaLM(32, 16, 2, n_experts=4)}[name]()
+    model = {
+        "mamba": lambda: MambaLM(32, 16, 2),
+        "transformer": lambda: TransformerLM(32, 16, 2, 2),
+        "moe_mamba": lambda: MoEMambaLM(32, 16, 2, n_experts=4),
+    }[name]()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))  # initial weights predict too uniformly to tell mistakes
@@ -55,10 +58,11 @@ def recomputed(model, prompt, n):
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 # ---------------------------------------------------------------- the state
+
 
 def test_carried_state_equals_recomputation_for_a_batch_of_unequal_prompts(model):
     assert generate(model, PROMPTS, 12, greedy=True) == [recomputed(model, prompt, 12) for prompt in PROMPTS]
@@ -95,8 +99,15 @@ def test_streaming_is_lazy_and_leaves_the_model_as_it_was():
 
 def test_stop_tokens_end_each_sequence_by_itself():
     found = [tokens.tolist() for tokens in stream(Counter(), [[1], [5], [12]], 9, greedy=True, stop_tokens={4, 8})]
-    assert found == [[2, 6, 13], [3, 7, 14], [FINISHED, FINISHED, 15], [FINISHED, FINISHED, 0], [FINISHED, FINISHED, 1],
-                     [FINISHED, FINISHED, 2], [FINISHED, FINISHED, 3]]
+    assert found == [
+        [2, 6, 13],
+        [3, 7, 14],
+        [FINISHED, FINISHED, 15],
+        [FINISHED, FINISHED, 0],
+        [FINISHED, FINISHED, 1],
+        [FINISHED, FINISHED, 2],
+        [FINISHED, FINISHED, 3],
+    ]
     assert generate(Counter(), [[1], [5]], 9, greedy=True, stop_tokens=[4, 6]) == [[2, 3], []]
 
 
@@ -104,13 +115,18 @@ def test_finished_sequences_do_not_disturb_the_others(model):
     alone = generate(model, [PROMPTS[0]], 10, greedy=True)[0]
     others = [[i, i] for i in range(32)]
     continued = generate(model, others, 10, greedy=True)
-    other, stop, place = next((prompt, token, text.index(token)) for prompt, text in zip(others, continued)
-                              for token in text[:5] if token not in alone)
+    other, stop, place = next(
+        (prompt, token, text.index(token))
+        for prompt, text in zip(others, continued)
+        for token in text[:5]
+        if token not in alone
+    )
     both = generate(model, [PROMPTS[0], other], 10, greedy=True, stop_tokens=[stop])
     assert both[0] == alone and len(both[1]) == place
 
 
 # ---------------------------------------------------------------- sampling
+
 
 def test_seed_decides_the_draws_and_the_global_generator_is_left_alone(model):
     torch.manual_seed(1)
@@ -132,17 +148,20 @@ def test_draws_follow_the_distribution():
 LOGITS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]).log()
 
 
-@pytest.mark.parametrize("options, kept", [
-    ({}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
-    ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # equally likely tokens are not told apart
-    ({"top_p": 0.69}, [{1, 3}, 4]),
-    ({"top_p": 0.71}, [{1, 3, 4}, 4]),
-    ({"top_p": 1e-6}, [{1}, 1]),
-    ({"top_p": 1.0}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
-    ({"min_p": 0.5}, [{1, 3}, {0, 1, 2, 3, 4}]),
-    ({"min_p": 1.0}, [{1}, {0, 1, 2, 3, 4}]),
-    ({"top_k": 4, "top_p": 0.5, "temperature": 2.0}, [{1, 3}, 3]),
-])
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
+        ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # equally likely tokens are not told apart
+        ({"top_p": 0.69}, [{1, 3}, 4]),
+        ({"top_p": 0.71}, [{1, 3, 4}, 4]),
+        ({"top_p": 1e-6}, [{1}, 1]),
+        ({"top_p": 1.0}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
+        ({"min_p": 0.5}, [{1, 3}, {0, 1, 2, 3, 4}]),
+        ({"min_p": 1.0}, [{1}, {0, 1, 2, 3, 4}]),
+        ({"top_k": 4, "top_p": 0.5, "temperature": 2.0}, [{1, 3}, 3]),
+    ],
+)
 def test_filters_keep_the_tokens_their_definitions_name(options, kept):
     filtered = Sampling(**options).filter(LOGITS)
     for row, expected in zip(filtered, kept):
@@ -168,27 +187,37 @@ def test_temperature_zero_is_greedy_and_a_wider_head_is_cut():
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("options, message", [
-    ({"temperature": -1}, "temperature = -1; it must be 0"),
-    ({"temperature": math.nan}, "temperature = nan"),
-    ({"top_p": 1.2}, "top_p = 1.2; it must be above 0 and at most 1"),
-    ({"top_p": 0}, "top_p = 0"),
-    ({"top_k": 0}, "top_k = 0; it must be at least 1"),
-    ({"top_k": 17}, "top_k = 17 exceeds the vocabulary of 16"),
-    ({"min_p": -0.1}, "min_p = -0.1"),
-    ({"repetition_penalty": 0}, "repetition_penalty = 0"),
-    ({"prefill_chunk": 0}, "prefill_chunk = 0"),
-    ({"vocab_size": 0}, "vocab_size = 0"),
-    ({"max_new_tokens": -3}, "max_new_tokens = -3"),
-])
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1}, "temperature = -1; it must be 0"),
+        ({"temperature": math.nan}, "temperature = nan"),
+        ({"top_p": 1.2}, "top_p = 1.2; it must be above 0 and at most 1"),
+        ({"top_p": 0}, "top_p = 0"),
+        ({"top_k": 0}, "top_k = 0; it must be at least 1"),
+        ({"top_k": 17}, "top_k = 17 exceeds the vocabulary of 16"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk = 0"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens = -3"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         generate(Counter(), [[1]], **options)
 
 
-@pytest.mark.parametrize("prompts, message", [
-    ([], "no prompt is given"), ([[1], []], "prompt 1 is empty"), ([[0.5]], "expected token ids"),
-    (torch.zeros(2, 3, 4, dtype=torch.long), "expected token ids")])
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "no prompt is given"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[0.5]], "expected token ids"),
+        (torch.zeros(2, 3, 4, dtype=torch.long), "expected token ids"),
+    ],
+)
 def test_bad_prompts_are_named(prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(Counter(), prompts)
@@ -205,6 +234,7 @@ def test_unknown_options_and_nan_logits_are_refused():
 
 # ---------------------------------------------------------------- ssmzoo generate
 
+
 @pytest.fixture
 def checkpoint(tmp_path):
     def write(tokenizer, vocab_size=256):
@@ -212,6 +242,7 @@ def checkpoint(tmp_path):
         node = {"_target_": "ssmzoo.models.mamba.MambaLM", "vocab_size": vocab_size, "d_model": 8, "n_layer": 1}
         manifest = {"model": "mamba", "config": {"model": node}} | ({"tokenizer": tokenizer} if tokenizer else {})
         return str(write_checkpoint(tmp_path / "checkpoint", model.state_dict(), manifest))
+
     return write
 
 
@@ -239,13 +270,16 @@ def test_command_reads_a_learnt_vocabulary(checkpoint, capsys):
     assert run(capsys, path, "--prompt", "the cat", "--max-new-tokens", "8", "--top-p", "0.9").startswith("the cat")
 
 
-@pytest.mark.parametrize("tokenizer, arguments, message", [
-    (None, ["--prompt", "a"], "without a tokenizer"),
-    ({"type": "bytes"}, ["--prompt", ""], "--prompt '' has no token"),
-    ({"type": "bytes"}, ["--prompt", "a", "--stop", "ab"], "--stop 'ab' is 2 tokens"),
-    ({"type": "bytes"}, ["--prompt", "a", "--top-k", "999"], "top_k = 999 exceeds the vocabulary of 256"),
-    ({"type": "bytes"}, ["--prompt", "a", "--device", "nonsense"], "--device nonsense is not usable"),
-])
+@pytest.mark.parametrize(
+    "tokenizer, arguments, message",
+    [
+        (None, ["--prompt", "a"], "without a tokenizer"),
+        ({"type": "bytes"}, ["--prompt", ""], "--prompt '' has no token"),
+        ({"type": "bytes"}, ["--prompt", "a", "--stop", "ab"], "--stop 'ab' is 2 tokens"),
+        ({"type": "bytes"}, ["--prompt", "a", "--top-k", "999"], "top_k = 999 exceeds the vocabulary of 256"),
+        ({"type": "bytes"}, ["--prompt", "a", "--device", "nonsense"], "--device nonsense is not usable"),
+    ],
+)
 def test_command_explains_bad_input(checkpoint, capsys, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(capsys, checkpoint(tokenizer), *arguments)
@@ -256,8 +290,20 @@ def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch):
     manifest = {"tokenizer": {"type": "bytes"}}
     monkeypatch.setattr("ssmzoo.train.checkpoint.load_model", lambda path: (Counter(256), manifest))
     monkeypatch.setattr(command, "_Out", lambda: types.SimpleNamespace(write=shown.append))
-    arguments = dict(checkpoint="x", prompt=["a"], max_new_tokens=10, temperature=1.0, greedy=True, top_k=None,
-                     top_p=None, min_p=None, repetition_penalty=1.0, seed=None, stop=["f"], prefill_chunk=None,
-                     device="cpu")
+    arguments = dict(
+        checkpoint="x",
+        prompt=["a"],
+        max_new_tokens=10,
+        temperature=1.0,
+        greedy=True,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=1.0,
+        seed=None,
+        stop=["f"],
+        prefill_chunk=None,
+        device="cpu",
+    )
     command.run(types.SimpleNamespace(**arguments))
     assert shown == ["a", "b", "c", "d", "e", "\n"]

@@ -103,8 +103,14 @@ def test_memory_that_runs_out_halves_the_batch_and_keeps_the_update(tmp_path, ca
     def run(name, limit, halve):
         torch.manual_seed(0)
         task = Regression(Hungry(limit, where))
-        trainer, task, _, _ = make(tmp_path / name, task=task, guards={"halve_batch": halve}, max_steps=5,
-                                   accumulate_grad_batches=accumulate, val_check_interval=100)
+        trainer, task, _, _ = make(
+            tmp_path / name,
+            task=task,
+            guards={"halve_batch": halve},
+            max_steps=5,
+            accumulate_grad_batches=accumulate,
+            val_check_interval=100,
+        )
         trainer.fit(task, datamodule=ToyData(batch_size=8))
         return task, [r["train/loss"] for r in read_metrics(tmp_path / name / "metrics.csv") if "train/loss" in r]
 
@@ -183,9 +189,11 @@ def test_a_spike_is_reported_with_its_step_and_batch(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_between_updates_and_stops(tmp_path, name):
     """Also in the middle of an accumulated update; what follows is what would have followed."""
+
     def go(folder, actions, **options):
-        trainer, task, _, signals = make(folder, first=[At(actions)], accumulate_grad_batches=3,
-                                         val_check_interval=1000, **options)
+        trainer, task, _, signals = make(
+            folder, first=[At(actions)], accumulate_grad_batches=3, val_check_interval=1000, **options
+        )
         checkpoint = last_good_checkpoint(folder)
         trainer.fit(task, datamodule=ToyData(), ckpt_path=checkpoint, weights_only=True)
         return signals.received, [(r["step"], r["train/loss"]) for r in read_metrics(folder / "metrics.csv")]
@@ -200,21 +208,28 @@ def test_a_signal_saves_between_updates_and_stops(tmp_path, name):
 
 def test_max_time_ends_between_updates_and_its_checkpoint_is_whole(tmp_path, capsys):
     slow = At({n: lambda: time.sleep(0.05) for n in range(100)})
-    trainer, task, checkpointer, _ = make(tmp_path, first=[slow, TimeLimit({"milliseconds": 400})], max_steps=1000,
-                                          accumulate_grad_batches=2, val_check_interval=10_000)
+    trainer, task, checkpointer, _ = make(
+        tmp_path,
+        first=[slow, TimeLimit({"milliseconds": 400})],
+        max_steps=1000,
+        accumulate_grad_batches=2,
+        val_check_interval=10_000,
+    )
     trainer.fit(task, datamodule=ToyData())
     assert 1 < trainer.global_step < 100 and "max_time is over at step" in capsys.readouterr().out
     folder = last_good_checkpoint(tmp_path)
     assert folder.name.startswith(f"step-{trainer.global_step:08d}")
-    again, task, _, _ = make(tmp_path, max_steps=trainer.global_step + 2, accumulate_grad_batches=2,
-                             val_check_interval=10_000)
+    again, task, _, _ = make(
+        tmp_path, max_steps=trainer.global_step + 2, accumulate_grad_batches=2, val_check_interval=10_000
+    )
     again.fit(task, datamodule=ToyData(), ckpt_path=folder, weights_only=True)  # with more time it goes on
     assert again.global_step == trainer.global_step + 2
 
 
 def test_checkpoints_are_kept_as_asked(tmp_path, monkeypatch):
-    trainer, task, checkpointer, _ = make(tmp_path, max_steps=20, val_check_interval=4,
-                                          checkpoint={"every_n_steps": 3, "keep_last": 3, "keep_best": 2})
+    trainer, task, checkpointer, _ = make(
+        tmp_path, max_steps=20, val_check_interval=4, checkpoint={"every_n_steps": 3, "keep_last": 3, "keep_best": 2}
+    )
     values = iter([5.0, 1.0, 3.0, 2.0, 4.0])
     monkeypatch.setattr(checkpointer, "_value", lambda trainer: next(values))
     trainer.fit(task, datamodule=ToyData())
@@ -230,15 +245,21 @@ def test_every_n_minutes(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("ssmzoo.train.checkpointer.time.monotonic", lambda: now[0])
     minute = At({n: lambda: now.__setitem__(0, now[0] + 60) for n in range(1, 13)})
-    trainer, task, checkpointer, _ = make(tmp_path, first=[minute], val_check_interval=1000,
-                                          checkpoint={"every_n_minutes": 3.5, "keep_last": 50})
+    trainer, task, checkpointer, _ = make(
+        tmp_path, first=[minute], val_check_interval=1000, checkpoint={"every_n_minutes": 3.5, "keep_last": 50}
+    )
     trainer.fit(task, datamodule=ToyData())
     assert checkpointer.index["recent"] == ["step-00000004", "step-00000008", "step-00000012"]
 
 
 def test_a_validation_within_an_update_keeps_its_weights_but_not_a_state_to_resume_from(tmp_path):
-    trainer, task, checkpointer, _ = make(tmp_path, accumulate_grad_batches=3, val_check_interval=4, max_steps=3,
-                                          checkpoint={"keep_last": 5, "keep_best": 5})
+    trainer, task, checkpointer, _ = make(
+        tmp_path,
+        accumulate_grad_batches=3,
+        val_check_interval=4,
+        max_steps=3,
+        checkpoint={"keep_last": 5, "keep_best": 5},
+    )
     trainer.fit(task, datamodule=ToyData())
     kept = {p.name: (p / "trainer.ckpt").exists() for p in (tmp_path / "checkpoints").glob("step-*")}
     assert kept == {"step-00000001": False, "step-00000002": True, "step-00000003": True}

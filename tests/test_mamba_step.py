@@ -8,8 +8,13 @@ from ssmzoo.layers.mamba import Mamba
 from ssmzoo.ops.dispatch import BackendError
 
 native = pytest.mark.skipif(ops.mamba_step.backends["native"].missing is not None, reason="kernels are not compiled")
-SHAPES = [dict(d_model=20, d_state=4, d_conv=3, bias=True), dict(d_model=33, conv_bias=False), dict(d_model=16),
-          dict(d_model=24, d_state=19, d_conv=1, expand=1.5), dict(d_model=1, d_state=1, expand=1)]
+SHAPES = [
+    dict(d_model=20, d_state=4, d_conv=3, bias=True),
+    dict(d_model=33, conv_bias=False),
+    dict(d_model=16),
+    dict(d_model=24, d_state=19, d_conv=1, expand=1.5),
+    dict(d_model=1, d_state=1, expand=1),
+]
 
 
 def arguments(b=2, projections=True, **shape):
@@ -17,8 +22,15 @@ def arguments(b=2, projections=True, **shape):
     for p in mixer.parameters():
         p += 0.2 * torch.randn_like(p)
     e, n, k = mixer.d_inner, mixer.d_state, mixer.d_conv
-    weights = [mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.x_proj.weight, mixer.dt_proj.weight,
-               mixer.dt_proj.bias, mixer.A_log, mixer.D]
+    weights = [
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
+        mixer.x_proj.weight,
+        mixer.dt_proj.weight,
+        mixer.dt_proj.bias,
+        mixer.A_log,
+        mixer.D,
+    ]
     u = torch.randn(b, mixer.d_model if projections else 2 * e)
     if projections:
         weights += [mixer.in_proj.weight, mixer.in_proj.bias, mixer.out_proj.weight, mixer.out_proj.bias]

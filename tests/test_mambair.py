@@ -13,14 +13,29 @@ from ssmzoo.models.swinir import SwinIR
 from ssmzoo.zoo import list_models
 
 PUBLISHED = {  # preset -> parameters, from the papers' code
-    "mambair_classic_x2": 20_421_863, "mambair_classic_x3": 20_606_503, "mambair_classic_x4": 20_569_575,
-    "mambair_light_x2": 905_016, "mambair_light_x3": 913_131, "mambair_light_x4": 924_492,
-    "mambair_denoise": 15_777_507, "mambair_jpeg": 15_771_025, "mambair_unet": 26_779_480,
-    "mambair_v2_light_x2": 774_092, "mambair_v2_light_x3": 780_587, "mambair_v2_light_x4": 789_680,
-    "mambair_v2_small_x2": 9_621_935, "mambair_v2_small_x3": 9_806_575, "mambair_v2_small_x4": 9_769_647,
-    "mambair_v2_base_x2": 22_903_001, "mambair_v2_base_x3": 23_087_641, "mambair_v2_base_x4": 23_050_713,
-    "mambair_v2_large_x2": 34_090_523, "mambair_v2_large_x3": 34_275_163, "mambair_v2_large_x4": 34_238_235,
-    "mambair_v2_denoise": 22_657_971, "mambair_v2_jpeg": 22_651_705,
+    "mambair_classic_x2": 20_421_863,
+    "mambair_classic_x3": 20_606_503,
+    "mambair_classic_x4": 20_569_575,
+    "mambair_light_x2": 905_016,
+    "mambair_light_x3": 913_131,
+    "mambair_light_x4": 924_492,
+    "mambair_denoise": 15_777_507,
+    "mambair_jpeg": 15_771_025,
+    "mambair_unet": 26_779_480,
+    "mambair_v2_light_x2": 774_092,
+    "mambair_v2_light_x3": 780_587,
+    "mambair_v2_light_x4": 789_680,
+    "mambair_v2_small_x2": 9_621_935,
+    "mambair_v2_small_x3": 9_806_575,
+    "mambair_v2_small_x4": 9_769_647,
+    "mambair_v2_base_x2": 22_903_001,
+    "mambair_v2_base_x3": 23_087_641,
+    "mambair_v2_base_x4": 23_050_713,
+    "mambair_v2_large_x2": 34_090_523,
+    "mambair_v2_large_x3": 34_275_163,
+    "mambair_v2_large_x4": 34_238_235,
+    "mambair_v2_denoise": 22_657_971,
+    "mambair_v2_jpeg": 22_651_705,
 }
 TINY = dict(embed_dim=32, depths=(1, 1), d_state=2, mlp_ratio=1.0)
 TINY_V2 = TINY | dict(num_heads=2, window_size=4, inner_rank=4, num_tokens=5, routing="argmax")
@@ -30,8 +45,7 @@ TINY_SWIN = dict(embed_dim=32, depths=(2,), num_heads=2, window_size=4)
 HEADS_ONLY = [n for n in PUBLISHED if n.endswith(("x3", "x4")) and "light" not in n]  # the body of x2
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in HEADS_ONLY else n
-                                  for n in PUBLISHED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in HEADS_ONLY else n for n in PUBLISHED])
 def test_preset_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = create_model(name)
@@ -42,8 +56,10 @@ def test_every_preset_is_in_the_table():
     assert {n for n in list_models("mambair*")} - {"mambair", "mambair_v2"} == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("upsampler, scale", [("", 1), ("pixelshuffle", 3), ("pixelshuffle", 4),
-                                              ("pixelshuffledirect", 2), ("nearest+conv", 4)])
+@pytest.mark.parametrize(
+    "upsampler, scale",
+    [("", 1), ("pixelshuffle", 3), ("pixelshuffle", 4), ("pixelshuffledirect", 2), ("nearest+conv", 4)],
+)
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (9, 6)])
 def test_any_size_in_and_scale_times_that_out(upsampler, scale, size):
     x = torch.rand(2, 3, *size)
@@ -54,9 +70,17 @@ def test_any_size_in_and_scale_times_that_out(upsampler, scale, size):
         assert model.eval()(x).shape == (2, 3, scale * size[0], scale * size[1])
 
 
-@pytest.mark.parametrize("model", [MambaIR(2, **TINY), MambaIR(1, in_chans=1, resi_connection="3conv", **TINY),
-                                   MambaIRv2(2, **TINY_V2), MambaIRv2(2, light=True, **TINY_V2),
-                                   SwinIR(2, **TINY_SWIN), MambaIR(2, cab="convolution", **TINY)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        MambaIR(2, **TINY),
+        MambaIR(1, in_chans=1, resi_connection="3conv", **TINY),
+        MambaIRv2(2, **TINY_V2),
+        MambaIRv2(2, light=True, **TINY_V2),
+        SwinIR(2, **TINY_SWIN),
+        MambaIR(2, cab="convolution", **TINY),
+    ],
+)
 def test_every_parameter_receives_a_gradient(model):
     model.train()(torch.rand(2, model.in_chans, 8, 8)).square().sum().backward()
     attention = [n for n, p in model.named_parameters() if "attention.attention" in n]
@@ -64,16 +88,23 @@ def test_every_parameter_receives_a_gradient(model):
     assert not without
 
 
-@pytest.mark.parametrize("build", [lambda: MambaIR(2, drop_path_rate=0.0, **TINY), lambda: MambaIRv2(2, **TINY_V2),
-                                   lambda: SwinIR(2, drop_path_rate=0.0, **TINY_SWIN)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: MambaIR(2, drop_path_rate=0.0, **TINY),
+        lambda: MambaIRv2(2, **TINY_V2),
+        lambda: SwinIR(2, drop_path_rate=0.0, **TINY_SWIN),
+    ],
+)
 def test_grad_checkpointing_changes_no_gradient(build):
     model, x = build().train(), torch.rand(1, 3, 6, 6)
     assert_checkpointing_changes_nothing(model, lambda: model(x).square().sum())
 
 
 def test_the_window_attention_twin_has_as_many_parameters_and_sees_beyond_a_window():
-    counts = [sum(p.numel() for p in create_model(name, upscale=2, in_chans=3).parameters())
-              for name in ("mambair", "swinir")]
+    counts = [
+        sum(p.numel() for p in create_model(name, upscale=2, in_chans=3).parameters()) for name in ("mambair", "swinir")
+    ]
     assert abs(counts[0] - counts[1]) < 0.002 * counts[0]
     x = torch.rand(1, 3, 16, 16, requires_grad=True)
     SwinIR(2, **TINY_SWIN).eval()(x)[0, 0, 0, 0].backward()
@@ -82,8 +113,10 @@ def test_the_window_attention_twin_has_as_many_parameters_and_sees_beyond_a_wind
 
 
 def test_what_an_ablation_leaves_out_takes_its_parameters_along():
-    names = {cab: {n for n, _ in MambaIR(2, cab=cab, **TINY).named_parameters() if "conv_blk" in n}
-             for cab in ("both", "convolution", "attention")}
+    names = {
+        cab: {n for n, _ in MambaIR(2, cab=cab, **TINY).named_parameters() if "conv_blk" in n}
+        for cab in ("both", "convolution", "attention")
+    }
     assert names["convolution"] < names["both"] and len(names["attention"]) == 2 * 4  # two blocks, two 1x1 with bias
     with pytest.raises(ValueError, match="cab is 'none'"):
         MambaIR(2, cab="none", **TINY)
@@ -170,23 +203,30 @@ def test_released_files_load_with_their_index_buffer_and_another_window_is_refus
 
 def test_squeeze_factor_and_state_sizes_are_read_off_a_unet_checkpoint():
     unet = MambaIRUNet(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, d_state=(2, 3, 4, 5), squeeze_factor=4)
-    module, state = official_mambair(unet.state_dict(), dim=8, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1,
-                                     mlp_ratio=1.5)
+    module, state = official_mambair(
+        unet.state_dict(), dim=8, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1, mlp_ratio=1.5
+    )
     module.load_state_dict(state)
 
 
-@pytest.mark.parametrize("build, words", [
-    (lambda: MambaIR(5, "pixelshuffle", **TINY), "power of 2"),
-    (lambda: MambaIR(2, "", **TINY), "no upsampler"),
-    (lambda: MambaIR(2, "nearest", **TINY), "expected"),
-    (lambda: MambaIR(2, **TINY | dict(embed_dim=20)), "squeeze_factor"),
-    (lambda: MambaIR(2, resi_connection="2conv", **TINY), "1conv"),
-    (lambda: MambaIRv2(2, **TINY_V2 | dict(num_heads=5)), "divisible"),
-    (lambda: MambaIRv2(2, **TINY_V2 | dict(num_heads=(2, 2, 2))), "num_heads"),
-    (lambda: MambaIRv2(2, **TINY_V2 | dict(routing="sample")), "routing"),
-    (lambda: MambaIR(2, **TINY)(torch.rand(1, 4, 8, 8)), "3, height"),
-    (lambda: MambaIRUNet(dim=8, squeeze_factor=4, num_blocks=(1, 1, 1, 1))(torch.rand(1, 3, 9, 8)), "multiples of 8"),
-])
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: MambaIR(5, "pixelshuffle", **TINY), "power of 2"),
+        (lambda: MambaIR(2, "", **TINY), "no upsampler"),
+        (lambda: MambaIR(2, "nearest", **TINY), "expected"),
+        (lambda: MambaIR(2, **TINY | dict(embed_dim=20)), "squeeze_factor"),
+        (lambda: MambaIR(2, resi_connection="2conv", **TINY), "1conv"),
+        (lambda: MambaIRv2(2, **TINY_V2 | dict(num_heads=5)), "divisible"),
+        (lambda: MambaIRv2(2, **TINY_V2 | dict(num_heads=(2, 2, 2))), "num_heads"),
+        (lambda: MambaIRv2(2, **TINY_V2 | dict(routing="sample")), "routing"),
+        (lambda: MambaIR(2, **TINY)(torch.rand(1, 4, 8, 8)), "3, height"),
+        (
+            lambda: MambaIRUNet(dim=8, squeeze_factor=4, num_blocks=(1, 1, 1, 1))(torch.rand(1, 3, 9, 8)),
+            "multiples of 8",
+        ),
+    ],
+)
 def test_bad_arguments_are_refused_in_words(build, words):
     with pytest.raises(ValueError, match=words):
         build()

@@ -21,9 +21,16 @@ from ssmzoo.models.mamba3 import Mamba3LM
 from ssmzoo.official import CheckpointError
 
 PUBLISHED = {
-    "mamba_130m": 129_135_360, "mamba_370m": 371_516_416, "mamba_790m": 793_204_224, "mamba_1.4b": 1_372_178_432,
-    "mamba_2.8b": 2_768_345_600, "mamba2_130m": 128_989_632, "mamba2_370m": 368_346_624, "mamba2_780m": 780_161_280,
-    "mamba2_1.3b": 1_343_757_312, "mamba2_2.7b": 2_702_599_680,
+    "mamba_130m": 129_135_360,
+    "mamba_370m": 371_516_416,
+    "mamba_790m": 793_204_224,
+    "mamba_1.4b": 1_372_178_432,
+    "mamba_2.8b": 2_768_345_600,
+    "mamba2_130m": 128_989_632,
+    "mamba2_370m": 368_346_624,
+    "mamba2_780m": 780_161_280,
+    "mamba2_1.3b": 1_343_757_312,
+    "mamba2_2.7b": 2_702_599_680,
 }
 LAPTOP = {"mamba": MambaLM, "mamba2": Mamba2LM, "mamba3": Mamba3LM}
 
@@ -47,8 +54,9 @@ def test_untrained_loss_is_ln_v_and_every_parameter_learns(name):
 
 @pytest.mark.parametrize("name", LAPTOP)
 def test_a_few_steps_memorise_a_batch(name):
-    model = ssmzoo.create_model(name, vocab_size=32, d_model=32, n_layer=2,
-                                ssm_cfg={} if name == "mamba" else {"d_state": 8, "headdim": 16})
+    model = ssmzoo.create_model(
+        name, vocab_size=32, d_model=32, n_layer=2, ssm_cfg={} if name == "mamba" else {"d_state": 8, "headdim": 16}
+    )
     ids = torch.randint(32, (2, 17))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(25):
@@ -111,19 +119,71 @@ def test_half_precision_keeps_the_recurrence_in_fp32(name):
     assert (half.logits.float() - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("family, config", [
-    ("mamba", {"d_model": 16, "n_layer": 2, "vocab_size": 30, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True,
-               "residual_in_fp32": True, "pad_vocab_size_multiple": 8}),  # an old file: no tie_embeddings, no layer
-    ("mamba2", {"d_model": 32, "n_layer": 3, "d_intermediate": 0, "vocab_size": 30, "attn_layer_idx": [1],
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        (
+            "mamba",
+            {
+                "d_model": 16,
+                "n_layer": 2,
+                "vocab_size": 30,
+                "ssm_cfg": {},
+                "rms_norm": True,
+                "fused_add_norm": True,
+                "residual_in_fp32": True,
+                "pad_vocab_size_multiple": 8,
+            },
+        ),  # an old file: no tie_embeddings, no layer
+        (
+            "mamba2",
+            {
+                "d_model": 32,
+                "n_layer": 3,
+                "d_intermediate": 0,
+                "vocab_size": 30,
+                "attn_layer_idx": [1],
                 "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 16},
-                "attn_cfg": {"causal": True, "d_conv": 4, "head_dim": 8, "num_heads": 4, "out_proj_bias": False,
-                             "qkv_proj_bias": False, "rotary_emb_dim": 4}, "tie_embeddings": True}),
-    ("mamba3", {"d_model": 32, "n_layer": 2, "vocab_size": 30, "ssm_cfg": {"layer": "Mamba3", "headdim": 16}}),
-    ("mamba_hf", {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 30,
-                  "intermediate_size": 32, "architectures": ["MambaForCausalLM"], "time_step_rank": 3}),
-    ("mamba2_hf", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 30, "num_heads": 4, "head_dim": 16,
-                   "n_groups": 2, "state_size": 8, "tie_word_embeddings": True}),
-])
+                "attn_cfg": {
+                    "causal": True,
+                    "d_conv": 4,
+                    "head_dim": 8,
+                    "num_heads": 4,
+                    "out_proj_bias": False,
+                    "qkv_proj_bias": False,
+                    "rotary_emb_dim": 4,
+                },
+                "tie_embeddings": True,
+            },
+        ),
+        ("mamba3", {"d_model": 32, "n_layer": 2, "vocab_size": 30, "ssm_cfg": {"layer": "Mamba3", "headdim": 16}}),
+        (
+            "mamba_hf",
+            {
+                "model_type": "mamba",
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "vocab_size": 30,
+                "intermediate_size": 32,
+                "architectures": ["MambaForCausalLM"],
+                "time_step_rank": 3,
+            },
+        ),
+        (
+            "mamba2_hf",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "vocab_size": 30,
+                "num_heads": 4,
+                "head_dim": 16,
+                "n_groups": 2,
+                "state_size": 8,
+                "tie_word_embeddings": True,
+            },
+        ),
+    ],
+)
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_folders_with_config_json(family, config, file, tmp_path):
     """Write a checkpoint as the official code does, read it back."""
@@ -136,8 +196,14 @@ def test_folders_with_config_json(family, config, file, tmp_path):
     else:
         cfg = {k: v for k, v in config["ssm_cfg"].items() if k != "layer"}
         attention = {k: v for k, v in config.get("attn_cfg", {}).items() if k != "causal"}
-        model = cls(30, config["d_model"], config["n_layer"], ssm_cfg=cfg,
-                    attn_layer_idx=config.get("attn_layer_idx", ()), attn_cfg=attention)
+        model = cls(
+            30,
+            config["d_model"],
+            config["n_layer"],
+            ssm_cfg=cfg,
+            attn_layer_idx=config.get("attn_layer_idx", ()),
+            attn_cfg=attention,
+        )
     state = {k: v.clone() for k, v in model.state_dict().items() if not (k == "lm_head.weight" and "safe" in file)}
     if hf:
         state = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in state.items()}
@@ -153,8 +219,17 @@ def test_folders_with_config_json(family, config, file, tmp_path):
         torch.testing.assert_close(loaded(ids[:, 3:], out.state).logits, model(ids).logits[:, 3:])
 
 
-@pytest.mark.parametrize("family, case", [("mamba", "lm"), ("mamba", "block"), ("mamba_hf", "lm_left_pad"),
-                                          ("mamba2", "block"), ("mamba2_hf", "lm_groups"), ("mamba3", "siso_norm")])
+@pytest.mark.parametrize(
+    "family, case",
+    [
+        ("mamba", "lm"),
+        ("mamba", "block"),
+        ("mamba_hf", "lm_left_pad"),
+        ("mamba2", "block"),
+        ("mamba2_hf", "lm_groups"),
+        ("mamba3", "siso_norm"),
+    ],
+)
 def test_golden_cases_in_double_precision(family, case, request):
     path = request.config.rootpath / "tests" / "golden" / family / f"{case}.json"
     error, gradient_error = GoldenCase.load(path, dtype=torch.float64).check()
@@ -192,9 +267,11 @@ def test_mamba3_mimo_against_its_equations():
         k = rotate(heads(B[:, t], layer.B_norm, layer.B_bias), phase)
         q = rotate(heads(C[:, t], layer.C_norm, layer.C_bias), phase)
         vr = v[:, t].reshape(2, 1, h, p) * layer.mimo_x.transpose(0, 1)
-        S = (alpha[..., None, None] * S
-             + ((1 - lam) * step * alpha)[..., None, None] * torch.einsum("brhp,brhn->bhpn", v_old, k_old)
-             + (lam * step)[..., None, None] * torch.einsum("brhp,brhn->bhpn", vr, k))
+        S = (
+            alpha[..., None, None] * S
+            + ((1 - lam) * step * alpha)[..., None, None] * torch.einsum("brhp,brhn->bhpn", v_old, k_old)
+            + (lam * step)[..., None, None] * torch.einsum("brhp,brhn->bhpn", vr, k)
+        )
         y = torch.einsum("bhpn,brhn->brhp", S, q) + layer.D[:, None] * vr
         y = y * F.silu(z[:, t].reshape(2, 1, h, p) * layer.mimo_z.transpose(0, 1))
         ys.append((y * layer.mimo_o.transpose(0, 1)).sum(1).flatten(1))
@@ -216,25 +293,32 @@ def test_phases_stay_exact_over_long_sequences():
     assert (torch.polar(torch.ones_like(got), got) - torch.polar(torch.ones_like(inside), inside)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("build, words", [
-    (lambda: MambaLM(n_layer=0), "n_layer=0"),
-    (lambda: MambaLM(vocab_size=-5, d_model=8, n_layer=1), "vocab_size=-5"),
-    (lambda: MambaLM(16, 8, 2, attn_layer_idx=[2], attn_cfg={"num_heads": 2}), "attn_layer_idx"),
-    (lambda: MambaLM(16, 8, 2, ssm_cfg={"d_state": 0}), "d_state=0"),
-    (lambda: Mamba(8, dt_init="uniform"), "uniform"),
-    (lambda: Mamba2(32, headdim=48), "headdim"),
-    (lambda: Mamba2(32, headdim=16, ngroups=3), "ngroups"),
-    (lambda: Mamba3(32, headdim=16, rope_fraction=0.7), "rope_fraction"),
-    (lambda: MHA(30, num_heads=4), "num_heads"),
-    (lambda: MHA(32, num_heads=4, num_heads_kv=3), "num_heads_kv"),
-    (lambda: Mamba2(16, d_state=4, headdim=8, learnable_init_states=True)(
-        torch.randn(1, 3, 16), seq_idx=torch.tensor([[0, 0, 1]])), "seq_idx"),
-    (lambda: MambaLM(16, 8, 1)(torch.zeros(1, 0, dtype=torch.long)), "empty"),
-    (lambda: MambaLM(16, 8, 1)(torch.zeros(2, 3, dtype=torch.long), mask=torch.ones(2, 4).bool()), "mask"),
-    (lambda: Mamba(8)(torch.zeros(2, 3, 8), mask=torch.ones(2, 3)), "bool"),
-    (lambda: ssmzoo.load_official("mamba", {}, ssm_cfg={"layer": "Mamba2"}), "family 'mamba2'"),
-    (lambda: ssmzoo.load_official("mamba2_hf", {}, hidden_size=16, num_heads=3, head_dim=8), "num_heads"),
-])
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: MambaLM(n_layer=0), "n_layer=0"),
+        (lambda: MambaLM(vocab_size=-5, d_model=8, n_layer=1), "vocab_size=-5"),
+        (lambda: MambaLM(16, 8, 2, attn_layer_idx=[2], attn_cfg={"num_heads": 2}), "attn_layer_idx"),
+        (lambda: MambaLM(16, 8, 2, ssm_cfg={"d_state": 0}), "d_state=0"),
+        (lambda: Mamba(8, dt_init="uniform"), "uniform"),
+        (lambda: Mamba2(32, headdim=48), "headdim"),
+        (lambda: Mamba2(32, headdim=16, ngroups=3), "ngroups"),
+        (lambda: Mamba3(32, headdim=16, rope_fraction=0.7), "rope_fraction"),
+        (lambda: MHA(30, num_heads=4), "num_heads"),
+        (lambda: MHA(32, num_heads=4, num_heads_kv=3), "num_heads_kv"),
+        (
+            lambda: Mamba2(16, d_state=4, headdim=8, learnable_init_states=True)(
+                torch.randn(1, 3, 16), seq_idx=torch.tensor([[0, 0, 1]])
+            ),
+            "seq_idx",
+        ),
+        (lambda: MambaLM(16, 8, 1)(torch.zeros(1, 0, dtype=torch.long)), "empty"),
+        (lambda: MambaLM(16, 8, 1)(torch.zeros(2, 3, dtype=torch.long), mask=torch.ones(2, 4).bool()), "mask"),
+        (lambda: Mamba(8)(torch.zeros(2, 3, 8), mask=torch.ones(2, 3)), "bool"),
+        (lambda: ssmzoo.load_official("mamba", {}, ssm_cfg={"layer": "Mamba2"}), "family 'mamba2'"),
+        (lambda: ssmzoo.load_official("mamba2_hf", {}, hidden_size=16, num_heads=3, head_dim=8), "num_heads"),
+    ],
+)
 def test_bad_input_is_named(build, words):
     with pytest.raises(ValueError, match=words):
         build()

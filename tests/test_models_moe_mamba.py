@@ -32,12 +32,22 @@ causal = pytest.mark.parametrize("name", [n for n in SMALL if n != "expert choic
 def loss_of(model, ids):
     out = model(ids)
     return F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + sum(
-        v for k, v in out.aux.items() if k.endswith("_loss"))
+        v for k, v in out.aux.items() if k.endswith("_loss")
+    )
 
 
-@pytest.mark.parametrize("name, total, active", [
-    ("mamba_25m", 27, 27), ("moe_mamba_25m", 542, 26), ("transformer_25m", 25, 25), ("transformer_moe_25m", 545, 25),
-    ("mamba_100m", 121, 121), ("moe_mamba_100m", 2439, 117), ("transformer_moe_100m", 2454, 114)])
+@pytest.mark.parametrize(
+    "name, total, active",
+    [
+        ("mamba_25m", 27, 27),
+        ("moe_mamba_25m", 542, 26),
+        ("transformer_25m", 25, 25),
+        ("transformer_moe_25m", 545, 25),
+        ("mamba_100m", 121, 121),
+        ("moe_mamba_100m", 2439, 117),
+        ("transformer_moe_100m", 2454, 114),
+    ],
+)
 def test_published_sizes(name, total, active):
     with torch.device("meta"):
         model = ssmzoo.create_model(name)
@@ -54,11 +64,14 @@ def test_ablation_sizes():
 
 
 def test_laptop_presets_have_equal_active_parameters():
-    active = {name: ssmzoo.create_model(name, vocab_size=256).num_parameters()[1]
-              for name in ("moe_mamba", "moe_mamba_parallel", "moe_mamba_inner", "transformer", "transformer_moe")}
+    active = {
+        name: ssmzoo.create_model(name, vocab_size=256).num_parameters()[1]
+        for name in ("moe_mamba", "moe_mamba_parallel", "moe_mamba_inner", "transformer", "transformer_moe")
+    }
     assert max(active.values()) < 1.15 * min(active.values()), active
     assert ssmzoo.create_model("moe_mamba", vocab_size=256, n_experts=4).num_parameters()[1] == pytest.approx(
-        active["moe_mamba"], rel=0.01)
+        active["moe_mamba"], rel=0.01
+    )
 
 
 @every_model
@@ -221,8 +234,16 @@ def test_official_names_come_back():
         for i in range(2):
             key = key.replace(f"blocks.{i}.", f"encoder.blocks.block_{i}.block.")
         official[key] = value
-    kwargs = dict(block_modules=["mamba", "feedforward"], n_blocks=2, dmodel=16, vocab_size=V, ff_mode="token_choice",
-                  n_experts=4, expert_size=12, capacity_factor=4.0)
+    kwargs = dict(
+        block_modules=["mamba", "feedforward"],
+        n_blocks=2,
+        dmodel=16,
+        vocab_size=V,
+        ff_mode="token_choice",
+        n_experts=4,
+        expert_size=12,
+        capacity_factor=4.0,
+    )
     loaded = ssmzoo.load_official("moe_mamba", official, **kwargs)
     ids = torch.randint(V, (2, 9))
     logits, balance, cross_entropy = loaded(ids)
@@ -235,21 +256,35 @@ def test_official_names_come_back():
         ssmzoo.load_official("moe_mamba", official, **kwargs)
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: MoEMambaLM(V, 16, 2, 4, top_k=5), "top_k = 5 experts per token.*n_experts = 4"),
-    (lambda: MoEMambaLM(V, -16, 2, 4), "d_model must be a positive integer, got -16"),
-    (lambda: MoEMambaLM(V, 16, 2, 4, arrangement="paralel"), "nearest: parallel"),
-    (lambda: MoEMambaLM(V, 16, 2, 4, router="token_choise"), "nearest: token_choice"),
-    (lambda: MoEMambaLM(V, 16, 2, 4, arrangement="inner", inner_moe=["cnv"]), "inner_moe must name some of"),
-    (lambda: TransformerLM(V, 16, 2, 3), r"d_model = 16 is not divisible by n_heads = 3; choose one of \[1, 2, 4\]"),
-    (lambda: TransformerLM(V, 6, 2, 2), "heads of even width, got 3"),
-    (lambda: TransformerLM(V, 16, 2, 2, n_experts=-1), "n_experts must be 0"),
-    (lambda: MoEMambaLM(V, 16, 1)(torch.zeros(2, 3).long(), mask=torch.ones(2, 4).bool()), "mask has"),
-    (lambda: ssmzoo.load_official("moe_mamba", {}, block_modules=["atention"], n_blocks=1, dmodel=4, vocab_size=4),
-     "nearest: attention"),
-    (lambda: ssmzoo.load_official("moe_mamba", {}, block_modules=["mamba"], n_blocks=1, dmodel=4, vocab_size=4,
-                                  mamba_mode="conv"), "unknown mamba_mode"),
-])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: MoEMambaLM(V, 16, 2, 4, top_k=5), "top_k = 5 experts per token.*n_experts = 4"),
+        (lambda: MoEMambaLM(V, -16, 2, 4), "d_model must be a positive integer, got -16"),
+        (lambda: MoEMambaLM(V, 16, 2, 4, arrangement="paralel"), "nearest: parallel"),
+        (lambda: MoEMambaLM(V, 16, 2, 4, router="token_choise"), "nearest: token_choice"),
+        (lambda: MoEMambaLM(V, 16, 2, 4, arrangement="inner", inner_moe=["cnv"]), "inner_moe must name some of"),
+        (
+            lambda: TransformerLM(V, 16, 2, 3),
+            r"d_model = 16 is not divisible by n_heads = 3; choose one of \[1, 2, 4\]",
+        ),
+        (lambda: TransformerLM(V, 6, 2, 2), "heads of even width, got 3"),
+        (lambda: TransformerLM(V, 16, 2, 2, n_experts=-1), "n_experts must be 0"),
+        (lambda: MoEMambaLM(V, 16, 1)(torch.zeros(2, 3).long(), mask=torch.ones(2, 4).bool()), "mask has"),
+        (
+            lambda: ssmzoo.load_official(
+                "moe_mamba", {}, block_modules=["atention"], n_blocks=1, dmodel=4, vocab_size=4
+            ),
+            "nearest: attention",
+        ),
+        (
+            lambda: ssmzoo.load_official(
+                "moe_mamba", {}, block_modules=["mamba"], n_blocks=1, dmodel=4, vocab_size=4, mamba_mode="conv"
+            ),
+            "unknown mamba_mode",
+        ),
+    ],
+)
 def test_bad_input_is_refused_in_words(build, message):
     with pytest.raises(ValueError, match=message):
         build()

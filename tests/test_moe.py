@@ -96,9 +96,17 @@ def naive_moe(moe: MoE, x, mask=None):
     return torch.stack(out).view_as(x), torch.tensor(load)
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(top_k=2, expert="swiglu"), dict(top_k=3, renormalise=True, expert="geglu"), dict(capacity_factor=0.7),
-    dict(top_k=2, capacity_factor=1.0, expert="gelu"), dict(capacity_factor=0.01)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(top_k=2, expert="swiglu"),
+        dict(top_k=3, renormalise=True, expert="geglu"),
+        dict(capacity_factor=0.7),
+        dict(top_k=2, capacity_factor=1.0, expert="gelu"),
+        dict(capacity_factor=0.01),
+    ],
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_moe_is_a_loop_over_tokens_also_in_gradients(options, masked):
     moe = build_moe(8, 5, 12, **options).double()
@@ -237,17 +245,24 @@ def test_initialisation_is_the_cards():
 
 
 def test_aux_of_layers_is_summed_averaged_and_stacked():
-    layers = [{"a_loss": torch.tensor(1.0), "m": torch.tensor(2.0), "tokens_per_expert": torch.tensor([0.1, 0.9])},
-              {"a_loss": torch.tensor(2.0), "m": torch.tensor(4.0), "tokens_per_expert": torch.tensor([0.5, 0.5])}]
+    layers = [
+        {"a_loss": torch.tensor(1.0), "m": torch.tensor(2.0), "tokens_per_expert": torch.tensor([0.1, 0.9])},
+        {"a_loss": torch.tensor(2.0), "m": torch.tensor(4.0), "tokens_per_expert": torch.tensor([0.5, 0.5])},
+    ]
     merged = merge_aux(layers)
     assert merged["a_loss"] == 3 and merged["m"] == 3 and merged["tokens_per_expert"].shape == (2, 2)
     assert float(merged["busiest_expert"]) == pytest.approx(0.9)
     assert merge_aux([]) == {}
 
 
-@pytest.mark.parametrize("options", [
-    dict(capacity_factor=1.0), pytest.param(dict(top_k=2, expert="swiglu", z_loss_weight=0.1), marks=pytest.mark.slow),
-    pytest.param(dict(router="expert_choice", fraction=0.25), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(capacity_factor=1.0),
+        pytest.param(dict(top_k=2, expert="swiglu", z_loss_weight=0.1), marks=pytest.mark.slow),
+        pytest.param(dict(router="expert_choice", fraction=0.25), marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_for_torch_compile(options):
     torch._dynamo.reset()
     moe = build_moe(16, 4, 32, **options)
@@ -323,24 +338,30 @@ def test_balance_in_two_real_processes(tmp_path):
         torch.testing.assert_close(torch.tensor(gradient), expected_gradient)
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: build_moe(8, 4, 8, top_k=5), "top_k is 5.*1 to n_experts = 4"),
-    (lambda: build_moe(8, 4, 8, router="tokenchoice"), "unknown router 'tokenchoice'; nearest: token_choice"),
-    (lambda: build_moe(8, 4, 8, expert="swigl"), "unknown activation 'swigl'; nearest: swiglu"),
-    (lambda: build_moe(8, -4, 8), "positive sizes"),
-    (lambda: build_moe(8, 4, 0), "positive sizes"),
-    (lambda: build_moe(8, 4, 8, capacity_factor=0), "capacity_factor must be positive"),
-    (lambda: build_moe(8, 4, 8, jitter=1.5), "jitter must lie"),
-    (lambda: build_moe(8, 4, 8, balance_weight=-1.0), "must not be negative"),
-    (lambda: build_moe(8, 4, 8, router="expert_choice", fraction=2.0), "fraction of the tokens"),
-    (lambda: build_moe(8, 4, 8, router="expert_choice", fraction=0.5, softmax_over="token"), "nearest: tokens"),
-    (lambda: build_moe(8, 4, 8, router="expert_choice", fraction=0.1)(torch.randn(1, 3, 8)), "0 of its 3 candidates"),
-    (lambda: MoE(TokenChoice(8, 4), Experts(8, 3, 8)), "knows 4 experts, the bank has 3"),
-    (lambda: ExpertChoice(8, 4, 0.5, group_size=0), "group_size"),
-    (lambda: Experts(8, 4, 8, kind="linear", d_output=4), "linear expert"),
-    (lambda: FeedForward(8, 8, activation="swiglu"), "use GatedMLP"),
-    (lambda: GatedMLP(8, 0), "positive sizes"),
-])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: build_moe(8, 4, 8, top_k=5), "top_k is 5.*1 to n_experts = 4"),
+        (lambda: build_moe(8, 4, 8, router="tokenchoice"), "unknown router 'tokenchoice'; nearest: token_choice"),
+        (lambda: build_moe(8, 4, 8, expert="swigl"), "unknown activation 'swigl'; nearest: swiglu"),
+        (lambda: build_moe(8, -4, 8), "positive sizes"),
+        (lambda: build_moe(8, 4, 0), "positive sizes"),
+        (lambda: build_moe(8, 4, 8, capacity_factor=0), "capacity_factor must be positive"),
+        (lambda: build_moe(8, 4, 8, jitter=1.5), "jitter must lie"),
+        (lambda: build_moe(8, 4, 8, balance_weight=-1.0), "must not be negative"),
+        (lambda: build_moe(8, 4, 8, router="expert_choice", fraction=2.0), "fraction of the tokens"),
+        (lambda: build_moe(8, 4, 8, router="expert_choice", fraction=0.5, softmax_over="token"), "nearest: tokens"),
+        (
+            lambda: build_moe(8, 4, 8, router="expert_choice", fraction=0.1)(torch.randn(1, 3, 8)),
+            "0 of its 3 candidates",
+        ),
+        (lambda: MoE(TokenChoice(8, 4), Experts(8, 3, 8)), "knows 4 experts, the bank has 3"),
+        (lambda: ExpertChoice(8, 4, 0.5, group_size=0), "group_size"),
+        (lambda: Experts(8, 4, 8, kind="linear", d_output=4), "linear expert"),
+        (lambda: FeedForward(8, 8, activation="swiglu"), "use GatedMLP"),
+        (lambda: GatedMLP(8, 0), "positive sizes"),
+    ],
+)
 def test_bad_input_is_refused_in_words(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -41,10 +41,13 @@ def run(backend, leaves, seq_idx, activation, dtype=None):
 def test_against_reference(backend, data):
     draw = data.draw
     leaves, seq_idx = inputs(
-        draw(st.integers(0, 999)), draw(st.sampled_from([0, 1, 2, 3])),
+        draw(st.integers(0, 999)),
+        draw(st.sampled_from([0, 1, 2, 3])),
         draw(st.sampled_from([1, 3, 15, 16, 17, 40, 300])),
-        draw(st.sampled_from([1, 2, 3, 5, 63, 64, 65, 70, 150])), draw(st.sampled_from([1, 2, 3, 4, 5, 9, 70])),
-        *(draw(st.booleans()) for _ in range(4)))
+        draw(st.sampled_from([1, 2, 3, 5, 63, 64, 65, 70, 150])),
+        draw(st.sampled_from([1, 2, 3, 4, 5, 9, 70])),
+        *(draw(st.booleans()) for _ in range(4)),
+    )
     activation = draw(st.sampled_from([None, "silu"]))
     got = run(backend, leaves, seq_idx, activation)
     expected = run("reference", leaves, seq_idx, activation, torch.float64)
@@ -67,6 +70,7 @@ def test_half_precision_rounds_once(backend, dtype):
 def test_gradcheck():
     leaves, seq_idx = inputs(0, 2, 3, 7, 3, packed=True, dtype=torch.float64)
     for backend in ("reference", "torch"):
+
         def function(x, weight, bias, initial_states):
             with ops.backend(backend):  # noqa: B023
                 return ops.causal_conv1d_fn(x, weight, bias, seq_idx, initial_states, True, activation="silu")
@@ -147,16 +151,19 @@ def test_native_traces_and_repeats_exactly():
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d_update.default, step)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"weight": torch.zeros(5, 4)}, r"weight has shape \(5, 4\), expected \(c=4, k\)"),
-    ({"x": torch.zeros(2, 4)}, r"x has shape \(2, 4\), expected \(b, c, l\)"),
-    ({"initial_states": torch.zeros(2, 4, 4)}, r"initial_states has shape .* expected \(b=2, c=4, k-1=3\)"),
-    ({"activation": "relu"}, "activation is 'relu', expected"),
-    ({"seq_idx": torch.zeros(2, 6)}, "seq_idx has dtype"),
-    ({"final_states_out": torch.zeros(2, 4, 3)}, "return_final_states is False"),
-    ({"bias": torch.zeros(4, dtype=torch.int64)}, "bias has dtype torch.int64"),
-    ({"bias": torch.zeros(4, device="meta")}, "bias is on meta, expected cpu"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(5, 4)}, r"weight has shape \(5, 4\), expected \(c=4, k\)"),
+        ({"x": torch.zeros(2, 4)}, r"x has shape \(2, 4\), expected \(b, c, l\)"),
+        ({"initial_states": torch.zeros(2, 4, 4)}, r"initial_states has shape .* expected \(b=2, c=4, k-1=3\)"),
+        ({"activation": "relu"}, "activation is 'relu', expected"),
+        ({"seq_idx": torch.zeros(2, 6)}, "seq_idx has dtype"),
+        ({"final_states_out": torch.zeros(2, 4, 3)}, "return_final_states is False"),
+        ({"bias": torch.zeros(4, dtype=torch.int64)}, "bias has dtype torch.int64"),
+        ({"bias": torch.zeros(4, device="meta")}, "bias is on meta, expected cpu"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.causal_conv1d_fn(**({"x": torch.zeros(2, 4, 6), "weight": torch.zeros(4, 4)} | change))

@@ -51,12 +51,20 @@ def test_strides_types_and_compilation(backend):
         assert ops.cross_scan(x[:0]).shape == (0, 4, 3, 20)
 
 
-@pytest.mark.parametrize("function, argument, scans, message", [
-    (ops.cross_scan, (2, 3, 20), "cross", r"x has shape \(2, 3, 20\), expected \(b, c, h, w\)"),
-    (ops.cross_merge, (2, 3, 4, 5), "cross", r"y has shape \(2, 3, 4, 5\), expected \(b, k=4, c, h, w\)"),
-    (ops.cross_merge, (2, 2, 3, 4, 5), "cross", r"y has shape \(2, 2, 3, 4, 5\), expected \(b=2, k=4, c, h, w\)"),
-    (ops.cross_scan, (2, 3, 4, 5), "spiral", "scans = 'spiral', expected one of cross, unidirectional, bidirectional"),
-])
+@pytest.mark.parametrize(
+    "function, argument, scans, message",
+    [
+        (ops.cross_scan, (2, 3, 20), "cross", r"x has shape \(2, 3, 20\), expected \(b, c, h, w\)"),
+        (ops.cross_merge, (2, 3, 4, 5), "cross", r"y has shape \(2, 3, 4, 5\), expected \(b, k=4, c, h, w\)"),
+        (ops.cross_merge, (2, 2, 3, 4, 5), "cross", r"y has shape \(2, 2, 3, 4, 5\), expected \(b=2, k=4, c, h, w\)"),
+        (
+            ops.cross_scan,
+            (2, 3, 4, 5),
+            "spiral",
+            "scans = 'spiral', expected one of cross, unidirectional, bidirectional",
+        ),
+    ],
+)
 def test_bad_input_is_named(function, argument, scans, message):
     with pytest.raises(ValueError, match=message):
         function(torch.zeros(argument), scans)

@@ -17,8 +17,14 @@ def arguments(b, e, h, w, n, r, dtype=torch.float64):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    given = (normal(b, e, h, w), normal(4, r + 2 * n, e) / e**0.5, normal(4, e, r) / r**0.5, 0.5 * normal(4, e) - 2,
-             -8 * torch.rand(4 * e, n, generator=generator, dtype=torch.float64), normal(4 * e))
+    given = (
+        normal(b, e, h, w),
+        normal(4, r + 2 * n, e) / e**0.5,
+        normal(4, e, r) / r**0.5,
+        0.5 * normal(4, e) - 2,
+        -8 * torch.rand(4 * e, n, generator=generator, dtype=torch.float64),
+        normal(4 * e),
+    )
     return [t.to(dtype) for t in given]
 
 

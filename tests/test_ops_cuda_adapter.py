@@ -73,7 +73,7 @@ def python(body: str, broken: dict[str, str] | None = None) -> str:
 
 
 def test_a_working_install_serves_with_the_same_numbers():
-    python('''
+    python("""
 for function, call, name in ((ops.selective_scan_fn, scan, "selective_scan_fn"),
                              (ops.selective_scan_fn, scan | dict(return_last_state=True), "selective_scan_fn"),
                              (ops.causal_conv1d_fn, conv, "causal_conv1d_fn"),
@@ -95,11 +95,11 @@ for function, call, buffer in ((ops.selective_state_update, step, "state"),
     with ops.backend("reference"):
         same(got, function(**mine))
     same(theirs[buffer], mine[buffer])
-''')
+""")
 
 
 def test_what_they_lack_is_refused_in_words_and_served_by_another():
-    python('''
+    python("""
 half = lambda t: t.bfloat16()
 grad = lambda t: t.clone().requires_grad_()
 cases = [(ops.selective_scan_fn, scan | dict(initial_state=r(2, 8, 4)), "no initial_state"),
@@ -124,21 +124,28 @@ compiled = torch.compile(lambda **call: ops.selective_scan_fn(**call), fullgraph
 CALLS.clear()
 same(compiled(**scan), ops.selective_scan_fn(**scan))
 assert CALLS.count("selective_scan_fn") == 1  # not the compiled one
-''')
+""")
 
 
-@pytest.mark.parametrize("mamba, conv", [
-    ("ImportError: libtorch.so: undefined symbol: _ZN3c104cuda", "OSError: cannot open shared object file"),
-    ("RuntimeError: built for CUDA 11", "RuntimeError: built for CUDA 11")])
+@pytest.mark.parametrize(
+    "mamba, conv",
+    [
+        ("ImportError: libtorch.so: undefined symbol: _ZN3c104cuda", "OSError: cannot open shared object file"),
+        ("RuntimeError: built for CUDA 11", "RuntimeError: built for CUDA 11"),
+    ],
+)
 def test_a_broken_install_is_reported_once_and_the_next_backend_serves(mamba, conv):
-    output = python('''
+    output = python(
+        """
 for _ in range(3):
     assert chosen_backend(ops.selective_scan_fn, **scan) != "cuda"
     assert chosen_backend(ops.causal_conv1d_fn, **conv) != "cuda"
 print(why(ops.selective_scan_fn, scan))
 torch.cuda.is_available = lambda: True
 print([row.reason for row in ops.backend_table() if (row.operator, row.backend) == ("selective_scan_fn", "cuda")][0])
-''', {"mamba_ssm": mamba, "causal_conv1d": conv})
+""",
+        {"mamba_ssm": mamba, "causal_conv1d": conv},
+    )
     for package, words in (("mamba-ssm", mamba), ("causal-conv1d", conv)):
         assert output.count(f"RuntimeWarning: {package} is installed but broken ({words}") == 1, output
     for line in output.splitlines()[:2]:  # the refusal and the table's row

@@ -15,27 +15,48 @@ BACKENDS = ["torch", pytest.param("native", marks=native)]
 OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
-def inputs(seed=0, b=3, l=23, n=6, k=3, s=4, symbols=True, per_symbol=False, state=True, masked=False, packed=False,
-           dtype=torch.float32):
+def inputs(
+    seed=0,
+    b=3,
+    l=23,
+    n=6,
+    k=3,
+    s=4,
+    symbols=True,
+    per_symbol=False,
+    state=True,
+    masked=False,
+    packed=False,
+    dtype=torch.float32,
+):
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(shape, generator=rng)
 
-    call = {"A_dict": normal(n, n, k), "weights": normal(*((s,) if symbols else (b, l)), k).softmax(-1),
-            "inputs": normal(s, n) if per_symbol and symbols else normal(b, l, n)}
+    call = {
+        "A_dict": normal(n, n, k),
+        "weights": normal(*((s,) if symbols else (b, l)), k).softmax(-1),
+        "inputs": normal(s, n) if per_symbol and symbols else normal(b, l, n),
+    }
     call |= {"initial_state": normal(b, n)} if state else {}
     call = {name: t.to(dtype).requires_grad_() for name, t in call.items()}
     return call | {
-        "p_norm": 1.3, "symbols": torch.randint(0, s, (b, l), generator=rng) if symbols else None,
+        "p_norm": 1.3,
+        "symbols": torch.randint(0, s, (b, l), generator=rng) if symbols else None,
         "mask": torch.rand(b, l, generator=rng) > 0.3 if masked else None,
-        "seq_idx": (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None}
+        "seq_idx": (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None,
+    }
 
 
 def run(backend, call, dtype=None):
     """[states, last] and the gradients of a fixed loss over both."""
-    call = {k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend(backend):
         results = ops.dense_scan(**call)
@@ -71,13 +92,24 @@ def test_reference_is_the_papers_definition():
 def test_against_reference(backend, data):
     draw = data.draw
     symbols = backend == "native" or draw(st.booleans())
-    call = inputs(seed=draw(st.integers(0, 999)), b=draw(st.sampled_from([1, 3])), symbols=symbols,
-                  l=draw(st.sampled_from([1, 2, 7, 40])), n=draw(st.sampled_from([2, 3, 8, 16, 17, 64, 70])),
-                  s=draw(st.sampled_from([1, 5, 60])), per_symbol=draw(st.booleans()), state=draw(st.booleans()),
-                  masked=draw(st.booleans()), packed=draw(st.booleans()))
+    call = inputs(
+        seed=draw(st.integers(0, 999)),
+        b=draw(st.sampled_from([1, 3])),
+        symbols=symbols,
+        l=draw(st.sampled_from([1, 2, 7, 40])),
+        n=draw(st.sampled_from([2, 3, 8, 16, 17, 64, 70])),
+        s=draw(st.sampled_from([1, 5, 60])),
+        per_symbol=draw(st.booleans()),
+        state=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        packed=draw(st.booleans()),
+    )
     parallel = draw(st.booleans()) if backend == "torch" else None
-    assert_close(call | {"all_steps": draw(st.booleans()), "p_norm": draw(st.sampled_from([1.0, 1.2, 2.0])),
-                         "parallel": parallel}, backend)
+    assert_close(
+        call
+        | {"all_steps": draw(st.booleans()), "p_norm": draw(st.sampled_from([1.0, 1.2, 2.0])), "parallel": parallel},
+        backend,
+    )
 
 
 @native
@@ -104,8 +136,10 @@ def test_nothing_to_do(backend, sizes):
 @pytest.mark.parametrize("symbols", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(backend, symbols):
-    call = {k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-            for k, v in inputs(b=2, l=9, n=3, k=2, symbols=symbols, masked=True, packed=True).items()}
+    call = {
+        k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs(b=2, l=9, n=3, k=2, symbols=symbols, masked=True, packed=True).items()
+    }
     names = [k for k, v in call.items() if torch.is_tensor(v) and v.requires_grad]
 
     def function(*values):
@@ -160,8 +194,10 @@ def test_masked_steps_and_documents(backend):
 @native
 def test_hundred_thousand_steps_keep_one_state():
     """With p = 1 the 1-norm grows at most by that of the input, however long the sequence."""
-    call = {k: v.detach() if torch.is_tensor(v) else v
-            for k, v in inputs(b=1, l=100_000, per_symbol=True, state=False).items()}
+    call = {
+        k: v.detach() if torch.is_tensor(v) else v
+        for k, v in inputs(b=1, l=100_000, per_symbol=True, state=False).items()
+    }
     states, last = ops.dense_scan(**call | {"p_norm": 1.0, "all_steps": False})
     assert states.shape == (1, 1, 6) and torch.equal(states[:, 0], last)
     assert last.isfinite().all() and last.abs().sum() <= 100_000 * call["inputs"].abs().sum(-1).max()
@@ -223,18 +259,21 @@ def test_symbols_out_of_range(backend, symbol):
         ops.dense_scan(**call)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"A_dict": torch.zeros(6, 5, 3)}, r"A_dict has shape \(6, 5, 3\), expected \(n=6, n=6, k\)"),
-    ({"weights": torch.zeros(3, 23, 3)}, r"weights has shape \(3, 23, 3\), expected \(s, k=3\)"),
-    ({"symbols": None}, r"weights has shape \(4, 3\), expected \(b, l, k\): give symbols with \(s, k\)"),
-    ({"symbols": torch.zeros(3, 23)}, "symbols has dtype torch.float32"),
-    ({"inputs": torch.zeros(3, 22, 6)}, r"inputs has shape \(3, 22, 6\), expected \(b=3, l=23, n=6\)"),
-    ({"inputs": torch.zeros(5, 6)}, r"inputs has shape \(5, 6\), expected \(s=4, n=6\)"),
-    ({"initial_state": torch.zeros(3, 7)}, r"initial_state has shape \(3, 7\), expected \(b=3, n=6\)"),
-    ({"mask": torch.zeros(3, 23)}, "mask is torch.float32"),
-    ({"seq_idx": torch.zeros(3, 23)}, "seq_idx has dtype torch.float32"),
-    ({"p_norm": 0}, "p_norm = 0, expected a positive number"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"A_dict": torch.zeros(6, 5, 3)}, r"A_dict has shape \(6, 5, 3\), expected \(n=6, n=6, k\)"),
+        ({"weights": torch.zeros(3, 23, 3)}, r"weights has shape \(3, 23, 3\), expected \(s, k=3\)"),
+        ({"symbols": None}, r"weights has shape \(4, 3\), expected \(b, l, k\): give symbols with \(s, k\)"),
+        ({"symbols": torch.zeros(3, 23)}, "symbols has dtype torch.float32"),
+        ({"inputs": torch.zeros(3, 22, 6)}, r"inputs has shape \(3, 22, 6\), expected \(b=3, l=23, n=6\)"),
+        ({"inputs": torch.zeros(5, 6)}, r"inputs has shape \(5, 6\), expected \(s=4, n=6\)"),
+        ({"initial_state": torch.zeros(3, 7)}, r"initial_state has shape \(3, 7\), expected \(b=3, n=6\)"),
+        ({"mask": torch.zeros(3, 23)}, "mask is torch.float32"),
+        ({"seq_idx": torch.zeros(3, 23)}, "seq_idx has dtype torch.float32"),
+        ({"p_norm": 0}, "p_norm = 0, expected a positive number"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.dense_scan(**inputs() | change)

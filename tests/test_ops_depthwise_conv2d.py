@@ -12,8 +12,14 @@ from ssmzoo.ops.native import MISSING
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = ["torch", pytest.param("native", marks=native)]
-KINDS = [{}, {"residual": True}, {"act": "silu"}, {"act": "silu", "stride": 2}, {"act": "relu", "rectify": True},
-         {"act": "relu", "rectify": True, "stride": 2}]
+KINDS = [
+    {},
+    {"residual": True},
+    {"act": "silu"},
+    {"act": "silu", "stride": 2},
+    {"act": "relu", "rectify": True},
+    {"act": "relu", "rectify": True, "stride": 2},
+]
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 16, 33, 70]))
 
 
@@ -44,8 +50,10 @@ def test_against_reference(backend, kind, size, bias):
 @pytest.mark.parametrize("kernel, act", [(1, None), (2, "gelu"), (4, "silu"), (5, "sigmoid")])
 def test_other_kernels_and_activations(kernel, act):
     values = inputs(2, 6, 5, 4, kernel=kernel)
-    errors = [relative_error(a, b) for a, b in zip(run("torch", values, act=act),
-                                                   run("reference", values, torch.float64, act=act))]
+    errors = [
+        relative_error(a, b)
+        for a, b in zip(run("torch", values, act=act), run("reference", values, torch.float64, act=act))
+    ]
     assert max(errors) < 1e-5, errors
     assert ops.chosen_backend(ops.depthwise_conv2d, *values, act=act) == "torch"
 
@@ -89,7 +97,7 @@ def test_second_derivatives_and_frozen_weights():
     def penalty(backend):
         with ops.backend(backend):
             y = ops.depthwise_conv2d(x, weight, bias, "silu")
-        grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), [x, weight])
 
     assert max(relative_error(a, b) for a, b in zip(penalty("native"), penalty("torch"))) < 1e-5
@@ -112,14 +120,17 @@ def test_layer_is_a_convolution_of_torch():
         assert layer(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"x": torch.zeros(2, 3, 4)}, r"x has shape \(2, 3, 4\), expected \(b, h, w, d\)"),
-    ({"weight": torch.zeros(4, 1, 3, 3)}, r"weight has shape \(4, 1, 3, 3\), expected \(d=5, 1=1, k, k\)"),
-    ({"bias": torch.zeros(4)}, r"bias has shape \(4,\), expected \(d=5\)"),
-    ({"act": "tanh"}, "act = 'tanh', expected one of"),
-    ({"stride": 3}, "stride = 3, expected 1 or 2"),
-    ({"residual": True, "stride": 2}, "residual=True adds x to a map of its size"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 3, 4)}, r"x has shape \(2, 3, 4\), expected \(b, h, w, d\)"),
+        ({"weight": torch.zeros(4, 1, 3, 3)}, r"weight has shape \(4, 1, 3, 3\), expected \(d=5, 1=1, k, k\)"),
+        ({"bias": torch.zeros(4)}, r"bias has shape \(4,\), expected \(d=5\)"),
+        ({"act": "tanh"}, "act = 'tanh', expected one of"),
+        ({"stride": 3}, "stride = 3, expected 1 or 2"),
+        ({"residual": True, "stride": 2}, "residual=True adds x to a map of its size"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     call = {"x": torch.zeros(2, 3, 4, 5), "weight": torch.zeros(5, 1, 3, 3)}
     with pytest.raises(ValueError, match=message):

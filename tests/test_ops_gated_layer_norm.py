@@ -45,8 +45,9 @@ def test_constant_rows_and_large_gates(backend):
     with ops.backend(backend):
         y = ops.gated_layer_norm(torch.randn(4, 1), z, torch.ones(1), torch.full((1,), 2.0))
         torch.testing.assert_close(y, 2 * torch.nn.functional.silu(z))
-        assert torch.equal(ops.gated_layer_norm(torch.full((4, 20), 5.0), z.expand(4, 20), *torch.zeros(2, 20)),
-                           torch.zeros(4, 20))
+        assert torch.equal(
+            ops.gated_layer_norm(torch.full((4, 20), 5.0), z.expand(4, 20), *torch.zeros(2, 20)), torch.zeros(4, 20)
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,11 +60,13 @@ def test_strides_and_no_gradient(backend):
         y = ops.gated_layer_norm(x, wide.chunk(2, dim=-1)[1], weight, bias)
         assert relative_error(y, expected[0]) < 1e-6
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        dwide, = torch.autograd.grad((y * weights).sum(), wide)
+        (dwide,) = torch.autograd.grad((y * weights).sum(), wide)
         assert relative_error(dwide[..., 24:], expected[2]) < 1e-5 and not dwide[..., :24].any()
         with torch.no_grad():
-            torch.testing.assert_close(ops.gated_layer_norm(turned, turned, weight, bias),
-                                       ops.gated_layer_norm(turned.contiguous(), turned.contiguous(), weight, bias))
+            torch.testing.assert_close(
+                ops.gated_layer_norm(turned, turned, weight, bias),
+                ops.gated_layer_norm(turned.contiguous(), turned.contiguous(), weight, bias),
+            )
 
 
 @native

@@ -18,8 +18,21 @@ BACKENDS = ["torch", pytest.param("native", marks=native)]
 OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
-def inputs(seed=0, b=2, e=20, l=37, n=4, g=1, B="last", C="last", channels_last=False, optional="D z delta_bias",
-           packed=False, softplus=True, dtype=torch.float32):
+def inputs(
+    seed=0,
+    b=2,
+    e=20,
+    l=37,
+    n=4,
+    g=1,
+    B="last",
+    C="last",
+    channels_last=False,
+    optional="D z delta_bias",
+    packed=False,
+    softplus=True,
+    dtype=torch.float32,
+):
     """Arguments of selective_scan_fn; B, C "constant" (e n), "first" (b g n l) or "last" (b l g n) in memory."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -36,21 +49,36 @@ def inputs(seed=0, b=2, e=20, l=37, n=4, g=1, B="last", C="last", channels_last=
         return value[:, 0] if g == 1 else value
 
     delta = sequence() - 2 if softplus else sequence().abs() * 0.2
-    call = {"u": sequence(), "delta": delta, "A": -3 * torch.rand(e, n, generator=rng), "B": coefficient(B),
-            "C": coefficient(C)}
-    extra = {"D": torch.randn(e, generator=rng), "z": sequence(), "delta_bias": torch.rand(e, generator=rng),
-             "initial_state": torch.randn(b, e, n, generator=rng)}
+    call = {
+        "u": sequence(),
+        "delta": delta,
+        "A": -3 * torch.rand(e, n, generator=rng),
+        "B": coefficient(B),
+        "C": coefficient(C),
+    }
+    extra = {
+        "D": torch.randn(e, generator=rng),
+        "z": sequence(),
+        "delta_bias": torch.rand(e, generator=rng),
+        "initial_state": torch.randn(b, e, n, generator=rng),
+    }
     call |= {name: extra[name] for name in optional.split()}
-    call = {name: t.to(dtype if name in "u delta B C z" else torch.promote_types(dtype, torch.float32)).requires_grad_()
-            for name, t in call.items()}
+    call = {
+        name: t.to(dtype if name in "u delta B C z" else torch.promote_types(dtype, torch.float32)).requires_grad_()
+        for name, t in call.items()
+    }
     seq_idx = (torch.rand(b, l, generator=rng) < 0.1).cumsum(1) if packed else None
     return call | {"delta_softplus": softplus, "seq_idx": seq_idx}
 
 
 def run(backend, call, dtype=None):
     """[out, last_state] and the gradients of a fixed loss over both."""
-    call = {k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend(backend):
         results = ops.selective_scan_fn(**call, return_last_state=True)
@@ -72,18 +100,29 @@ def assert_close(call, backend, out=OUT, grad=GRAD):
 def test_against_reference(backend, data):
     draw = data.draw
     g, kinds = draw(st.sampled_from([1, 1, 2, 3])), st.sampled_from(["constant", "first", "last"])
-    assert_close(inputs(
-        seed=draw(st.integers(0, 999)), b=draw(st.sampled_from([1, 2, 3])),
-        e=g * draw(st.sampled_from([1, 3, 5, 16, 17, 40])), l=draw(st.sampled_from([1, 2, 31, 32, 33, 65, 100])),
-        n=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16, 17, 33])), g=g,
-        B=draw(kinds), C=draw(kinds), channels_last=draw(st.booleans()), softplus=draw(st.booleans()),
-        optional=" ".join(k for k in ("D", "z", "delta_bias", "initial_state") if draw(st.booleans())),
-        packed=draw(st.booleans())), backend)
+    assert_close(
+        inputs(
+            seed=draw(st.integers(0, 999)),
+            b=draw(st.sampled_from([1, 2, 3])),
+            e=g * draw(st.sampled_from([1, 3, 5, 16, 17, 40])),
+            l=draw(st.sampled_from([1, 2, 31, 32, 33, 65, 100])),
+            n=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16, 17, 33])),
+            g=g,
+            B=draw(kinds),
+            C=draw(kinds),
+            channels_last=draw(st.booleans()),
+            softplus=draw(st.booleans()),
+            optional=" ".join(k for k in ("D", "z", "delta_bias", "initial_state") if draw(st.booleans())),
+            packed=draw(st.booleans()),
+        ),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [
-    dict(l=5000, e=3, b=1), dict(n=256, l=70, e=5), dict(e=700, l=9, b=1), dict(e=1, n=1, l=1, b=1)])
+@pytest.mark.parametrize(
+    "sizes", [dict(l=5000, e=3, b=1), dict(n=256, l=70, e=5), dict(e=700, l=9, b=1), dict(e=1, n=1, l=1, b=1)]
+)
 def test_extreme_sizes(backend, sizes):
     assert_close(inputs(optional="D z delta_bias initial_state", **sizes), backend)
 
@@ -99,8 +138,9 @@ def test_nothing_to_do(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("delta, A", [
-    (1e-8, -1.0), (50.0, -1.0), (50.0, -1e4), (1.0, -1e30), (0.1, -1e-12), (0.1, 0.0), (0.0, -1.0)])
+@pytest.mark.parametrize(
+    "delta, A", [(1e-8, -1.0), (50.0, -1.0), (50.0, -1e4), (1.0, -1e30), (0.1, -1e-12), (0.1, 0.0), (0.0, -1.0)]
+)
 def test_extreme_rates(backend, delta, A):
     call = inputs(l=50, softplus=False, optional="")
     with torch.no_grad():
@@ -140,13 +180,25 @@ def test_half_precision_rounds_once(backend, dtype):
 
 @pytest.mark.parametrize("kinds", [("last", "last"), ("constant", "first")])
 def test_gradcheck(kinds):
-    call = inputs(b=1, e=4, l=19, n=2, g=2, B=kinds[0], C=kinds[1], packed=True, dtype=torch.float64,
-                  optional="D z delta_bias initial_state")
+    call = inputs(
+        b=1,
+        e=4,
+        l=19,
+        n=2,
+        g=2,
+        B=kinds[0],
+        C=kinds[1],
+        packed=True,
+        dtype=torch.float64,
+        optional="D z delta_bias initial_state",
+    )
     names = [k for k, v in call.items() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend("torch"):
         assert torch.autograd.gradcheck(
             lambda *leaves: ops.selective_scan_fn(**call | dict(zip(names, leaves)), return_last_state=True),
-            [call[k] for k in names], fast_mode=True)
+            [call[k] for k in names],
+            fast_mode=True,
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -197,6 +249,7 @@ def test_repeats_are_identical_also_from_many_threads():
     first = run("native", call)
     results = []
     with ops.backend("native"):
+
         def work():
             results.extend(run("native", call) for _ in range(4))
 
@@ -226,10 +279,12 @@ def test_many_calls_leave_nothing_behind():
 @native
 def test_poisoned_memory_is_written_over(monkeypatch):
     """torch.empty hands out NaNs: a result that is not written everywhere shows."""
+
     def poisoned(make):
         def empty(*args, **kwargs):
             t = make(*args, **kwargs)
             return t.fill_(float("nan")) if t.is_floating_point() else t
+
         return empty
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
@@ -237,8 +292,12 @@ def test_poisoned_memory_is_written_over(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     for backend in ("native", "torch"):
         for kinds in (("last", "last"), ("constant", "first")):
-            assert_close(inputs(e=21, g=3, l=35, n=5, B=kinds[0], C=kinds[1], packed=True,
-                                optional="D z delta_bias initial_state"), backend)
+            assert_close(
+                inputs(
+                    e=21, g=3, l=35, n=5, B=kinds[0], C=kinds[1], packed=True, optional="D z delta_bias initial_state"
+                ),
+                backend,
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -302,24 +361,37 @@ def test_steps_equal_the_whole(backend, heads):
     with ops.backend(backend):
         for t in range(6):
             at = {k: call[k][..., t] for k in ("u", "delta", "B", "C", "z")}
-            steps.append(ops.selective_state_update(
-                state, *map(shaped, (at["u"], at["delta"], call["A"])), at["B"].contiguous(), at["C"].contiguous(),
-                *map(shaped, (call["D"], at["z"], call["delta_bias"])), dt_softplus=True).reshape(2, e))
+            steps.append(
+                ops.selective_state_update(
+                    state,
+                    *map(shaped, (at["u"], at["delta"], call["A"])),
+                    at["B"].contiguous(),
+                    at["C"].contiguous(),
+                    *map(shaped, (call["D"], at["z"], call["delta_bias"])),
+                    dt_softplus=True,
+                ).reshape(2, e)
+            )
     assert relative_error(torch.stack(steps, 2), whole) < 2e-6 and relative_error(state.reshape(2, e, n), last) < 2e-6
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"delta": torch.zeros(2, 20, 36)}, r"delta has shape \(2, 20, 36\), expected \(b=2, e=20, l=37\)"),
-    ({"u": torch.zeros(2, 20)}, r"u has shape \(2, 20\), expected \(b, e, l\)"),
-    ({"A": torch.zeros(20, 5)}, r"B has shape \(2, 4, 37\), expected \(b=2, n=5, l=37\)"),
-    ({"B": torch.zeros(2, 3, 4, 37)}, "B has 3 groups, which do not divide the 20 channels"),
-    ({"B": torch.zeros(2, 4, 4, 37), "C": torch.zeros(2, 2, 4, 37)}, "B has 4 groups but C has 2"),
-    ({"D": torch.zeros(21)}, r"D has shape \(21,\), expected \(e=20\)"),
-    ({"z": torch.zeros(2, 20, 37, dtype=torch.int32)}, "z has dtype torch.int32"),
-    ({"delta_bias": torch.zeros(20, device="meta")}, "delta_bias is on meta, expected cpu"),
-    ({"initial_state": torch.zeros(2, 20, 3)}, r"initial_state has shape \(2, 20, 3\), expected \(b=2, e=20, n=4\)"),
-    ({"seq_idx": torch.zeros(2, 36, dtype=torch.int32)}, r"seq_idx has shape \(2, 36\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"delta": torch.zeros(2, 20, 36)}, r"delta has shape \(2, 20, 36\), expected \(b=2, e=20, l=37\)"),
+        ({"u": torch.zeros(2, 20)}, r"u has shape \(2, 20\), expected \(b, e, l\)"),
+        ({"A": torch.zeros(20, 5)}, r"B has shape \(2, 4, 37\), expected \(b=2, n=5, l=37\)"),
+        ({"B": torch.zeros(2, 3, 4, 37)}, "B has 3 groups, which do not divide the 20 channels"),
+        ({"B": torch.zeros(2, 4, 4, 37), "C": torch.zeros(2, 2, 4, 37)}, "B has 4 groups but C has 2"),
+        ({"D": torch.zeros(21)}, r"D has shape \(21,\), expected \(e=20\)"),
+        ({"z": torch.zeros(2, 20, 37, dtype=torch.int32)}, "z has dtype torch.int32"),
+        ({"delta_bias": torch.zeros(20, device="meta")}, "delta_bias is on meta, expected cpu"),
+        (
+            {"initial_state": torch.zeros(2, 20, 3)},
+            r"initial_state has shape \(2, 20, 3\), expected \(b=2, e=20, n=4\)",
+        ),
+        ({"seq_idx": torch.zeros(2, 36, dtype=torch.int32)}, r"seq_idx has shape \(2, 36\)"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.selective_scan_fn(**inputs() | change)

@@ -23,10 +23,19 @@ def inputs(seed=0, b=2, l=37, h=4, p=5, g=2, n=6, optional=ALL, D_per_channel=Fa
     def normal(*shape):
         return torch.randn(shape, generator=rng)
 
-    call = {"x": normal(b, l, h, p), "dt": normal(b, l, h) - 1, "A": -5 * torch.rand(h, generator=rng),
-            "B": normal(b, l, g, n), "C": normal(b, l, g, n)}
-    extra = {"D": normal(h, p) if D_per_channel else normal(h), "z": normal(b, l, h, p), "dt_bias": normal(h),
-             "initial_states": normal(b, h, p, n)}
+    call = {
+        "x": normal(b, l, h, p),
+        "dt": normal(b, l, h) - 1,
+        "A": -5 * torch.rand(h, generator=rng),
+        "B": normal(b, l, g, n),
+        "C": normal(b, l, g, n),
+    }
+    extra = {
+        "D": normal(h, p) if D_per_channel else normal(h),
+        "z": normal(b, l, h, p),
+        "dt_bias": normal(h),
+        "initial_states": normal(b, h, p, n),
+    }
     call |= {name: extra[name] for name in optional.split()}
     call = {name: t.to(dtype if name in "x dt B C z" else torch.float32).requires_grad_() for name, t in call.items()}
     seq_idx = (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None
@@ -35,8 +44,12 @@ def inputs(seed=0, b=2, l=37, h=4, p=5, g=2, n=6, optional=ALL, D_per_channel=Fa
 
 def run(backend, call, dtype=None):
     """[y, last state] and the gradients of a fixed loss over both."""
-    call = {k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend(backend):
         results = ops.mamba_chunk_scan_combined(**call, return_final_states=True)
@@ -58,18 +71,32 @@ def assert_close(call, backend, out=OUT, grad=GRAD):
 def test_against_reference(backend, data):
     draw = data.draw
     g = draw(st.sampled_from([1, 1, 2, 3]))
-    assert_close(inputs(
-        seed=draw(st.integers(0, 999)), b=draw(st.sampled_from([1, 2, 3])), h=g * draw(st.sampled_from([1, 2, 5])), g=g,
-        l=draw(st.sampled_from([1, 2, 63, 64, 65, 130])), p=draw(st.sampled_from([1, 3, 16, 17, 64, 70])),
-        n=draw(st.sampled_from([1, 4, 7, 16, 33])), D_per_channel=draw(st.booleans()), packed=draw(st.booleans()),
-        optional=" ".join(k for k in ALL.split() if draw(st.booleans()))) | {
+    assert_close(
+        inputs(
+            seed=draw(st.integers(0, 999)),
+            b=draw(st.sampled_from([1, 2, 3])),
+            h=g * draw(st.sampled_from([1, 2, 5])),
+            g=g,
+            l=draw(st.sampled_from([1, 2, 63, 64, 65, 130])),
+            p=draw(st.sampled_from([1, 3, 16, 17, 64, 70])),
+            n=draw(st.sampled_from([1, 4, 7, 16, 33])),
+            D_per_channel=draw(st.booleans()),
+            packed=draw(st.booleans()),
+            optional=" ".join(k for k in ALL.split() if draw(st.booleans())),
+        )
+        | {
             "dt_limit": draw(st.sampled_from([(0.0, float("inf")), (0.1, 1.2)])),
-            "chunk_size": draw(st.sampled_from([1, 5, 64, 256]))}, backend)
+            "chunk_size": draw(st.sampled_from([1, 5, 64, 256])),
+        },
+        backend,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [{"l": 5000, "h": 1, "g": 1, "p": 4, "n": 8, "b": 1, "optional": ""},
-                                   {"n": 256, "p": 128, "b": 1, "l": 70}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"l": 5000, "h": 1, "g": 1, "p": 4, "n": 8, "b": 1, "optional": ""}, {"n": 256, "p": 128, "b": 1, "l": 70}],
+)
 def test_extreme_sizes(backend, sizes):
     assert_close(inputs(**sizes), backend)
 
@@ -105,8 +132,12 @@ def test_sliced_and_broadcast_inputs(backend):
     call = inputs(b=1, l=20, h=4, p=3, g=2, n=5, optional="")
     projection = torch.randn(1, 20, 4 * 3 + 2 * 2 * 5)
     x, B, C = projection.split([12, 10, 10], dim=-1)
-    call |= {"x": x.unflatten(-1, (4, 3)), "B": B.unflatten(-1, (2, 5)), "C": C.unflatten(-1, (2, 5)),
-             "dt": torch.randn(1, 20, 1).expand(1, 20, 4)}
+    call |= {
+        "x": x.unflatten(-1, (4, 3)),
+        "B": B.unflatten(-1, (2, 5)),
+        "C": C.unflatten(-1, (2, 5)),
+        "dt": torch.randn(1, 20, 1).expand(1, 20, 4),
+    }
     assert_close(call, backend)
     call["x"] = torch.randn(1, 3, 20, 4).permute(0, 2, 3, 1)
     assert_close(call, backend)
@@ -126,8 +157,10 @@ def test_half_precision_rounds_once(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(backend):
-    call = {k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-            for k, v in inputs(b=1, l=7, h=2, p=2, g=1, n=3, packed=True).items()}
+    call = {
+        k: v.detach().double().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs(b=1, l=7, h=2, p=2, g=1, n=3, packed=True).items()
+    }
     names = [k for k, v in call.items() if torch.is_tensor(v) and v.requires_grad]
 
     def function(*values):
@@ -205,8 +238,15 @@ def test_poisoned_memory_is_written_over(monkeypatch):
 def test_torch_sees_a_proper_operator(backend):
     call = inputs(b=1, l=20, h=2, p=4, g=1, n=4)
     if backend == "native":
-        args = [call["x"], call["dt"], call["dt"].detach().clone().requires_grad_(), call["B"], call["C"],
-                torch.randn(2, 4, requires_grad=True), call["initial_states"]]
+        args = [
+            call["x"],
+            call["dt"],
+            call["dt"].detach().clone().requires_grad_(),
+            call["B"],
+            call["C"],
+            torch.randn(2, 4, requires_grad=True),
+            call["initial_states"],
+        ]
         torch.library.opcheck(torch.ops.ssmzoo.ssd.default, (*args, None, True, backend))
 
     def function(x):
@@ -233,18 +273,24 @@ def test_torch_sees_a_proper_operator(backend):
                 grad.sum().backward()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"x": torch.zeros(2, 37, 20)}, r"x has shape \(2, 37, 20\), expected \(b, l, h, p\)"),
-    ({"dt": torch.zeros(2, 37, 3)}, r"dt has shape \(2, 37, 3\), expected \(b=2, l=37, h=4\)"),
-    ({"B": torch.zeros(2, 37, 3, 6), "C": torch.zeros(2, 37, 3, 6)}, "B has 3 groups, which do not divide the 4 heads"),
-    ({"C": torch.zeros(2, 37, 2, 7)}, r"C has shape \(2, 37, 2, 7\), expected \(b=2, l=37, g=2, n=6\)"),
-    ({"D": torch.zeros(4, 6)}, r"D has shape \(4, 6\), expected \(h=4, p=5\)"),
-    ({"dt_limit": (2, 1)}, r"dt_limit = \(2, 1\), expected \(lowest, highest\)"),
-    ({"chunk_size": 0}, "chunk_size = 0, expected at least 1"),
-    ({"z": torch.zeros(2, 37, 4, 5, dtype=torch.long)}, "z has dtype torch.int64"),
-    ({"initial_states": torch.zeros(2, 4, 5, 7)}, "initial_states has shape"),
-    ({"seq_idx": torch.zeros(2, 37)}, "seq_idx has dtype torch.float32"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 37, 20)}, r"x has shape \(2, 37, 20\), expected \(b, l, h, p\)"),
+        ({"dt": torch.zeros(2, 37, 3)}, r"dt has shape \(2, 37, 3\), expected \(b=2, l=37, h=4\)"),
+        (
+            {"B": torch.zeros(2, 37, 3, 6), "C": torch.zeros(2, 37, 3, 6)},
+            "B has 3 groups, which do not divide the 4 heads",
+        ),
+        ({"C": torch.zeros(2, 37, 2, 7)}, r"C has shape \(2, 37, 2, 7\), expected \(b=2, l=37, g=2, n=6\)"),
+        ({"D": torch.zeros(4, 6)}, r"D has shape \(4, 6\), expected \(h=4, p=5\)"),
+        ({"dt_limit": (2, 1)}, r"dt_limit = \(2, 1\), expected \(lowest, highest\)"),
+        ({"chunk_size": 0}, "chunk_size = 0, expected at least 1"),
+        ({"z": torch.zeros(2, 37, 4, 5, dtype=torch.long)}, "z has dtype torch.int64"),
+        ({"initial_states": torch.zeros(2, 4, 5, 7)}, "initial_states has shape"),
+        ({"seq_idx": torch.zeros(2, 37)}, "seq_idx has dtype torch.float32"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.mamba_chunk_scan_combined(**inputs() | change)

@@ -9,8 +9,16 @@ from ssmzoo.ops.native import MISSING
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = ["torch", pytest.param("native", marks=native)]
-SIZES = [(2, 6, 13, 8), (1, 3, 1, 1), (2, 2, 1, 7), (1, 2, 40, 3), (2, 4, 7, 7), (1, 1, 5, 33), (1, 2, 70, 56),
-         (1, 1, 3, 130)]
+SIZES = [
+    (2, 6, 13, 8),
+    (1, 3, 1, 1),
+    (2, 2, 1, 7),
+    (1, 2, 40, 3),
+    (2, 4, 7, 7),
+    (1, 1, 5, 33),
+    (1, 2, 70, 56),
+    (1, 1, 3, 130),
+]
 
 
 def inputs(b, d, h, w):
@@ -90,14 +98,19 @@ def test_torch_sees_a_proper_operator():
             grad.sum().backward()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"x": torch.zeros(2, 3, 4)}, r"x has shape \(2, 3, 4\), expected \(b, d, h, w\)"),
-    ({"kernels": [torch.zeros(3, 1, 3, 3)] * 2}, "kernels has 2 entries, expected 3"),
-    ({"kernels": [torch.zeros(3, 1, 3, 3), torch.zeros(4, 1, 3, 3), torch.zeros(3, 1, 3, 3)]},
-     r"the kernel of dilation 3 has shape \(4, 1, 3, 3\), expected \(3, 1, 3, 3\)"),
-    ({"alpha": torch.zeros(2)}, r"alpha has shape \(2,\), expected \(3,\)"),
-    ({"x": torch.zeros(2, 3, 0, 4)}, "an empty map has no border"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 3, 4)}, r"x has shape \(2, 3, 4\), expected \(b, d, h, w\)"),
+        ({"kernels": [torch.zeros(3, 1, 3, 3)] * 2}, "kernels has 2 entries, expected 3"),
+        (
+            {"kernels": [torch.zeros(3, 1, 3, 3), torch.zeros(4, 1, 3, 3), torch.zeros(3, 1, 3, 3)]},
+            r"the kernel of dilation 3 has shape \(4, 1, 3, 3\), expected \(3, 1, 3, 3\)",
+        ),
+        ({"alpha": torch.zeros(2)}, r"alpha has shape \(2,\), expected \(3,\)"),
+        ({"x": torch.zeros(2, 3, 0, 4)}, "an empty map has no border"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     call = {"x": torch.zeros(2, 3, 4, 5), "kernels": [torch.zeros(3, 1, 3, 3)] * 3, "alpha": torch.ones(3)}
     with pytest.raises(ValueError, match=message):

@@ -18,16 +18,23 @@ from ssmzoo.ops.triton import INTERPRETED, MISSING
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-GOLDEN = sorted(path for family in ("selective_scan", "causal_conv1d", "ssd")
-                for path in (Path(__file__).parent / "golden" / family).glob("*.json") if path.stem != "update")
+GOLDEN = sorted(
+    path
+    for family in ("selective_scan", "causal_conv1d", "ssd")
+    for path in (Path(__file__).parent / "golden" / family).glob("*.json")
+    if path.stem != "update"
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_all_of_this_file_through_the_interpreter():
     pytest.importorskip("triton")
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-                            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
@@ -36,16 +43,23 @@ def small_tiles(monkeypatch):
     """Several tiles and chunks at sizes that an interpreter can do."""
     from ssmzoo.ops.triton import causal_conv1d, selective_scan, ssd
 
-    for module, sizes in ((selective_scan, dict(CHANNELS=2, STEPS=4)), (causal_conv1d, dict(TILE=32, SHORT=4)),
-                          (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256))):
+    for module, sizes in (
+        (selective_scan, dict(CHANNELS=2, STEPS=4)),
+        (causal_conv1d, dict(TILE=32, SHORT=4)),
+        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256)),
+    ):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
 
 
 def run(backend, function, call, dtype=None):
     """Outputs and the gradients of a fixed loss over all of them."""
-    call = {k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-            if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
     leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
     with ops.backend(backend):
         results = function(**call)
@@ -84,13 +98,18 @@ def scan_call(b=1, e=3, l=6, n=2, g=1, B="", C="", options="", channels_last=Fal
 
 
 @interpreted
-@pytest.mark.parametrize("case", [
-    dict(),
-    dict(b=2, e=6, l=9, g=2, options="D z delta_bias initial_state", packs=True),
-    dict(e=3, l=5, channels_last=True, options="D z initial_state"),
-    dict(e=3, l=5, B="constant", options="delta_bias", packs=True),
-    dict(e=2, l=5, n=3, B="constant", C="constant", options="z initial_state"),
-    dict(e=1, l=1, n=1, options="initial_state")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(b=2, e=6, l=9, g=2, options="D z delta_bias initial_state", packs=True),
+        dict(e=3, l=5, channels_last=True, options="D z initial_state"),
+        dict(e=3, l=5, B="constant", options="delta_bias", packs=True),
+        dict(e=2, l=5, n=3, B="constant", C="constant", options="z initial_state"),
+        dict(e=1, l=1, n=1, options="initial_state"),
+    ],
+    ids=str,
+)
 def test_scan_against_reference(case):
     assert_close(ops.selective_scan_fn, scan_call(**case))
 
@@ -145,32 +164,57 @@ def test_runs_repeat_bit_by_bit_and_sequences_may_be_split():
 
 
 @interpreted
-@pytest.mark.parametrize("b, c, l, k, channels_last, packs, first, bias, activation", [
-    (2, 5, 9, 4, False, False, True, True, "silu"),
-    (2, 5, 9, 3, True, True, True, True, "silu"),
-    (1, 2, 2, 5, False, True, True, False, None),  # shorter than the taps
-    (1, 3, 4, 1, True, False, False, True, "swish")])
+@pytest.mark.parametrize(
+    "b, c, l, k, channels_last, packs, first, bias, activation",
+    [
+        (2, 5, 9, 4, False, False, True, True, "silu"),
+        (2, 5, 9, 3, True, True, True, True, "silu"),
+        (1, 2, 2, 5, False, True, True, False, None),  # shorter than the taps
+        (1, 3, 4, 1, True, False, False, True, "swish"),
+    ],
+)
 def test_convolution_against_reference(b, c, l, k, channels_last, packs, first, bias, activation):
     x = torch.randn(b, l, c).transpose(1, 2) if channels_last else torch.randn(b, c, l)
-    assert_close(ops.causal_conv1d_fn, dict(
-        x=x, weight=torch.randn(c, k), bias=torch.randn(c) if bias else None, seq_idx=packed(b, l) if packs else None,
-        initial_states=torch.randn(b, c, k - 1) if first else None, return_final_states=True, activation=activation))
+    assert_close(
+        ops.causal_conv1d_fn,
+        dict(
+            x=x,
+            weight=torch.randn(c, k),
+            bias=torch.randn(c) if bias else None,
+            seq_idx=packed(b, l) if packs else None,
+            initial_states=torch.randn(b, c, k - 1) if first else None,
+            return_final_states=True,
+            activation=activation,
+        ),
+    )
 
 
 @interpreted
-@pytest.mark.parametrize("b, l, h, p, g, n, options, packs, scale", [
-    (1, 5, 1, 3, 1, 2, "", False, 1),
-    (1, 37, 4, 20, 2, 5, "D z dt_bias initial_states", True, 1),
-    (1, 20, 2, 16, 1, 17, "initial_states", False, 1),
-    (1, 33, 1, 8, 1, 4, "D", True, 1e4)])
+@pytest.mark.parametrize(
+    "b, l, h, p, g, n, options, packs, scale",
+    [
+        (1, 5, 1, 3, 1, 2, "", False, 1),
+        (1, 37, 4, 20, 2, 5, "D z dt_bias initial_states", True, 1),
+        (1, 20, 2, 16, 1, 17, "initial_states", False, 1),
+        (1, 33, 1, 8, 1, 4, "D", True, 1e4),
+    ],
+)
 def test_ssd_against_reference(b, l, h, p, g, n, options, packs, scale):
-    call = dict(x=torch.randn(b, l, h, p), dt=torch.randn(b, l, h), A=-scale * torch.rand(h),
-                B=torch.randn(b, l, g, n), C=torch.randn(b, l, g, n))
-    extra = dict(D=torch.randn(h, p), z=torch.randn(b, l, h, p), dt_bias=torch.randn(h),
-                 initial_states=torch.randn(b, h, p, n))
+    call = dict(
+        x=torch.randn(b, l, h, p),
+        dt=torch.randn(b, l, h),
+        A=-scale * torch.rand(h),
+        B=torch.randn(b, l, g, n),
+        C=torch.randn(b, l, g, n),
+    )
+    extra = dict(
+        D=torch.randn(h, p), z=torch.randn(b, l, h, p), dt_bias=torch.randn(h), initial_states=torch.randn(b, h, p, n)
+    )
     call |= {name: extra[name] for name in options.split()}
-    assert_close(ops.mamba_chunk_scan_combined, call | dict(
-        seq_idx=packed(b, l) if packs else None, dt_softplus=True, return_final_states=True))
+    assert_close(
+        ops.mamba_chunk_scan_combined,
+        call | dict(seq_idx=packed(b, l) if packs else None, dt_softplus=True, return_final_states=True),
+    )
 
 
 @interpreted
@@ -185,14 +229,15 @@ def test_golden_cases(path):
 def test_compiles_in_one_graph_and_refuses_what_it_cannot():
     call = scan_call(e=2, l=4)
     with ops.backend("triton"):
-        compiled = torch.compile(lambda u: ops.selective_scan_fn(**call | dict(u=u))[0], fullgraph=True,
-                                 backend="aot_eager")
+        compiled = torch.compile(
+            lambda u: ops.selective_scan_fn(**call | dict(u=u))[0], fullgraph=True, backend="aot_eager"
+        )
         u = call["u"].requires_grad_()
         torch.testing.assert_close(compiled(u), ops.selective_scan_fn(**call)[0])
         compiled(u).sum().backward()
         with pytest.raises(ops.BackendError, match="got float64"):
             ops.causal_conv1d_fn(u.double(), torch.ones(2, 3))
         x = torch.randn(1, 2, 4, requires_grad=True)
-        gradient, = torch.autograd.grad(ops.causal_conv1d_fn(x, torch.ones(2, 3)).sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(ops.causal_conv1d_fn(x, torch.ones(2, 3)).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="no double backward"):
             gradient.sum().backward()

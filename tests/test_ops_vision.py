@@ -13,9 +13,16 @@ def _seed():
 
 
 def scan_arguments(b, h, w, e, r, dtype=torch.float32):
-    return (torch.randn(b, h, w, e, dtype=dtype), torch.randn(b, h, w, r + 2, dtype=dtype), 0.3 * torch.randn(e, r),
-            torch.randn(e) - 2, -torch.rand(e, 1) - 0.1, torch.randn(e),
-            tuple(torch.randn(e, 1, 3, 3) for _ in range(3)), torch.randn(3))
+    return (
+        torch.randn(b, h, w, e, dtype=dtype),
+        torch.randn(b, h, w, r + 2, dtype=dtype),
+        0.3 * torch.randn(e, r),
+        torch.randn(e) - 2,
+        -torch.rand(e, 1) - 0.1,
+        torch.randn(e),
+        tuple(torch.randn(e, 1, 3, 3) for _ in range(3)),
+        torch.randn(3),
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4)])
@@ -33,15 +40,19 @@ def test_spatial_scan(sizes):
         torch.testing.assert_close(ops.spatial_scan(*arguments), expected, rtol=1e-4, atol=1e-5)
     half = scan_arguments(*sizes, dtype=torch.bfloat16)
     with torch.no_grad():
-        torch.testing.assert_close(ops.spatial_scan(*half).float(), ops.spatial_scan.reference(*half).float(),
-                                   rtol=0.03, atol=0.1)
+        torch.testing.assert_close(
+            ops.spatial_scan(*half).float(), ops.spatial_scan.reference(*half).float(), rtol=0.03, atol=0.1
+        )
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4),
-                                   (1, 1, 9, 40, 3), (2, 9, 8, 18, 9)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 5, 1), (2, 3, 7, 20, 3), (1, 12, 4, 33, 2), (2, 13, 2, 16, 4), (1, 1, 9, 40, 3), (2, 9, 8, 18, 9)],
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_of_spatial_scan(sizes, threads):
     """Of all ten arguments, beside the operators that are joined, in double precision."""
+
     def gradients(dtype):
         given = [t.detach().to(dtype).requires_grad_() for t in (*arguments[:6], *arguments[6], arguments[7])]
         y = ops.spatial_scan(*given[:6], given[6:9], given[9])
@@ -62,7 +73,7 @@ def test_spatial_scan_traced_twice_derived_unfused_or_misused():
     arguments[0].requires_grad_()
     y = torch.compile(lambda u: ops.spatial_scan(u, *arguments[1:]), fullgraph=True, backend="aot_eager")(arguments[0])
     torch.testing.assert_close(y, ops.spatial_scan.reference(*arguments), rtol=1e-4, atol=1e-4)
-    grad, = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0], create_graph=True)
+    (grad,) = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0], create_graph=True)
     if ops.chosen_backend(ops.spatial_scan, *arguments) == "native":
         with pytest.raises(RuntimeError, match="spatial_scan has no double backward"):
             grad.sum().backward()
@@ -93,7 +104,7 @@ def test_linear_act(act, bias):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     twice, wanted = (torch.autograd.grad(g[1].square().sum(), x)[0] for g in (found, expected))
     torch.testing.assert_close(twice, wanted, rtol=1e-3, atol=1e-3)
-    expanded, = torch.autograd.grad(ops.linear_act(x, weight, b).sum(), x)
+    (expanded,) = torch.autograd.grad(ops.linear_act(x, weight, b).sum(), x)
     torch.testing.assert_close(expanded, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad(), torch.autocast("cpu"):
         assert ops.linear_act(x, weight, b, act).dtype == torch.bfloat16
@@ -113,9 +124,11 @@ def test_gradients_of_linear_act(act, rows, d, e):
         for one, other in zip(found, expected):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
     torch.set_num_threads(1)
-    weight_only, = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
+    (weight_only,) = torch.autograd.grad(
+        ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float()
+    )
     with ops.backend("torch"):
-        again, = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
+        (again,) = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
     torch.testing.assert_close(weight_only, again, rtol=1e-4, atol=1e-4)
 
 

@@ -30,11 +30,25 @@ MODELS = {  # name, and what sets it apart: (arguments, input)
     "moe_mamba": (dict(vocab_size=20, d_model=16, n_blocks=2, n_experts=2), "ids"),
     "moe_mamba_inner": (dict(vocab_size=20, d_model=16, n_blocks=2, n_experts=2), "ids"),
     "mamba2": (dict(vocab_size=20, d_model=16, n_layer=2, ssm_cfg={"headdim": 8, "d_state": 8}), "ids"),
-    "mamba2, initial states": (dict(vocab_size=20, d_model=16, n_layer=2, ssm_cfg={
-        "headdim": 8, "d_state": 8, "ngroups": 2, "rmsnorm": False, "learnable_init_states": True}), "ids"),
+    "mamba2, initial states": (
+        dict(
+            vocab_size=20,
+            d_model=16,
+            n_layer=2,
+            ssm_cfg={"headdim": 8, "d_state": 8, "ngroups": 2, "rmsnorm": False, "learnable_init_states": True},
+        ),
+        "ids",
+    ),
     "mamba3": (dict(vocab_size=20, d_model=16, n_layer=2, ssm_cfg={"headdim": 8, "d_state": 8}), "ids"),
-    "mamba3, mimo": (dict(vocab_size=20, d_model=16, n_layer=2, ssm_cfg={
-        "headdim": 8, "d_state": 8, "is_mimo": True, "mimo_rank": 3, "is_outproj_norm": True}), "ids"),
+    "mamba3, mimo": (
+        dict(
+            vocab_size=20,
+            d_model=16,
+            n_layer=2,
+            ssm_cfg={"headdim": 8, "d_state": 8, "is_mimo": True, "mimo_rank": 3, "is_outproj_norm": True},
+        ),
+        "ids",
+    ),
     "vim": (dict(IMAGE, img_size=16), "image"),
     "shuffle_mamba": (dict(IMAGE, img_size=16), "image"),
     "adventurer": (dict(IMAGE, img_size=16), "image"),
@@ -128,8 +142,12 @@ def test_memory_is_bounded_by_what_was_asked_for():
     model.backbone.layers[-1].norm.register_forward_pre_hook(lambda m, x: inside.append(alive() - base))
     model(ids)
     one = 4 * 1000 * (5 + 2 * 16)  # u, delta, z, y and the convolution's input of a channel, B and C of its group
-    for options, kept in ((dict(layers=[0], channels=[1]), 2 * one), (dict(layers=[0], channels=[1], rows=1), one),
-                          (dict(channels=[1], positions=[7, 8]), 4 * 2 * 500), (dict(layers=[]), 0)):
+    for options, kept in (
+        (dict(layers=[0], channels=[1]), 2 * one),
+        (dict(layers=[0], channels=[1], rows=1), one),
+        (dict(channels=[1], positions=[7, 8]), 4 * 2 * 500),
+        (dict(layers=[]), 0),
+    ):
         with tap(model, **options) as scans:
             model(ids)
         more = inside[-1] - inside[0]  # while the last layer begins; one layer's convolution alone takes 512,000
@@ -144,7 +162,7 @@ def test_directions_are_brought_back_to_their_tokens():
     model, x = build("vim")
     with tap(model, layers=[1], rows=1) as scans:
         model(x)
-    scan, = scans
+    (scan,) = scans
     e = scan.total // 2
     matrices = attention(scan.take([0, e]))[0]
     assert torch.equal(matrices[0], matrices[0].tril()) and torch.equal(matrices[1], matrices[1].triu())
@@ -204,7 +222,7 @@ def test_tap_keeps_what_was_asked_for_and_no_more():
     model, x = build("mamba")
     with tap(model, layers=["backbone.layers.1.mixer"], channels=[3, 5], rows=1) as scans, torch.no_grad():
         model(x)
-    scan, = scans
+    (scan,) = scans
     assert scan.u.shape == (1, 2, 12) and scan.channels.tolist() == [3, 5] and not scan.u.requires_grad
     assert scan.decay().shape == (1, 2, 12, 16) and scans["backbone.layers.1.mixer"] is scan
     with tap(model, keep_graph=True) as scans:
@@ -214,12 +232,15 @@ def test_tap_keeps_what_was_asked_for_and_no_more():
         scans["nowhere"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(max_bytes=1000), "max_bytes = 1,000: choose layers="),
-    (dict(channels=[99]), "has 32 channels, numbered from 0"),
-    (dict(layers=[7]), r"layers \[7\] do not exist: the pass ran 2 scans"),
-    (dict(positions=[0, 12]), r"positions \[0, 12\]: the scan in .* has 12 steps"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(max_bytes=1000), "max_bytes = 1,000: choose layers="),
+        (dict(channels=[99]), "has 32 channels, numbered from 0"),
+        (dict(layers=[7]), r"layers \[7\] do not exist: the pass ran 2 scans"),
+        (dict(positions=[0, 12]), r"positions \[0, 12\]: the scan in .* has 12 steps"),
+    ],
+)
 def test_what_cannot_be_tapped_is_said(arguments, message):
     model, x = build("mamba")
     with pytest.raises(ValueError, match=message), tap(model, **arguments), torch.no_grad():
@@ -256,7 +277,7 @@ def test_dense_transitions_of_sd_ssm():
     ids = torch.randint(0, 4, (2, 7))
     with tap(model) as scans:
         model(ids)
-    scan, = scans
+    (scan,) = scans
     assert isinstance(scan, DenseScan) and not isinstance(scan, Scan)
     h = torch.zeros(2, 6)
     for t in range(7):
@@ -271,7 +292,7 @@ def test_turning_transitions_of_the_complex_diagonal_ssm():
     ids = torch.randint(0, 4, (2, 7))
     with tap(model) as scans:
         model(ids)
-    scan, = scans
+    (scan,) = scans
     h = scan.initial_state
     for t in range(7):
         h = (scan.transitions[:, t] @ h[..., None])[..., 0] + scan.inputs[:, t]
@@ -283,14 +304,14 @@ def test_sorted_tokens_are_brought_back():
     model, x = build("mamba_reorder")
     with tap(model, layers=[0], rows=1) as scans:
         model(x)
-    scan, = scans
+    (scan,) = scans
     tokens = torch.linalg.lstsq(scan.mixture[0].double(), scan.u[0, 0].double()[:, None]).solution[:, 0]
     y = attention(scan)[0, 0].double() @ tokens  # of the tokens as they were in front of the sorting
     torch.testing.assert_close(y, attention(scan, False)[0, 0].double() @ scan.u[0, 0].double(), atol=1e-4, rtol=1e-3)
     model, x = build("mambair_v2")
     with tap(model, layers=[0], rows=1) as scans:
         model(x)
-    scan, = scans
+    (scan,) = scans
     back = scan.places(0)[0].argsort()
     torch.testing.assert_close(attention(scan)[0, 0], attention(scan, False)[0, 0][back][:, back])
 

@@ -10,16 +10,31 @@ from ssmzoo.probes.subject import Finding, Subject, probes
 
 CHECKPOINTS = Path(__file__).parent.parent / "notebooks" / "checkpoints"
 APPLY = {  # probe: kinds of shipped checkpoints it is for
-    "dsf": ("image", "language", "sd_ssm_D4"), "generalization_bound": ("image", "language"),
-    "hidden_attention": ("image", "language", "sd_ssm_D4"), "memory": ("image", "language", "sd_ssm_D4"),
-    "polynomial": ("image", "language", "sd_ssm_D4"), "recall": ("language",), "receptive_field": ("image",),
-    "relevance": ("image", "language", "sd_ssm_D4"), "token_dynamics": ("image", "language"),
+    "dsf": ("image", "language", "sd_ssm_D4"),
+    "generalization_bound": ("image", "language"),
+    "hidden_attention": ("image", "language", "sd_ssm_D4"),
+    "memory": ("image", "language", "sd_ssm_D4"),
+    "polynomial": ("image", "language", "sd_ssm_D4"),
+    "recall": ("language",),
+    "receptive_field": ("image",),
+    "relevance": ("image", "language", "sd_ssm_D4"),
+    "token_dynamics": ("image", "language"),
 }
-FAST = {("dsf", "sd_ssm_D4"), ("generalization_bound", "language"), ("hidden_attention", "language"),
-        ("memory", "sd_ssm_D4"), ("polynomial", "sd_ssm_D4"), ("receptive_field", "image"), ("relevance", "image"),
-        ("token_dynamics", "language")}
-CASES = [pytest.param(name, kind, marks=() if (name, kind) in FAST else pytest.mark.slow)
-         for name, kinds in APPLY.items() for kind in kinds]
+FAST = {
+    ("dsf", "sd_ssm_D4"),
+    ("generalization_bound", "language"),
+    ("hidden_attention", "language"),
+    ("memory", "sd_ssm_D4"),
+    ("polynomial", "sd_ssm_D4"),
+    ("receptive_field", "image"),
+    ("relevance", "image"),
+    ("token_dynamics", "language"),
+}
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in FAST else pytest.mark.slow)
+    for name, kinds in APPLY.items()
+    for kind in kinds
+]
 
 
 def run(*words):
@@ -44,13 +59,19 @@ def test_probe_writes_what_it_found(name, kind, tmp_path, capsys):
     assert all(f"({file.name})" in text for file in pictures)
 
 
-@pytest.mark.parametrize("name, kind, message", [
-    ("recall", "image", "applies to language models"), ("recall", "sd_ssm_D4", "applies to language models"),
-    ("generalization_bound", "sd_ssm_D4", "probes dsf, hidden_attention, memory and relevance apply"),
-    ("receptive_field", "sd_ssm_D4", "needs an image model"), ("receptive_field", "language", "needs an image model"),
-    ("token_dynamics", "sd_ssm_D4", "no residual stream"), ("expressivity", "image", "not with data=formal"),
-    ("expressivity", "language", "not with data=formal"),
-])
+@pytest.mark.parametrize(
+    "name, kind, message",
+    [
+        ("recall", "image", "applies to language models"),
+        ("recall", "sd_ssm_D4", "applies to language models"),
+        ("generalization_bound", "sd_ssm_D4", "probes dsf, hidden_attention, memory and relevance apply"),
+        ("receptive_field", "sd_ssm_D4", "needs an image model"),
+        ("receptive_field", "language", "needs an image model"),
+        ("token_dynamics", "sd_ssm_D4", "no residual stream"),
+        ("expressivity", "image", "not with data=formal"),
+        ("expressivity", "language", "not with data=formal"),
+    ],
+)
 def test_probes_say_which_models_they_are_for(name, kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(name, CHECKPOINTS / kind, "--out", tmp_path)
@@ -94,8 +115,22 @@ def test_and_those_apply(name, transformer, tmp_path, capsys):
 def test_rows_of_a_long_prompt_fit_where_its_matrices_do_not(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("x = 1\n" * 60)
-    words = ["hidden_attention", CHECKPOINTS / "language", "--input", f"@{text}", "--length", 400, "--layers", "0",
-             "--channels", "3", "--max-bytes", "1500000", "--out", tmp_path / "out"]
+    words = [
+        "hidden_attention",
+        CHECKPOINTS / "language",
+        "--input",
+        f"@{text}",
+        "--length",
+        400,
+        "--layers",
+        "0",
+        "--channels",
+        "3",
+        "--max-bytes",
+        "1500000",
+        "--out",
+        tmp_path / "out",
+    ]
     with pytest.raises(ValueError, match="more than max_bytes = 1,500,000.*attention_rows"):
         run(*words)
     run(*words, "--positions", "100,359")
@@ -124,16 +159,19 @@ def test_masks_are_read_and_scored(tmp_path):
         run("relevance", CHECKPOINTS / "language", "--masks", "otsu")
 
 
-@pytest.mark.parametrize("words, message", [
-    (["hidden_attention", "nowhere"], "no checkpoint"),
-    (["hidden_attention", CHECKPOINTS / "image", "--layers", "9"], r"layers \[9\] do not exist"),
-    (["hidden_attention", CHECKPOINTS / "image", "--channels", "999"], "channels"),
-    (["hidden_attention", CHECKPOINTS / "image", "--max-bytes", "5000"], "max_bytes = 5,000"),
-    (["relevance", CHECKPOINTS / "image", "--target", "99"], "target 99"),
-    (["relevance", CHECKPOINTS / "image", "--input", "nothing.png"], "no such picture"),
-    (["hidden_attention", CHECKPOINTS / "language", "--input", "x" * 200], "200 tokens, more than --length 128 "),
-    (["hidden_attention", CHECKPOINTS / "language", "--input", "x"], "give at least 2"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["hidden_attention", "nowhere"], "no checkpoint"),
+        (["hidden_attention", CHECKPOINTS / "image", "--layers", "9"], r"layers \[9\] do not exist"),
+        (["hidden_attention", CHECKPOINTS / "image", "--channels", "999"], "channels"),
+        (["hidden_attention", CHECKPOINTS / "image", "--max-bytes", "5000"], "max_bytes = 5,000"),
+        (["relevance", CHECKPOINTS / "image", "--target", "99"], "target 99"),
+        (["relevance", CHECKPOINTS / "image", "--input", "nothing.png"], "no such picture"),
+        (["hidden_attention", CHECKPOINTS / "language", "--input", "x" * 200], "200 tokens, more than --length 128 "),
+        (["hidden_attention", CHECKPOINTS / "language", "--input", "x"], "give at least 2"),
+    ],
+)
 def test_bad_input(words, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         run(*words, "--out", tmp_path)

@@ -20,9 +20,23 @@ from ssmzoo.probes.faithfulness import average_precision, deletion, perturbation
 from ssmzoo.probes.mamba_lrp import ALL, relevance, rules
 from tests.test_probes_attention import MODELS, build
 
-EXPLAINED = ("mamba", "mamba_scenario", "mamba2", "mamba2, initial states", "mamba3", "mamba3, mimo", "moe_mamba",
-             "moe_mamba_inner", "vim", "shuffle_mamba", "vmamba", "res_vmamba", "adventurer", "spatial_mamba",
-             "mamba_reorder")
+EXPLAINED = (
+    "mamba",
+    "mamba_scenario",
+    "mamba2",
+    "mamba2, initial states",
+    "mamba3",
+    "mamba3, mimo",
+    "moe_mamba",
+    "moe_mamba_inner",
+    "vim",
+    "shuffle_mamba",
+    "vmamba",
+    "res_vmamba",
+    "adventurer",
+    "spatial_mamba",
+    "mamba_reorder",
+)
 
 
 def noisy(name):
@@ -100,8 +114,10 @@ def test_relevance_of_trained_models_beats_gradient_x_input(kind):
     entry = enter(model, x)
     with torch.no_grad():
         answer = entry.logits(entry.values).argmax(1)
-    found = {m: deletion(entry, explain(entry, answer, m, steps=8), answer).delta for m in
-             ("lrp", "gradient_x_input", "integrated_gradients")}
+    found = {
+        m: deletion(entry, explain(entry, answer, m, steps=8), answer).delta
+        for m in ("lrp", "gradient_x_input", "integrated_gradients")
+    }
     assert found["lrp"] > max(found["gradient_x_input"], found["integrated_gradients"]), found
 
 
@@ -113,8 +129,9 @@ def test_attention_maps_have_a_place_for_every_token(name):
     for method in ATTENTION_METHODS:
         assert attention_scores(entry, layers, method).shape == entry.values.shape[:2]
     released = class_row_scores(entry, layers)
-    assert set(released) == ({"raw_cls_row", "rollout_cls_row", "attribution_cls_row"} if name == "shuffle_mamba"
-                             else set())
+    assert set(released) == (
+        {"raw_cls_row", "rollout_cls_row", "attribution_cls_row"} if name == "shuffle_mamba" else set()
+    )
     assert all(s.shape == (2, entry.values.shape[1] - 1) for s in released.values())
 
 

@@ -56,11 +56,14 @@ def test_one_dimensional_tokens_diverge_fast_or_slowly():
 def test_mu_of_a_channel_is_the_diagonal_and_mamba2_has_a_criterion():
     torch.manual_seed(0)
     model = ssmzoo.create_model("mamba", vocab_size=16, d_model=16, n_layer=1)
-    found, = criterion(model)
+    (found,) = criterion(model)
     S_B, S_C = model.backbone.layers[0].mixer.x_proj.weight.detach().double()[-32:].split(16)
     torch.testing.assert_close(found.channels, (S_C.T @ S_B).diagonal())
-    found = criterion(ssmzoo.create_model("mamba2", vocab_size=16, d_model=16, n_layer=2, ssm_cfg={
-        "headdim": 8, "d_state": 8, "ngroups": 2}))
+    found = criterion(
+        ssmzoo.create_model(
+            "mamba2", vocab_size=16, d_model=16, n_layer=2, ssm_cfg={"headdim": 8, "d_state": 8, "ngroups": 2}
+        )
+    )
     assert len(found) == 4 and all(len(c.eigenvalues) == 8 and len(c.channels) == 16 for c in found)
 
 
@@ -82,8 +85,9 @@ def test_field_is_the_scan_of_a_layer():
     d, n, l = 3, 2, 5
     S_C, S_B, S_dt, x = torch.randn(n, d), torch.randn(n, d), torch.randn(d), torch.randn(l, d)
     step = torch.nn.functional.softplus(x @ S_dt)
-    y = ssmzoo.ops.selective_scan_fn(x.T[None], step.expand(1, d, l), -torch.ones(d, n), (x @ S_B.T).T[None],
-                                     (x @ S_C.T).T[None])
+    y = ssmzoo.ops.selective_scan_fn(
+        x.T[None], step.expand(1, d, l), -torch.ones(d, n), (x @ S_B.T).T[None], (x @ S_C.T).T[None]
+    )
     torch.testing.assert_close(field(x, S_C, S_B, S_dt), y[0].T, atol=1e-5, rtol=1e-4)
 
 
@@ -112,8 +116,10 @@ def test_small_spectrum_equals_the_large_one():
 
 
 def test_token_norms_of_a_model_without_scans():
-    names, path = trajectories(ssmzoo.create_model("transformer", vocab_size=16, d_model=12, n_blocks=2, n_heads=2),
-                               torch.randint(0, 16, (2, 6)))
+    names, path = trajectories(
+        ssmzoo.create_model("transformer", vocab_size=16, d_model=12, n_blocks=2, n_heads=2),
+        torch.randint(0, 16, (2, 6)),
+    )
     assert len(names) == 4 and path[0].shape == (2, 6, 12) and growth(path).shape == (6,)
 
 
@@ -254,9 +260,17 @@ def test_majority_strings_and_one_epoch():
 # ---- the dynamical-systems view
 
 
-@pytest.mark.parametrize("make", [lambda: LinearAttention(8, 6, 2), lambda: NormalizedAttention(8, 6, 2),
-                                  lambda: S6(8, 5),
-                                  lambda: ScalarS6(8, 5), lambda: QLSTM(8), lambda: QLSTM(8, reversed=True)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearAttention(8, 6, 2),
+        lambda: NormalizedAttention(8, 6, 2),
+        lambda: S6(8, 5),
+        lambda: ScalarS6(8, 5),
+        lambda: QLSTM(8),
+        lambda: QLSTM(8, reversed=True),
+    ],
+)
 @torch.no_grad()
 def test_every_mixer_is_its_recurrence_and_its_matrix(make):
     torch.manual_seed(0)
@@ -378,6 +392,7 @@ def test_receptive_field_of_a_known_model():
 
     found = receptive_field(Blur(), torch.rand(2, 3, 20, 20))
     assert int((found.map > 0).sum()) == 25 and found.shares[99] <= 0.3
+
     class ChannelsLast(Blur):
         output_fmt = "NHWC"
 

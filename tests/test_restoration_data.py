@@ -37,8 +37,15 @@ def test_held_out_pictures_stay_out_when_the_folder_grows(folder):
     assert len(before) == 2 and len(after & (before | {"new"})) == 2
 
 
-@pytest.mark.parametrize("kind", [dict(scale=2), dict(scale=3, patch_size=30), dict(degradation="jpeg", quality=10),
-                                  dict(degradation="jpeg", quality=30, grey=True, patch_size=20)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(scale=2),
+        dict(scale=3, patch_size=30),
+        dict(degradation="jpeg", quality=10),
+        dict(degradation="jpeg", quality=30, grey=True, patch_size=20),
+    ],
+)
 def test_a_crop_is_degraded_as_in_the_whole_picture(folder, kind):
     data = PhotoData(path=str(folder), holdout=1, augment=False, **{"patch_size": 24} | kind)
     d, p = data.degradation, data.patch_size
@@ -58,8 +65,13 @@ def test_a_crop_is_degraded_as_in_the_whole_picture(folder, kind):
 
 def test_batches_repeat_by_seed_and_turn_both_pictures_alike(folder):
     def first(seed):
-        return next(iter(PhotoData(path=str(folder), holdout=1, degradation="noise", sigma=0, patch_size=16,
-                                   batch_size=6, seed=seed).train_dataloader()))
+        return next(
+            iter(
+                PhotoData(
+                    path=str(folder), holdout=1, degradation="noise", sigma=0, patch_size=16, batch_size=6, seed=seed
+                ).train_dataloader()
+            )
+        )
 
     a, b, c = first(0), first(0), first(1)
     assert torch.equal(a["gt"], b["gt"]) and not torch.equal(a["gt"], c["gt"])
@@ -103,13 +115,22 @@ def test_an_evaluation_folder_is_taken_whole(folder):
     assert len(data.splits()[1]) == 5
 
 
-@pytest.mark.parametrize("kind, words", [
-    (dict(degradation="blur"), "choose one of bicubic"), (dict(degradation="noise", scale=2), "noise and JPEG"),
-    (dict(scale=1), "bicubic takes 2"), (dict(scale=3), "not a multiple"), (dict(sigma=[50, 15]), "from, to"),
-    (dict(path="/nowhere"), "no folder"), (dict(degradation="paired"), "degraded_path"),
-    (dict(degraded_path="x"), "degradation=paired"), (dict(patch_schedule=[[64, 8]]), "patch_schedule"),
-    (dict(degradation="jpeg", quality=0), "between 1 and 100"), (dict(holdout=0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (dict(degradation="blur"), "choose one of bicubic"),
+        (dict(degradation="noise", scale=2), "noise and JPEG"),
+        (dict(scale=1), "bicubic takes 2"),
+        (dict(scale=3), "not a multiple"),
+        (dict(sigma=[50, 15]), "from, to"),
+        (dict(path="/nowhere"), "no folder"),
+        (dict(degradation="paired"), "degraded_path"),
+        (dict(degraded_path="x"), "degradation=paired"),
+        (dict(patch_schedule=[[64, 8]]), "patch_schedule"),
+        (dict(degradation="jpeg", quality=0), "between 1 and 100"),
+        (dict(holdout=0), "at least 1"),
+    ],
+)
 def test_bad_arguments_are_refused_in_words(kind, words):
     with pytest.raises(ValueError, match=words):
         PhotoData(**kind).setup()

@@ -14,8 +14,12 @@ from ssmzoo.train.config import check, register_resolvers
 from ssmzoo.train.optim import build, schedule
 from ssmzoo.zoo import config_dir
 
-THOUSANDS = {500: [250, 400, 450, 475], 250: [125, 200, 225, 237.5], 1600: [800, 1200, 1400, 1500],
-             800: [400, 600, 700, 750]}
+THOUSANDS = {
+    500: [250, 400, 450, 475],
+    250: [125, 200, 225, 237.5],
+    1600: [800, 1200, 1400, 1500],
+    800: [400, 600, 700, 750],
+}
 RECIPES = {  # name: (model, patch, batch, rate, thousands of steps, charbonnier, seed)
     "classic_x2": ("mambair_classic_x2", 128, 32, 2e-4, 500, False, 10),
     "classic_x3": ("mambair_classic_x3", 192, 64, 1e-4, 250, False, 10),
@@ -54,8 +58,15 @@ def test_recipe_has_the_numbers_of_the_released_option_files(name):
     assert (cfg.task.get("loss", "l1") == "charbonnier") == charbonnier and cfg.callbacks.ema is None
 
 
-@pytest.mark.parametrize("name, other", [("classic_x4", "mambair_v2_base_x3"), ("light_x4", "mambair_light_x3"),
-                                         ("denoise_15", "mambair_v2_denoise"), ("jpeg_30", "mambair_v2_jpeg")])
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("classic_x4", "mambair_v2_base_x3"),
+        ("light_x4", "mambair_light_x3"),
+        ("denoise_15", "mambair_v2_denoise"),
+        ("jpeg_30", "mambair_v2_jpeg"),
+    ],
+)
 def test_the_same_recipe_trains_another_scale_or_the_second_version(name, other):
     cfg, model = composed(f"experiment=restoration/{name}", f"model={other}")
     assert model == other and cfg.optim.lr == RECIPES[name][3]
@@ -107,8 +118,9 @@ def test_real_noise_is_measured_on_unrounded_levels():
     model.upscale = 1
     a = torch.full((3, 16, 16), 0.5)
     b = a + 0.3 / 255
-    rounded, exact = (Restoration(model, rounded=r, y_channel=False, baseline="none").measure(b, a)
-                      for r in (True, False))
+    rounded, exact = (
+        Restoration(model, rounded=r, y_channel=False, baseline="none").measure(b, a) for r in (True, False)
+    )
     assert rounded["psnr"] == math.inf and exact["psnr"] == pytest.approx(20 * math.log10(255 / 0.3), abs=1e-3)
 
 

@@ -9,9 +9,19 @@ from PIL import Image
 
 from ssmzoo.data.image_file import Picture, orientation, read_picture, write_picture
 
-TINY = ["model.embed_dim=30", "model.depths=[1]", "model.d_state=2", "data.patch_size=16", "data.batch_size=2",
-        "data.holdout=1", "data.val_crop=24", "trainer.accelerator=cpu", "trainer.max_steps=2",
-        "trainer.val_check_interval=2", "name=a"]
+TINY = [
+    "model.embed_dim=30",
+    "model.depths=[1]",
+    "model.d_state=2",
+    "data.patch_size=16",
+    "data.batch_size=2",
+    "data.holdout=1",
+    "data.val_crop=24",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "name=a",
+]
 
 
 def photo(size, seed=0):
@@ -41,12 +51,21 @@ def trained(photos, tmp_path_factory):
     return runs / "mambair" / "a"
 
 
-@pytest.mark.parametrize("model, task", [("mambair", "denoise"), ("mambair", "jpeg"), ("mambair", "jpeg_grey"),
-                                         ("mambair_v2", "restoration"), ("mambair_v2", "denoise")])
+@pytest.mark.parametrize(
+    "model, task",
+    [
+        ("mambair", "denoise"),
+        ("mambair", "jpeg"),
+        ("mambair", "jpeg_grey"),
+        ("mambair_v2", "restoration"),
+        ("mambair_v2", "denoise"),
+    ],
+)
 def test_every_pairing_trains_and_leaves_its_results(call, tmp_path, photos, model, task):
     size = ["model.window_size=4", "model.num_heads=2"] if model == "mambair_v2" else []
-    status, out, err = call(f"model={model}", f"task={task}", f"data.path={photos}",
-                            f"runs_dir={tmp_path}", *TINY, *size)
+    status, out, err = call(
+        f"model={model}", f"task={task}", f"data.path={photos}", f"runs_dir={tmp_path}", *TINY, *size
+    )
     assert (status, err) == (0, "")
     run = tmp_path / model / "a"
     assert (run / "comparison.png").stat().st_size > 0 and "per picture" in out and "gain" in out
@@ -66,8 +85,7 @@ def test_evaluation_of_another_folder_and_of_another_scale(call, trained, photos
 
 
 def test_a_model_of_another_scale_is_refused(call, photos, tmp_path):
-    status, _, err = call("model=mambair", "model.upscale=4", f"data.path={photos}",
-                          f"runs_dir={tmp_path}", *TINY)
+    status, _, err = call("model=mambair", "model.upscale=4", f"data.path={photos}", f"runs_dir={tmp_path}", *TINY)
     assert status != 0 and "enlarges by 4" in err
 
 
@@ -76,10 +94,15 @@ def test_restoring_a_folder_keeps_depth_alpha_orientation_and_continues(call, tr
     exif = Image.Exif()
     exif[274] = 8
     rgb = photo((9, 13))
-    cases = {"rgb.png": Picture(rgb, exif=exif.tobytes()), "sub/grey.png": Picture(rgb[..., :1]),
-             "alpha.png": Picture(rgb, rgb[..., 0]), "deep.png": Picture(rgb.astype(np.uint16) * 257),
-             "deep.tif": Picture(rgb.astype(np.uint16) * 257, exif=exif.tobytes()),
-             "photo.jpg": Picture(photo((17, 8))), "one.webp": Picture(photo((1, 1)))}
+    cases = {
+        "rgb.png": Picture(rgb, exif=exif.tobytes()),
+        "sub/grey.png": Picture(rgb[..., :1]),
+        "alpha.png": Picture(rgb, rgb[..., 0]),
+        "deep.png": Picture(rgb.astype(np.uint16) * 257),
+        "deep.tif": Picture(rgb.astype(np.uint16) * 257, exif=exif.tobytes()),
+        "photo.jpg": Picture(photo((17, 8))),
+        "one.webp": Picture(photo((1, 1))),
+    }
     for name, picture in cases.items():
         write_picture(pictures / name, picture)
     command = ["restore", str(pictures), "--ckpt", str(trained), "--task", "sr", "--scale", "2", "--device", "cpu"]
@@ -103,8 +126,9 @@ def test_a_damaged_picture_does_not_stop_the_others(call, trained, tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     Image.fromarray(photo((8, 8))).save(tmp_path / "c.png")
     out = tmp_path / "out"
-    status, printed, err = call("restore", str(tmp_path), "--ckpt", str(trained), "-o",
-                                str(out), "--device", "cpu", entry="ssmzoo")
+    status, printed, err = call(
+        "restore", str(tmp_path), "--ckpt", str(trained), "-o", str(out), "--device", "cpu", entry="ssmzoo"
+    )
     assert status == 1 and "2 restored, 0 kept, 1 failed" in printed and "b.png cannot be read" in err
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "c.png"]
 
@@ -119,12 +143,19 @@ def test_beside_the_input_and_tiles_that_change_little(call, trained, tmp_path):
     assert np.abs(whole.astype(int) - read_picture(tmp_path / "t.png").levels).mean() < 2
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--scale", "4"], "built for x2"), (["--task", "denoise"], "trained for sr"), (["--overlap", "100"], "--overlap"),
-    (["-o", "{here}/a.png"], "is the input itself"), (["--model", "mamba"], "does not restore"),
-    (["-o", "{here}/a.gif"], "neither a folder nor"), (["--tile", "0"], "--tile is 0"),
-    (["--device", "abacus"], "--device is abacus"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--scale", "4"], "built for x2"),
+        (["--task", "denoise"], "trained for sr"),
+        (["--overlap", "100"], "--overlap"),
+        (["-o", "{here}/a.png"], "is the input itself"),
+        (["--model", "mamba"], "does not restore"),
+        (["-o", "{here}/a.gif"], "neither a folder nor"),
+        (["--tile", "0"], "--tile is 0"),
+        (["--device", "abacus"], "--device is abacus"),
+    ],
+)
 def test_what_the_user_gets_wrong_is_said_in_one_line(call, trained, tmp_path, more, words):
     Image.fromarray(photo((8, 8))).save(tmp_path / "a.png")
     more = [m.format(here=tmp_path) for m in more]
@@ -140,8 +171,17 @@ def test_a_released_weight_file_restores_by_the_name_of_its_preset(call, tmp_pat
 
     torch.save({"params": create_model("mambair_light_x2").state_dict()}, tmp_path / "w.pth")
     Image.fromarray(photo((5, 6))).save(tmp_path / "a.png")
-    status, out, err = call("restore", str(tmp_path / "a.png"), "--ckpt",
-                            str(tmp_path / "w.pth"), "--model", "mambair_light_x2", "--device", "cpu", entry="ssmzoo")
+    status, out, err = call(
+        "restore",
+        str(tmp_path / "a.png"),
+        "--ckpt",
+        str(tmp_path / "w.pth"),
+        "--model",
+        "mambair_light_x2",
+        "--device",
+        "cpu",
+        entry="ssmzoo",
+    )
     assert (status, err) == (0, "") and "12 x 10" in out
 
 
@@ -150,8 +190,7 @@ def test_another_scale_starts_from_these_weights_as_far_as_they_fit(call, traine
 
     from ssmzoo.train.checkpoint import read_weights
 
-    more = [*TINY, "data.scale=4", f"init_from={trained}", "optim.lr=0", f"data.path={photos}",
-            f"runs_dir={tmp_path}"]
+    more = [*TINY, "data.scale=4", f"init_from={trained}", "optim.lr=0", f"data.path={photos}", f"runs_dir={tmp_path}"]
     status, out, err = call("model=mambair", *more)
     assert (status, err) == (0, "") and "new: upsample.0.weight, upsample.0.bias" in out
     old, new = read_weights(trained), read_weights(tmp_path / "mambair" / "a")
@@ -180,24 +219,28 @@ def test_a_damaged_training_picture_ends_the_run_with_its_name(call, photos, tmp
     for file in photos.iterdir():
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes()[:200])
-    status, _, err = call("model=mambair", f"data.path={tmp_path / 'in'}",
-                          f"runs_dir={tmp_path}", *TINY)
+    status, _, err = call("model=mambair", f"data.path={tmp_path / 'in'}", f"runs_dir={tmp_path}", *TINY)
     assert status in (1, 2) and ".png cannot be read as a picture" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("more, words", [
-    (["data.patch_size=64"], "smaller than data.patch_size = 64"),
-    (["task=real_denoise", "data.degraded_path={other}"], "pair 0: the clean picture is 32 x 40, the other 31 x 40"),
-    (["task=real_denoise", "data.degraded_path={empty}"], "holds no picture"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["data.patch_size=64"], "smaller than data.patch_size = 64"),
+        (
+            ["task=real_denoise", "data.degraded_path={other}"],
+            "pair 0: the clean picture is 32 x 40, the other 31 x 40",
+        ),
+        (["task=real_denoise", "data.degraded_path={empty}"], "holds no picture"),
+    ],
+)
 def test_pictures_that_do_not_fit_end_the_run_in_words(call, photos, tmp_path, more, words):
     (tmp_path / "other").mkdir()
     (tmp_path / "empty").mkdir()
     for file in photos.iterdir():
         Image.open(file).crop((0, 0, 40, 31)).save(tmp_path / "other" / file.name)
     more = [m.format(other=tmp_path / "other", empty=tmp_path / "empty") for m in more]
-    status, _, err = call("model=mambair", *TINY, f"data.path={photos}",
-                          f"runs_dir={tmp_path}", *more)
+    status, _, err = call("model=mambair", *TINY, f"data.path={photos}", f"runs_dir={tmp_path}", *more)
     assert status in (1, 2) and err.count("\n") == 1
     assert words in err or ("other" in more[-1] and "the other 31 x 40" in err)
 
@@ -211,8 +254,17 @@ def test_a_colour_picture_meets_a_grey_model_and_the_others_go_on(call, monkeypa
     monkeypatch.setattr("ssmzoo.zoo.create_model", lambda name: create_model(name, embed_dim=30, depths=[1], d_state=2))
     write_picture(tmp_path / "in" / "colour.png", Picture(photo((9, 9))))
     write_picture(tmp_path / "in" / "grey.png", Picture(photo((9, 9))[..., :1]))
-    status, out, err = call("restore", str(tmp_path / "in"), "--ckpt", str(tmp_path / "w.pth"), "--model",
-                            "mambair_jpeg", "-o", str(tmp_path / "out"), entry="ssmzoo")
+    status, out, err = call(
+        "restore",
+        str(tmp_path / "in"),
+        "--ckpt",
+        str(tmp_path / "w.pth"),
+        "--model",
+        "mambair_jpeg",
+        "-o",
+        str(tmp_path / "out"),
+        entry="ssmzoo",
+    )
     assert status == 1 and "1 restored, 0 kept, 1 failed" in out
     assert "colour.png: the picture has 3 colour channels and the model takes 1" in err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["grey.png"]

@@ -31,8 +31,9 @@ class Local(torch.nn.Module):
         return F.interpolate(F.conv2d(x, self.weight, padding=2, groups=3), scale_factor=self.upscale)
 
 
-@pytest.mark.parametrize("length, tile, overlap", [(10, 16, 4), (16, 16, 4), (17, 16, 4), (100, 16, 5), (33, 16, 0),
-                                                   (5, 3, 1)])
+@pytest.mark.parametrize(
+    "length, tile, overlap", [(10, 16, 4), (16, 16, 4), (17, 16, 4), (100, 16, 5), (33, 16, 0), (5, 3, 1)]
+)
 def test_tiles_cover_and_weights_sum_to_one(length, tile, overlap):
     starts = tile_starts(length, tile, overlap)
     total = torch.zeros(length)

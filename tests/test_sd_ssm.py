@@ -34,10 +34,18 @@ def model(name):
     return MODELS[name]().double().eval()
 
 
-@pytest.mark.parametrize("language, K, extra, expected", [
-    ("parity", 8, 1, 33_250), ("even_pairs", 8, 1, 33_250), ("cycle", 8, 1, 33_517),
-    ("modular_arithmetic", 18, 1, 75_019),
-    ("C2xC4", 6, 0, 25_370), ("D4", 6, 0, 25_370), ("A5", 6, 0, 28_750)])
+@pytest.mark.parametrize(
+    "language, K, extra, expected",
+    [
+        ("parity", 8, 1, 33_250),
+        ("even_pairs", 8, 1, 33_250),
+        ("cycle", 8, 1, 33_517),
+        ("modular_arithmetic", 18, 1, 75_019),
+        ("C2xC4", 6, 0, 25_370),
+        ("D4", 6, 0, 25_370),
+        ("A5", 6, 0, 28_750),
+    ],
+)
 def test_published_parameter_counts(language, K, extra, expected):
     table = automaton(language)
     model = SDSSMModel(table.num_symbols + extra, table.num_classes, 64, K)
@@ -96,8 +104,9 @@ def test_chunks_and_single_steps(model):
         torch.testing.assert_close(torch.cat(parts, 1), whole.logits)
     torch.testing.assert_close(state, whole.state)
     rows = torch.tensor([2, 0])
-    torch.testing.assert_close(model(ids[rows][:, :1], select_rows(whole.state, rows)).logits,
-                               model(ids[:, :1], whole.state).logits[rows])
+    torch.testing.assert_close(
+        model(ids[rows][:, :1], select_rows(whole.state, rows)).logits, model(ids[:, :1], whole.state).logits[rows]
+    )
 
 
 @every_model
@@ -106,9 +115,9 @@ def test_padding_and_packing(model):
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
     padded = model(ids, mask=mask)
     for row in range(2):
-        alone = model(ids[row:row + 1, mask[row]])
+        alone = model(ids[row : row + 1, mask[row]])
         torch.testing.assert_close(padded.logits[row, mask[row]], alone.logits[0])
-        torch.testing.assert_close(map_state(lambda s, row=row: s[row:row + 1], padded.state), alone.state)
+        torch.testing.assert_close(map_state(lambda s, row=row: s[row : row + 1], padded.state), alone.state)
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
     packed = model(ids, seq_idx=seq_idx).logits
     torch.testing.assert_close(packed[0, 3:7], model(ids[:1, 3:7]).logits[0])
@@ -174,8 +183,12 @@ def test_query_token():
 
 
 def test_bad_arguments():
-    for arguments, message in (({"p_norm": 0.5}, "p_norm = 0.5"), ({"init": "zeros"}, "'xavier'"),
-                               ({"state_size": 0}, "d_state = 0"), ({"mlp_size": 0}, "mlp_size = 0")):
+    for arguments, message in (
+        ({"p_norm": 0.5}, "p_norm = 0.5"),
+        ({"init": "zeros"}, "'xavier'"),
+        ({"state_size": 0}, "d_state = 0"),
+        ({"mlp_size": 0}, "mlp_size = 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             SDSSMModel(**arguments)
     with pytest.raises(ValueError, match="several need use_B"):

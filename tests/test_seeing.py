@@ -5,10 +5,20 @@ import sys
 
 import pytest
 
-TINY = ["model=mamba", "model.d_model=16", "model.n_layer=1", "data.seq_len=32", "data.batch_size=4",
-        "data.val_tokens=512",
-        "task.sample_tokens=0", "trainer.accelerator=cpu", "trainer.max_steps=6", "trainer.val_check_interval=3",
-        "trainer.log_every_n_steps=2", f"data.path={argparse.__file__}"]
+TINY = [
+    "model=mamba",
+    "model.d_model=16",
+    "model.n_layer=1",
+    "data.seq_len=32",
+    "data.batch_size=4",
+    "data.val_tokens=512",
+    "task.sample_tokens=0",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=2",
+    f"data.path={argparse.__file__}",
+]
 
 
 @pytest.fixture
@@ -89,9 +99,11 @@ def test_a_run_says_how_long_it_waited_for_data(train):
 def test_starting_a_run_loads_no_heavy_library_that_it_does_not_use():
     import subprocess
 
-    code = ("import sys, ssmzoo.train.run; print([m for m in ('torchvision', 'transformers', 'matplotlib', "
-            "'scipy.signal', "
-            "'timm', 'wandb', 'tensorboard', 'torchmetrics.functional') if m in sys.modules])")
+    code = (
+        "import sys, ssmzoo.train.run; print([m for m in ('torchvision', 'transformers', 'matplotlib', "
+        "'scipy.signal', "
+        "'timm', 'wandb', 'tensorboard', 'torchmetrics.functional') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

@@ -19,24 +19,55 @@ from ssmzoo.zoo import build_model, model_class, read_model_config
 
 VOCAB, BATCH, LENGTH = 29, 3, 12
 # Whatever the constructor calls its sizes, they become small.
-TINY = {"vocab_size": VOCAB, "d_model": 16, "n_layer": 2, "n_blocks": 2, "n_heads": 2, "num_heads": 2, "n_experts": 3,
-        "d_expert": 8, "input_size": VOCAB, "num_classes": 7, "state_size": 6, "d_state": 4,
-        "d_intermediate": 0, "pad_vocab_size_multiple": 1}
+TINY = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "n_layer": 2,
+    "n_blocks": 2,
+    "n_heads": 2,
+    "num_heads": 2,
+    "n_experts": 3,
+    "d_expert": 8,
+    "input_size": VOCAB,
+    "num_classes": 7,
+    "state_size": 6,
+    "d_state": 4,
+    "d_intermediate": 0,
+    "pad_vocab_size_multiple": 1,
+}
 TINY_BY_CLASS = {
     "Mamba2LM": {"ssm_cfg": {"d_state": 4, "headdim": 8, "chunk_size": 4}},
     "Mamba3LM": {"ssm_cfg": {"d_state": 8, "headdim": 8, "chunk_size": 4}},
 }
 MORE = {  # corners that no preset reaches
-    "mamba: biases, MLP, LayerNorm, short convolution": ("mamba", {
-        "ssm_cfg": {"d_conv": 2, "bias": True}, "d_intermediate": 8, "rms_norm": False, "tie_embeddings": False}),
+    "mamba: biases, MLP, LayerNorm, short convolution": (
+        "mamba",
+        {"ssm_cfg": {"d_conv": 2, "bias": True}, "d_intermediate": 8, "rms_norm": False, "tie_embeddings": False},
+    ),
     "mamba: no convolution to speak of": ("mamba", {"ssm_cfg": {"d_conv": 1}}),
-    "mamba2: attention, partial SSM, limits": ("mamba2", {
-        "n_layer": 3, "attn_layer_idx": [1],
-        "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "d_conv": 3, "rotary_emb_dim": 4, "mlp_dim": 10},
-        "ssm_cfg": {"d_state": 4, "headdim": 8, "d_ssm": 24, "dt_limit": (0.01, 0.05), "norm_before_gate": True}}),
-    "mamba3: several inputs and outputs": ("mamba3", {
-        "ssm_cfg": {"d_state": 8, "headdim": 8, "ngroups": 2, "is_mimo": True, "mimo_rank": 3,
-                    "is_outproj_norm": True, "rope_fraction": 1.0}}),
+    "mamba2: attention, partial SSM, limits": (
+        "mamba2",
+        {
+            "n_layer": 3,
+            "attn_layer_idx": [1],
+            "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "d_conv": 3, "rotary_emb_dim": 4, "mlp_dim": 10},
+            "ssm_cfg": {"d_state": 4, "headdim": 8, "d_ssm": 24, "dt_limit": (0.01, 0.05), "norm_before_gate": True},
+        },
+    ),
+    "mamba3: several inputs and outputs": (
+        "mamba3",
+        {
+            "ssm_cfg": {
+                "d_state": 8,
+                "headdim": 8,
+                "ngroups": 2,
+                "is_mimo": True,
+                "mimo_rank": 3,
+                "is_outproj_norm": True,
+                "rope_fraction": 1.0,
+            }
+        },
+    ),
 }
 
 
@@ -113,7 +144,8 @@ def assert_close(got, expected, tolerance=1e-6):
 def splits(length):
     """Lengths of at least one that add up to `length`."""
     return st.sets(st.integers(1, length - 1), max_size=5).map(
-        lambda cuts: [b - a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), length])])
+        lambda cuts: [b - a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), length])]
+    )
 
 
 @every_model
@@ -148,8 +180,10 @@ def test_single_precision_is_one_pass(name):
 
 @every_model
 @few
-@given(places=st.lists(st.sets(st.integers(0, 17), min_size=1, max_size=LENGTH), min_size=BATCH, max_size=BATCH),
-       sizes=splits(18))
+@given(
+    places=st.lists(st.sets(st.integers(0, 17), min_size=1, max_size=LENGTH), min_size=BATCH, max_size=BATCH),
+    sizes=splits(18),
+)
 def test_padding_anywhere_changes_nothing(name, places, sizes):
     """Rows of unequal length, their tokens at random places among arbitrary other ids, fed in chunks."""
     model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
@@ -157,19 +191,19 @@ def test_padding_anywhere_changes_nothing(name, places, sizes):
     padded, mask = torch.randint(VOCAB, (BATCH, 18)), torch.zeros(BATCH, 18, dtype=torch.bool)
     padded_weights = weights.new_zeros(BATCH, 18, weights.shape[-1])
     for i, p in enumerate(places):
-        padded[i, p], mask[i, p], padded_weights[i, p] = ids[i, :len(p)], True, weights[i, :len(p)]
+        padded[i, p], mask[i, p], padded_weights[i, p] = ids[i, : len(p)], True, weights[i, : len(p)]
     after = ids[:, -2:]
 
     def alone():
-        rows = [model(ids[i:i + 1, :len(p)]) for i, p in enumerate(places)]
-        nexts = [model(after[i:i + 1], row.state).logits for i, row in enumerate(rows)]
+        rows = [model(ids[i : i + 1, : len(p)]) for i, p in enumerate(places)]
+        nexts = [model(after[i : i + 1], row.state).logits for i, row in enumerate(rows)]
         return torch.cat([row.logits[0] for row in rows] + [n[0] for n in nexts])
 
     def together():
         logits, state = feed(model, padded.split(sizes, dim=1), mask=mask.split(sizes, dim=1))
         return torch.cat([logits[i, p] for i, p in enumerate(places)] + list(model(after, state).logits))
 
-    w = torch.cat([weights[i, :len(p)] for i, p in enumerate(places)] + list(weights[:, -2:]))
+    w = torch.cat([weights[i, : len(p)] for i, p in enumerate(places)] + list(weights[:, -2:]))
     expected, gradients = with_gradients(model, alone, w)
     got, got_gradients = with_gradients(model, together, w)
     assert_close(got, expected)
@@ -196,8 +230,13 @@ def test_packed_documents_do_not_meet(name, lengths, first):
 def test_packed_documents_in_padded_chunks(name):
     model, (ids, _, _, _) = tiny_model(name), one_pass(name)
     seq_idx = torch.tensor([4] * 5 + [7] * 7).expand(BATCH, -1)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0],
-                         [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    mask = torch.tensor(
+        [
+            [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0],
+        ]
+    ).bool()
     sizes = [3, 4, 5]  # no chunk begins with a document: position 0 always continues
     logits, state = feed(model, ids.split(sizes, 1), mask=mask.split(sizes, 1), seq_idx=seq_idx.split(sizes, 1))
     for i in range(BATCH):
@@ -249,6 +288,6 @@ def test_a_state_can_be_used_twice(name, length):
     with torch.no_grad():
         state = model(ids[:, :4]).state
         kept = map_state(torch.clone, state)
-        first = model(ids[:, 4:4 + length], state).logits
-        assert torch.equal(model(ids[:, 4:4 + length], state).logits, first)
-        assert torch.equal(model(ids[:, 4:4 + length], kept).logits, first)
+        first = model(ids[:, 4 : 4 + length], state).logits
+        assert torch.equal(model(ids[:, 4 : 4 + length], state).logits, first)
+        assert torch.equal(model(ids[:, 4 : 4 + length], kept).logits, first)

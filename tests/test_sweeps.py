@@ -11,17 +11,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = ["model=lstm", "data.batch_size=8", "data.val_samples=4", "data.test_length=20", "data.test_samples=2",
-        "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
+TINY = [
+    "model=lstm",
+    "data.batch_size=8",
+    "data.val_samples=4",
+    "data.test_length=20",
+    "data.test_samples=2",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+]
 
 
 def test_a_failed_run_of_a_sweep_leaves_the_other_three_alone(call, tmp_path):
     status, out, err = call("-m", *TINY, "model.state_size=4,6,-1,8", "name=s")
     assert status == 1 and "error: run 2 of the sweep failed: hidden_size must be greater than zero" in err
-    last = out[out.index("sweep: 4 runs, 3 finished, 1 failed"):].splitlines()
+    last = out[out.index("sweep: 4 runs, 3 finished, 1 failed") :].splitlines()
     assert [line.split()[:3] for line in last[1:]] == [
-        ["0", "model.state_size=4", "finished"], ["1", "model.state_size=6", "finished"],
-        ["2", "model.state_size=-1", "failed"], ["3", "model.state_size=8", "finished"]]
+        ["0", "model.state_size=4", "finished"],
+        ["1", "model.state_size=6", "finished"],
+        ["2", "model.state_size=-1", "failed"],
+        ["3", "model.state_size=8", "finished"],
+    ]
     assert not list(tmp_path.glob(".sweep*"))
     status, out, _ = call("runs", "runs", entry="ssmzoo")
     assert status == 0 and out.count("finished") == 3 and "model.state_size=8" in out
@@ -46,13 +58,18 @@ def finished(run: Path, lr: float, seed: int, curve: list[float], mode="min") ->
 
 def test_runs_are_compared_over_seeds(call, tmp_path):
     curves = {0.001: ([3.0, 1.0, 2.0], [4.0, 3.0, 4.0], [5.0, 4.0, 6.0]), 0.01: ([1.0, 0.5, 0.25],)}
-    runs = [finished(tmp_path / f"runs/{lr}-{seed}", lr, seed, curve)
-            for lr, seeds in curves.items() for seed, curve in enumerate(seeds)]
+    runs = [
+        finished(tmp_path / f"runs/{lr}-{seed}", lr, seed, curve)
+        for lr, seeds in curves.items()
+        for seed, curve in enumerate(seeds)
+    ]
     status, out, _ = call("runs", "compare", *runs, "--out", "bands.png", entry="ssmzoo")
     assert status == 0 and (tmp_path / "bands.png").stat().st_size > 10_000
     rows = [line.split() for line in out.splitlines() if line.startswith("optim.lr=")]
-    assert rows == [["optim.lr=0.001", "3", "4.0000", "2.0000", "1.0000"],
-                    ["optim.lr=0.01", "1", "0.2500", "-", "0.2500"]]
+    assert rows == [
+        ["optim.lr=0.001", "3", "4.0000", "2.0000", "1.0000"],
+        ["optim.lr=0.01", "1", "0.2500", "-", "0.2500"],
+    ]
     status, out, _ = call("runs", "compare", *runs, "--metric", "val/accuracy", entry="ssmzoo")
     assert status == 0 and "final val/accuracy" in out
     status, _, err = call("runs", "compare", *runs, "--metric", "val/nothing", entry="ssmzoo")
@@ -79,9 +96,22 @@ def test_a_search_is_kept_and_goes_on_to_its_number_of_trials(call, tmp_path):
 def test_a_sweep_over_cores_survives_a_failing_run(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the sweep extra is not installed")
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *TINY,
-         "model.state_size=4,-1", "name=j"], capture_output=True, text=True, cwd=tmp_path, timeout=1200,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "-m",
+            "hydra/launcher=joblib",
+            "hydra.launcher.n_jobs=2",
+            *TINY,
+            "model.state_size=4,-1",
+            "name=j",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=1200,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 1 and "sweep: 2 runs, 1 finished, 1 failed" in result.stdout, result.stderr
 
 
@@ -137,16 +167,26 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(cal
     assert rows() == whole
 
 
-SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0",
-         "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+SLURM = {
+    "SLURM_NTASKS": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS_PER_NODE": "1",
+}
 
 
-@pytest.mark.parametrize("name, more, called", [
-    ("SIGUSR1", {}, [["scontrol", "requeue", "4711"]]),
-    ("SIGUSR1", {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}, [["scontrol", "requeue", "40_7"]]),
-    ("SIGUSR1", {"SLURM_PROCID": "1"}, []),
-    ("SIGTERM", {}, []),
-])
+@pytest.mark.parametrize(
+    "name, more, called",
+    [
+        ("SIGUSR1", {}, [["scontrol", "requeue", "4711"]]),
+        ("SIGUSR1", {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"}, [["scontrol", "requeue", "40_7"]]),
+        ("SIGUSR1", {"SLURM_PROCID": "1"}, []),
+        ("SIGTERM", {}, []),
+    ],
+)
 def test_a_signal_before_the_first_step_puts_the_job_back_too(tmp_path, monkeypatch, name, more, called):
     from ssmzoo.train import callbacks
 
@@ -162,11 +202,14 @@ def test_a_signal_before_the_first_step_puts_the_job_back_too(tmp_path, monkeypa
 @pytest.mark.slow
 def test_slurm_puts_a_signalled_job_back_into_the_queue(tmp_path):
     """scontrol is a stand-in that writes down what it was called with."""
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/called\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
     (tmp_path / "scontrol").chmod(0o755)
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "trainer.max_steps=100000", "name=q", "resume=auto"]
-    environment = os.environ | SLURM | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                                        "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = (
+        os.environ
+        | SLURM
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    )
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     metrics, deadline = tmp_path / "runs/lstm/q/metrics.csv", time.monotonic() + 1200
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
@@ -176,6 +219,12 @@ def test_slurm_puts_a_signalled_job_back_into_the_queue(tmp_path):
     assert process.returncode == 75 and "SLURM job 4711 is back in the queue" in out
     assert (tmp_path / "called").read_text() == "requeue 4711\n"
     last = json.loads((tmp_path / "runs/lstm/q/checkpoints/index.json").read_text())["last"]
-    again = subprocess.run([*command, f"trainer.max_steps={int(last[5:13]) + 2}"], cwd=tmp_path, env=environment,
-                           capture_output=True, text=True, timeout=1200)  # as the queue would start it once more
+    again = subprocess.run(
+        [*command, f"trainer.max_steps={int(last[5:13]) + 2}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )  # as the queue would start it once more
     assert again.returncode == 0 and f"steps                      {int(last[5:13]) + 2}" in again.stdout, again.stdout

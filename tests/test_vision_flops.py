@@ -7,10 +7,20 @@ from ssmzoo.models.vmamba import VMamba
 from ssmzoo.probes.flops import count_operations, giga
 from ssmzoo.zoo import build_model, read_model_config
 
-PUBLISHED = {"vmamba_tiny": 4.9, "vmamba_small": 8.7, "vmamba_base": 15.4, "vmamba_tiny_s2l5": 4.9,
-             "vmamba_small_s1l20": 8.6, "vmamba_base_s1l20": 15.2, "vmamba_vanilla_tiny": 5.6,
-             "vmamba_vanilla_small": 11.2, "vmamba_vanilla_base": 18.0, "spatial_mamba_tiny": 4.5,
-             "spatial_mamba_small": 7.1, "spatial_mamba_base": 15.8}
+PUBLISHED = {
+    "vmamba_tiny": 4.9,
+    "vmamba_small": 8.7,
+    "vmamba_base": 15.4,
+    "vmamba_tiny_s2l5": 4.9,
+    "vmamba_small_s1l20": 8.6,
+    "vmamba_base_s1l20": 15.2,
+    "vmamba_vanilla_tiny": 5.6,
+    "vmamba_vanilla_small": 11.2,
+    "vmamba_vanilla_base": 18.0,
+    "spatial_mamba_tiny": 4.5,
+    "spatial_mamba_small": 7.1,
+    "spatial_mamba_base": 15.8,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

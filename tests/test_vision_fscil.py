@@ -71,7 +71,8 @@ def test_folders_with_session_lists(tmp_path):
     assert data.sessions == 2 and data.sizes == {"in_chans": 3, "num_classes": 5, "img_size": 16}
     train = data._all[0]
     assert [train.files[i] for i in data.few_shot_places().ravel()] == [
-        f"{c:03d}.Bird_{c}/Bird_{c}_{i}.jpg" for c in (4, 5) for i in (5, 2)]
+        f"{c:03d}.Bird_{c}/Bird_{c}_{i}.jpg" for c in (4, 5) for i in (5, 2)
+    ]
     assert torch.cat([y for _, y in data.images("few")]).tolist() == [3, 3, 4, 4]
     assert len(torch.cat([y for _, y in data.images("test")])) == 10
     (lists / "session_3.txt").write_text("x/005.Bird_5/Bird_5_1.jpg\n")
@@ -213,10 +214,25 @@ def test_rate_of_a_session():
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[5] and rates[-1] == 0.001
 
 
-@pytest.mark.parametrize("arguments, whole, new", [
-    (dict(), 6_590_720, 3_295_360), (dict(out_channels=512, feat_size=5, use_residual_proj=True), 5_799_424, 2_735_872),
-    (dict(in_channels=512, out_channels=1024, feat_size=7, version="ss2d", num_layers_new=3, use_residual_proj=True),
-     19_844_096, 10_234_880)])
+@pytest.mark.parametrize(
+    "arguments, whole, new",
+    [
+        (dict(), 6_590_720, 3_295_360),
+        (dict(out_channels=512, feat_size=5, use_residual_proj=True), 5_799_424, 2_735_872),
+        (
+            dict(
+                in_channels=512,
+                out_channels=1024,
+                feat_size=7,
+                version="ss2d",
+                num_layers_new=3,
+                use_residual_proj=True,
+            ),
+            19_844_096,
+            10_234_880,
+        ),
+    ],
+)
 def test_published_sizes_of_the_neck(arguments, whole, new):
     """CIFAR-100, miniImageNet and CUB-200: both branches, and the new one alone."""
     with torch.device("meta"):

@@ -19,36 +19,74 @@ from ssmzoo.official import CheckpointError, looks_like
 from ssmzoo.zoo import build_model, read_model_config
 
 PUBLISHED = {  # parameters at 224 pixels with 1000 classes
-    "spatial_mamba_tiny": 26_748_862, "spatial_mamba_small": 43_074_280, "spatial_mamba_base": 95_745_592,
-    "vmamba_tiny": 30_249_064, "vmamba_small": 50_147_752, "vmamba_base": 88_557_800, "vmamba_tiny_s2l5": 30_705_832,
-    "vmamba_small_s1l20": 49_012_840, "vmamba_base_s1l20": 86_614_504, "vmamba_vanilla_tiny": 22_893_448,
-    "vmamba_vanilla_small": 44_417_416, "vmamba_vanilla_base": 76_254_056, "res_vmamba_small": 44_417_416 + 388_416,
-    "vim_tiny": 7_148_008, "vim_small": 25_796_584, "vim_base": 97_598_440, "vim_tiny_plus": 7_250_344,
-    "shuffle_mamba_tiny": 7_148_008, "shuffle_mamba_small": 25_796_584, "shuffle_mamba_middle": 74_236_456,
-    "shuffle_mamba_base": 97_598_440, "shuffle_mamba_large": 340_034_536, "shuffle_mamba_large_d40": 283_698_152,
-    "shuffle_mamba_reg_tiny": 9_264_232, "shuffle_mamba_reg_small": 27_801_064, "shuffle_mamba_reg_base": 99_301_096,
-    "shuffle_mamba_reg_large": 341_222_376, "adventurer_tiny": 11_608_840, "adventurer_small": 44_491_816,
-    "adventurer_base": 98_657_608, "adventurer_large": 346_196_200, "adventurer_tiny_patch1": 24_207_880,
-    "adventurer_small_patch1": 69_689_896, "adventurer_base_patch1": 136_454_728,
+    "spatial_mamba_tiny": 26_748_862,
+    "spatial_mamba_small": 43_074_280,
+    "spatial_mamba_base": 95_745_592,
+    "vmamba_tiny": 30_249_064,
+    "vmamba_small": 50_147_752,
+    "vmamba_base": 88_557_800,
+    "vmamba_tiny_s2l5": 30_705_832,
+    "vmamba_small_s1l20": 49_012_840,
+    "vmamba_base_s1l20": 86_614_504,
+    "vmamba_vanilla_tiny": 22_893_448,
+    "vmamba_vanilla_small": 44_417_416,
+    "vmamba_vanilla_base": 76_254_056,
+    "res_vmamba_small": 44_417_416 + 388_416,
+    "vim_tiny": 7_148_008,
+    "vim_small": 25_796_584,
+    "vim_base": 97_598_440,
+    "vim_tiny_plus": 7_250_344,
+    "shuffle_mamba_tiny": 7_148_008,
+    "shuffle_mamba_small": 25_796_584,
+    "shuffle_mamba_middle": 74_236_456,
+    "shuffle_mamba_base": 97_598_440,
+    "shuffle_mamba_large": 340_034_536,
+    "shuffle_mamba_large_d40": 283_698_152,
+    "shuffle_mamba_reg_tiny": 9_264_232,
+    "shuffle_mamba_reg_small": 27_801_064,
+    "shuffle_mamba_reg_base": 99_301_096,
+    "shuffle_mamba_reg_large": 341_222_376,
+    "adventurer_tiny": 11_608_840,
+    "adventurer_small": 44_491_816,
+    "adventurer_base": 98_657_608,
+    "adventurer_large": 346_196_200,
+    "adventurer_tiny_patch1": 24_207_880,
+    "adventurer_small_patch1": 69_689_896,
+    "adventurer_base_patch1": 136_454_728,
 }
 
 SMALL = {  # a small member of every family
     "vmamba": lambda **k: VMamba(num_classes=5, depths=(1, 2), dims=16, **k),
-    "vanilla": lambda **k: VMamba(num_classes=5, depths=(1, 1, 1), dims=16, d_state=3, ssm_ratio=2.0, mlp_ratio=0.0,
-                                  mixer={"gate": "act", "conv_bias": True}, stem="patch", downsample="merge", **k),
-    "heads": lambda **k: VMamba(num_classes=5, depths=(1, 1), dims=16, d_state=4, mixer={"heads": True, "dt_rank": 4},
-                                **k),
+    "vanilla": lambda **k: VMamba(
+        num_classes=5,
+        depths=(1, 1, 1),
+        dims=16,
+        d_state=3,
+        ssm_ratio=2.0,
+        mlp_ratio=0.0,
+        mixer={"gate": "act", "conv_bias": True},
+        stem="patch",
+        downsample="merge",
+        **k,
+    ),
+    "heads": lambda **k: VMamba(
+        num_classes=5, depths=(1, 1), dims=16, d_state=4, mixer={"heads": True, "dt_rank": 4}, **k
+    ),
     "res_vmamba": lambda **k: ResVMamba(num_classes=5, depths=(1, 1, 1), dims=16, d_state=2, **k),
     "spatial_mamba": lambda **k: SpatialMamba(num_classes=5, depths=(1, 1), embed_dim=16, **k),
     "vim": lambda **k: Vim(num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=2, **k),
-    "vim_rope": lambda **k: Vim(num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=2,
-                                rope="branch", **k),
-    "shuffle": lambda **k: ShuffleMamba(num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=2,
-                                        **k),
-    "registers": lambda **k: ShuffleMambaReg(num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=2,
-                                             n_registers=4, cls_reduce=2, **k),
-    "adventurer": lambda **k: Adventurer(num_classes=5, img_size=32, patch_size=8, embed_dim=32, depth=4, d_state=4,
-                                         **k),
+    "vim_rope": lambda **k: Vim(
+        num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=2, rope="branch", **k
+    ),
+    "shuffle": lambda **k: ShuffleMamba(
+        num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=3, d_state=2, **k
+    ),
+    "registers": lambda **k: ShuffleMambaReg(
+        num_classes=5, img_size=32, patch_size=8, embed_dim=16, depth=2, d_state=2, n_registers=4, cls_reduce=2, **k
+    ),
+    "adventurer": lambda **k: Adventurer(
+        num_classes=5, img_size=32, patch_size=8, embed_dim=32, depth=4, d_state=4, **k
+    ),
 }
 
 
@@ -102,8 +140,9 @@ def test_checkpointing_changes_nothing(family):
     assert_checkpointing_changes_nothing(model, lambda: model(x).square().sum())
 
 
-@pytest.mark.parametrize("family", ["spatial_mamba", *(pytest.param(f, marks=pytest.mark.slow) for f in SMALL
-                                                       if f != "spatial_mamba")])
+@pytest.mark.parametrize(
+    "family", ["spatial_mamba", *(pytest.param(f, marks=pytest.mark.slow) for f in SMALL if f != "spatial_mamba")]
+)
 def test_compiles_to_one_graph(family):
     model, x = SMALL[family](), torch.randn(2, 3, 32, 32)
     for mode in (True, False):
@@ -176,8 +215,10 @@ def test_positions_are_resized_around_the_class_token():
 
 
 def test_adventurer_flips_by_its_rule():
-    flips = {rule: [b.flip for b in Adventurer(depth=6, embed_dim=32, img_size=16, flip_rule=rule, d_state=4).layers]
-             for rule in ("released", "every_two", "every_other")}
+    flips = {
+        rule: [b.flip for b in Adventurer(depth=6, embed_dim=32, img_size=16, flip_rule=rule, d_state=4).layers]
+        for rule in ("released", "every_two", "every_other")
+    }
     assert flips["released"] == [False, False, True, True, False, False]
     assert flips["every_two"] == [False, False, True, True, False, False]
     assert flips["every_other"] == [False, True] * 3
@@ -200,7 +241,11 @@ def test_forward_types_and_their_grammar():
     assert parse_forward_type("v05_noz") == {"gate": None}
     assert parse_forward_type("v0") == parse_forward_type("v03") == {"gate": "act"}
     assert parse_forward_type("v052d_oncnorm_noz_oact") == {
-        "gate": None, "out_act": "gelu", "out_norm": "layer_conv", "scans": "bidirectional"}
+        "gate": None,
+        "out_act": "gelu",
+        "out_norm": "layer_conv",
+        "scans": "bidirectional",
+    }
     with pytest.raises(ValueError, match="not in the order"):
         parse_forward_type("v05_oact_noz")
     with pytest.raises(ValueError, match="none of v0"):
@@ -252,7 +297,15 @@ def test_old_names_of_the_first_vmamba_release():
     for key, value in model.state_dict().items():
         key = key.replace(".op.", ".self_attention.")
         state[key.replace(".norm.", ".ln_1.") if ".blocks." in key and "out_norm" not in key else key] = value
-    kwargs = dict(depths=[1, 1, 1], dims=16, num_classes=5, ssm_d_state=3, forward_type="v0", mlp_ratio=0.0,
-                  norm_layer="ln", downsample_version="v1")
+    kwargs = dict(
+        depths=[1, 1, 1],
+        dims=16,
+        num_classes=5,
+        ssm_d_state=3,
+        forward_type="v0",
+        mlp_ratio=0.0,
+        norm_layer="ln",
+        downsample_version="v1",
+    )
     x = torch.randn(1, 3, 36, 28)
     torch.testing.assert_close(ssmzoo.load_official("vmamba", state, **kwargs)(x), model.eval()(x))

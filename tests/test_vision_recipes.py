@@ -13,9 +13,12 @@ from ssmzoo.zoo import config_dir, config_names, create_model
 
 EPOCH = 1_281_167  # training images of ImageNet
 RECIPES = {  # images per step, learning rate, weight decay, warm-up epochs, epochs, clip, decay of the average
-    "swin": (1024, 1e-3, 0.05, 20, 300, 5.0, 0.9999), "spatial_mamba": (1024, 1e-3, 0.05, 20, 300, 5.0, 0.9999),
-    "deit": (1024, 1e-3, 0.1, 5, 300, None, 0.99996), "vim_small": (512, 1e-3, 0.05, 5, 300, None, 0.99996),
-    "vim_plus": (1024, 1e-5, 1e-8, 0, 30, None, 0.99996), "shuffle_mamba": (2048, 2e-3, 0.1, 30, 300, 3.0, 0.9999),
+    "swin": (1024, 1e-3, 0.05, 20, 300, 5.0, 0.9999),
+    "spatial_mamba": (1024, 1e-3, 0.05, 20, 300, 5.0, 0.9999),
+    "deit": (1024, 1e-3, 0.1, 5, 300, None, 0.99996),
+    "vim_small": (512, 1e-3, 0.05, 5, 300, None, 0.99996),
+    "vim_plus": (1024, 1e-5, 1e-8, 0, 30, None, 0.99996),
+    "shuffle_mamba": (2048, 2e-3, 0.1, 30, 300, 3.0, 0.9999),
     "adventurer_pretrain": (1024, 1e-3, 0.05, 5, 300, None, 0.99996),
     "adventurer_mid": (1024, 1e-3, 0.05, 5, 100, None, 0.99996),
     "adventurer_finetune": (512, 1e-5, 0.1, 5, 20, None, 0.99996),
@@ -23,8 +26,14 @@ RECIPES = {  # images per step, learning rate, weight decay, warm-up epochs, epo
     "shuffle_mamba_reg_mid": (1024, 4e-4, 0.05, 5, 100, None, 0.99996),
     "shuffle_mamba_reg_finetune": (512, 1e-5, 0.1, 5, 20, None, 0.99996),
 }
-MODELS = {"swin": "vmamba_tiny", "spatial_mamba": "spatial_mamba_tiny", "deit": "vim_tiny", "vim_small": "vim_small",
-          "vim_plus": "vim_tiny_plus", "shuffle_mamba": "shuffle_mamba_base"}
+MODELS = {
+    "swin": "vmamba_tiny",
+    "spatial_mamba": "spatial_mamba_tiny",
+    "deit": "vim_tiny",
+    "vim_small": "vim_small",
+    "vim_plus": "vim_tiny_plus",
+    "shuffle_mamba": "shuffle_mamba_base",
+}
 
 
 def composed(*overrides):
@@ -61,17 +70,24 @@ def test_recipe_has_the_numbers_of_its_paper(name, monkeypatch):
     assert cfg.data.crop_pct == (1.0 if name == "shuffle_mamba_reg_finetune" else 0.875)
 
 
-@pytest.mark.parametrize("name", ["claims/spatial_mamba", "claims/layer_shuffle", "fscil/cifar100",
-                                  "fscil/mini_imagenet", "fscil/cub200"])
+@pytest.mark.parametrize(
+    "name", ["claims/spatial_mamba", "claims/layer_shuffle", "fscil/cifar100", "fscil/mini_imagenet", "fscil/cub200"]
+)
 def test_other_experiments_can_be_composed(name):
     cfg = composed(f"experiment={name}", "++data.path=/data/images")
     assert cfg.model._target_.startswith("ssmzoo.models.") and cfg.trainer.max_steps > 0
 
 
 RATES = {  # learning rate at the first step, and at the last; what decays; how often an image is drawn in an epoch
-    "swin": (1e-6, 1e-5, 1), "spatial_mamba": (1e-6, 1e-5, 1), "deit": (1e-6, 1e-5, 3), "vim_small": (1e-6, 1e-5, 3),
-    "vim_plus": (1e-5, 1e-5, 3), "shuffle_mamba": (5e-7, 5e-6, 3), "adventurer_pretrain": (1e-6, 1e-5, 3),
-    "adventurer_finetune": (1e-6, 1e-7, 1), "shuffle_mamba_reg_mid": (1e-6, 4e-6, 3),
+    "swin": (1e-6, 1e-5, 1),
+    "spatial_mamba": (1e-6, 1e-5, 1),
+    "deit": (1e-6, 1e-5, 3),
+    "vim_small": (1e-6, 1e-5, 3),
+    "vim_plus": (1e-5, 1e-5, 3),
+    "shuffle_mamba": (5e-7, 5e-6, 3),
+    "adventurer_pretrain": (1e-6, 1e-5, 3),
+    "adventurer_finetune": (1e-6, 1e-7, 1),
+    "shuffle_mamba_reg_mid": (1e-6, 4e-6, 3),
 }
 
 

@@ -7,14 +7,18 @@ import ssmzoo.timm  # registers, and lets timm find torchvision
 
 import timm  # isort: skip
 
-STAGED = {"vmamba_tiny": dict(depths=(1, 1, 1, 1), dims=8),
-          "res_vmamba_small": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
-          "vmamba_vanilla_tiny": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
-          "spatial_mamba_tiny": dict(depths=(1, 1, 1, 1), embed_dim=8)}
-PLAIN = {"vim_tiny": dict(depth=4, embed_dim=16, d_state=2),
-         "shuffle_mamba_tiny": dict(depth=4, embed_dim=16, d_state=2),
-         "shuffle_mamba_reg_base": dict(depth=4, embed_dim=16, d_state=2),
-         "adventurer_tiny": dict(depth=4, embed_dim=32, d_state=4)}
+STAGED = {
+    "vmamba_tiny": dict(depths=(1, 1, 1, 1), dims=8),
+    "res_vmamba_small": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
+    "vmamba_vanilla_tiny": dict(depths=(1, 1, 1, 1), dims=8, d_state=2),
+    "spatial_mamba_tiny": dict(depths=(1, 1, 1, 1), embed_dim=8),
+}
+PLAIN = {
+    "vim_tiny": dict(depth=4, embed_dim=16, d_state=2),
+    "shuffle_mamba_tiny": dict(depth=4, embed_dim=16, d_state=2),
+    "shuffle_mamba_reg_base": dict(depth=4, embed_dim=16, d_state=2),
+    "adventurer_tiny": dict(depth=4, embed_dim=32, d_state=4),
+}
 ALL = STAGED | PLAIN
 
 
@@ -116,22 +120,28 @@ def test_layer_decay_and_weight_decay_groups(name):
     assert set(depth) == {n for n, _ in model.named_parameters()}
     assert depth["patch_embed.conv1.conv.weight" if "spatial" in name else "patch_embed.proj.weight"] == 0
     assert depth["head.weight"] == max(depth.values()) >= 5
-    kept = {id(p) for g in create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.9).param_groups
-            if g["weight_decay"] == 0 for p in g["params"]}
+    kept = {
+        id(p)
+        for g in create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.9).param_groups
+        if g["weight_decay"] == 0
+        for p in g["params"]
+    }
     names = ("A_log", "A_logs", "D", "Ds", "pos_embed")
     spared = [id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] in names]
     assert spared and kept.issuperset(spared)
 
 
-@pytest.mark.parametrize("name", ["vim_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL
-                                               if n != "vim_tiny")])
+@pytest.mark.parametrize(
+    "name", ["vim_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n != "vim_tiny")]
+)
 def test_export(name):
     model, x = create(name).eval(), torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["spatial_mamba_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL
-                                                         if n != "spatial_mamba_tiny")])
+@pytest.mark.parametrize(
+    "name", ["spatial_mamba_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n != "spatial_mamba_tiny")]
+)
 def test_compile_as_one_graph(name):
     """Inference and a training step, as `compile=true` of the trainer runs them."""
     torch._dynamo.reset()  # the models share a forward, of which a process keeps eight compiled forms

@@ -9,9 +9,13 @@ from pathlib import Path
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("bench", help="time operators and models beside what people use today")
-    parser.add_argument("name", nargs="?", default="",
-                        help="cases whose name has this in it: scan, conv, ssd, dense_scan, fusion, training step, "
-                        "decoding; default: all")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default="",
+        help="cases whose name has this in it: scan, conv, ssd, dense_scan, fusion, training step, "
+        "decoding; default: all",
+    )
     parser.add_argument("--repeats", type=int, default=15, help="interleaved runs per contender (default 15)")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the table and the picture")
     parser.add_argument("--list", action="store_true", help="only list the cases")

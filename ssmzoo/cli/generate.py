@@ -8,9 +8,12 @@ from itertools import chain, islice
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser("generate", help="continue a text with a trained language model",
-                                   description="Continue one or more prompts. The text of the first streams as it is "
-                                   "drawn; the others, continued in the same batch, follow at the end.")
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text with a trained language model",
+        description="Continue one or more prompts. The text of the first streams as it is "
+        "drawn; the others, continued in the same batch, follow at the end.",
+    )
     add = parser.add_argument
     add("checkpoint", help="a run folder, or a checkpoint folder inside one")
     add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given several times")
@@ -35,17 +38,30 @@ def run(args: argparse.Namespace) -> int:
 
     model, manifest = load_model(args.checkpoint)
     if "tokenizer" not in manifest:
-        raise ValueError(f"{args.checkpoint} holds {manifest.get('model', 'a model')} without a tokenizer, so it is no "
-                         f"language model that text can be generated with; give a run of data=text or data=hf_text")
+        raise ValueError(
+            f"{args.checkpoint} holds {manifest.get('model', 'a model')} without a tokenizer, so it is no "
+            f"language model that text can be generated with; give a run of data=text or data=hf_text"
+        )
     tokenizer = from_dict(manifest["tokenizer"])
     prompts = [tokenizer.encode(text) for text in args.prompt]
     for text, ids in zip(args.prompt, prompts):
         if not ids:
             raise ValueError(f"--prompt {text!r} has no token; give at least one character to continue from")
-    steps = stream(model.to(_device(args.device)), prompts, args.max_new_tokens, prefill_chunk=args.prefill_chunk,
-                   stop_tokens={_one_token(tokenizer, text) for text in args.stop}, vocab_size=tokenizer.vocab_size,
-                   temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-                   repetition_penalty=args.repetition_penalty, greedy=args.greedy, seed=args.seed)
+    steps = stream(
+        model.to(_device(args.device)),
+        prompts,
+        args.max_new_tokens,
+        prefill_chunk=args.prefill_chunk,
+        stop_tokens={_one_token(tokenizer, text) for text in args.stop},
+        vocab_size=tokenizer.vocab_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        greedy=args.greedy,
+        seed=args.seed,
+    )
     decoders, texts = [tokenizer.decoder() for _ in prompts], ["" for _ in prompts]
     out = _Out()
     first = list(islice(steps, 1))  # errors come before any text

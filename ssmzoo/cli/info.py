@@ -16,8 +16,12 @@ from ssmzoo.zoo import build_model, describe_config, model_class, read_model_con
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("info", help="size, arguments and source of a model")
     parser.add_argument("model", help="a name of `ssmzoo list models`")
-    parser.add_argument("overrides", nargs="*", help="constructor arguments, e.g. d_model=512; with --memory any of "
-                        "train.py's, e.g. model.d_model=512 data.seq_len=2048 grad_checkpointing=true")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="constructor arguments, e.g. d_model=512; with --memory any of "
+        "train.py's, e.g. model.d_model=512 data.seq_len=2048 grad_checkpointing=true",
+    )
     parser.add_argument("--memory", action="store_true", help="predict the memory of training")
     parser.add_argument("--batch", type=int, help="samples per step and process (default: the data's)")
     parser.add_argument("--gpus", type=int, default=1, help="processes that share the work (default 1)")
@@ -67,12 +71,20 @@ def memory(args) -> None:
     batch = [] if args.batch is None else [f"data.batch_size={args.batch}"]
     found, size, shapes = of_run([f"model={args.model}", *batch, *args.overrides])
     print(f"{args.model}, {size} samples per process ({shapes}), {args.gpus} process(es)")
-    rows = {"parameters and buffers": found.parameters, "gradients": found.gradients, "optimiser": found.optimizer,
-            "averaged weights": found.ema, "activations and temporaries": found.step, "one process": found.on_one(),
-            "resident on a CPU": found.resident()}
+    rows = {
+        "parameters and buffers": found.parameters,
+        "gradients": found.gradients,
+        "optimiser": found.optimizer,
+        "averaged weights": found.ema,
+        "activations and temporaries": found.step,
+        "one process": found.on_one(),
+        "resident on a CPU": found.resident(),
+    }
     if args.gpus > 1:
-        rows |= {f"each of {args.gpus} under trainer=ddp": found.ddp(),
-                 f"each of {args.gpus} under trainer=fsdp": found.fsdp(args.gpus)}
+        rows |= {
+            f"each of {args.gpus} under trainer=ddp": found.ddp(),
+            f"each of {args.gpus} under trainer=fsdp": found.fsdp(args.gpus),
+        }
     for name, value in rows.items():
         print(f"  {name:<30}{value / 2**20:>12,.1f} MiB")
     print(f"traced with {found.traced} on a CPU; the program itself and, on a GPU, CUDA's context come on top")

@@ -13,26 +13,49 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
     known = probes()
     parser = subparsers.add_parser(
-        "probe", help="look inside a trained model", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Probes:\n" + "\n".join(f"  {name:22s}{text}" for name, text in known.items()))
+        "probe",
+        help="look inside a trained model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Probes:\n" + "\n".join(f"  {name:22s}{text}" for name, text in known.items()),
+    )
     add = parser.add_argument
-    add("name", choices=known, metavar="NAME", type=lambda name: SHORT.get(name, name),
-        help=", ".join(known) + "; erf is short for receptive_field")
-    add("checkpoint", help="a run folder, a checkpoint folder inside one, or the name of an image model (timm's: "
-        "timm/NAME): its initial weights on embedded photographs")
+    add(
+        "name",
+        choices=known,
+        metavar="NAME",
+        type=lambda name: SHORT.get(name, name),
+        help=", ".join(known) + "; erf is short for receptive_field",
+    )
+    add(
+        "checkpoint",
+        help="a run folder, a checkpoint folder inside one, or the name of an image model (timm's: "
+        "timm/NAME): its initial weights on embedded photographs",
+    )
     add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
     add("--layers", type=numbers, metavar="0,2", help="scans to show, numbered by depth")
     add("--channels", type=numbers, metavar="0,1", help="channels to show")
-    add("--positions", type=numbers, metavar="0,64", help="tokens whose reading to show (hidden_attention): long "
-        "inputs then need memory for these rows alone")
-    add("--masks", metavar="FILE|otsu", help="true segmentation of the images (.npy or picture; above 0 foreground, "
-        "255 unlabelled), or otsu: what is brighter than Otsu's threshold; maps are then scored against it")
+    add(
+        "--positions",
+        type=numbers,
+        metavar="0,64",
+        help="tokens whose reading to show (hidden_attention): long inputs then need memory for these rows alone",
+    )
+    add(
+        "--masks",
+        metavar="FILE|otsu",
+        help="true segmentation of the images (.npy or picture; above 0 foreground, "
+        "255 unlabelled), or otsu: what is brighter than Otsu's threshold; maps are then scored against it",
+    )
     add("--target", type=int, help="token id or class to explain; default: the model's first choice")
     add("--length", type=int, default=128, help="tokens to read of a text (128)")
     add("--batch", type=int, default=4, help="samples of the validation data (4)")
-    add("--max-bytes", type=float, default=2**30, help="memory that a tap, and the matrices made of it, may each take "
-        "(2^30)")
+    add(
+        "--max-bytes",
+        type=float,
+        default=2**30,
+        help="memory that a tap, and the matrices made of it, may each take (2^30)",
+    )
     return parser
 
 
@@ -77,8 +100,14 @@ def command_of(args: argparse.Namespace) -> str:
     for key in ("input", "layers", "channels", "positions", "masks", "target", "length", "batch", "max_bytes"):
         value = getattr(args, key)
         if value != defaults[key]:
-            words += [f"--{key.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else
-                      f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [
+                f"--{key.replace('_', '-')}",
+                ",".join(map(str, value))
+                if isinstance(value, list)
+                else f"{value:g}"
+                if isinstance(value, float)
+                else str(value),
+            ]
     return shlex.join(words)
 
 
@@ -101,8 +130,13 @@ def load_subject(folder: Path, args: argparse.Namespace):
     from ssmzoo.train.checkpoint import load_model
 
     model, manifest = load_model(folder)
-    chosen = dict(layers=args.layers, channels=args.channels, positions=args.positions, target=args.target,
-                  max_bytes=int(args.max_bytes))
+    chosen = dict(
+        layers=args.layers,
+        channels=args.channels,
+        positions=args.positions,
+        target=args.target,
+        max_bytes=int(args.max_bytes),
+    )
     if "tokenizer" in manifest:
         if args.masks is not None:
             raise ValueError("--masks are for images; this checkpoint is a language model's")
@@ -128,12 +162,19 @@ def read_text(manifest: dict, args) -> dict:
         if ids.shape[1] < 2:
             raise ValueError(f"--input {args.input!r} has {ids.shape[1]} tokens; give at least 2")
         if ids.shape[1] > args.length:
-            raise ValueError(f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it "
-                             f"(the memory of hidden attention grows with its square, up to --max-bytes) or shorten "
-                             f"the text")
-    return dict(inputs=ids, labels=[tokenizer.decode([i]) for i in ids[0].tolist()], text=stream,
-                train_text=data_text(manifest, training=True) if args.name == "generalization_bound" else None,
-                classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], vocab_size=tokenizer.vocab_size)
+            raise ValueError(
+                f"--input has {ids.shape[1]} tokens, more than --length {args.length} allows; raise it "
+                f"(the memory of hidden attention grows with its square, up to --max-bytes) or shorten "
+                f"the text"
+            )
+    return dict(
+        inputs=ids,
+        labels=[tokenizer.decode([i]) for i in ids[0].tolist()],
+        text=stream,
+        train_text=data_text(manifest, training=True) if args.name == "generalization_bound" else None,
+        classes=[tokenizer.decode([i]) for i in range(tokenizer.vocab_size)],
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def data_module(manifest: dict, stage: str = "validate"):
@@ -182,8 +223,11 @@ def read_samples(model, manifest: dict, args) -> dict:
         labels = [str(i) for i in inputs[0].tolist()]
         return dict(inputs=inputs, labels=labels)
     answers = batch.get("label")
-    return dict(inputs=inputs, classes=getattr(data, "classes", None),
-                answers=None if answers is None else torch.as_tensor(answers)[: args.batch])
+    return dict(
+        inputs=inputs,
+        classes=getattr(data, "classes", None),
+        answers=None if answers is None else torch.as_tensor(answers)[: args.batch],
+    )
 
 
 def read_masks(subject, args):
@@ -212,8 +256,10 @@ def read_masks(subject, args):
     mask = mask.amax(-1) if mask.ndim == 3 and mask.shape[-1] <= 4 else mask
     mask = mask[None] if mask.ndim == 2 else mask
     if mask.ndim != 3 or len(mask) != len(subject.inputs):
-        raise ValueError(f"--masks {file} has shape {tuple(mask.shape)}; expected (y, x) for one picture, or "
-                         f"({len(subject.inputs)}, y, x) for the {len(subject.inputs)} images read")
+        raise ValueError(
+            f"--masks {file} has shape {tuple(mask.shape)}; expected (y, x) for one picture, or "
+            f"({len(subject.inputs)}, y, x) for the {len(subject.inputs)} images read"
+        )
     mask = F.interpolate(mask[:, None].float(), subject.inputs.shape[-2:], mode="nearest")[:, 0].long()
     return torch.where(mask == 255, -1, (mask > 0).long())
 

@@ -26,15 +26,23 @@ def named_subject(name: str, args: argparse.Namespace):
     else:
         names = list_models(task="classification")
         if name not in names:
-            raise ValueError(f"no checkpoint or run folder at {name}, and no image model of that name"
-                             f"{nearest(name, names)} (`ssmzoo list models --task classification`, or timm/NAME)")
+            raise ValueError(
+                f"no checkpoint or run folder at {name}, and no image model of that name"
+                f"{nearest(name, names)} (`ssmzoo list models --task classification`, or timm/NAME)"
+            )
         node = read_model_config(name)["model"]
         for key, value in node.items():
             if isinstance(value, str) and value.startswith("${sizes:"):
                 node[key] = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE}[value[8:-1]]
         model = build_model(node)
-    return Subject(model.eval(), pictures(args), layers=args.layers, channels=args.channels,
-                   target=args.target, max_bytes=int(args.max_bytes))
+    return Subject(
+        model.eval(),
+        pictures(args),
+        layers=args.layers,
+        channels=args.channels,
+        target=args.target,
+        max_bytes=int(args.max_bytes),
+    )
 
 
 def of_timm(name: str):

@@ -13,10 +13,15 @@ TASK_OF = {"bicubic": "sr", "noise": "denoise", "jpeg": "jpeg", "paired": "denoi
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser("restore", help="restore pictures of any size with a trained model", description=(
-        "Restore PNG, JPEG, TIFF and WebP pictures (8 or 16 bits, grey, RGB, transparency, orientation and colour "
-        "profile kept) or whole folders. A result that exists is kept, so an interrupted run is continued by the same "
-        "command."))
+    parser = subparsers.add_parser(
+        "restore",
+        help="restore pictures of any size with a trained model",
+        description=(
+            "Restore PNG, JPEG, TIFF and WebP pictures (8 or 16 bits, grey, RGB, transparency, orientation and colour "
+            "profile kept) or whole folders. A result that exists is kept, so an interrupted run is continued by the "
+            "same command."
+        ),
+    )
     parser.add_argument("inputs", nargs="+", type=Path, help="picture files or folders")
     parser.add_argument("--ckpt", required=True, help="run folder or checkpoint; with --model, a released .pth file")
     parser.add_argument("--model", help="preset that a released weight file belongs to, e.g. mambair_light_x2")
@@ -58,8 +63,10 @@ def run(args) -> int:
             failed += 1
             print(f"error: {source}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print(f"\nstopped; {done} restored, {len(jobs) - done - kept - failed} left: the same command continues",
-                  file=sys.stderr)
+            print(
+                f"\nstopped; {done} restored, {len(jobs) - done - kept - failed} left: the same command continues",
+                file=sys.stderr,
+            )
             raise
     print(f"{done} restored, {kept} kept, {failed} failed")
     return 1 if failed else 0
@@ -152,16 +159,26 @@ def restore_file(model, source: Path, target: Path, args) -> None:
     started = time.monotonic()
     picture = read_picture(source)
     levels = torch.from_numpy(picture.levels).permute(2, 0, 1)
-    out = restore_levels(model, levels, picture.top, tile=args.tile, overlap=args.overlap, ensemble=args.self_ensemble,
-                         progress=Bar(source.name))
+    out = restore_levels(
+        model,
+        levels,
+        picture.top,
+        tile=args.tile,
+        overlap=args.overlap,
+        ensemble=args.self_ensemble,
+        progress=Bar(source.name),
+    )
     alpha = picture.alpha
     if alpha is not None:
         alpha = enlarge_alpha(torch.from_numpy(alpha), picture.top, model.upscale).numpy()
     restored = out.permute(1, 2, 0).numpy()
     write_picture(target, Picture(restored, alpha, picture.exif, picture.icc))
     notes = f" ({'; '.join(picture.notes)})" if picture.notes else ""
-    print(f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * restored.itemsize} bits, "
-          f"{time.monotonic() - started:.1f} s{notes}", flush=True)
+    print(
+        f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * restored.itemsize} bits, "
+        f"{time.monotonic() - started:.1f} s{notes}",
+        flush=True,
+    )
 
 
 class Bar:

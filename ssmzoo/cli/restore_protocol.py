@@ -63,8 +63,12 @@ def _metrics(case):
     ycbcr = rgb_to_ycbcr(a)
     levels = ycbcr.round()
     back = ycbcr_to_rgb(levels, wrap=True)
-    return out | {"y_of_img": luma(a)[0], "ycbcr_of_img": ycbcr.permute(1, 2, 0),
-                  "ycbcr_uint8_of_img": levels.permute(1, 2, 0), "rgb_back_uint8": back.permute(1, 2, 0)}
+    return out | {
+        "y_of_img": luma(a)[0],
+        "ycbcr_of_img": ycbcr.permute(1, 2, 0),
+        "ycbcr_uint8_of_img": levels.permute(1, 2, 0),
+        "rgb_back_uint8": back.permute(1, 2, 0),
+    }
 
 
 def _tiles(case):

@@ -48,8 +48,10 @@ class Automaton:
         state_names = tuple(map(str, self.state_names)) or tuple(map(str, range(n)))
         for what, names, size in (("symbols", symbols, e), ("state_names", state_names, n)):
             if len(names) != size or len(set(names)) != size:
-                raise AutomatonError(f"{self.name}: {what} has {len(names)} names ({len(set(names))} distinct), "
-                                     f"the transition table needs {size}")
+                raise AutomatonError(
+                    f"{self.name}: {what} has {len(names)} names ({len(set(names))} distinct), "
+                    f"the transition table needs {size}"
+                )
         if not 0 <= self.initial_state < n:
             raise AutomatonError(f"{self.name}: initial_state is {self.initial_state}; the states are 0 to {n - 1}")
         for key, value in (("delta", delta), ("output", output), ("symbols", symbols), ("state_names", state_names)):
@@ -59,8 +61,11 @@ class Automaton:
             raise AutomatonError(f"{self.name}: delta leaves state {state_names[stuck[0]]!r} without any transition")
         unreachable = sorted(set(range(n)) - set(self.reachable()))
         if unreachable:
-            warnings.warn(f"{self.name}: no string reaches {len(unreachable)} of {n} states "
-                          f"({', '.join(state_names[s] for s in unreachable[:5])})", stacklevel=3)
+            warnings.warn(
+                f"{self.name}: no string reaches {len(unreachable)} of {n} states "
+                f"({', '.join(state_names[s] for s in unreachable[:5])})",
+                stacklevel=3,
+            )
 
     @property
     def num_states(self) -> int:
@@ -101,8 +106,10 @@ class Automaton:
         """
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self.num_symbols):
-            raise ValueError(f"{self.name}: symbol id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the "
-                             f"alphabet of {self.num_symbols} symbols")
+            raise ValueError(
+                f"{self.name}: symbol id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the "
+                f"alphabet of {self.num_symbols} symbols"
+            )
         b, l = ids.shape
         states = np.empty((l, b), dtype=np.int64)
         s = np.full(b, self.initial_state) if state is None else np.asarray(state)
@@ -110,13 +117,20 @@ class Automaton:
             s = self.delta[s, ids[:, t]]
             if s.size and s.min() < 0:
                 row = int(np.argmin(s))
-                raise ValueError(f"{self.name}: symbol {self.symbols[ids[row, t]]!r} cannot come at position {t + 1} "
-                                 f"of string {row}")
+                raise ValueError(
+                    f"{self.name}: symbol {self.symbols[ids[row, t]]!r} cannot come at position {t + 1} of string {row}"
+                )
             states[t] = s
         return states.T
 
-    def draw(self, rng: np.random.Generator, batch: int, length: int, state: np.ndarray | None = None,
-             weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self,
+        rng: np.random.Generator,
+        batch: int,
+        length: int,
+        state: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """`batch` strings of `length` symbols and the states after every symbol, both (b l).
 
         Every symbol is uniform over those that can come in its state, or drawn with the row's `weights` (b symbols)
@@ -204,8 +218,14 @@ class Automaton:
         return result
 
     def to_dict(self) -> dict:
-        return {"name": self.name, "symbols": list(self.symbols), "state_names": list(self.state_names),
-                "initial_state": int(self.initial_state), "delta": self.delta.tolist(), "output": self.output.tolist()}
+        return {
+            "name": self.name,
+            "symbols": list(self.symbols),
+            "state_names": list(self.state_names),
+            "initial_state": int(self.initial_state),
+            "delta": self.delta.tolist(),
+            "output": self.output.tolist(),
+        }
 
     @classmethod
     def from_dict(cls, table: dict, name: str = "automaton") -> Automaton:
@@ -214,16 +234,33 @@ class Automaton:
         States may be numbers or names from `state_names`; `accepting: [states]` may stand for a 0/1 output.
         """
         if not isinstance(table, dict) or "delta" not in table:
-            raise AutomatonError(f"{name}: an automaton is a mapping with the key 'delta' (and 'output', "
-                                 f"'initial_state', "
-                                 f"'symbols', 'state_names'); got "
-                                 f"{sorted(table) if isinstance(table, dict) else table!r}")
-        known = {"delta", "output", "accepting", "initial_state", "symbols", "state_names", "name", "task",
-                 "num_symbols",
-                 "num_states", "num_classes", "convention", "element_names", "note", "source"}
+            raise AutomatonError(
+                f"{name}: an automaton is a mapping with the key 'delta' (and 'output', "
+                f"'initial_state', "
+                f"'symbols', 'state_names'); got "
+                f"{sorted(table) if isinstance(table, dict) else table!r}"
+            )
+        known = {
+            "delta",
+            "output",
+            "accepting",
+            "initial_state",
+            "symbols",
+            "state_names",
+            "name",
+            "task",
+            "num_symbols",
+            "num_states",
+            "num_classes",
+            "convention",
+            "element_names",
+            "note",
+            "source",
+        }
         if set(table) - known:
-            raise AutomatonError(f"{name}: unknown key {sorted(set(table) - known)[0]!r}; known: "
-                                 f"{', '.join(sorted(known))}")
+            raise AutomatonError(
+                f"{name}: unknown key {sorted(set(table) - known)[0]!r}; known: {', '.join(sorted(known))}"
+            )
         names = [str(s) for s in table.get("state_names") or table.get("element_names") or []]
         number = {s: i for i, s in enumerate(names)}
 
@@ -234,14 +271,22 @@ class Automaton:
                 return number[value]
             return value
 
-        delta = [[state(v, f"delta[{i}]") for v in row] if isinstance(row, (list, tuple)) else row
-                 for i, row in enumerate(table["delta"])]
+        delta = [
+            [state(v, f"delta[{i}]") for v in row] if isinstance(row, (list, tuple)) else row
+            for i, row in enumerate(table["delta"])
+        ]
         output = table.get("output")
         if "accepting" in table:
             accepting = {state(v, "accepting") for v in table["accepting"]}
             output = [int(s in accepting) for s in range(len(delta))]
-        return cls(delta, output, state(table.get("initial_state", 0), "initial_state"),
-                   str(table.get("name") or table.get("task") or name), tuple(table.get("symbols") or ()), tuple(names))
+        return cls(
+            delta,
+            output,
+            state(table.get("initial_state", 0), "initial_state"),
+            str(table.get("name") or table.get("task") or name),
+            tuple(table.get("symbols") or ()),
+            tuple(names),
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> Automaton:
@@ -278,8 +323,9 @@ class Automaton:
         try:
             dfa = DFA.from_nfa(NFA.from_regex(regex, input_symbols=set(alphabet))).minify().to_complete()
         except Exception as error:  # automata-lib and its lexer raise types of their own
-            raise AutomatonError(f"regex {regex!r} over alphabet {alphabet!r} does not parse: "
-                                 f"{type(error).__name__}: {error}") from None
+            raise AutomatonError(
+                f"regex {regex!r} over alphabet {alphabet!r} does not parse: {type(error).__name__}: {error}"
+            ) from None
         symbols = list(dict.fromkeys(alphabet))
         order = {dfa.initial_state: 0}
         for state in order_of_visit(dfa, symbols):
@@ -309,12 +355,15 @@ def _table(delta, name: str) -> np.ndarray:
     for i, row in enumerate(rows):
         if len(row) != width or any(v is None for v in row):
             missing = width - len(row) + sum(v is None for v in row)
-            raise AutomatonError(f"{name}: delta[{i}] lacks {missing} of {width} transitions; write one next state per "
-                                 f"symbol, or -1 for a symbol that cannot come there")
+            raise AutomatonError(
+                f"{name}: delta[{i}] lacks {missing} of {width} transitions; write one next state per "
+                f"symbol, or -1 for a symbol that cannot come there"
+            )
         for j, value in enumerate(row):
             if not isinstance(value, (int, np.integer)) or not -1 <= value < len(rows):
-                raise AutomatonError(f"{name}: delta[{i}][{j}] is {value!r}; the states are 0 to {len(rows) - 1} (-1: "
-                                     f"cannot come)")
+                raise AutomatonError(
+                    f"{name}: delta[{i}][{j}] is {value!r}; the states are 0 to {len(rows) - 1} (-1: cannot come)"
+                )
     if width == 0:
         raise AutomatonError(f"{name}: delta has no symbols")
     return np.array(rows, dtype=np.int64)
@@ -323,10 +372,11 @@ def _table(delta, name: str) -> np.ndarray:
 def _vector(output, n: int, name: str) -> np.ndarray:
     values = np.asarray(output)
     if values.shape != (n,) or values.dtype.kind not in "iu":
-        raise AutomatonError(f"{name}: output has shape {values.shape} of {values.dtype}, expected one class per "
-                             f"state ({n})")
+        raise AutomatonError(
+            f"{name}: output has shape {values.shape} of {values.dtype}, expected one class per state ({n})"
+        )
     if values.min() < -1 or values.max() < 0:
-        raise AutomatonError(f"{name}: output must hold classes from 0 (and -1 where no string can end), got "
-                             f"{values.tolist()}")
+        raise AutomatonError(
+            f"{name}: output must hold classes from 0 (and -1 where no string can end), got {values.tolist()}"
+        )
     return values.astype(np.int64)
-

@@ -34,8 +34,10 @@ def permutation_matrices(automaton: Automaton) -> np.ndarray:
     for symbol in range(e):
         image = automaton.delta[:, symbol]
         if sorted(image.tolist()) != list(range(n)):
-            raise AutomatonError(f"{automaton.name}: symbol {automaton.symbols[symbol]!r} is not a permutation of the "
-                                 f"states, so the automaton is not a group")
+            raise AutomatonError(
+                f"{automaton.name}: symbol {automaton.symbols[symbol]!r} is not a permutation of the "
+                f"states, so the automaton is not a group"
+            )
         P[symbol, image, np.arange(n)] = 1
     return P
 

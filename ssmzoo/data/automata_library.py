@@ -16,10 +16,24 @@ import numpy as np
 
 from ssmzoo.data.automata import Automaton, AutomatonError
 
-ALIASES = {"parity": "parity_check", "cycle": "cycle_navigation", "cycle_nav": "cycle_navigation",
-           "modular": "modular_arithmetic", "mod_arith": "modular_arithmetic"}
-BENCHMARK = ("parity_check", "even_pairs", "cycle_navigation", "modular_arithmetic", "C2xC4", "D4", "A5",
-             "C2xC30", "D30")
+ALIASES = {
+    "parity": "parity_check",
+    "cycle": "cycle_navigation",
+    "cycle_nav": "cycle_navigation",
+    "modular": "modular_arithmetic",
+    "mod_arith": "modular_arithmetic",
+}
+BENCHMARK = (
+    "parity_check",
+    "even_pairs",
+    "cycle_navigation",
+    "modular_arithmetic",
+    "C2xC4",
+    "D4",
+    "A5",
+    "C2xC30",
+    "D30",
+)
 MAX_GROUP = 20_000  # elements that a group from generators may have
 
 
@@ -30,8 +44,13 @@ def automaton(name: str) -> Automaton:
     S<n>, A<n>, Z<n> or products such as A4_x_Z5. Raises ValueError for another name.
     """
     name = ALIASES.get(name, name)
-    fixed = {"parity_check": parity_check, "even_pairs": even_pairs, "cycle_navigation": cycle_navigation,
-             "modular_arithmetic": modular_arithmetic, "A5": alternating_5}
+    fixed = {
+        "parity_check": parity_check,
+        "even_pairs": even_pairs,
+        "cycle_navigation": cycle_navigation,
+        "modular_arithmetic": modular_arithmetic,
+        "A5": alternating_5,
+    }
     if name in fixed:
         return fixed[name]()
     if match := re.fullmatch(r"C2xC(\d+)", name):
@@ -40,9 +59,11 @@ def automaton(name: str) -> Automaton:
         return two_generators(name, int(match[1]), reflecting=True)
     if name.startswith("word_"):
         return word_problem(name.removeprefix("word_"))
-    raise ValueError(f"unknown language {name!r}; choose {', '.join(BENCHMARK)}, C2xC<n>, D<n>, word_<group> "
-                     f"(S<n>, A<n>, Z<n>, products such as A4_x_Z5), or give data.automaton, data.regex or "
-                     f"data.generators")
+    raise ValueError(
+        f"unknown language {name!r}; choose {', '.join(BENCHMARK)}, C2xC<n>, D<n>, word_<group> "
+        f"(S<n>, A<n>, Z<n>, products such as A4_x_Z5), or give data.automaton, data.regex or "
+        f"data.generators"
+    )
 
 
 def parity_check() -> Automaton:
@@ -79,8 +100,13 @@ def modular_arithmetic(modulus: int = 5) -> Automaton:
     delta += [[num[a, -d % m] for d in range(m)] + no_operators for a in minus]
     delta += [[num[a, p * d % m] for d in range(m)] + no_operators for a, p in times]
     output = [-1] + [(a + p) % m for a, p in num] + [-1] * (len(delta) - 1 - len(num))
-    names = ["start", *(f"num {a} {p}" for a, p in num), *(f"+ {a}" for a in plus), *(f"- {a}" for a in minus),
-             *(f"* {a} {p}" for a, p in times)]
+    names = [
+        "start",
+        *(f"num {a} {p}" for a, p in num),
+        *(f"+ {a}" for a in plus),
+        *(f"- {a}" for a in minus),
+        *(f"* {a} {p}" for a, p in times),
+    ]
     symbols = (*map(str, range(m)), "+", "-", "*", "_ (blank, never sampled)")
     return Automaton(delta, output, name="modular_arithmetic", symbols=symbols, state_names=tuple(names))
 
@@ -110,7 +136,7 @@ def alternating_5() -> Automaton:
 
 
 def is_even(permutation: Sequence[int]) -> bool:
-    inversions = sum(a > b for i, a in enumerate(permutation) for b in permutation[i + 1:])
+    inversions = sum(a > b for i, a in enumerate(permutation) for b in permutation[i + 1 :])
     return inversions % 2 == 0
 
 
@@ -130,8 +156,9 @@ def generate_group(generators: Sequence[Sequence[int]]) -> list[tuple[int, ...]]
     size = len(generators[0])
     for i, g in enumerate(generators):
         if sorted(g) != list(range(size)):
-            raise AutomatonError(f"generators[{i}] = {list(g)} is not a permutation of 0..{size - 1}, "
-                                 f"so it generates no group")
+            raise AutomatonError(
+                f"generators[{i}] = {list(g)} is not a permutation of 0..{size - 1}, so it generates no group"
+            )
     identity = tuple(range(size))
     seen, frontier = {identity}, [identity]
     while frontier:

@@ -32,8 +32,13 @@ from ssmzoo.data.formal_strings import (
 CURRICULA = ("increasing", "uniform", "fixed")
 
 
-def choose_automaton(language: str | None, path: str | None = None, regex: str | None = None,
-                     alphabet: str | None = None, generators: list | None = None) -> Automaton:
+def choose_automaton(
+    language: str | None,
+    path: str | None = None,
+    regex: str | None = None,
+    alphabet: str | None = None,
+    generators: list | None = None,
+) -> Automaton:
     """The automaton of a name, a YAML or JSON file, a regular expression, or permutations; errors name the field."""
     sources = {"automaton": path, "regex": regex, "generators": generators}
     given = [name for name, value in sources.items() if value is not None]
@@ -76,32 +81,58 @@ class FormalData(LightningDataModule):
     language models, whose first num_classes logits are read.
     """
 
-    def __init__(self, language: str | None = "cycle_navigation", automaton: str | None = None,
-                 regex: str | None = None, alphabet: str | None = None, generators: list | None = None,
-                 group: bool = False, batch_size: int = 128, min_length: int = 1, max_length: int = 40,
-                 curriculum: str = "increasing",
-                 curriculum_steps: int = 500, supervise: str = "every", query_token: bool = False, skewed: float = 0.0,
-                 held_out: float = 0.125, val_samples: int = 64, test_length: int = 500, test_samples: int = 512,
-                 test_strings: str | None = None, seed: int = 0):
+    def __init__(
+        self,
+        language: str | None = "cycle_navigation",
+        automaton: str | None = None,
+        regex: str | None = None,
+        alphabet: str | None = None,
+        generators: list | None = None,
+        group: bool = False,
+        batch_size: int = 128,
+        min_length: int = 1,
+        max_length: int = 40,
+        curriculum: str = "increasing",
+        curriculum_steps: int = 500,
+        supervise: str = "every",
+        query_token: bool = False,
+        skewed: float = 0.0,
+        held_out: float = 0.125,
+        val_samples: int = 64,
+        test_length: int = 500,
+        test_samples: int = 512,
+        test_strings: str | None = None,
+        seed: int = 0,
+    ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("min_length", min_length), ("val_samples", val_samples),
-                            ("curriculum_steps", curriculum_steps), ("test_length", test_length),
-                            ("test_samples", test_samples)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("min_length", min_length),
+            ("val_samples", val_samples),
+            ("curriculum_steps", curriculum_steps),
+            ("test_length", test_length),
+            ("test_samples", test_samples),
+        ):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be at least 1")
         if max_length < min_length:
             raise ValueError(f"data.max_length is {max_length}, below data.min_length = {min_length}")
-        for name, value, choices in (("curriculum", curriculum, CURRICULA), ("supervise", supervise, ("every", "last")),
-                                     ("test_strings", test_strings, ("independent", "prefixes", None))):
+        for name, value, choices in (
+            ("curriculum", curriculum, CURRICULA),
+            ("supervise", supervise, ("every", "last")),
+            ("test_strings", test_strings, ("independent", "prefixes", None)),
+        ):
             if value not in choices:
                 raise ValueError(f"data.{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
         for name, value in (("held_out", held_out), ("skewed", skewed)):
             if not 0 <= value <= (1 if name == "skewed" else 0.5):
                 raise ValueError(f"data.{name} is {value}; give a share between 0 and {1 if name == 'skewed' else 0.5}")
         if query_token and (supervise == "every" or test_strings == "prefixes"):
-            raise ValueError("data.query_token=true reads one answer per string, after it: it needs "
-                             "data.supervise=last and "
-                             "data.test_strings=independent")
+            raise ValueError(
+                "data.query_token=true reads one answer per string, after it: it needs "
+                "data.supervise=last and "
+                "data.test_strings=independent"
+            )
         self.language = choose_automaton(language, automaton, regex, alphabet, generators)
         if group:
             permutation_matrices(self.language)
@@ -112,37 +143,66 @@ class FormalData(LightningDataModule):
         self.val_samples, self.test_length, self.test_samples = val_samples, test_length, test_samples
         self.test_mode = test_strings or ("independent" if query_token else "prefixes")
         self.held_out = HeldOut(self.language, held_out, max_length)
-        self.training = TrainingStrings(self.language, self.held_out, batch_size, min_length, max_length, curriculum,
-                                        curriculum_steps, supervise, query_token, skewed, seed)
+        self.training = TrainingStrings(
+            self.language,
+            self.held_out,
+            batch_size,
+            min_length,
+            max_length,
+            curriculum,
+            curriculum_steps,
+            supervise,
+            query_token,
+            skewed,
+            seed,
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
         symbols, classes = self.language.num_symbols + self.query_token, self.language.num_classes
-        return {"num_symbols": symbols, "num_classes": classes, "vocab_size": max(symbols, classes),
-                "num_states": self.language.num_states}
+        return {
+            "num_symbols": symbols,
+            "num_classes": classes,
+            "vocab_size": max(symbols, classes),
+            "num_states": self.language.num_states,
+        }
 
     def describe(self) -> dict[str, str | int]:
         table = repr(self.language.to_dict()).encode()
-        return {"language": self.language.name, "states": self.language.num_states,
-                "automaton_sha256": hashlib.sha256(table).hexdigest()[:16], "max_length": self.max_length,
-                "seed": self.seed}
+        return {
+            "language": self.language.name,
+            "states": self.language.num_states,
+            "automaton_sha256": hashlib.sha256(table).hexdigest()[:16],
+            "max_length": self.max_length,
+            "seed": self.seed,
+        }
 
     def train_dataloader(self) -> BatchStream:
         attached = self.trainer is not None
-        return BatchStream(self.training, rank=self.trainer.global_rank if attached else 0,
-                           world_size=self.trainer.world_size if attached else 1)
+        return BatchStream(
+            self.training,
+            rank=self.trainer.global_rank if attached else 0,
+            world_size=self.trainer.world_size if attached else 1,
+        )
 
     def val_dataloader(self) -> FixedBatches:
         """Strings up to test_length, drawn apart from the test's; with a query token at eight lengths."""
         rng = np.random.default_rng([self.seed, 1 << 40])
         if self.query_token:
             lengths = sorted({self.language.closest_length(max(1, self.test_length * i // 8)) for i in range(1, 9)})
-            drawn = [self._with_query(test_strings(self.language, self.held_out, rng, self.val_samples, length))
-                     for length in lengths]
+            drawn = [
+                self._with_query(test_strings(self.language, self.held_out, rng, self.val_samples, length))
+                for length in lengths
+            ]
         else:
             drawn = test_prefixes(self.language, self.held_out, rng, self.val_samples, self.test_length)[:1]
-        return FixedBatches([{"input_ids": torch.from_numpy(s.ids.copy()), "labels": torch.from_numpy(s.labels.copy())}
-                             for whole in drawn for s in _slices(whole, 32)])
+        return FixedBatches(
+            [
+                {"input_ids": torch.from_numpy(s.ids.copy()), "labels": torch.from_numpy(s.labels.copy())}
+                for whole in drawn
+                for s in _slices(whole, 32)
+            ]
+        )
 
     def test_sets(self) -> Iterator[Strings]:
         """The strings of the per-length test, in the form `test_mode` says; labels are -100 except where read."""
@@ -176,4 +236,4 @@ class FormalData(LightningDataModule):
 
 def _slices(strings: Strings, rows: int) -> Iterator[Strings]:
     for start in range(0, len(strings.ids), rows):
-        yield Strings(*(part[start:start + rows] for part in strings))
+        yield Strings(*(part[start : start + rows] for part in strings))

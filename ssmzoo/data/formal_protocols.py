@@ -53,8 +53,9 @@ class FixedSet:
         if name not in FIXED_SETS:
             raise ValueError(f"data.language is {name!r}; the fixed sets are {', '.join(FIXED_SETS)}")
         if not 1 <= min_length <= max_length or (name == "mod_arith_no_brack" and max_length < 2):
-            raise ValueError(f"data.min_length = {min_length} and data.max_length = {max_length} do not make a range "
-                             f"of lengths")
+            raise ValueError(
+                f"data.min_length = {min_length} and data.max_length = {max_length} do not make a range of lengths"
+            )
         self.name, self.min_length, self.max_length = name, min_length, max_length
         self.vocab_size, language, self.symbols, self.first_label = FIXED_SETS[name]
         self.automaton = automaton(language)
@@ -108,13 +109,24 @@ class FixedSetData(LightningDataModule):
     seed         of the training set; the validation set has twice that seed, as published
     """
 
-    def __init__(self, language: str = "parity", batch_size: int = 256, min_length: int = 3, max_length: int = 40,
-                 num_samples: int = 25_600_000, val_samples: int = 8192, val_max_length: int = 256, seed: int = 1234):
+    def __init__(
+        self,
+        language: str = "parity",
+        batch_size: int = 256,
+        min_length: int = 3,
+        max_length: int = 40,
+        num_samples: int = 25_600_000,
+        val_samples: int = 8192,
+        val_max_length: int = 256,
+        seed: int = 1234,
+    ):
         super().__init__()
         if batch_size < 1 or val_samples < 1 or num_samples < batch_size:
-            raise ValueError(f"data.batch_size = {batch_size} and data.val_samples = {val_samples} must be at least "
-                             f"1, and "
-                             f"data.num_samples = {num_samples} at least one batch")
+            raise ValueError(
+                f"data.batch_size = {batch_size} and data.val_samples = {val_samples} must be at least "
+                f"1, and "
+                f"data.num_samples = {num_samples} at least one batch"
+            )
         self.train_set = FixedSet(language, min_length, max_length)
         self.val_set = FixedSet(language, max_length, val_max_length)
         self.batch_size, self.num_samples, self.val_samples, self.seed = batch_size, num_samples, val_samples, seed
@@ -143,13 +155,14 @@ class FixedSetData(LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError("data=formal_fixedset draws its samples in order and runs on one process; use "
-                             "trainer.devices=1")
+            raise ValueError(
+                "data=formal_fixedset draws its samples in order and runs on one process; use trainer.devices=1"
+            )
         return BatchStream(self._batch)
 
     def val_dataloader(self) -> FixedBatches:
         samples = list(islice(self.val_set.samples(2 * self.seed), self.val_samples))
-        return FixedBatches([self.val_set.batch(samples[i:i + 64]) for i in range(0, len(samples), 64)])
+        return FixedBatches([self.val_set.batch(samples[i : i + 64]) for i in range(0, len(samples), 64)])
 
 
 def _resumed(fixed: FixedSet, source: random.Random) -> Iterator[tuple[Tensor, int]]:
@@ -173,23 +186,34 @@ class WordProblemData(LightningDataModule):
 
     SPECIAL = 7
 
-    def __init__(self, group: str = "A5", batch_size: int = 512, max_length: int = 20, strict_len: bool = False,
-                 test_lengths: tuple[int, ...] | list[int] = (20, 40, 100), held_out: float = 0.2,
-                 val_samples: int = 256, seed: int = 0):
+    def __init__(
+        self,
+        group: str = "A5",
+        batch_size: int = 512,
+        max_length: int = 20,
+        strict_len: bool = False,
+        test_lengths: tuple[int, ...] | list[int] = (20, 40, 100),
+        held_out: float = 0.2,
+        val_samples: int = 256,
+        seed: int = 0,
+    ):
         super().__init__()
         if batch_size < 1 or val_samples < 1 or max_length < 2 or not test_lengths or min(test_lengths) < 1:
-            raise ValueError(f"data: batch_size = {batch_size} and val_samples = {val_samples} must be at least 1, "
-                             f"max_length = "
-                             f"{max_length} at least 2, test_lengths = {list(test_lengths)} at least one positive "
-                             f"length")
+            raise ValueError(
+                f"data: batch_size = {batch_size} and val_samples = {val_samples} must be at least 1, "
+                f"max_length = "
+                f"{max_length} at least 2, test_lengths = {list(test_lengths)} at least one positive "
+                f"length"
+            )
         if not 0 <= held_out <= 0.5:
             raise ValueError(f"data.held_out is {held_out}; give a share between 0 and 0.5")
         self.language = word_problem(group)
         self.batch_size, self.max_length, self.strict_len = batch_size, max_length, strict_len
         self.test_lengths, self.val_samples, self.seed = tuple(test_lengths), val_samples, seed
         self.held_out = HeldOut(self.language, held_out, max_length)
-        self.training = TrainingStrings(self.language, self.held_out, batch_size, 1, max_length, "fixed", 1, "every",
-                                        False, 0.0, seed)
+        self.training = TrainingStrings(
+            self.language, self.held_out, batch_size, 1, max_length, "fixed", 1, "every", False, 0.0, seed
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -216,15 +240,18 @@ class WordProblemData(LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         attached = self.trainer is not None
-        return BatchStream(self._batch, rank=self.trainer.global_rank if attached else 0,
-                           world_size=self.trainer.world_size if attached else 1)
+        return BatchStream(
+            self._batch,
+            rank=self.trainer.global_rank if attached else 0,
+            world_size=self.trainer.world_size if attached else 1,
+        )
 
     def val_dataloader(self) -> FixedBatches:
         rng, batches = np.random.default_rng([self.seed, 1 << 40]), []
         for length in self.test_lengths:
             found: Strings = test_strings(self.language, self.held_out, rng, self.val_samples, length)
             for start in range(0, self.val_samples, 64):
-                ids, labels = (torch.from_numpy(np.ascontiguousarray(part[start:start + 64])) for part in found[:2])
+                ids, labels = (torch.from_numpy(np.ascontiguousarray(part[start : start + 64])) for part in found[:2])
                 batches.append(self._with_bos(ids, labels))
         return FixedBatches(batches)
 
@@ -248,10 +275,15 @@ def golden_regular_languages(case) -> dict[str, Tensor]:
 
 
 def _same_automaton(ours: Automaton, table: dict) -> None:
-    for key, value in (("delta", ours.delta.tolist()), ("output", ours.output.tolist()),
-                       ("initial_state", ours.initial_state), ("num_classes", ours.num_classes),
-                       ("symbols", list(ours.symbols)), ("state_names", list(ours.state_names)),
-                       ("element_names", list(ours.state_names))):
+    for key, value in (
+        ("delta", ours.delta.tolist()),
+        ("output", ours.output.tolist()),
+        ("initial_state", ours.initial_state),
+        ("num_classes", ours.num_classes),
+        ("symbols", list(ours.symbols)),
+        ("state_names", list(ours.state_names)),
+        ("element_names", list(ours.state_names)),
+    ):
         if key in table and table[key] != value:
             raise ValueError(f"automaton {ours.name}: {key} differs from the official one")
 

@@ -62,7 +62,7 @@ class HeldOut:
         """Prefixes that are fair to test on: held out, too long for training, or of a length that all strings share."""
         result = hashes < self.threshold
         result[:, : self.first - 1] = True
-        result[:, self.max_length:] = True
+        result[:, self.max_length :] = True
         return result
 
 
@@ -77,16 +77,30 @@ class TrainingStrings:
                 states far from the start are met within the training length
     """
 
-    def __init__(self, automaton: Automaton, held_out: HeldOut, batch_size: int, min_length: int, max_length: int,
-                 curriculum: str, curriculum_steps: int, supervise: str, query: bool, skewed: float, seed: int):
+    def __init__(
+        self,
+        automaton: Automaton,
+        held_out: HeldOut,
+        batch_size: int,
+        min_length: int,
+        max_length: int,
+        curriculum: str,
+        curriculum_steps: int,
+        supervise: str,
+        query: bool,
+        skewed: float,
+        seed: int,
+    ):
         self.automaton, self.held_out, self.batch_size = automaton, held_out, batch_size
         self.min_length, self.max_length = min_length, max_length
         self.curriculum, self.curriculum_steps = curriculum, curriculum_steps
         self.supervise, self.query, self.skewed, self.seed = supervise, query, skewed, seed
         self.batches = max(1, BLOCK // batch_size)  # drawn together
         self.answers = answer_table(automaton)
-        self.lengths = {wanted: automaton.closest_length(wanted) if supervise == "last" else wanted
-                        for wanted in range(min_length, max_length + 1)}
+        self.lengths = {
+            wanted: automaton.closest_length(wanted) if supervise == "last" else wanted
+            for wanted in range(min_length, max_length + 1)
+        }
         self._block: tuple[int, np.ndarray, np.ndarray, np.ndarray | None, list[int]] | None = None
 
     def length(self, index: int, uniform: float) -> int:
@@ -150,8 +164,9 @@ class BatchStream:
           ours
     """
 
-    def __init__(self, make: Callable[[int], dict[str, Tensor]], per_epoch: int = 1000, rank: int = 0,
-                 world_size: int = 1):
+    def __init__(
+        self, make: Callable[[int], dict[str, Tensor]], per_epoch: int = 1000, rank: int = 0, world_size: int = 1
+    ):
         self.make, self.per_epoch, self.rank, self.world_size, self.position = make, per_epoch, rank, world_size, 0
         self.waited = 0.0  # seconds that making batches took, while whoever iterates waited
 
@@ -208,8 +223,9 @@ def test_strings(automaton: Automaton, held_out: HeldOut, rng: np.random.Generat
     return Strings(ids, answers(automaton, automaton.run(ids)), prefix_hashes(ids))
 
 
-def test_prefixes(automaton: Automaton, held_out: HeldOut, rng: np.random.Generator, count: int,
-                  length: int) -> list[Strings]:
+def test_prefixes(
+    automaton: Automaton, held_out: HeldOut, rng: np.random.Generator, count: int, length: int
+) -> list[Strings]:
     """`count` strings of `length`, read at every prefix that is fair to test, and enough short ones to make up for the
     prefixes that training uses."""
     sets = [(count, length)]

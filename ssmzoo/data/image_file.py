@@ -59,8 +59,16 @@ def read_picture(path: str | Path) -> Picture:
             return _read_pillow(image)
     except ImageError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, struct.error, zlib.error, EOFError, ValueError, LookupError
-            ) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        struct.error,
+        zlib.error,
+        EOFError,
+        ValueError,
+        LookupError,
+    ) as error:
         raise ImageError(f"{path} cannot be read as a picture (damaged or cut off?): {error}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is larger than Pillow allows: {error}") from None
@@ -91,8 +99,9 @@ def _split(channels: np.ndarray, exif: bytes, icc: bytes, notes: list[str]) -> P
     """(y x c), c = 1 .. 4, into levels and alpha."""
     alpha = channels.shape[-1] in (2, 4)
     levels = channels[..., :-1] if alpha else channels
-    return Picture(np.ascontiguousarray(levels), np.ascontiguousarray(channels[..., -1]) if alpha else None, exif, icc,
-                   notes)
+    return Picture(
+        np.ascontiguousarray(levels), np.ascontiguousarray(channels[..., -1]) if alpha else None, exif, icc, notes
+    )
 
 
 def _deep_png(image) -> np.ndarray | None:
@@ -200,8 +209,9 @@ def write_picture(path: str | Path, picture: Picture) -> None:
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except OSError as error:
-        raise ImageError(f"{path} could not be written ({error.strerror or error}); what was there before is untouched"
-                         ) from None
+        raise ImageError(
+            f"{path} could not be written ({error.strerror or error}); what was there before is untouched"
+        ) from None
     finally:
         if name is not None:
             Path(name).unlink(missing_ok=True)
@@ -218,8 +228,12 @@ def _encode(file, suffix: str, picture: Picture) -> None:
     from PIL import Image
 
     image = Image.fromarray(channels[..., 0] if channels.shape[-1] == 1 else channels)
-    options = {".png": {"compress_level": 4}, ".jpg": {"quality": 95, "subsampling": 0},
-               ".jpeg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True, "exact": True}}.get(suffix, {})
+    options = {
+        ".png": {"compress_level": 4},
+        ".jpg": {"quality": 95, "subsampling": 0},
+        ".jpeg": {"quality": 95, "subsampling": 0},
+        ".webp": {"lossless": True, "exact": True},
+    }.get(suffix, {})
     kind = "JPEG" if suffix in (".jpg", ".jpeg") else suffix[1:].upper()
     if picture.icc and kind != "BMP":
         options["icc_profile"] = picture.icc

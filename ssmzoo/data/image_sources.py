@@ -74,8 +74,10 @@ def digits(val_fraction: float, seed: int) -> tuple[Images, Images]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the embedded digits need scikit-learn: pip install 'ssmzoo[vision]', or give "
-                         "data.path=<folder with one folder per class>") from None
+        raise ValueError(
+            "the embedded digits need scikit-learn: pip install 'ssmzoo[vision]', or give "
+            "data.path=<folder with one folder per class>"
+        ) from None
     found = load_digits()
     levels = np.rint(found.images * (255 / 16)).astype(np.uint8)  # (1797 8 8)
     whole = from_arrays("scikit-learn digits", levels, found.target, [str(c) for c in found.target_names])
@@ -114,8 +116,10 @@ def read_classes(root: Path, broken: str, classes: list[str] | None = None) -> I
         raise ValueError(f"{root} holds no folders; an image folder has one folder per class with its pictures inside")
     unknown = sorted(set(found) - set(classes or found))
     if unknown:
-        raise ValueError(f"{root} has classes that the training folder does not know: {', '.join(unknown[:10])}; its "
-                         f"own are {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}")
+        raise ValueError(
+            f"{root} has classes that the training folder does not know: {', '.join(unknown[:10])}; its "
+            f"own are {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}"
+        )
     classes = classes or found
     files, labels, bad = [], [], []
     for label, name in enumerate(classes):
@@ -127,15 +131,23 @@ def read_classes(root: Path, broken: str, classes: list[str] | None = None) -> I
         files += good
         labels += [label] * len(good)
     if bad:
-        message = (f"{len(bad)} of {len(bad) + len(files)} files in {root} are no readable images: "
-                   f"{', '.join(str(f.relative_to(root)) for f in bad[:5])}{' ...' if len(bad) > 5 else ''}")
+        message = (
+            f"{len(bad)} of {len(bad) + len(files)} files in {root} are no readable images: "
+            f"{', '.join(str(f.relative_to(root)) for f in bad[:5])}{' ...' if len(bad) > 5 else ''}"
+        )
         if broken == "refuse":
             raise ValueError(f"{message}; remove them, or set data.broken=skip")
         print(f"warning: skipped: {message}", flush=True)
     names = [f.relative_to(root).as_posix() for f in files]
     sizes = "\n".join(f"{name} {f.stat().st_size}" for name, f in zip(names, files))
-    return Images(str(root), functools.partial(_read_file, files), np.array(labels), classes,
-                  hashlib.sha256(sizes.encode()).hexdigest(), names)
+    return Images(
+        str(root),
+        functools.partial(_read_file, files),
+        np.array(labels),
+        classes,
+        hashlib.sha256(sizes.encode()).hexdigest(),
+        names,
+    )
 
 
 def readable(file: Path) -> bool:
@@ -188,8 +200,10 @@ def torchvision_images(name: str, root: Path) -> tuple[Images, Images]:
             except TypeError:
                 sides.append(cls(root, split="train" if train else "test", download=True))
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"torchvision's {wanted} could not be downloaded to {root} ({str(error).splitlines()[0]}); "
-                         f"put its files there, or use data.path=<folder with one folder per class>") from None
+        raise ValueError(
+            f"torchvision's {wanted} could not be downloaded to {root} ({str(error).splitlines()[0]}); "
+            f"put its files there, or use data.path=<folder with one folder per class>"
+        ) from None
     return tuple(_from_torchvision(side, f"torchvision {wanted}") for side in sides)
 
 
@@ -211,8 +225,10 @@ def hub_images(name: str, cache: Path, val_fraction: float, seed: int) -> tuple[
     try:
         found = load_dataset(repository, configuration or None, cache_dir=str(cache))
     except Exception as error:  # the hub client raises many kinds of errors for an unreachable or unknown data set
-        raise ValueError(f"'{name}' cannot be loaded from the hub ({str(error).splitlines()[0]}); check "
-                         f"the name and the network, or use data.path=<folder with one folder per class>") from None
+        raise ValueError(
+            f"'{name}' cannot be loaded from the hub ({str(error).splitlines()[0]}); check "
+            f"the name and the network, or use data.path=<folder with one folder per class>"
+        ) from None
     if "train" not in found:
         raise ValueError(f"'{name}' has the splits {', '.join(found)}, but no 'train'")
     features = found["train"].features
@@ -223,8 +239,13 @@ def hub_images(name: str, cache: Path, val_fraction: float, seed: int) -> tuple[
 
     def images(side) -> Images:
         labels = np.array(side[label], dtype=np.int64)
-        return Images(f"{name}", functools.partial(_read_column, side, image), labels, features[label].names,
-                      hashlib.sha256(side._fingerprint.encode()).hexdigest())
+        return Images(
+            f"{name}",
+            functools.partial(_read_column, side, image),
+            labels,
+            features[label].names,
+            hashlib.sha256(side._fingerprint.encode()).hexdigest(),
+        )
 
     train = images(found["train"])
     held_out = next((key for key in ("validation", "valid", "val", "test") if key in found), None)

@@ -99,22 +99,39 @@ class ImageData(LightningDataModule):
     A batch is {"image" (b c y x), "label" (b)}. Raises ValueError for whatever cannot be read or does not fit.
     """
 
-    def __init__(self, dataset: str = "digits", path: str | None = None, val_path: str | None = None,
-                 val_fraction: float = 0.2, split_seed: int = 0, broken: str = "refuse", image_size: int = 32,
-                 in_chans: int | None = None, augment: dict | None = None, crop_pct: float = 1.0, batch_size: int = 64,
-                 seed: int = 0, num_workers: int = 0, repeats: int = 1):
+    def __init__(
+        self,
+        dataset: str = "digits",
+        path: str | None = None,
+        val_path: str | None = None,
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        broken: str = "refuse",
+        image_size: int = 32,
+        in_chans: int | None = None,
+        augment: dict | None = None,
+        crop_pct: float = 1.0,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        repeats: int = 1,
+    ):
         super().__init__()
         if broken not in ("refuse", "skip"):
             raise ValueError(f"data.broken = '{broken}'; choose refuse or skip")
         if in_chans not in (None, 1, 3):
             raise ValueError(f"data.in_chans = {in_chans}; images have 1 (grey) or 3 (colour) channels")
         if min(image_size, batch_size) < 1 or not 0 < crop_pct <= 1:
-            raise ValueError(f"data.image_size = {image_size} and data.batch_size = {batch_size} must be positive, "
-                             f"data.crop_pct = {crop_pct} in (0, 1]")
+            raise ValueError(
+                f"data.image_size = {image_size} and data.batch_size = {batch_size} must be positive, "
+                f"data.crop_pct = {crop_pct} in (0, 1]"
+            )
         unknown = sorted(set(augment or {}) - AUGMENT - {"three_augment"})
         if unknown:
-            raise ValueError(f"data.augment has unknown keys {', '.join(unknown)}; known: "
-                             f"{', '.join(sorted(AUGMENT))}, three_augment")
+            raise ValueError(
+                f"data.augment has unknown keys {', '.join(unknown)}; known: "
+                f"{', '.join(sorted(AUGMENT))}, three_augment"
+            )
         self.dataset, self.path, self.val_path = dataset, path, val_path
         self.val_fraction, self.split_seed, self.broken = val_fraction, split_seed, broken
         self.image_size, self.in_chans, self.crop_pct = image_size, in_chans, crop_pct
@@ -144,8 +161,10 @@ class ImageData(LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         for key, value in self.state_dict().items() if fitting else ():
             if state.get(key) != value:
-                raise ValueError(f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
-                                 f"continue with the same, or start a new run")
+                raise ValueError(
+                    f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
+                    f"continue with the same, or start a new run"
+                )
 
     # What others may ask
 
@@ -166,8 +185,14 @@ class ImageData(LightningDataModule):
 
     def describe(self) -> dict:
         train, val = self._open()
-        return {"dataset": train.name, "fingerprint": train.fingerprint, "classes": len(train.classes),
-                "train_images": len(train), "val_images": len(val), "image_size": self.image_size}
+        return {
+            "dataset": train.name,
+            "fingerprint": train.fingerprint,
+            "classes": len(train.classes),
+            "train_images": len(train),
+            "val_images": len(val),
+            "image_size": self.image_size,
+        }
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and deviation that images are normalised with: ImageNet's for colour, 0.5 for grey."""
@@ -219,16 +244,27 @@ class ImageData(LightningDataModule):
             return sources.hub_images(name, cache_folder(None) / "hf", self.val_fraction, self.split_seed)
         if self.dataset == "digits":
             return sources.digits(self.val_fraction, self.split_seed)
-        raise ValueError(f"data.dataset = '{self.dataset}'; choose digits, torchvision/<name> or hf/<name>, or give "
-                         f"data.path=<folder with one folder per class>")
+        raise ValueError(
+            f"data.dataset = '{self.dataset}'; choose digits, torchvision/<name> or hf/<name>, or give "
+            f"data.path=<folder with one folder per class>"
+        )
 
     def _loader(self, which: int, shuffle: bool) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         mode = "L" if self.channels == 1 else "RGB"
         samples = ImageSamples(self._open()[which], self._transform(training=shuffle), mode)
-        return ResumableLoader(samples, self.batch_size, shuffle=shuffle, drop_last=shuffle, seed=self.seed,
-                               num_workers=self.num_workers, rank=rank, world_size=world, repeats=self.repeats)
+        return ResumableLoader(
+            samples,
+            self.batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            rank=rank,
+            world_size=world,
+            repeats=self.repeats,
+        )
 
     def _transform(self, training: bool):
         from ssmzoo._torchvision import make_importable
@@ -246,8 +282,13 @@ class ImageData(LightningDataModule):
         three = chosen.pop("three_augment", False)
         chosen = {"color_jitter": 0.0, "hflip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)} | chosen
         chosen["color_jitter"] = chosen["color_jitter"] or None  # a jitter by 0 takes a third of the time
-        return create_transform(shape, is_training=True, interpolation="bicubic", mean=mean, std=std,
-                                separate=False, **chosen) if not three else three_augment(shape, mean, std, chosen)
+        return (
+            create_transform(
+                shape, is_training=True, interpolation="bicubic", mean=mean, std=std, separate=False, **chosen
+            )
+            if not three
+            else three_augment(shape, mean, std, chosen)
+        )
 
 
 def three_augment(shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], chosen: dict):
@@ -256,7 +297,13 @@ def three_augment(shape: tuple[int, int, int], mean: Sequence[float], std: Seque
 
     one_of = [T.Grayscale(shape[0]), T.RandomSolarize(128, p=1.0), T.GaussianBlur(5, (0.1, 2.0))]
     jitter = chosen["color_jitter"]
-    return T.Compose([
-        T.RandomResizedCrop(shape[1:], tuple(chosen["scale"]), tuple(chosen["ratio"]), T.InterpolationMode.BICUBIC),
-        T.RandomHorizontalFlip(chosen["hflip"]), T.RandomChoice(one_of),
-        *([T.ColorJitter(jitter, jitter, jitter)] if jitter else []), T.ToTensor(), T.Normalize(mean, std)])
+    return T.Compose(
+        [
+            T.RandomResizedCrop(shape[1:], tuple(chosen["scale"]), tuple(chosen["ratio"]), T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(chosen["hflip"]),
+            T.RandomChoice(one_of),
+            *([T.ColorJitter(jitter, jitter, jitter)] if jitter else []),
+            T.ToTensor(),
+            T.Normalize(mean, std),
+        ]
+    )

@@ -41,13 +41,41 @@ class FewShotImages(ImageData):
     Other arguments as in `ImageData`.
     """
 
-    def __init__(self, dataset: str = "digits", path: str | None = None, val_path: str | None = None,
-                 val_fraction: float = 0.2, split_seed: int = 0, broken: str = "refuse", image_size: int = 32,
-                 in_chans: int | None = None, augment: dict | None = None, crop_pct: float = 1.0, batch_size: int = 64,
-                 seed: int = 0, num_workers: int = 0, base_classes: int = 6, way: int = 2, shot: int = 5,
-                 few_shot: str = "seed"):
-        super().__init__(dataset, path, val_path, val_fraction, split_seed, broken, image_size, in_chans, augment,
-                         crop_pct, batch_size, seed, num_workers)
+    def __init__(
+        self,
+        dataset: str = "digits",
+        path: str | None = None,
+        val_path: str | None = None,
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        broken: str = "refuse",
+        image_size: int = 32,
+        in_chans: int | None = None,
+        augment: dict | None = None,
+        crop_pct: float = 1.0,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        base_classes: int = 6,
+        way: int = 2,
+        shot: int = 5,
+        few_shot: str = "seed",
+    ):
+        super().__init__(
+            dataset,
+            path,
+            val_path,
+            val_fraction,
+            split_seed,
+            broken,
+            image_size,
+            in_chans,
+            augment,
+            crop_pct,
+            batch_size,
+            seed,
+            num_workers,
+        )
         if min(base_classes, way, shot) < 1:
             raise ValueError(f"data.base_classes = {base_classes}, way = {way} and shot = {shot} must be positive")
         self.base_classes, self.way, self.shot, self.few_shot = base_classes, way, shot, few_shot
@@ -58,8 +86,10 @@ class FewShotImages(ImageData):
         train, val = self._all
         novel = len(train.classes) - self.base_classes
         if novel < self.way or novel % self.way:
-            raise ValueError(f"{len(train.classes)} classes minus data.base_classes = {self.base_classes} leave {novel}"
-                             f", which sessions of data.way = {self.way} classes do not divide")
+            raise ValueError(
+                f"{len(train.classes)} classes minus data.base_classes = {self.base_classes} leave {novel}"
+                f", which sessions of data.way = {self.way} classes do not divide"
+            )
         return tuple(side.subset(np.flatnonzero(side.labels < self.base_classes)) for side in (train, val))
 
     @property
@@ -89,16 +119,20 @@ class FewShotImages(ImageData):
         places = np.array(rows)
         wrong = [self.classes[c] for c, row in zip(novel, places) if (labels[row] != c).any()]
         if wrong:
-            raise ValueError(f"data.few_shot = {self.few_shot}: some images are not of the class of their row: "
-                             f"{', '.join(wrong[:5])}")
+            raise ValueError(
+                f"data.few_shot = {self.few_shot}: some images are not of the class of their row: "
+                f"{', '.join(wrong[:5])}"
+            )
         return places
 
     def _index(self) -> str:
         path = Path(self.few_shot).expanduser()
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files or not all(f.is_file() for f in files):
-            raise ValueError(f"data.few_shot = {self.few_shot}: no such file, and no folder with .txt files; choose "
-                             f"seed or cec, or give a list of images")
+            raise ValueError(
+                f"data.few_shot = {self.few_shot}: no such file, and no folder with .txt files; choose "
+                f"seed or cec, or give a list of images"
+            )
         return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
     def _places_of_files(self, lines: list[str]) -> np.ndarray:
@@ -110,15 +144,20 @@ class FewShotImages(ImageData):
         listed = [tuple(Path(line.split()[0]).parts[-2:]) for line in lines if line.strip()]
         unknown = ["/".join(name) for name in listed if name not in places and name[0] in train.classes]
         if unknown:
-            raise ValueError(f"data.few_shot = {self.few_shot}: {len(unknown)} files are not in {train.name}: "
-                             f"{', '.join(unknown[:5])}")
+            raise ValueError(
+                f"data.few_shot = {self.few_shot}: {len(unknown)} files are not in {train.name}: "
+                f"{', '.join(unknown[:5])}"
+            )
         chosen = [places[name] for name in listed if name in places]
         rows = [[i for i in chosen if train.labels[i] == c] for c in range(self.base_classes, len(self.classes))]
-        wrong = [f"{self.classes[self.base_classes + k]} {len(row)}" for k, row in enumerate(rows)
-                 if len(row) != self.shot]
+        wrong = [
+            f"{self.classes[self.base_classes + k]} {len(row)}" for k, row in enumerate(rows) if len(row) != self.shot
+        ]
         if wrong:
-            raise ValueError(f"data.few_shot = {self.few_shot}: data.shot = {self.shot}, but the list has another "
-                             f"number of images for: {', '.join(wrong[:5])}")
+            raise ValueError(
+                f"data.few_shot = {self.few_shot}: data.shot = {self.shot}, but the list has another "
+                f"number of images for: {', '.join(wrong[:5])}"
+            )
         return np.array(rows)
 
     def images(self, which: str) -> tuple[Tensor, Tensor]:
@@ -127,8 +166,11 @@ class FewShotImages(ImageData):
         Yields batches (image (b c y x), label (b)).
         """
         train, val = self._all
-        chosen = {"base": lambda: self._open()[0], "few": lambda: train.subset(self.few_shot_places().ravel()),
-                  "test": lambda: val}[which]()
+        chosen = {
+            "base": lambda: self._open()[0],
+            "few": lambda: train.subset(self.few_shot_places().ravel()),
+            "test": lambda: val,
+        }[which]()
         samples = ImageSamples(chosen, self._transform(training=False), "L" if self.channels == 1 else "RGB")
         for start in range(0, len(samples), 128):
             items = [samples[Draw(i, 0)] for i in range(start, min(start + 128, len(samples)))]

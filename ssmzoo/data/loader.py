@@ -53,9 +53,21 @@ class ResumableLoader:
     only).
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False,
-                 seed: int = 0, num_workers: int = 0, collate_fn: Callable[[list], Any] | None = None, rank: int = 0,
-                 world_size: int = 1, pin_memory: bool = False, repeats: int = 1):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        collate_fn: Callable[[list], Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        repeats: int = 1,
+    ):
         if min(batch_size, repeats) < 1:
             raise ValueError(f"batch_size is {batch_size} and repeats {repeats}; both must be at least 1")
         self.dataset, self.batch_size, self.shuffle, self.drop_last = dataset, batch_size, shuffle, drop_last
@@ -66,8 +78,10 @@ class ResumableLoader:
         self.waited = 0.0  # seconds that whoever iterates has waited for batches
         self._iterator: Iterator[Any] | None = None  # over all epochs; Lightning sets this name to None after training
         if len(self) == 0:
-            raise ValueError(f"{len(dataset)} samples do not fill one batch of {batch_size} on {world_size} rank(s); "
-                             f"lower data.batch_size or give more data")
+            raise ValueError(
+                f"{len(dataset)} samples do not fill one batch of {batch_size} on {world_size} rank(s); "
+                f"lower data.batch_size or give more data"
+            )
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -111,9 +125,15 @@ class ResumableLoader:
             yield batch
 
     def _loader(self) -> DataLoader:
-        return DataLoader(self.dataset, batch_sampler=self._epochs(), num_workers=self.num_workers,
-                          collate_fn=self.collate_fn, pin_memory=self.pin_memory, worker_init_fn=quiet_worker,
-                          generator=torch.Generator().manual_seed(self.seed))  # leaves the global random state alone
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self._epochs(),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=quiet_worker,
+            generator=torch.Generator().manual_seed(self.seed),
+        )  # leaves the global random state alone
 
     def peek(self, count: int) -> list[Any]:
         """The next `count` batches of this epoch, which will be yielded all the same."""

@@ -92,8 +92,10 @@ class Pictures(Dataset):
         height, width = low.shape[1] * scale, low.shape[2] * scale
         if not (0 <= clean.shape[1] - height < scale and 0 <= clean.shape[2] - width < scale):
             sizes = [f"{t.shape[1]} x {t.shape[2]}" for t in (clean, low)]
-            raise ValueError(f"pair {self.photos[index].name}: the clean picture is {sizes[0]}, the other {sizes[1]}; "
-                             f"with data.scale = {scale} the clean one should be {height} x {width}")
+            raise ValueError(
+                f"pair {self.photos[index].name}: the clean picture is {sizes[0]}, the other {sizes[1]}; "
+                f"with data.scale = {scale} the clean one should be {height} x {width}"
+            )
         return clean[:, :height, :width], low
 
 
@@ -118,8 +120,10 @@ class Patches(Pictures):
         scale, ends = self.degradation.scale, []
         for side in shape[-2:]:
             if side < self.patch:
-                raise ValueError(f"{self.photos[index].name} is {shape[-2]} x {shape[-1]} pixels, smaller than "
-                                 f"data.patch_size = {self.patch}; lower patch_size or remove the picture")
+                raise ValueError(
+                    f"{self.photos[index].name} is {shape[-2]} x {shape[-1]} pixels, smaller than "
+                    f"data.patch_size = {self.patch}; lower patch_size or remove the picture"
+                )
             ends.append(scale * torch.randint((side - self.patch) // scale + 1, (), generator=generator).item())
         return tuple(ends)
 

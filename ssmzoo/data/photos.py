@@ -25,8 +25,10 @@ def embedded_photo(name: str) -> np.ndarray:
         from skimage import data as skimage_data
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise ValueError(f"the embedded photographs need scikit-image and scikit-learn ({error.name} is missing): "
-                         f"pip install 'ssmzoo[vision]', or give data.path=<folder of pictures>") from None
+        raise ValueError(
+            f"the embedded photographs need scikit-image and scikit-learn ({error.name} is missing): "
+            f"pip install 'ssmzoo[vision]', or give data.path=<folder of pictures>"
+        ) from None
     if name in ("china", "flower"):
         return load_sample_image(f"{name}.jpg")
     if name.startswith("motorcycle"):
@@ -53,10 +55,14 @@ def folder_photos(folder: str, degraded: str | None = None) -> list[Photo]:
     partners = _by_name(degraded)
     missing = [name for name in clean if name not in partners]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the same name in "
-                         f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    return [Photo(name, *(functools.partial(read_levels, file) for file in (f, partners[name])))
-            for name, f in clean.items()]
+        raise ValueError(
+            f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the same name in "
+            f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+        )
+    return [
+        Photo(name, *(functools.partial(read_levels, file) for file in (f, partners[name])))
+        for name, f in clean.items()
+    ]
 
 
 def _by_name(folder: str) -> dict[str, Path]:
@@ -67,8 +73,10 @@ def _by_name(folder: str) -> dict[str, Path]:
 def hold_out(photos: list[Photo], count: int) -> tuple[list[Photo], list[Photo]]:
     """(training, held out): the `count` photos whose names hash lowest stay out, whatever else is in the folder."""
     if count >= len(photos):
-        raise ValueError(f"{len(photos)} pictures leave none to train on when data.holdout = {count} are held out; "
-                         f"give more pictures, or data.val_path=<another folder>")
+        raise ValueError(
+            f"{len(photos)} pictures leave none to train on when data.holdout = {count} are held out; "
+            f"give more pictures, or data.val_path=<another folder>"
+        )
     order = sorted(photos, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
     out = {p.name for p in order[:count]}
     return [p for p in photos if p.name not in out], [p for p in photos if p.name in out]
@@ -114,19 +122,36 @@ class PhotoData(LightningDataModule):
     smaller than a crop.
     """
 
-    def __init__(self, path: str | None = None, val_path: str | None = None, degraded_path: str | None = None,
-                 val_degraded_path: str | None = None, degradation: str = "bicubic", scale: int | None = None,
-                 sigma: float | list[float] = 25.0, quality: int | list[int] = 40, grey: bool = False,
-                 patch_size: int = 64, batch_size: int = 8,
-                 patch_schedule: list[list[int]] | None = None, repeats: int = 100, val_crop: int | None = 256,
-                 holdout: int = 3, augment: bool = True, seed: int = 0, num_workers: int = 0):
+    def __init__(
+        self,
+        path: str | None = None,
+        val_path: str | None = None,
+        degraded_path: str | None = None,
+        val_degraded_path: str | None = None,
+        degradation: str = "bicubic",
+        scale: int | None = None,
+        sigma: float | list[float] = 25.0,
+        quality: int | list[int] = 40,
+        grey: bool = False,
+        patch_size: int = 64,
+        batch_size: int = 8,
+        patch_schedule: list[list[int]] | None = None,
+        repeats: int = 100,
+        val_crop: int | None = 256,
+        holdout: int = 3,
+        augment: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ):
         super().__init__()
         if degradation not in DEGRADATIONS:
             raise ValueError(f"data.degradation = '{degradation}'; choose one of {', '.join(DEGRADATIONS)}")
         scale = (2 if degradation == "bicubic" else 1) if scale is None else scale
         if scale < (2 if degradation == "bicubic" else 1) or (scale > 1 and degradation in ("noise", "jpeg")):
-            raise ValueError(f"data.scale = {scale} does not go with data.degradation = {degradation}; noise and JPEG "
-                             f"keep the size (1), bicubic takes 2 or more")
+            raise ValueError(
+                f"data.scale = {scale} does not go with data.degradation = {degradation}; noise and JPEG "
+                f"keep the size (1), bicubic takes 2 or more"
+            )
         self.schedule = [tuple(stage) for stage in patch_schedule or []]
         if any(len(stage) != 3 or min(stage) < 1 for stage in self.schedule):
             raise ValueError(f"data.patch_schedule = {patch_schedule}; give [[patch_size, batch_size, steps], ...]")
@@ -137,8 +162,9 @@ class PhotoData(LightningDataModule):
         for name, value in (("holdout", holdout), ("repeats", repeats), ("val_crop", val_crop)):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} = {value}; it must be at least 1")
-        self.degradation = Degradation(degradation, scale, _range("sigma", sigma, 0, 255),
-                                       _range("quality", quality, 1, 100))
+        self.degradation = Degradation(
+            degradation, scale, _range("sigma", sigma, 0, 255), _range("quality", quality, 1, 100)
+        )
         self.path, self.val_path, self.grey, self.holdout = path, val_path, grey, holdout
         self.degraded_path, self.val_degraded_path = degraded_path, val_degraded_path
         self.patch_size, self.batch_size, self.repeats, self.val_crop = patch_size, batch_size, repeats, val_crop
@@ -175,8 +201,9 @@ class PhotoData(LightningDataModule):
     def held_out(self) -> list[Photo]:
         """With val_path the training folder need not exist."""
         if self._held_out is None:
-            self._held_out = (self._own()[1] if self.val_path is None
-                              else folder_photos(self.val_path, self.val_degraded_path))
+            self._held_out = (
+                self._own()[1] if self.val_path is None else folder_photos(self.val_path, self.val_degraded_path)
+            )
         return self._held_out
 
     def _folder_or_embedded(self) -> list[Photo]:
@@ -203,13 +230,28 @@ class PhotoData(LightningDataModule):
     def _loader(self, dataset, batch_size: int, train: bool) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return ResumableLoader(dataset, batch_size, shuffle=train, drop_last=train, seed=self.seed,
-                               num_workers=self.num_workers if train else 0, rank=rank, world_size=world)
+        return ResumableLoader(
+            dataset,
+            batch_size,
+            shuffle=train,
+            drop_last=train,
+            seed=self.seed,
+            num_workers=self.num_workers if train else 0,
+            rank=rank,
+            world_size=world,
+        )
 
     def describe(self) -> dict:
         """What the run was trained and validated on, for manifests."""
         train, val = self.splits()
         names = hashlib.sha256("\n".join(p.name for p in train + val).encode()).hexdigest()
         d = self.degradation
-        return {"train_pictures": len(train), "val_pictures": [p.name for p in val][:20], "names_sha256": names,
-                "degradation": d.kind, "scale": d.scale, "sigma": list(d.sigma), "quality": list(d.quality)}
+        return {
+            "train_pictures": len(train),
+            "val_pictures": [p.name for p in val][:20],
+            "names_sha256": names,
+            "degradation": d.kind,
+            "scale": d.scale,
+            "sigma": list(d.sigma),
+            "quality": list(d.quality),
+        }

@@ -44,18 +44,32 @@ class TextData(LightningDataModule):
     Raises ValueError for arguments out of range, and for a corpus that is missing, empty, not text or too short.
     """
 
-    def __init__(self, path: str | None = None, corpus: dict | FileCorpus | HuggingFaceCorpus | None = None,
-                 tokenizer: str | dict = "bytes", bpe_vocab_size: int | None = None, seq_len: int = 256,
-                 batch_size: int = 16, val_fraction: float = 0.05, val_tokens: int | None = 65_536,
-                 shuffle: bool = True, seed: int = 0, num_workers: int = 0, cache_dir: str | None = None):
+    def __init__(
+        self,
+        path: str | None = None,
+        corpus: dict | FileCorpus | HuggingFaceCorpus | None = None,
+        tokenizer: str | dict = "bytes",
+        bpe_vocab_size: int | None = None,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        val_tokens: int | None = 65_536,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ):
         super().__init__()
         if path is not None and corpus is not None:
             raise ValueError(f"data.path = '{path}' and data.corpus are both given; data=text goes with data.path")
         if bpe_vocab_size is not None and tokenizer != "bpe":
-            raise ValueError(f"data.bpe_vocab_size = {bpe_vocab_size} does nothing for data.tokenizer = '{tokenizer}'; "
-                             f"drop it, or choose data.tokenizer=bpe")
-        _check_sizes(seq_len=(seq_len, 1), batch_size=(batch_size, 1), val_tokens=(val_tokens, 2),
-                     num_workers=(num_workers, 0))
+            raise ValueError(
+                f"data.bpe_vocab_size = {bpe_vocab_size} does nothing for data.tokenizer = '{tokenizer}'; "
+                f"drop it, or choose data.tokenizer=bpe"
+            )
+        _check_sizes(
+            seq_len=(seq_len, 1), batch_size=(batch_size, 1), val_tokens=(val_tokens, 2), num_workers=(num_workers, 0)
+        )
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction = {val_fraction}; give a share between 0 and 1, such as 0.05")
         self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path)
@@ -82,16 +96,24 @@ class TextData(LightningDataModule):
 
     def state_dict(self) -> dict:
         """What a run that continues must share with the one before; the place in the epoch is the loader's state."""
-        return {"corpus": self.fingerprint, "tokenizer": digest(self.tokenizer), "seq_len": self.seq_len,
-                "seed": self.seed, "shuffle": self.shuffle, "val_fraction": self.val_fraction}
+        return {
+            "corpus": self.fingerprint,
+            "tokenizer": digest(self.tokenizer),
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "val_fraction": self.val_fraction,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Refuse to continue a run on other data than it began with."""
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         for key, value in self.state_dict().items() if fitting else ():
             if state.get(key) != value:
-                raise ValueError(f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
-                                 f"continue with the same, or start a new run from the checkpoint's weights")
+                raise ValueError(
+                    f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
+                    f"continue with the same, or start a new run from the checkpoint's weights"
+                )
 
     # What others may ask
 
@@ -137,10 +159,16 @@ class TextData(LightningDataModule):
     def describe(self) -> dict:
         """The corpus in figures, for reports and manifests."""
         meta = self._open().meta
-        return {"corpus": meta["corpus"], "fingerprint": meta["fingerprint"], "tokenizer": meta["tokenizer"],
-                "vocab_size": meta["vocab_size"]} | {
-                f"{split}_{what}": meta["splits"][split][what]
-                for split in ("train", "val") for what in ("bytes", "tokens", "documents")}
+        return {
+            "corpus": meta["corpus"],
+            "fingerprint": meta["fingerprint"],
+            "tokenizer": meta["tokenizer"],
+            "vocab_size": meta["vocab_size"],
+        } | {
+            f"{split}_{what}": meta["splits"][split][what]
+            for split in ("train", "val")
+            for what in ("bytes", "tokens", "documents")
+        }
 
     # How it is done
 
@@ -153,10 +181,18 @@ class TextData(LightningDataModule):
     def _loader(self, split: str, limit: int | None, shuffle: bool) -> ResumableLoader:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        windows = Windows(self._side(split), self.seq_len, seed=self.seed if shuffle else None, limit=limit,
-                          multiple_of=world)
-        return ResumableLoader(windows, self.batch_size, shuffle=shuffle, seed=self.seed, num_workers=self.num_workers,
-                               rank=rank, world_size=world)
+        windows = Windows(
+            self._side(split), self.seq_len, seed=self.seed if shuffle else None, limit=limit, multiple_of=world
+        )
+        return ResumableLoader(
+            windows,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            rank=rank,
+            world_size=world,
+        )
 
     def _open(self) -> Store:
         """The tokenised corpus, written if there is none yet."""
@@ -169,8 +205,10 @@ class TextData(LightningDataModule):
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"the cache folder {root} cannot be made ({error.strerror}); set SSMZOO_CACHE or "
-                             f"data.cache_dir to a folder that can be written") from error
+            raise ValueError(
+                f"the cache folder {root} cannot be made ({error.strerror}); set SSMZOO_CACHE or "
+                f"data.cache_dir to a folder that can be written"
+            ) from error
         identity = self.corpus.identity(self.cache_dir, self.val_fraction)
         kind = f"bpe-{self._bpe_vocab_size}" if self._given is None else digest(self._given)[:12]
         folder = root / f"{identity[:16]}-{kind}-{self.val_fraction:g}-v{FORMAT}"
@@ -199,11 +237,15 @@ class TextData(LightningDataModule):
         n, held_out = len(store.train.tokens), len(store.val.tokens)
         if n <= self.seq_len:
             remedy = f"choose data.seq_len below {n} or give more text" if n > 1 else "give more text"
-            raise ValueError(f"data.path: '{self.corpus.name}' has {n} tokens to train on, too few for one sequence of "
-                             f"data.seq_len = {self.seq_len} and its next token; {remedy}")
+            raise ValueError(
+                f"data.path: '{self.corpus.name}' has {n} tokens to train on, too few for one sequence of "
+                f"data.seq_len = {self.seq_len} and its next token; {remedy}"
+            )
         if held_out < 2:
-            raise ValueError(f"'{self.corpus.name}' has {held_out} held-out token(s) with data.val_fraction = "
-                             f"{self.val_fraction}; raise it, give more text, or name data.corpus.val_split")
+            raise ValueError(
+                f"'{self.corpus.name}' has {held_out} held-out token(s) with data.val_fraction = "
+                f"{self.val_fraction}; raise it, give more text, or name data.corpus.val_split"
+            )
 
 
 def _check_sizes(**sizes: tuple[int | None, int]) -> None:

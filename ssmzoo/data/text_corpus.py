@@ -89,9 +89,18 @@ class HuggingFaceCorpus:
     The tokenised copy is found again by these arguments alone, without network: give a `revision` to pin the content.
     """
 
-    def __init__(self, name: str, subset: str | None = None, split: str = "train", val_split: str | None = None,
-                 text_column: str = "text", streaming: bool = False, data_files: str | list[str] | None = None,
-                 revision: str | None = None, max_documents: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        subset: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        text_column: str = "text",
+        streaming: bool = False,
+        data_files: str | list[str] | None = None,
+        revision: str | None = None,
+        max_documents: int | None = None,
+    ):
         if max_documents is not None and max_documents < 1:
             raise ValueError(f"data.corpus.max_documents = {max_documents}; give at least 1, or null for all rows")
         self.name, self.subset, self.split, self.val_split = name, subset, split, val_split
@@ -103,8 +112,17 @@ class HuggingFaceCorpus:
     def identity(self, cache_dir: Path, val_fraction: float) -> str:
         files = [f for pattern in self.data_files or () for f in sorted(glob.glob(os.path.expanduser(pattern)))]
         local = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-        what = [self.name, self.subset, self.split, self.val_split, self.text_column, self.revision,
-                self.max_documents, self.data_files, local]
+        what = [
+            self.name,
+            self.subset,
+            self.split,
+            self.val_split,
+            self.text_column,
+            self.revision,
+            self.max_documents,
+            self.data_files,
+            local,
+        ]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def documents(self, val_fraction: float) -> Iterator[Document]:
@@ -123,22 +141,34 @@ class HuggingFaceCorpus:
         except ImportError as error:
             raise ValueError("data=hf_text needs the package `datasets`: pip install 'ssmzoo[hf]'") from error
         try:
-            rows = load_dataset(self.name, self.subset, split=split, data_files=self.data_files,
-                                revision=self.revision, streaming=self.streaming)
+            rows = load_dataset(
+                self.name,
+                self.subset,
+                split=split,
+                data_files=self.data_files,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
         except Exception as error:  # network, hub, unknown name, unknown split: dozens of classes
-            raise ValueError(f"data.corpus: Hugging Face datasets could not load '{self.name}' (subset {self.subset}, "
-                             f"split {split}): {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; check "
-                             f"name, split and network, or use data.path=<file, folder or glob>") from error
+            raise ValueError(
+                f"data.corpus: Hugging Face datasets could not load '{self.name}' (subset {self.subset}, "
+                f"split {split}): {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; check "
+                f"name, split and network, or use data.path=<file, folder or glob>"
+            ) from error
         for i, row in enumerate(rows):
             if i == self.max_documents:
                 return
             if self.text_column not in row:
-                raise ValueError(f"data.corpus.text_column = '{self.text_column}' is no column of '{self.name}'; "
-                                 f"it has {', '.join(row)}")
+                raise ValueError(
+                    f"data.corpus.text_column = '{self.text_column}' is no column of '{self.name}'; "
+                    f"it has {', '.join(row)}"
+                )
             text = row[self.text_column]
             if text is not None and not isinstance(text, str):
-                raise ValueError(f"data.corpus.text_column = '{self.text_column}' of '{self.name}' holds "
-                                 f"{type(text).__name__}, not text; choose another of {', '.join(row)}")
+                raise ValueError(
+                    f"data.corpus.text_column = '{self.text_column}' of '{self.name}' holds "
+                    f"{type(text).__name__}, not text; choose another of {', '.join(row)}"
+                )
             if text:
                 yield text
 
@@ -162,8 +192,11 @@ def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
 
 def _stdlib_files() -> list[tuple[str, str]]:
     root = sysconfig.get_paths()["stdlib"]
-    files = [(name, path) for name, path in _walk(root, _NOT_STDLIB) if name.endswith(".py")
-             and not name.startswith(_OF_THE_MACHINE)]
+    files = [
+        (name, path)
+        for name, path in _walk(root, _NOT_STDLIB)
+        if name.endswith(".py") and not name.startswith(_OF_THE_MACHINE)
+    ]
     if not files:
         raise ValueError(f"this Python keeps no sources of its standard library in {root}; give data.path=<text files>")
     return files
@@ -182,8 +215,10 @@ def _files(path: str) -> list[tuple[str, str]]:
         root = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
         return [(os.path.relpath(os.path.abspath(f), root).replace(os.sep, "/"), f) for f in files]
     kind = "matches no file" if glob.has_magic(path) else "does not exist"
-    raise ValueError(f"data.path = '{path}' {kind} (looked from {os.getcwd()}); give a text file, a folder, or a "
-                     f"quoted glob such as 'books/**/*.txt'")
+    raise ValueError(
+        f"data.path = '{path}' {kind} (looked from {os.getcwd()}); give a text file, a folder, or a "
+        f"quoted glob such as 'books/**/*.txt'"
+    )
 
 
 def _walk(root: str, without: set[str]) -> list[tuple[str, str]]:
@@ -225,8 +260,10 @@ def _digest(path: str) -> str:
                 seen += len(data)
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: '{path}' is not UTF-8 text: {error.reason} near byte {seen + error.start}; "
-                         f"convert it to UTF-8, or {remedy}") from error
+        raise ValueError(
+            f"data.path: '{path}' is not UTF-8 text: {error.reason} near byte {seen + error.start}; "
+            f"convert it to UTF-8, or {remedy}"
+        ) from error
     except OSError as error:
         raise ValueError(f"data.path: '{path}' cannot be read: {error.strerror}; {remedy}") from error
     return digest.hexdigest()

@@ -67,8 +67,9 @@ def open_store(folder: Path) -> Store | None:
         return None
 
 
-def build_store(folder: Path, corpus: FileCorpus | HuggingFaceCorpus, tokenizer: Tokenizer,
-                val_fraction: float) -> None:
+def build_store(
+    folder: Path, corpus: FileCorpus | HuggingFaceCorpus, tokenizer: Tokenizer, val_fraction: float
+) -> None:
     """Tokenise a corpus into `folder`, whose parent exists. Two processes may do it at the same time."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     temporary.mkdir()
@@ -79,9 +80,16 @@ def build_store(folder: Path, corpus: FileCorpus | HuggingFaceCorpus, tokenizer:
         finally:
             for writer in writers.values():
                 writer.close()
-        meta = {"format": FORMAT, "corpus": corpus.name, "fingerprint": corpus.fingerprint,
-                "tokenizer": tokenizer.name, "tokenizer_sha256": digest(tokenizer), "vocab_size": tokenizer.vocab_size,
-                "val_fraction": val_fraction, "splits": {split: writer.summary() for split, writer in writers.items()}}
+        meta = {
+            "format": FORMAT,
+            "corpus": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "tokenizer": tokenizer.name,
+            "tokenizer_sha256": digest(tokenizer),
+            "vocab_size": tokenizer.vocab_size,
+            "val_fraction": val_fraction,
+            "splits": {split: writer.summary() for split, writer in writers.items()},
+        }
         (temporary / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()), "utf-8")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
         for file in temporary.iterdir():
@@ -153,15 +161,22 @@ class _Writer:
         self.counts.tofile(self.counts_path)
 
     def summary(self) -> dict:
-        return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": self.n_documents,
-                "dtype": np.dtype(self.dtype).name}
+        return {
+            "tokens": self.n_tokens,
+            "bytes": self.n_bytes,
+            "documents": self.n_documents,
+            "dtype": np.dtype(self.dtype).name,
+        }
 
 
 def _open_split(folder: Path, split: str, meta: dict) -> Split:
     about = meta["splits"][split]
-    return Split(_map(folder / f"{split}.tokens", about["dtype"], about["tokens"]),
-                 _map(folder / f"{split}.starts", "int64", about["documents"] + 1),
-                 _map(folder / f"{split}.counts", "int64", meta["vocab_size"]), about["bytes"])
+    return Split(
+        _map(folder / f"{split}.tokens", about["dtype"], about["tokens"]),
+        _map(folder / f"{split}.starts", "int64", about["documents"] + 1),
+        _map(folder / f"{split}.counts", "int64", meta["vocab_size"]),
+        about["bytes"],
+    )
 
 
 def _map(path: Path, dtype: str, length: int) -> np.ndarray:

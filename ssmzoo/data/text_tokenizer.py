@@ -52,8 +52,10 @@ class JsonTokenizer:
         try:
             self.tokenizer = Tokenizer.from_str(json)
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"data.tokenizer: '{name}' is not a tokenizer file of the `tokenizers` library ({error}); "
-                             f"give a tokenizer.json, or data.tokenizer=bytes") from error
+            raise ValueError(
+                f"data.tokenizer: '{name}' is not a tokenizer file of the `tokenizers` library ({error}); "
+                f"give a tokenizer.json, or data.tokenizer=bytes"
+            ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.name = name
@@ -70,8 +72,10 @@ class JsonTokenizer:
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"data.tokenizer: '{path}' is not a json file ({error}); give a tokenizer.json of the "
-                             f"`tokenizers` library, or data.tokenizer=bytes") from error
+            raise ValueError(
+                f"data.tokenizer: '{path}' is not a json file ({error}); give a tokenizer.json of the "
+                f"`tokenizers` library, or data.tokenizer=bytes"
+            ) from error
         return cls(text, str(path))
 
     def encode(self, text: str) -> list[int]:
@@ -115,8 +119,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ValueError(f"data.bpe_vocab_size = {vocab_size}; a byte-level BPE needs at least 257 tokens (256 bytes "
-                         f"and one merge), usual are 4096 to 50000; data.tokenizer=bytes has 256")
+        raise ValueError(
+            f"data.bpe_vocab_size = {vocab_size}; a byte-level BPE needs at least 257 tokens (256 bytes "
+            f"and one merge), usual are 4096 to 50000; data.tokenizer=bytes has 256"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -168,4 +174,4 @@ class _PieceDecoder(StreamDecoder):
         return text
 
     def _text(self) -> str:
-        return self.decode(self.context + self.pending)[len(self.decode(self.context)):]
+        return self.decode(self.context + self.pending)[len(self.decode(self.context)) :]

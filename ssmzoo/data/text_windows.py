@@ -31,8 +31,9 @@ class Windows(Dataset):
     Item: {"input_ids" (l) int64, "labels" (l) int64, "seq_idx" (l) int32}
     """
 
-    def __init__(self, split: Split, seq_len: int, *, seed: int | None = None, limit: int | None = None,
-                 multiple_of: int = 1):
+    def __init__(
+        self, split: Split, seq_len: int, *, seed: int | None = None, limit: int | None = None, multiple_of: int = 1
+    ):
         self.split, self.seq_len, self.seed = split, seq_len, seed
         self.n = min(limit or len(split.tokens), len(split.tokens))
         self.length = -(-self.n // (seq_len * multiple_of)) * multiple_of

@@ -35,8 +35,15 @@ class Attention(nn.Module):
     d_head      width of a head when it is not d_model / n_heads
     """
 
-    def __init__(self, d_model: int, n_heads: int, rope_base: float = 10000.0, bias: bool = False,
-                 init_scale: float = 0.1, d_head: int | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        rope_base: float = 10000.0,
+        bias: bool = False,
+        init_scale: float = 0.1,
+        d_head: int | None = None,
+    ):
         super().__init__()
         if min(d_model, n_heads, 1 if d_head is None else d_head) < 1:
             raise ValueError(f"Attention needs positive sizes, got {d_model=}, {n_heads=}, {d_head=}")
@@ -47,8 +54,10 @@ class Attention(nn.Module):
         self.n_heads, self.rope_base, self.init_scale = n_heads, rope_base, init_scale
         self.d_head = d_head or d_model // n_heads
         if self.d_head % 2:
-            raise ValueError(f"rotary positions need heads of even width, got {self.d_head} (d_model = {d_model}, "
-                             f"n_heads = {n_heads})")
+            raise ValueError(
+                f"rotary positions need heads of even width, got {self.d_head} (d_model = {d_model}, "
+                f"n_heads = {n_heads})"
+            )
         self.input_projection = nn.Linear(d_model, 3 * n_heads * self.d_head, bias=bias)
         self.output_projection = nn.Linear(n_heads * self.d_head, d_model, bias=bias)
         self.reset_parameters()
@@ -59,8 +68,14 @@ class Attention(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, state: KVState | None = None, *, mask: Tensor | Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, KVState]:
+    def forward(
+        self,
+        x: Tensor,
+        state: KVState | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, KVState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         b, l, _ = x.shape
@@ -72,8 +87,9 @@ class Attention(nn.Module):
         allowed = None if plain else visible(position, document, state, mask)
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed,
-                                           is_causal=plain)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=plain
+        )
         y = self.output_projection(y.transpose(1, 2).flatten(2))
         return y, KVState(k, v, remembered(position, document, state, mask))
 

@@ -50,8 +50,9 @@ class ComplexDiagonalSSM(nn.Module):
         if scale_eigv <= 0:
             raise ValueError(f"scale_eigv = {scale_eigv}; it must be positive")
         self.d_state, self.scale_eigv = d_state, scale_eigv if use_B else 1.0
-        self.A_generator = nn.Sequential(nn.Linear(d_input, 4 * d_state), nn.ReLU(),
-                                         nn.Linear(4 * d_state, 2 * d_state))
+        self.A_generator = nn.Sequential(
+            nn.Linear(d_input, 4 * d_state), nn.ReLU(), nn.Linear(4 * d_state, 2 * d_state)
+        )
         self.register_buffer("init_state", torch.empty(d_state, dtype=torch.complex64))
         if use_B:
             self.B_re = nn.Parameter(torch.empty(d_state, d_input))
@@ -78,11 +79,12 @@ class ComplexDiagonalSSM(nn.Module):
         self._buffers["init_state"] = torch.view_as_complex(parts.contiguous())
         return self
 
-    def forward(self, x: Tensor, state: ComplexState | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, ComplexState]:
+    def forward(
+        self, x: Tensor, state: ComplexState | None = None, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ComplexState]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         g = self.A_generator(x).to(dtype)
-        g = torch.complex(g[..., : self.d_state], g[..., self.d_state:])  # (b l n)
+        g = torch.complex(g[..., : self.d_state], g[..., self.d_state :])  # (b l n)
         a = self.scale_eigv * (g / g.abs())
         b = torch.zeros_like(a)
         if self.B_re is not None:

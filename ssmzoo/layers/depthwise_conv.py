@@ -10,8 +10,16 @@ from ssmzoo.ops import depthwise_conv2d
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution and what surrounds it; act, residual and rectify as in `depthwise_conv2d`."""
 
-    def __init__(self, dim: int, kernel: int = 3, stride: int = 1, bias: bool = True, act: str | None = None,
-                 residual: bool = False, rectify: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        act: str | None = None,
+        residual: bool = False,
+        rectify: bool = False,
+    ):
         super().__init__(dim, dim, kernel, stride, padding=(kernel - 1) // 2, groups=dim, bias=bias)
         self.act, self.residual, self.rectify = act, residual, rectify
 

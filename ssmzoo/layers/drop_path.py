@@ -58,4 +58,3 @@ class DropPath(nn.Module):
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """`depth` rates from 0 for the first block to `rate` for the last one, equally spaced."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
-

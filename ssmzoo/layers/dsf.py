@@ -28,8 +28,9 @@ class CausalMixing(nn.Module):
     bias, dropout              of all projections; on the weights Phi while training
     """
 
-    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True,
-                 dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, dropout: float = 0.0
+    ):
         super().__init__()
         self.d_qk, self.num_heads = d_qk or d_model, num_heads
         if num_heads < 1 or d_model % num_heads or self.d_qk % num_heads:
@@ -75,8 +76,9 @@ class LinearAttention(CausalMixing):
 class NormalizedAttention(CausalMixing):
     """Phi[i, j] = q_i^T k_j / exp(w_n^T x_i + b_n): no feature map, and a normaliser learned from the token alone."""
 
-    def __init__(self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True,
-                 dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, d_qk: int | None = None, num_heads: int = 1, bias: bool = True, dropout: float = 0.0
+    ):
         super().__init__(d_model, d_qk, num_heads, bias, dropout)
         self.Wn = nn.Linear(d_model, num_heads, bias=bias)
 
@@ -88,9 +90,18 @@ class NormalizedAttention(CausalMixing):
 class S6(nn.Module):
     """Mamba's selective scan alone: x -> W_o scan(x); the arguments are those of ssmzoo.layers.mamba.Mamba."""
 
-    def __init__(self, d_model: int, d_state: int = 16, dt_rank: int | str = "auto", dt_min: float = 0.001,
-                 dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4,
-                 bias: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+    ):
         super().__init__()
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
@@ -119,8 +130,16 @@ class S6(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_scan_fn(x.transpose(1, 2), self.step_size(dt), self.A, B.transpose(1, 2), C.transpose(1, 2),
-                              fp32(self.D), delta_bias=fp32(self.dt_proj.bias), delta_softplus=True)
+        y = selective_scan_fn(
+            x.transpose(1, 2),
+            self.step_size(dt),
+            self.A,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            fp32(self.D),
+            delta_bias=fp32(self.dt_proj.bias),
+            delta_softplus=True,
+        )
         return self.out_proj(y.transpose(1, 2))
 
 
@@ -131,8 +150,17 @@ class ScalarS6(S6):
     -exp(A_log Id).
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, dt_min: float = 0.001, dt_max: float = 0.1,
-                 dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4, bias: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+    ):
         super().__init__(d_model, d_state, 1, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, bias)
 
     def make_decay(self, e: int) -> None:
@@ -192,11 +220,29 @@ def linear_recurrence(decay: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- released checkpoints
 
 
-def official_dsf(state: dict[str, Tensor], *, d_model: int, d_qk: int | None = None, num_heads: int = 1,
-                 lin_att: bool = False, bias: bool | None = None, dropout: float = 0.0, layer_idx: int | None = None,
-                 d_state: int = 16, expand: float = 1, dt_rank: int | str = "auto", dt_min: float = 0.001,
-                 dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4,
-                 use_fast_path: bool = True, expansion_factor: int = 2, kernel_size: int = 4, reversed: bool = False):
+def official_dsf(
+    state: dict[str, Tensor],
+    *,
+    d_model: int,
+    d_qk: int | None = None,
+    num_heads: int = 1,
+    lin_att: bool = False,
+    bias: bool | None = None,
+    dropout: float = 0.0,
+    layer_idx: int | None = None,
+    d_state: int = 16,
+    expand: float = 1,
+    dt_rank: int | str = "auto",
+    dt_min: float = 0.001,
+    dt_max: float = 0.1,
+    dt_init: str = "random",
+    dt_scale: float = 1.0,
+    dt_init_floor: float = 1e-4,
+    use_fast_path: bool = True,
+    expansion_factor: int = 2,
+    kernel_size: int = 4,
+    reversed: bool = False,
+):
     """MHA, MHNA, S6, S6_2, qLSTM, told apart by their keys. layer_idx and use_fast_path choose caches and kernels."""
     del layer_idx, use_fast_path
     if "gates.weight" in state:

@@ -23,8 +23,9 @@ class CausalLM(nn.Module):
         if tie_embeddings:
             self.lm_head.weight = backbone.embedding.weight
 
-    def forward(self, input_ids: Tensor, state: Any = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self, input_ids: Tensor, state: Any = None, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> ModelOutput:
         """input_ids (b l), or vectors (b l d); mask (b l) True = real token; seq_idx (b l) numbers packed documents."""
         if mask is not None and mask.shape != input_ids.shape[:2]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, input_ids want {tuple(input_ids.shape[:2])}")
@@ -34,8 +35,9 @@ class CausalLM(nn.Module):
         if padding is None:
             hidden, state = self.backbone(input_ids, state, seq_idx=seq_idx)
         else:
-            hidden, state = self.backbone(padding.align(input_ids), state, mask=padding,
-                                          seq_idx=padding.align_seq_idx(seq_idx))
+            hidden, state = self.backbone(
+                padding.align(input_ids), state, mask=padding, seq_idx=padding.align_seq_idx(seq_idx)
+            )
             hidden = padding.restore(hidden)
         return ModelOutput(self.lm_head(hidden), state, {})
 

@@ -38,8 +38,9 @@ class ImageBackbone(nn.Module):
     first_conv = "patch_embed.proj"
     classifier = "head"
 
-    def init_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float,
-                  hidden_size: int | None = None) -> None:
+    def init_head(
+        self, num_features: int, num_classes: int, global_pool: str, drop_rate: float, hidden_size: int | None = None
+    ) -> None:
         self.num_features, self.head_hidden_size = num_features, hidden_size or num_features
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
@@ -87,8 +88,19 @@ class ImageBackbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """State-space parameters and position tables; norms and biases are left out by their shape already."""
-        last = ("A_logs", "A_log", "A_b_log", "Ds", "D", "D_b", "dt_projs_bias", "dt_bias", "pos_embed",
-                "pos_embed_cls", "cls_token")
+        last = (
+            "A_logs",
+            "A_log",
+            "A_b_log",
+            "Ds",
+            "D",
+            "D_b",
+            "dt_projs_bias",
+            "dt_bias",
+            "pos_embed",
+            "pos_embed_cls",
+            "cls_token",
+        )
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in last}
 
 
@@ -104,8 +116,10 @@ def keep_resolution(downsample: nn.Module) -> None:
     """Take the stride out of the way down between two stages; weights stay as they are."""
     strided = [m for m in downsample.modules() if isinstance(m, nn.Conv2d) and m.stride != (1, 1)]
     if len(strided) != 1 or strided[0].kernel_size != (3, 3):
-        raise ValueError(f"output_stride needs a way down by a 3x3 convolution, not {type(downsample).__name__}; leave "
-                         f"it out, or take a model with such convolutions (vmamba_tiny, spatial_mamba_tiny)")
+        raise ValueError(
+            f"output_stride needs a way down by a 3x3 convolution, not {type(downsample).__name__}; leave "
+            f"it out, or take a model with such convolutions (vmamba_tiny, spatial_mamba_tiny)"
+        )
     strided[0].stride = (1, 1)
 
 
@@ -125,8 +139,9 @@ class FourStage(ImageBackbone):
             for i in range(strides.index(output_stride), len(dims) - 1):
                 keep_resolution(self.layers[i].downsample)
             strides = [min(s, output_stride) for s in strides]
-        self.feature_info = [dict(num_chs=d, reduction=s, module=f"layers.{i}")
-                             for i, (d, s) in enumerate(zip(dims, strides))]
+        self.feature_info = [
+            dict(num_chs=d, reduction=s, module=f"layers.{i}") for i, (d, s) in enumerate(zip(dims, strides))
+        ]
 
     def stem(self, x: Tensor) -> Tensor:
         """Images (b c y x) to the first map (b y' x' d)."""
@@ -155,8 +170,15 @@ class FourStage(ImageBackbone):
     def pool(self, x: Tensor) -> Tensor:
         return {"avg": lambda: x.mean((2, 3)), "max": lambda: x.amax((2, 3)), "": lambda: x}[self.global_pool]()
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False,
-                              stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False):
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
         """The taps asked for, and the final features in front of them unless `intermediates_only`.
 
         norm  apply the final norm to the last stage's tap | stop_early  do not run stages behind the last tap
@@ -171,8 +193,9 @@ class FourStage(ImageBackbone):
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return maps if intermediates_only else (final.permute(0, 3, 1, 2), maps)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Remove what no tap needs; the indices that remain are returned."""
         taken = take_indices(len(self.feature_info), indices)
         self.layers = self.layers[: max(taken) + 1]
@@ -185,8 +208,15 @@ class FourStage(ImageBackbone):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer decay: the stem, then every block (stage if coarse) in order, each with the way down behind it."""
-        blocks = r"^layers\.(\d+)" if coarse else [(r"^layers\.(\d+)\.downsample", (99,)),
-                                                   (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        blocks = (
+            r"^layers\.(\d+)"
+            if coarse
+            else [
+                (r"^layers\.(\d+)\.downsample", (99,)),
+                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ]
+        )
         return dict(stem=r"^(?:patch_embed|pos_embed)", blocks=blocks)
 
 

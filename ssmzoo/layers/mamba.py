@@ -50,15 +50,31 @@ class Mamba(nn.Module):
     as in_proj and out_proj, and writes its own three-line forward around `mix`.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
-                 dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
-                 dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
-                 scenario: str | None = None, in_proj: nn.Module | None = None, out_proj: nn.Module | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        scenario: str | None = None,
+        in_proj: nn.Module | None = None,
+        out_proj: nn.Module | None = None,
+    ):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         if min(d_model, d_state, d_conv, self.d_inner) < 1:
-            raise ValueError(f"Mamba needs positive sizes, got d_model={d_model}, d_state={d_state}, d_conv={d_conv}, "
-                             f"expand={expand}")
+            raise ValueError(
+                f"Mamba needs positive sizes, got d_model={d_model}, d_state={d_state}, d_conv={d_conv}, "
+                f"expand={expand}"
+            )
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
@@ -84,20 +100,33 @@ class Mamba(nn.Module):
         A_log_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor, state: MambaState | None = None, *, mask: Tensor | Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
+    def forward(
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, MambaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         if is_step(x, state, mask, seq_idx) and type(self.in_proj) is type(self.out_proj) is nn.Linear:
-            y, state = self._step(x[:, 0], state, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight,
-                                  self.out_proj.bias)
+            y, state = self._step(
+                x[:, 0], state, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias
+            )
             return y[:, None], state
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = self.mix(x, z, state, mask, seq_idx)
         return self.out_proj(y), state
 
-    def mix(self, x: Tensor, z: Tensor, state: MambaState | None = None, padding: Padding | None = None,
-            seq_idx: Tensor | None = None) -> tuple[Tensor, MambaState]:
+    def mix(
+        self,
+        x: Tensor,
+        z: Tensor,
+        state: MambaState | None = None,
+        padding: Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, MambaState]:
         """What stands between the projections. x, z (b l e) -> y (b l e), gated, zero in padding slots; state."""
         if is_step(x, state, padding, seq_idx):
             y, state = self._step(torch.cat([x, z], dim=-1)[:, 0], state)
@@ -105,15 +134,32 @@ class Mamba(nn.Module):
         x = x.transpose(1, 2)  # (b e l)
         past, h = state if state is not None else (None, None)
         window = conv_window(x, past, self.d_conv, padding, seq_idx)
-        x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
-                             initial_states=conv_history(past, self.d_conv), activation="silu")
+        x = causal_conv1d_fn(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_states=conv_history(past, self.d_conv),
+            activation="silu",
+        )
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (b l e); its bias is added in fp32, by the scan
         if padding is not None:
             dt = dt.masked_fill(~padding.mask[..., None], CLOSED)
-        y, h = selective_scan_fn(x, dt.transpose(1, 2), self.A, B.transpose(1, 2), C.transpose(1, 2), fp32(self.D),
-                                 z=z.transpose(1, 2), delta_bias=fp32(self.dt_proj.bias), delta_softplus=True,
-                                 return_last_state=True, initial_state=h, seq_idx=seq_idx)
+        y, h = selective_scan_fn(
+            x,
+            dt.transpose(1, 2),
+            self.A,
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            fp32(self.D),
+            z=z.transpose(1, 2),
+            delta_bias=fp32(self.dt_proj.bias),
+            delta_softplus=True,
+            return_last_state=True,
+            initial_state=h,
+            seq_idx=seq_idx,
+        )
         y = y.transpose(1, 2)
         return (y if padding is None else y * padding.mask[..., None]), MambaState(window, h)
 
@@ -124,6 +170,16 @@ class Mamba(nn.Module):
 
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
         """One token (b d), or (b 2e) when called without the projections' weights and biases."""
-        out, conv, h = mamba_step(u, *state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight,
-                                  self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, *projections)
+        out, conv, h = mamba_step(
+            u,
+            *state,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            *projections,
+        )
         return out, MambaState(conv, h)

@@ -50,21 +50,42 @@ class Mamba2(nn.Module):
     clamp_steps          False repeats the released decoding, whose single-token steps forget dt_limit
     """
 
-    def __init__(self, d_model: int, d_state: int = 128, d_conv: int = 4, expand: float = 2, headdim: int = 64,
-                 ngroups: int = 1, d_ssm: int | None = None, rmsnorm: bool = True, norm_before_gate: bool = False,
-                 norm_groups: int | None = None, norm_eps: float = 1e-5, D_has_hdim: bool = False, bias: bool = False,
-                 conv_bias: bool = True, dt_limit: Sequence[float] = (0.0, math.inf), dt_min: float = 0.001,
-                 dt_max: float = 0.1, dt_init_floor: float = 1e-4, A_init_range: Sequence[float] = (1, 16),
-                 conv_init: float | None = None, chunk_size: int = 256, learnable_init_states: bool = False,
-                 clamp_steps: bool = True):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        d_ssm: int | None = None,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        D_has_hdim: bool = False,
+        bias: bool = False,
+        conv_bias: bool = True,
+        dt_limit: Sequence[float] = (0.0, math.inf),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        A_init_range: Sequence[float] = (1, 16),
+        conv_init: float | None = None,
+        chunk_size: int = 256,
+        learnable_init_states: bool = False,
+        clamp_steps: bool = True,
+    ):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
         if min(d_model, d_state, d_conv, headdim, ngroups, chunk_size) < 1 or not 0 < self.d_ssm <= self.d_inner:
-            raise ValueError(f"Mamba2 needs positive sizes and 0 < d_ssm <= expand * d_model, got d_model={d_model}, "
-                             f"d_state={d_state}, d_conv={d_conv}, headdim={headdim}, ngroups={ngroups}, "
-                             f"d_ssm={self.d_ssm}, chunk_size={chunk_size}")
+            raise ValueError(
+                f"Mamba2 needs positive sizes and 0 < d_ssm <= expand * d_model, got d_model={d_model}, "
+                f"d_state={d_state}, d_conv={d_conv}, headdim={headdim}, ngroups={ngroups}, "
+                f"d_ssm={self.d_ssm}, chunk_size={chunk_size}"
+            )
         if self.d_ssm % headdim:
             raise ValueError(f"headdim must divide the {self.d_ssm} SSM channels, got {headdim}")
         self.nheads = self.d_ssm // headdim
@@ -85,8 +106,16 @@ class Mamba2(nn.Module):
             self.init_states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state))
         else:
             self.register_parameter("init_states", None)
-        self.norm = GatedRMSNorm(self.d_ssm, norm_eps, group_size=self.d_ssm // (norm_groups or ngroups),
-                                 norm_before_gate=norm_before_gate) if rmsnorm else None
+        self.norm = (
+            GatedRMSNorm(
+                self.d_ssm,
+                norm_eps,
+                group_size=self.d_ssm // (norm_groups or ngroups),
+                norm_before_gate=norm_before_gate,
+            )
+            if rmsnorm
+            else None
+        )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self.reset_parameters()
 
@@ -98,8 +127,14 @@ class Mamba2(nn.Module):
         if self.conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
 
-    def forward(self, x: Tensor, state: Mamba2State | None = None, *, mask: Tensor | Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba2State | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Mamba2State]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
@@ -122,13 +157,29 @@ class Mamba2(nn.Module):
         past, S = state if state is not None else (None, self._start(xBC, seq_idx))
         xBC = xBC.transpose(1, 2)  # (b c l)
         window = conv_window(xBC, past, self.d_conv, padding, seq_idx)
-        xBC = causal_conv1d_fn(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
-                               initial_states=conv_history(past, self.d_conv), activation="silu").transpose(1, 2)
+        xBC = causal_conv1d_fn(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_states=conv_history(past, self.d_conv),
+            activation="silu",
+        ).transpose(1, 2)
         if padding is not None:
             dt = dt * padding.mask[..., None]  # dt = 0: no decay, no input
         x, B, C = self._split(xBC)
-        y, S = mamba_chunk_scan_combined(x, dt, self.A, B, C, self.chunk_size, D=self._skip(), initial_states=S,
-                                         seq_idx=seq_idx, return_final_states=True)
+        y, S = mamba_chunk_scan_combined(
+            x,
+            dt,
+            self.A,
+            B,
+            C,
+            self.chunk_size,
+            D=self._skip(),
+            initial_states=S,
+            seq_idx=seq_idx,
+            return_final_states=True,
+        )
         return y.flatten(2), Mamba2State(window, S)
 
     def _mix_one(self, xBC: Tensor, dt: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
@@ -137,8 +188,15 @@ class Mamba2(nn.Module):
         xBC = causal_conv1d_update(xBC[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         x, B, C = self._split(xBC)
         h, p, n = self.nheads, self.headdim, self.d_state
-        y = selective_state_update(S, x, dt[:, 0, :, None].expand(-1, h, p), self.A[:, None, None].expand(h, p, n),
-                                   B, C, self._skip().reshape(h, -1).expand(h, p))
+        y = selective_state_update(
+            S,
+            x,
+            dt[:, 0, :, None].expand(-1, h, p),
+            self.A[:, None, None].expand(h, p, n),
+            B,
+            C,
+            self._skip().reshape(h, -1).expand(h, p),
+        )
         return y.reshape(len(y), 1, -1), Mamba2State(conv, S)
 
     @property
@@ -162,6 +220,8 @@ class Mamba2(nn.Module):
         if self.init_states is None:
             return None
         if seq_idx is not None:
-            raise ValueError("seq_idx cannot be used with learnable_init_states: later documents of a row would start "
-                             "at zero; pass the documents as separate rows")
+            raise ValueError(
+                "seq_idx cannot be used with learnable_init_states: later documents of a row would start "
+                "at zero; pass the documents as separate rows"
+            )
         return fp32(self.init_states).expand(x.shape[0], -1, -1, -1)

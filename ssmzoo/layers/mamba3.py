@@ -57,22 +57,39 @@ class Mamba3(nn.Module):
     chunk_size           tokens per chunk of the scan; changes the speed, not the result
     """
 
-    def __init__(self, d_model: int, d_state: int = 128, expand: float = 2, headdim: int = 64, ngroups: int = 1,
-                 rope_fraction: float = 0.5, is_outproj_norm: bool = False, is_mimo: bool = False, mimo_rank: int = 4,
-                 A_floor: float = 1e-4, dt_min: float = 0.001, dt_max: float = 0.1, dt_init_floor: float = 1e-4,
-                 chunk_size: int = 64):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        rope_fraction: float = 0.5,
+        is_outproj_norm: bool = False,
+        is_mimo: bool = False,
+        mimo_rank: int = 4,
+        A_floor: float = 1e-4,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        chunk_size: int = 64,
+    ):
         super().__init__()
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
         self.d_inner, self.rank, self.chunk_size = int(expand * d_model), mimo_rank if is_mimo else 1, chunk_size
         if min(d_model, d_state, headdim, ngroups, self.rank, self.d_inner, chunk_size) < 1:
-            raise ValueError(f"Mamba3 needs positive sizes, got d_model={d_model}, d_state={d_state}, expand={expand}, "
-                             f"headdim={headdim}, ngroups={ngroups}, mimo_rank={mimo_rank}, chunk_size={chunk_size}")
+            raise ValueError(
+                f"Mamba3 needs positive sizes, got d_model={d_model}, d_state={d_state}, expand={expand}, "
+                f"headdim={headdim}, ngroups={ngroups}, mimo_rank={mimo_rank}, chunk_size={chunk_size}"
+            )
         if rope_fraction not in (0.5, 1.0):
             raise ValueError(f"rope_fraction must be 0.5 or 1.0, got {rope_fraction}")
         self.nheads, rest = divmod(self.d_inner, headdim)
         if rest or self.nheads % ngroups:
-            raise ValueError(f"headdim must divide the {self.d_inner} inner channels and ngroups the number of heads, "
-                             f"got headdim={headdim}, ngroups={ngroups}")
+            raise ValueError(
+                f"headdim must divide the {self.d_inner} inner channels and ngroups the number of heads, "
+                f"got headdim={headdim}, ngroups={ngroups}"
+            )
         self.is_mimo, self.A_floor, self.dt_start = is_mimo, A_floor, (dt_min, dt_max, dt_init_floor)
         self.n_angles = int(d_state * rope_fraction) // 2
         h, p, r, e = self.nheads, headdim, self.rank, self.d_inner
@@ -102,8 +119,14 @@ class Mamba3(nn.Module):
             nn.init.constant_(self.mimo_x, 1 / self.rank)
             nn.init.constant_(self.mimo_o, 1 / self.rank)
 
-    def forward(self, x: Tensor, state: Mamba3State | None = None, *, mask: Tensor | Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, Mamba3State]:
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba3State | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Mamba3State]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         z, x, B, C, dt, dd_A, trap, ang = self.in_proj(x).split(self.widths, dim=-1)
@@ -135,8 +158,15 @@ class Mamba3(nn.Module):
         ranks = self._spread(v)  # (b l r h p)
         decay = F.pad(a[:, :, None], (0, 0, 0, r - 1))  # (b l r h): a token decays once, before its first rank
         documents = None if seq_idx is None else seq_idx.repeat_interleave(r, dim=1)
-        y, S = ssd_scan((ranks * w[:, :, None, :, None]).flatten(1, 2), decay.flatten(1, 2), k.flatten(1, 2),
-                        q.flatten(1, 2), S, documents, self.chunk_size)
+        y, S = ssd_scan(
+            (ranks * w[:, :, None, :, None]).flatten(1, 2),
+            decay.flatten(1, 2),
+            k.flatten(1, 2),
+            q.flatten(1, 2),
+            S,
+            documents,
+            self.chunk_size,
+        )
         # inside a token, rank i has seen ranks j <= i with weight w; all ranks should count, with weight `now`
         seen = torch.ones(r, r, device=v.device, dtype=v.dtype).tril()
         own = torch.einsum("blihn,bljhn->blhij", q, k) * (now[..., None, None] - w[..., None, None] * seen)
@@ -189,8 +219,10 @@ class Mamba3(nn.Module):
         phase, k, v = (u[rows, last] for u in (phase, k.to(v.dtype), v))
         old = (torch.zeros_like(phase), None, torch.zeros_like(k), torch.zeros_like(v)) if state is None else state
         some = last >= 0
-        keep = [torch.where(some.view(-1, *[1] * (u.ndim - 1)), u, o)
-                for u, o in zip((phase, k, v), (old[0], old[2], old[3]))]
+        keep = [
+            torch.where(some.view(-1, *[1] * (u.ndim - 1)), u, o)
+            for u, o in zip((phase, k, v), (old[0], old[2], old[3]))
+        ]
         return Mamba3State(keep[0], S, keep[1], keep[2])
 
 

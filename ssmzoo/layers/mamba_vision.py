@@ -35,15 +35,29 @@ class MambaVisionMixer(nn.Module):
     reorder     sort the tokens softly by importance before the scan; tau, hard: see `SoftSort`
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
-                 dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
-                 dt_init_floor: float = 1e-4, bias: bool = False, reorder: bool = False, tau: float = 1.0,
-                 hard: bool = False):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+        reorder: bool = False,
+        tau: float = 1.0,
+        hard: bool = False,
+    ):
         super().__init__()
         e = self.d_inner = int(expand * d_model)
         if e % 2 or e < 2:
-            raise ValueError(f"expand * d_model = {e} must be even: half of it is scanned; got d_model={d_model}, "
-                             f"expand={expand}")
+            raise ValueError(
+                f"expand * d_model = {e} must be even: half of it is scanned; got d_model={d_model}, expand={expand}"
+            )
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
         half, r = e // 2, math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
@@ -75,8 +89,16 @@ class MambaVisionMixer(nn.Module):
         if self.sort is not None:
             x = self.reorder(x)
         dt, B, C = self.steps(x)
-        y = selective_scan_fn(x, dt, -torch.exp(fp32(self.A_log)), B, C, fp32(self.D),
-                              delta_bias=fp32(self.dt_proj.bias), delta_softplus=True)
+        y = selective_scan_fn(
+            x,
+            dt,
+            -torch.exp(fp32(self.A_log)),
+            B,
+            C,
+            fp32(self.D),
+            delta_bias=fp32(self.dt_proj.bias),
+            delta_softplus=True,
+        )
         return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,10 +40,20 @@ class MHA(nn.Module):
     softmax_scale        default 1 / sqrt(i)
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_heads_kv: int | None = None, head_dim: int | None = None,
-                 mlp_dim: int = 0, qkv_proj_bias: bool = True, out_proj_bias: bool = True,
-                 softmax_scale: float | None = None, d_conv: int = 0, rotary_emb_dim: int = 0,
-                 rotary_emb_base: float = 10000.0):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_heads_kv: int | None = None,
+        head_dim: int | None = None,
+        mlp_dim: int = 0,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        softmax_scale: float | None = None,
+        d_conv: int = 0,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+    ):
         super().__init__()
         self.num_heads, self.num_heads_kv = num_heads, num_heads_kv or num_heads
         if num_heads < 1 or num_heads % self.num_heads_kv:
@@ -63,26 +73,40 @@ class MHA(nn.Module):
             self.conv1d = nn.Conv1d(self.qkv_dim, self.qkv_dim, d_conv, groups=self.qkv_dim)
         self.out_proj = nn.Linear(out_dim + self.mlp_dim // 2, embed_dim, bias=out_proj_bias)
 
-    def forward(self, x: Tensor, state: MHAState | None = None, *, mask: Tensor | Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, MHAState]:
+    def forward(
+        self,
+        x: Tensor,
+        state: MHAState | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, MHAState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
         qkv, conv = self._conv(qkv, state, mask, seq_idx)
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(
-            [self.num_heads, self.num_heads_kv, self.num_heads_kv], dim=2)  # (b l h i), (b l j i), (b l j i)
+            [self.num_heads, self.num_heads_kv, self.num_heads_kv], dim=2
+        )  # (b l h i), (b l j i), (b l j i)
         b, l = x.shape[:2]
         start = torch.zeros(b, dtype=torch.long, device=x.device) if state is None else state.position
         if self.rotary_emb_dim:
-            angles = rope_angles(start[:, None] + torch.arange(l, device=x.device), self.rotary_emb_dim,
-                                 self.rotary_emb_base)[:, :, None]
+            angles = rope_angles(
+                start[:, None] + torch.arange(l, device=x.device), self.rotary_emb_dim, self.rotary_emb_base
+            )[:, :, None]
             q, k = rotate_halves(q, angles), rotate_halves(k, angles)
         if state is not None:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
         pairs, visible = self._who_sees_whom(b, l, state, mask, seq_idx, x.device)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=pairs,
-                                           is_causal=pairs is None, scale=self.softmax_scale,
-                                           enable_gqa=self.num_heads != self.num_heads_kv)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=pairs,
+            is_causal=pairs is None,
+            scale=self.softmax_scale,
+            enable_gqa=self.num_heads != self.num_heads_kv,
+        )
         y = y.transpose(1, 2).flatten(2)
         if self.mlp_dim:
             up, gate = mlp.chunk(2, dim=-1)
@@ -97,8 +121,13 @@ class MHA(nn.Module):
             return qkv, None
         qkv, past = qkv.transpose(1, 2), None if state is None else state.conv
         window = conv_window(qkv, past, self.d_conv, padding, seq_idx)
-        qkv = causal_conv1d_fn(qkv, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx,
-                               initial_states=conv_history(past, self.d_conv))
+        qkv = causal_conv1d_fn(
+            qkv,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_states=conv_history(past, self.d_conv),
+        )
         return qkv.transpose(1, 2), window
 
     @staticmethod

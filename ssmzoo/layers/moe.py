@@ -31,8 +31,17 @@ class Experts(nn.Module):
     dropout       on the hidden units, while training
     """
 
-    def __init__(self, d_model: int, n_experts: int, d_expert: int, kind: str = "relu", d_output: int | None = None,
-                 fan_in_experts: float | None = None, dropout: float = 0.0, init_scale: float = 0.1):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        d_expert: int,
+        kind: str = "relu",
+        d_output: int | None = None,
+        fan_in_experts: float | None = None,
+        dropout: float = 0.0,
+        init_scale: float = 0.1,
+    ):
         super().__init__()
         if min(d_model, n_experts, d_expert, 1 if d_output is None else d_output) < 1:
             raise ValueError(f"Experts needs positive sizes, got {d_model=}, {n_experts=}, {d_expert=}, {d_output=}")
@@ -126,45 +135,101 @@ def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 ROUTERS = {"token_choice": TokenChoice, "expert_choice": ExpertChoice}
 
 
-def build_moe(d_model: int, n_experts: int, d_expert: int, *, router: str = "token_choice", expert: str = "relu",
-              d_output: int | None = None, norm: bool = False, dropout: float = 0.0, init_scale: float = 0.1,
-              **router_options) -> MoE:
+def build_moe(
+    d_model: int,
+    n_experts: int,
+    d_expert: int,
+    *,
+    router: str = "token_choice",
+    expert: str = "relu",
+    d_output: int | None = None,
+    norm: bool = False,
+    dropout: float = 0.0,
+    init_scale: float = 0.1,
+    **router_options,
+) -> MoE:
     """A MoE layer from plain values. router_options go to TokenChoice or ExpertChoice; unknown ones raise TypeError."""
     if router not in ROUTERS:
         known = ", ".join(ROUTERS)
         raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
     gating = ROUTERS[router](d_model, n_experts, init_scale=init_scale, **router_options)
-    experts = Experts(d_model, n_experts, d_expert, expert, d_output, dropout=dropout, init_scale=init_scale,
-                      fan_in_experts=gating.active_experts if router == "expert_choice" else None)
+    experts = Experts(
+        d_model,
+        n_experts,
+        d_expert,
+        expert,
+        d_output,
+        dropout=dropout,
+        init_scale=init_scale,
+        fan_in_experts=gating.active_experts if router == "expert_choice" else None,
+    )
     return MoE(gating, experts, norm=norm)
 
 
-def official_moe(state: dict[str, Tensor], *, type: str, dmodel: int, n_experts: int, expert_size: int,
-                 expert: str = "ff", activation: str = "relu", doutput: int | None = None,
-                 capacity_factor: float = 1.25, load_balancing_loss_weight: float = 0.01, zloss_weight: float = 0.0,
-                 routing_top_k: int = 1, topk_fraction: float = 1.0, softmax_over: str = "tokens",
-                 group_by_batch: bool = False, group_size: int = 1, use_layer_norm: bool = True,
-                 one_hot_impl: bool = False, use_torch_bmm: bool = False, use_einsum: bool = False,
-                 init_type: str | None = None, init_scale: float = 0.1):
+def official_moe(
+    state: dict[str, Tensor],
+    *,
+    type: str,
+    dmodel: int,
+    n_experts: int,
+    expert_size: int,
+    expert: str = "ff",
+    activation: str = "relu",
+    doutput: int | None = None,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+    one_hot_impl: bool = False,
+    use_torch_bmm: bool = False,
+    use_einsum: bool = False,
+    init_type: str | None = None,
+    init_scale: float = 0.1,
+):
     """llm-random's TokenChoiceFF ("token_choice") and ExpertChoiceFF ("expert_choice").
 
     one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
     initialisation that the checkpoint overwrites. Outputs: y, and for token choice (y, load_balancing_loss, z_loss).
     """
-    options = dict(topk_fraction=topk_fraction, softmax_over=softmax_over, group_by_batch=group_by_batch,
-                   group_size=group_size, use_layer_norm=use_layer_norm)
+    options = dict(
+        topk_fraction=topk_fraction,
+        softmax_over=softmax_over,
+        group_by_batch=group_by_batch,
+        group_size=group_size,
+        use_layer_norm=use_layer_norm,
+    )
     if type == "token_choice":
-        options = dict(capacity_factor=capacity_factor, load_balancing_loss_weight=load_balancing_loss_weight,
-                       zloss_weight=zloss_weight, routing_top_k=routing_top_k)
+        options = dict(
+            capacity_factor=capacity_factor,
+            load_balancing_loss_weight=load_balancing_loss_weight,
+            zloss_weight=zloss_weight,
+            routing_top_k=routing_top_k,
+        )
     options = official_options(type, expert, activation, **options)
     moe = build_moe(dmodel, n_experts, expert_size, d_output=doutput, **options)
     return _OfficialMoE(moe), {f"moe.{key}": value for key, value in official_moe_keys(state).items()}
 
 
-def official_options(ff_mode: str, expert: str, activation: str, *, capacity_factor: float = 1.25,
-                     load_balancing_loss_weight: float = 0.01, zloss_weight: float = 0.0, routing_top_k: int = 1,
-                     topk_fraction: float = 1.0, softmax_over: str = "tokens", group_by_batch: bool = False,
-                     group_size: int = 1, use_layer_norm: bool = True) -> dict:
+def official_options(
+    ff_mode: str,
+    expert: str,
+    activation: str,
+    *,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+) -> dict:
     """llm-random's names of the options -> ours, for `build_moe`. Its capacity holds in eval mode too."""
     aliases = {"relu": ("ff", "relu"), "swi_glu": ("ff_gated", "silu"), "geglu": ("ff_gated", "gelu")}
     expert, activation = aliases.get(expert, (expert, activation))
@@ -173,11 +238,24 @@ def official_options(ff_mode: str, expert: str, activation: str, *, capacity_fac
     if expert not in kinds:
         raise ValueError(f"unknown expert {expert!r}{nearest(expert, kinds)}; choose one of {', '.join(kinds)}")
     if ff_mode == "expert_choice":
-        return dict(router=ff_mode, expert=kinds[expert], norm=use_layer_norm, fraction=topk_fraction,
-                    softmax_over=softmax_over, group_by_batch=group_by_batch, group_size=group_size)
-    return dict(router=ff_mode, expert=kinds[expert], top_k=routing_top_k, capacity_factor=capacity_factor,
-                eval_capacity_factor=capacity_factor, balance_weight=load_balancing_loss_weight,
-                z_loss_weight=zloss_weight)
+        return dict(
+            router=ff_mode,
+            expert=kinds[expert],
+            norm=use_layer_norm,
+            fraction=topk_fraction,
+            softmax_over=softmax_over,
+            group_by_batch=group_by_batch,
+            group_size=group_size,
+        )
+    return dict(
+        router=ff_mode,
+        expert=kinds[expert],
+        top_k=routing_top_k,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=capacity_factor,
+        balance_weight=load_balancing_loss_weight,
+        z_loss_weight=zloss_weight,
+    )
 
 
 def official_moe_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

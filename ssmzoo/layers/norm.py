@@ -35,7 +35,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(fp32(x), self.normalized_shape, fp32(self.weight), fp32(self.bias), self.eps).to(
-            self.weight.dtype)
+            self.weight.dtype
+        )
 
 
 class GatedLayerNorm(nn.LayerNorm):

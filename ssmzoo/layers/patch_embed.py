@@ -9,14 +9,20 @@ from torch.nn import functional as F
 def check_image(x: Tensor, in_chans: int, smallest: int, model: str) -> None:
     """ValueError unless x is (b in_chans y x) of floats with both sides at least `smallest` pixels."""
     if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"{model} takes images of shape (batch, {in_chans}, height, width), got {tuple(x.shape)}"
-                         + (f"; build it with in_chans={x.shape[1]}" if x.ndim == 4 else ""))
+        raise ValueError(
+            f"{model} takes images of shape (batch, {in_chans}, height, width), got {tuple(x.shape)}"
+            + (f"; build it with in_chans={x.shape[1]}" if x.ndim == 4 else "")
+        )
     if not x.is_floating_point():
-        raise ValueError(f"{model} takes normalised images as floats, got {str(x.dtype).removeprefix('torch.')}; for "
-                         f"levels in 0 to 255: (x / 255 - mean) / std")
+        raise ValueError(
+            f"{model} takes normalised images as floats, got {str(x.dtype).removeprefix('torch.')}; for "
+            f"levels in 0 to 255: (x / 255 - mean) / std"
+        )
     if min(x.shape[2:]) < smallest:
-        raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small for {model}: both sides must be "
-                         f"at least {smallest}; enlarge the images or choose a smaller patch_size")
+        raise ValueError(
+            f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small for {model}: both sides must be "
+            f"at least {smallest}; enlarge the images or choose a smaller patch_size"
+        )
 
 
 class MapBatchNorm(nn.BatchNorm2d):
@@ -40,8 +46,9 @@ class PatchEmbed(nn.Module):
     norm    applied to the map, or None
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, stride: int | None = None,
-                 norm: nn.Module | None = None):
+    def __init__(
+        self, patch_size: int, in_chans: int, embed_dim: int, stride: int | None = None, norm: nn.Module | None = None
+    ):
         super().__init__()
         self.in_chans, self.patch_size, self.stride = in_chans, patch_size, stride or patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)

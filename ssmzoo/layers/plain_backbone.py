@@ -72,8 +72,16 @@ class PlainBackbone(ImageBackbone):
 
     POOLS = ("token", "avg", "last", "max_logits", "all", "")
 
-    def init_tokens(self, img_size: int | Sequence[int], patch_size: int, stride: int | None, in_chans: int,
-                    embed_dim: int, layout: str, n_tokens: int | None = None) -> None:
+    def init_tokens(
+        self,
+        img_size: int | Sequence[int],
+        patch_size: int,
+        stride: int | None,
+        in_chans: int,
+        embed_dim: int,
+        layout: str,
+        n_tokens: int | None = None,
+    ) -> None:
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.embed_dim, self.layout = embed_dim, layout
         self.n_tokens = LAYOUTS.get(layout, 0) if n_tokens is None else n_tokens
@@ -86,8 +94,9 @@ class PlainBackbone(ImageBackbone):
 
     def init_stream(self, depth: int) -> None:
         reduction = self.patch_embed.stride
-        self.feature_info = [dict(num_chs=self.embed_dim, reduction=reduction, module=f"layers.{i}")
-                             for i in range(depth)]
+        self.feature_info = [
+            dict(num_chs=self.embed_dim, reduction=reduction, module=f"layers.{i}") for i in range(depth)
+        ]
 
     def places(self, l: int) -> tuple[int, ...]:
         return token_places(self.layout, l - self.n_tokens, self.n_tokens)
@@ -143,9 +152,17 @@ class PlainBackbone(ImageBackbone):
             raise ValueError("global_pool='token' needs a class token; take 'avg', or another token layout")
         super().reset_classifier(num_classes, global_pool)
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None,
-                              return_prefix_tokens: bool = False, norm: bool = False, stop_early: bool = False,
-                              output_fmt: str = "NCHW", intermediates_only: bool = False, tap: str = "stream"):
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        tap: str = "stream",
+    ):
         """Patches of the residual stream behind the blocks asked for, as maps; the final features in front of them.
 
         tap   "stream" or "branch": the residual stream, or what the block adds to it (as the dense heads of Vim's and
@@ -154,8 +171,9 @@ class PlainBackbone(ImageBackbone):
         return_prefix_tokens  also the class tokens (b t d): a list of (map, tokens)
         """
         if output_fmt not in ("NCHW", "NLC") or tap not in ("stream", "branch"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' and tap 'stream' or 'branch', got {output_fmt!r} "
-                             f"and {tap!r}")
+            raise ValueError(
+                f"output_fmt must be 'NCHW' or 'NLC' and tap 'stream' or 'branch', got {output_fmt!r} and {tap!r}"
+            )
         taken, taps = take_indices(len(self.feature_info), indices), []
         x, grid = self.embed(x)
         x = self.encode(self.pos_drop(x), grid, taps, stop=max(taken) if stop_early else None)
@@ -167,8 +185,9 @@ class PlainBackbone(ImageBackbone):
             out.append((patches, tokens) if return_prefix_tokens else patches)
         return out if intermediates_only else (final, out)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False,
-                                  prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Remove what no tap needs; the indices that remain are returned."""
         taken = take_indices(len(self.feature_info), indices)
         self.layers = self.layers[: max(taken) + 1]
@@ -180,5 +199,7 @@ class PlainBackbone(ImageBackbone):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer decay: the stem, then every block in order."""
-        return dict(stem=r"^(?:cls_token|pos_embed|patch_embed)",
-                    blocks=[(r"^layers\.(\d+)", None), (r"^(?:norm_f|neck|norm_neck)", (99999,))])
+        return dict(
+            stem=r"^(?:cls_token|pos_embed|patch_embed)",
+            blocks=[(r"^layers\.(\d+)", None), (r"^(?:norm_f|neck|norm_neck)", (99999,))],
+        )

@@ -25,9 +25,13 @@ def residual_conv(dim: int, kind: str) -> nn.Module:
     if kind == "1conv":
         return nn.Conv2d(dim, dim, 3, padding=1)
     if kind == "3conv":
-        return nn.Sequential(nn.Conv2d(dim, dim // 4, 3, padding=1), nn.LeakyReLU(0.2),
-                             nn.Conv2d(dim // 4, dim // 4, 1), nn.LeakyReLU(0.2),
-                             nn.Conv2d(dim // 4, dim, 3, padding=1))
+        return nn.Sequential(
+            nn.Conv2d(dim, dim // 4, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(dim // 4, dim // 4, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(dim // 4, dim, 3, padding=1),
+        )
     raise ValueError(f"resi_connection is {kind!r}; expected '1conv' or '3conv'")
 
 
@@ -45,8 +49,10 @@ def check_head(upsampler: str, upscale: int, heads: tuple[str, ...]) -> None:
     if upscale < 1 or int(upscale) != upscale:
         raise ValueError(f"upscale is {upscale}; it must be a positive whole number")
     if upsampler == "" and upscale != 1:
-        raise ValueError(f"upscale is {upscale} but no upsampler was chosen; use 'pixelshuffle' or "
-                         f"'pixelshuffledirect', or upscale=1 for denoising and JPEG")
+        raise ValueError(
+            f"upscale is {upscale} but no upsampler was chosen; use 'pixelshuffle' or "
+            f"'pixelshuffledirect', or upscale=1 for denoising and JPEG"
+        )
     if upsampler == "pixelshuffle" and upscale != 3 and upscale & (upscale - 1):
         raise ValueError(f"upscale is {upscale}; 'pixelshuffle' enlarges by 3 or by a power of 2")
     if upsampler == "nearest+conv" and upscale != 4:
@@ -70,8 +76,16 @@ class RestorationNet(nn.Module):
     size_multiple = 1  # height and width may be anything
     window_size = 1  # images are continued by their mirror image to multiples of it, results cut to their size
 
-    def __init__(self, upscale: int, in_chans: int, embed_dim: int, img_range: float, upsampler: str,
-                 resi_connection: str, bicubic_skip: bool = False):
+    def __init__(
+        self,
+        upscale: int,
+        in_chans: int,
+        embed_dim: int,
+        img_range: float,
+        upsampler: str,
+        resi_connection: str,
+        bicubic_skip: bool = False,
+    ):
         super().__init__()
         self.upscale, self.in_chans, self.img_range = upscale, in_chans, img_range
         self.upsampler = ("" if upscale == 1 else "pixelshuffledirect") if upsampler == "auto" else upsampler
@@ -81,13 +95,15 @@ class RestorationNet(nn.Module):
         self.conv_first = nn.Conv2d(in_chans, embed_dim, 3, padding=1)
         self.conv_after_body = residual_conv(embed_dim, resi_connection)
         if self.upsampler == "pixelshuffledirect":
-            self.upsample = nn.Sequential(nn.Conv2d(embed_dim, in_chans * upscale**2, 3, padding=1),
-                                          nn.PixelShuffle(upscale))
+            self.upsample = nn.Sequential(
+                nn.Conv2d(embed_dim, in_chans * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+            )
         elif self.upsampler == "":
             self.conv_last = nn.Conv2d(embed_dim, in_chans, 3, padding=1)
         else:
-            self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, HEAD_WIDTH, 3, padding=1),
-                                                      nn.LeakyReLU(0.01))
+            self.conv_before_upsample = nn.Sequential(
+                nn.Conv2d(embed_dim, HEAD_WIDTH, 3, padding=1), nn.LeakyReLU(0.01)
+            )
             self._wide_head(upscale, in_chans)
         self.bicubic_skip, self.grad_checkpointing = bicubic_skip, False
         if bicubic_skip:
@@ -131,8 +147,9 @@ class RestorationNet(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, "
-                             f"width)")
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (b c y x) to the deep features (b d y x) in front of the head, y and x in multiples of window_size."""

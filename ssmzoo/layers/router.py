@@ -96,9 +96,19 @@ class TokenChoice(Router):
 
     window: Window | None = None
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None,
-                 eval_capacity_factor: float | None = None, renormalise: bool = False, jitter: float = 0.0,
-                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, init_scale: float = 0.1):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int = 1,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        renormalise: bool = False,
+        jitter: float = 0.0,
+        balance_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
+        init_scale: float = 0.1,
+    ):
         super().__init__(d_model, n_experts, jitter, init_scale)
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k is {top_k}, but a token can choose 1 to n_experts = {n_experts} experts")
@@ -181,14 +191,25 @@ class ExpertChoice(Router):
     Not usable for decoding token by token.
     """
 
-    def __init__(self, d_model: int, n_experts: int, fraction: float, softmax_over: str = "tokens",
-                 group_by_batch: bool = False, group_size: int = 1, jitter: float = 0.0, init_scale: float = 0.1):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        fraction: float,
+        softmax_over: str = "tokens",
+        group_by_batch: bool = False,
+        group_size: int = 1,
+        jitter: float = 0.0,
+        init_scale: float = 0.1,
+    ):
         super().__init__(d_model, n_experts, jitter, init_scale)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction of the tokens per expert must lie in (0, 1], got {fraction}")
         if softmax_over not in ("tokens", "experts"):
-            raise ValueError(f"softmax_over must be 'tokens' or 'experts', got {softmax_over!r}"
-                             f"{nearest(str(softmax_over), ('tokens', 'experts'))}")
+            raise ValueError(
+                f"softmax_over must be 'tokens' or 'experts', got {softmax_over!r}"
+                f"{nearest(str(softmax_over), ('tokens', 'experts'))}"
+            )
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         self.fraction, self.softmax_over = fraction, softmax_over
@@ -207,8 +228,10 @@ class ExpertChoice(Router):
         n, positions = (b, l) if self.group_by_batch else (b * l, 1)  # candidates, independent choices
         take = round(self.fraction * n)
         if take < 1:
-            raise ValueError(f"every expert would take round({self.fraction} * {n}) = 0 of its {n} candidates; raise "
-                             f"the fraction or the {'batch size' if self.group_by_batch else 'number of tokens'}")
+            raise ValueError(
+                f"every expert would take round({self.fraction} * {n}) = 0 of its {n} candidates; raise "
+                f"the fraction or the {'batch size' if self.group_by_batch else 'number of tokens'}"
+            )
         logits = self.logits(x.reshape(n, positions, -1))  # (n positions e)
         real = None if mask is None else mask.reshape(n, positions, 1)
         scores = logits if real is None else logits.masked_fill(~real, torch.finfo(logits.dtype).min)
@@ -229,8 +252,11 @@ class ExpertChoice(Router):
         chosen = torch.zeros_like(real).index_fill(0, token, 1.0)
         p = logits.softmax(-1).flatten(0, 1)
         per_expert = real[token].view(self.n_experts, -1).sum(1)
-        return {"tokens_per_expert": per_expert / n, "dropped_fraction": 1 - (chosen * real).sum() / n,
-                "router_entropy": (real @ -torch.xlogy(p, p).sum(-1)) / n}
+        return {
+            "tokens_per_expert": per_expert / n,
+            "dropped_fraction": 1 - (chosen * real).sum() / n,
+            "router_entropy": (real @ -torch.xlogy(p, p).sum(-1)) / n,
+        }
 
 
 def _over_all_processes(counts: Tensor, mass: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, ...]:

@@ -37,8 +37,15 @@ class SDSSM(nn.Module):
     Source: Terzic et al. 2025 (arXiv 2412.19350), section 4.
     """
 
-    def __init__(self, d_input: int, d_state: int = 64, n_matrices: int = 8, p_norm: float = 1.2, init: str = "xavier",
-                 init_noise: float = 0.05):
+    def __init__(
+        self,
+        d_input: int,
+        d_state: int = 64,
+        n_matrices: int = 8,
+        p_norm: float = 1.2,
+        init: str = "xavier",
+        init_noise: float = 0.05,
+    ):
         super().__init__()
         for name, value in (("d_input", d_input), ("d_state", d_state), ("n_matrices", n_matrices)):
             if value < 1:
@@ -73,13 +80,29 @@ class SDSSM(nn.Module):
         weights = F.softmax(self.A_selector.weight.T + self.A_selector.bias, dim=-1)
         return weights, self.B.weight.T
 
-    def forward(self, x: Tensor, state: SDSSMState | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None, all_steps: bool = True) -> tuple[Tensor, SDSSMState]:
+    def forward(
+        self,
+        x: Tensor,
+        state: SDSSMState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        all_steps: bool = True,
+    ) -> tuple[Tensor, SDSSMState]:
         """-> states (b l n), or with all_steps=False the last one (b 1 n), and the state to continue with."""
         if x.is_floating_point():
             weights, inputs, symbols = self.mixture(x), self.B(x), None
         else:
             (weights, inputs), symbols = self.symbols(), x
-        h, last = dense_scan(self.A_dict, weights, inputs, self.p_norm, symbols, mask=mask, seq_idx=seq_idx,
-                             initial_state=None if state is None else state.h, all_steps=all_steps)
+        h, last = dense_scan(
+            self.A_dict,
+            weights,
+            inputs,
+            self.p_norm,
+            symbols,
+            mask=mask,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.h,
+            all_steps=all_steps,
+        )
         return h, SDSSMState(last)

@@ -35,19 +35,37 @@ def project_steps(xs: Tensor, x_proj: Tensor, n: int) -> tuple[Tensor, Tensor, T
     return torch.matmul(x_proj, xs).split([x_proj.shape[1] - 2 * n, n, n], dim=2)
 
 
-def scan_steps(xs: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-               z: Tensor | None = None) -> Tensor:
+def scan_steps(
+    xs: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    z: Tensor | None = None,
+) -> Tensor:
     """The scans, given the results of `project_steps`; other arguments as in `directional_scan`. -> (b k e l)"""
     k, e = dt_proj.shape[:2]
     delta = torch.matmul(dt_proj, dt)  # (b k e l)
-    y = selective_scan_fn(xs.flatten(1, 2), delta.flatten(1, 2), -torch.exp(fp32(A_log)).reshape(k * e, -1), B, C,
-                          fp32(D).flatten(), z=None if z is None else z.flatten(1, 2),
-                          delta_bias=fp32(dt_bias).flatten(), delta_softplus=True)
+    y = selective_scan_fn(
+        xs.flatten(1, 2),
+        delta.flatten(1, 2),
+        -torch.exp(fp32(A_log)).reshape(k * e, -1),
+        B,
+        C,
+        fp32(D).flatten(),
+        z=None if z is None else z.flatten(1, 2),
+        delta_bias=fp32(dt_bias).flatten(),
+        delta_softplus=True,
+    )
     return y.unflatten(1, (k, e))
 
 
-def directional_scan(xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-                     z: Tensor | None = None) -> Tensor:
+def directional_scan(
+    xs: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, z: Tensor | None = None
+) -> Tensor:
     """Independent selective scans of k sequences side by side.
 
     xs, z       (b k e l)  inputs and optional SiLU gates
@@ -115,10 +133,22 @@ class SS2D(nn.Module):
     ssm_init see `init_directional_`
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, ssm_ratio: float = 2.0, dt_rank: int | str = "auto",
-                 d_conv: int = 3, conv_bias: bool = True, act: str = "silu", out_act: str | None = None,
-                 gate: str | None = "act", out_norm: str = "layer", scans: str = "cross", ssm_init: str = "mamba",
-                 dropout: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        d_conv: int = 3,
+        conv_bias: bool = True,
+        act: str = "silu",
+        out_act: str | None = None,
+        gate: str | None = "act",
+        out_norm: str = "layer",
+        scans: str = "cross",
+        ssm_init: str = "mamba",
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if gate not in (None, "act", "linear"):
             raise ValueError(f"gate is {gate!r}; expected None, 'act' or 'linear'")
@@ -175,15 +205,28 @@ class SS2D(nn.Module):
         """(b e y x) -> the sum over the orders (b y x e)"""
         if self.scans == "cascade":
             return self._cascade(x)
-        return cross_selective_scan(x, self.x_proj_weight, self.dt_projs_weight, fp32(self.dt_projs_bias),
-                                    -torch.exp(fp32(self.A_logs)), fp32(self.Ds), self.scans)
+        return cross_selective_scan(
+            x,
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            fp32(self.dt_projs_bias),
+            -torch.exp(fp32(self.A_logs)),
+            fp32(self.Ds),
+            self.scans,
+        )
 
     def scan_orders(self, xs: Tensor, first: int) -> Tensor:
         """xs (b k e l) with the projections of the orders first .. first + k - 1 -> (b k e l)"""
         k, e = xs.shape[1:3]
         take = slice(first, first + k)
-        return directional_scan(xs, self.x_proj_weight[take], self.dt_projs_weight[take], self.dt_projs_bias[take],
-                                self.A_logs.unflatten(0, (4, e))[take], self.Ds.unflatten(0, (4, e))[take])
+        return directional_scan(
+            xs,
+            self.x_proj_weight[take],
+            self.dt_projs_weight[take],
+            self.dt_projs_bias[take],
+            self.A_logs.unflatten(0, (4, e))[take],
+            self.Ds.unflatten(0, (4, e))[take],
+        )
 
     def _cascade(self, x: Tensor) -> Tensor:
         """Every row by itself, then every column; the backward pass is added without turning it round, as released."""
@@ -205,8 +248,10 @@ class HeadSS2D(SS2D):
     def make_scan_parameters(self) -> None:
         e, n, h = self.d_inner, self.d_state, self.dt_rank
         if self.scans == "cascade" or e % h:
-            raise ValueError(f"HeadSS2D needs scans other than 'cascade' (got {self.scans!r}) and dt_rank heads that "
-                             f"divide its {e} channels (got {h})")
+            raise ValueError(
+                f"HeadSS2D needs scans other than 'cascade' (got {self.scans!r}) and dt_rank heads that "
+                f"divide its {e} channels (got {h})"
+            )
         self.x_proj_weight = nn.Parameter(torch.empty(4, h + 2 * n, e))
         self.dt_projs_bias = nn.Parameter(torch.empty(4, h))
         self.A_logs = nn.Parameter(torch.empty(4, h))
@@ -235,9 +280,16 @@ class HeadSS2D(SS2D):
         dt, B, C = torch.matmul(self.x_proj_weight, xs).split([h, n, n], dim=2)
         heads = xs.reshape(len(xs), k * h, -1, xs.shape[-1]).permute(0, 3, 1, 2)  # (b l kh p)
         y = mamba_chunk_scan_combined(
-            heads, dt.flatten(1, 2).transpose(1, 2), -torch.exp(fp32(self.A_logs)).flatten(), B.permute(0, 3, 1, 2),
-            C.permute(0, 3, 1, 2), 64, D=fp32(self.Ds).flatten(0, 1), dt_bias=fp32(self.dt_projs_bias).flatten(),
-            dt_softplus=True)
+            heads,
+            dt.flatten(1, 2).transpose(1, 2),
+            -torch.exp(fp32(self.A_logs)).flatten(),
+            B.permute(0, 3, 1, 2),
+            C.permute(0, 3, 1, 2),
+            64,
+            D=fp32(self.Ds).flatten(0, 1),
+            dt_bias=fp32(self.dt_projs_bias).flatten(),
+            dt_softplus=True,
+        )
         ys = y.permute(0, 2, 3, 1).reshape(xs.shape)
         y = cross_merge(ys.unflatten(-1, x.shape[2:]), self.scans)  # (b e l)
         return y.transpose(1, 2).unflatten(1, x.shape[2:])

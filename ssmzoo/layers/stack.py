@@ -37,14 +37,27 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """One step of the container around any causal mixer. h, residual (b l d); residual None at the bottom."""
 
-    def __init__(self, mixer: nn.Module, norm: nn.Module, mlp: nn.Module | None = None, norm2: nn.Module | None = None,
-                 residual_in_fp32: bool = True):
+    def __init__(
+        self,
+        mixer: nn.Module,
+        norm: nn.Module,
+        mlp: nn.Module | None = None,
+        norm2: nn.Module | None = None,
+        residual_in_fp32: bool = True,
+    ):
         super().__init__()
         self.mixer, self.norm, self.mlp, self.norm2 = mixer, norm, mlp, norm2
         self.residual_in_fp32 = residual_in_fp32
 
-    def forward(self, h: Tensor, residual: Tensor | None, state: Any = None, *, mask: Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+    def forward(
+        self,
+        h: Tensor,
+        residual: Tensor | None,
+        state: Any = None,
+        *,
+        mask: Padding | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
         residual = self._add(h, residual)
         h, state = self.mixer(self.norm(residual), state, mask=mask, seq_idx=seq_idx)
         if self.mlp is not None:
@@ -61,21 +74,35 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """embedding -> blocks -> final norm. (b l) ids or (b l d) vectors -> hidden (b l d), tuple of states"""
 
-    def __init__(self, vocab_size: int, d_model: int, mixers: Iterable[nn.Module], d_intermediate: int = 0,
-                 rms_norm: bool = True, norm_eps: float = 1e-5, residual_in_fp32: bool = True):
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        mixers: Iterable[nn.Module],
+        d_intermediate: int = 0,
+        rms_norm: bool = True,
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+    ):
         super().__init__()
         norm = RMSNorm if rms_norm else LayerNorm
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
-            Block(mixer, norm(d_model, eps=norm_eps),
-                  GatedMLP(d_model, d_intermediate) if d_intermediate else None,
-                  norm(d_model, eps=norm_eps) if d_intermediate else None, residual_in_fp32)
-            for mixer in mixers)
+            Block(
+                mixer,
+                norm(d_model, eps=norm_eps),
+                GatedMLP(d_model, d_intermediate) if d_intermediate else None,
+                norm(d_model, eps=norm_eps) if d_intermediate else None,
+                residual_in_fp32,
+            )
+            for mixer in mixers
+        )
         self.norm_f = norm(d_model, eps=norm_eps)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, state: tuple | None = None, *, mask: Padding | None = None,
-                seq_idx: Tensor | None = None) -> tuple[Tensor, tuple]:
+    def forward(
+        self, x: Tensor, state: tuple | None = None, *, mask: Padding | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, tuple]:
         h = x if x.is_floating_point() else self.embedding(x)
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         residual, states = None, []

@@ -63,8 +63,9 @@ def left_align(mask: Tensor | Padding | None) -> Padding | None:
     if mask is None or isinstance(mask, Padding):
         return mask
     if mask.ndim != 2 or mask.is_floating_point():
-        raise ValueError(f"mask must be a bool tensor (batch, length), True = real token; "
-                         f"got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask must be a bool tensor (batch, length), True = real token; got {mask.dtype} {tuple(mask.shape)}"
+        )
     mask = mask.bool()
     lengths = mask.sum(1)
     inverse = torch.where(mask, mask.cumsum(1) - 1, lengths[:, None] + (~mask).cumsum(1) - 1)
@@ -75,8 +76,7 @@ def left_align(mask: Tensor | Padding | None) -> Padding | None:
 
 def is_step(x: Tensor, state, padding, seq_idx) -> bool:
     """One more token for every row, outside of training: the case for which mixers keep a short path."""
-    return (state is not None and x.shape[1] == 1 and padding is None and seq_idx is None
-            and not torch.is_grad_enabled())
+    return state is not None and x.shape[1] == 1 and padding is None and seq_idx is None and not torch.is_grad_enabled()
 
 
 def call_aligned(forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
@@ -88,15 +88,16 @@ def call_aligned(forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Ten
     return padding.restore(y), state
 
 
-def conv_window(x: Tensor, previous: Tensor | None, width: int, padding: Padding | None = None,
-                seq_idx: Tensor | None = None) -> Tensor:
+def conv_window(
+    x: Tensor, previous: Tensor | None, width: int, padding: Padding | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
     """The last `width` inputs of every row and of its last document, oldest first: the state of a causal convolution.
 
     x (b c l) inputs, previous (b c width) window before them or None for zeros -> (b c width)
     """
     b, _, length = x.shape
     if padding is None:
-        window = x[..., max(0, length - width):].contiguous()  # a copy: a view would keep the whole input alive
+        window = x[..., max(0, length - width) :].contiguous()  # a copy: a view would keep the whole input alive
         if length < width:
             head = window.new_zeros(b, x.shape[1], width) if previous is None else previous.to(x.dtype)
             window = torch.cat([head[..., length:], window], dim=-1)
@@ -117,7 +118,7 @@ def conv_window(x: Tensor, previous: Tensor | None, width: int, padding: Padding
 
 def conv_history(previous: Tensor | None, width: int) -> Tensor | None:
     """Window (b c width) -> the width-1 inputs before the next token: `initial_states` of `causal_conv1d_fn`."""
-    return None if previous is None or width == 1 else previous[..., 1 - width:]
+    return None if previous is None or width == 1 else previous[..., 1 - width :]
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -145,5 +146,3 @@ def detach(state: Any) -> Any:
 def _take(x: Tensor, index: Tensor) -> Tensor:
     index = index.reshape(index.shape + (1,) * (x.ndim - 2)).expand(x.shape)
     return torch.gather(x, 1, index)
-
-

@@ -30,15 +30,27 @@ from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.layers.plain_backbone import PlainBackbone, lecun_normal_
 from ssmzoo.models.vim import set_eps
 
-FLIP_RULES = {"every_two": lambda n: n // 2 % 2 == 1, "every_other": lambda n: n % 2 == 1,
-              "released": lambda n: n // 2 == 1, "never": lambda n: False}
+FLIP_RULES = {
+    "every_two": lambda n: n // 2 % 2 == 1,
+    "every_other": lambda n: n % 2 == 1,
+    "released": lambda n: n // 2 == 1,
+    "never": lambda n: False,
+}
 
 
 class AdventurerBlock(nn.Module):
     """Mixer and MLP on (b l d); `flip` turns the patches round for the mixer."""
 
-    def __init__(self, dim: int, d_state: int, expand: float, mlp_ratio: float = 2.5, drop_path: float = 0.0,
-                 flip: bool = False, mixer: dict | None = None):
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        expand: float,
+        mlp_ratio: float = 2.5,
+        drop_path: float = 0.0,
+        flip: bool = False,
+        mixer: dict | None = None,
+    ):
         super().__init__()
         self.norm, self.norm_mlp = RMSNorm(dim), RMSNorm(dim)
         self.mixer = Mamba2(dim, d_state, expand=expand, **(mixer or {}))
@@ -65,10 +77,23 @@ class Adventurer(PlainBackbone):
     drop_path_rate        the released schedule starts with two zeros and ends one step below the rate
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
-                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 256, depth: int = 12,
-                 d_state: int = 64, expand: float = 2, mixer: dict | None = None, mlp_ratio: float = 2.5,
-                 flip_rule: str = "every_two", drop_rate: float = 0.0, drop_path_rate: float = 0.0):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 256,
+        depth: int = 12,
+        d_state: int = 64,
+        expand: float = 2,
+        mixer: dict | None = None,
+        mlp_ratio: float = 2.5,
+        flip_rule: str = "every_two",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
         super().__init__()
         if flip_rule not in FLIP_RULES:
             raise ValueError(f"flip_rule is {flip_rule!r}; expected one of {', '.join(FLIP_RULES)}")
@@ -79,7 +104,8 @@ class Adventurer(PlainBackbone):
         rates = [0.0, *drop_path_rates(drop_path_rate, depth)]
         flips = FLIP_RULES[flip_rule]
         self.layers = nn.ModuleList(
-            AdventurerBlock(embed_dim, d_state, expand, mlp_ratio, rates[n], flips(n), mixer) for n in range(depth))
+            AdventurerBlock(embed_dim, d_state, expand, mlp_ratio, rates[n], flips(n), mixer) for n in range(depth)
+        )
         self.norm_f = RMSNorm(embed_dim)
         self.init_stream(depth)
         self.init_head(embed_dim, num_classes, global_pool, 0.0)
@@ -114,12 +140,26 @@ def mixer_arguments(ssm_cfg: dict | None) -> dict:
     return {key: value for key, value in given.items() if key not in ("layer", "use_mem_eff_path", "layer_idx")}
 
 
-def official_block(d_model: int, ssm_cfg: dict | None = None, norm_epsilon: float = 1e-5, drop_path: float = 0.0,
-                   rms_norm: bool = True, layer_idx: int = 0, mamba_expand: float = 2, mamba_d_state: int = 64,
-                   flip: bool = True, **mixer) -> AdventurerBlock:
+def official_block(
+    d_model: int,
+    ssm_cfg: dict | None = None,
+    norm_epsilon: float = 1e-5,
+    drop_path: float = 0.0,
+    rms_norm: bool = True,
+    layer_idx: int = 0,
+    mamba_expand: float = 2,
+    mamba_d_state: int = 64,
+    flip: bool = True,
+    **mixer,
+) -> AdventurerBlock:
     """One block, called with flip=True as in the published cases unless said otherwise."""
-    return with_norms(AdventurerBlock(d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip,
-                                      mixer=mixer_arguments(ssm_cfg) | mixer), rms_norm, norm_epsilon)
+    return with_norms(
+        AdventurerBlock(
+            d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip, mixer=mixer_arguments(ssm_cfg) | mixer
+        ),
+        rms_norm,
+        norm_epsilon,
+    )
 
 
 def with_norms(module: nn.Module, rms_norm: bool, eps: float) -> nn.Module:
@@ -135,12 +175,35 @@ def official_adventurer(state: dict[str, Tensor], **official_kwargs):
     return official_model(**official_kwargs), state
 
 
-def official_model(img_size=224, patch_size: int = 16, depth: int = 12, embed_dim: int = 192, channels: int = 3,
-                   num_classes: int = 1000, ssm_cfg: dict | None = None, drop_rate: float = 0.0,
-                   drop_path_rate: float = 0.1, norm_epsilon: float = 1e-5, rms_norm: bool = True, initializer_cfg=None,
-                   mamba_expand: float = 2, mamba_d_state: int = 64) -> Adventurer:
+def official_model(
+    img_size=224,
+    patch_size: int = 16,
+    depth: int = 12,
+    embed_dim: int = 192,
+    channels: int = 3,
+    num_classes: int = 1000,
+    ssm_cfg: dict | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = True,
+    initializer_cfg=None,
+    mamba_expand: float = 2,
+    mamba_d_state: int = 64,
+) -> Adventurer:
     """The released class with its flips (blocks 2 and 3)."""
-    model = Adventurer(channels, num_classes, img_size=img_size, patch_size=patch_size, embed_dim=embed_dim,
-                       depth=depth, d_state=mamba_d_state, expand=mamba_expand, mixer=mixer_arguments(ssm_cfg),
-                       flip_rule="released", drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    model = Adventurer(
+        channels,
+        num_classes,
+        img_size=img_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        d_state=mamba_d_state,
+        expand=mamba_expand,
+        mixer=mixer_arguments(ssm_cfg),
+        flip_rule="released",
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
     return with_norms(model, rms_norm, norm_epsilon)

@@ -34,16 +34,37 @@ class TransformerLM(DecoderLM):
     Raises ValueError for bad sizes and unknown names.
     """
 
-    def __init__(self, vocab_size: int = 50257, d_model: int = 512, n_blocks: int = 8, n_heads: int = 8,
-                 d_ff: int | None = None, n_experts: int = 0, expert: str = "relu", top_k: int = 1,
-                 capacity_factor: float | None = 1.0, eval_capacity_factor: float | None = None,
-                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, rope_base: float = 10000.0):
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        d_model: int = 512,
+        n_blocks: int = 8,
+        n_heads: int = 8,
+        d_ff: int | None = None,
+        n_experts: int = 0,
+        expert: str = "relu",
+        top_k: int = 1,
+        capacity_factor: float | None = 1.0,
+        eval_capacity_factor: float | None = None,
+        balance_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
+        rope_base: float = 10000.0,
+    ):
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_sizes(vocab_size=vocab_size, d_model=d_model, n_blocks=n_blocks, n_heads=n_heads, d_ff=d_ff, top_k=top_k)
         if n_experts < 0:
             raise ValueError(f"n_experts must be 0 (dense) or positive, got {n_experts}")
-        moe = n_experts and moe_factory(n_experts, d_ff, expert, "token_choice", top_k, capacity_factor,
-                                        eval_capacity_factor, balance_weight, z_loss_weight)
+        moe = n_experts and moe_factory(
+            n_experts,
+            d_ff,
+            expert,
+            "token_choice",
+            top_k,
+            capacity_factor,
+            eval_capacity_factor,
+            balance_weight,
+            z_loss_weight,
+        )
 
         def block() -> Block:
             feedforward = moe(d_model, d_model) if moe else FeedForward(d_model, d_ff, expert)
@@ -52,16 +73,41 @@ class TransformerLM(DecoderLM):
         super().__init__(vocab_size, d_model, [block() for _ in range(n_blocks)])
 
 
-def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int, dmodel: int, vocab_size: int,
-                       mamba_mode: str = "vanilla", mamba_expansion: float = 2, ff_mode: str = "vanilla",
-                       n_experts: int = 1, expert_size: int = 1, expert: str = "ff", activation: str = "relu",
-                       parallel_blocks: bool = False, n_att_heads: int = 1, dhead: int | None = None,
-                       dff: int | None = None, cutoff: int | None = None, batch_size: int | None = None,
-                       capacity_factor: float = 1.25, load_balancing_loss_weight: float = 0.01,
-                       zloss_weight: float = 0.0, routing_top_k: int = 1, topk_fraction: float = 1.0,
-                       softmax_over: str = "tokens", group_by_batch: bool = False, group_size: int = 1,
-                       use_layer_norm: bool = True, one_hot_impl: bool = False, use_torch_bmm: bool = False,
-                       use_einsum: bool = False, init_type: str | None = None, init_scale: float = 0.1):
+def official_moe_mamba(
+    state: dict[str, Tensor],
+    *,
+    block_modules,
+    n_blocks: int,
+    dmodel: int,
+    vocab_size: int,
+    mamba_mode: str = "vanilla",
+    mamba_expansion: float = 2,
+    ff_mode: str = "vanilla",
+    n_experts: int = 1,
+    expert_size: int = 1,
+    expert: str = "ff",
+    activation: str = "relu",
+    parallel_blocks: bool = False,
+    n_att_heads: int = 1,
+    dhead: int | None = None,
+    dff: int | None = None,
+    cutoff: int | None = None,
+    batch_size: int | None = None,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+    one_hot_impl: bool = False,
+    use_torch_bmm: bool = False,
+    use_einsum: bool = False,
+    init_type: str | None = None,
+    init_scale: float = 0.1,
+):
     """llm-random's LLM as its cc_train builds it. Outputs: logits, with Switch layers the sum of their
     load_balancing_loss (and of z_loss if zloss_weight > 0), and the mean next-token cross entropy in nats.
 
@@ -69,10 +115,19 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
     one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
     initialisation that is overwritten.
     """
-    switch = dict(capacity_factor=capacity_factor, load_balancing_loss_weight=load_balancing_loss_weight,
-                  zloss_weight=zloss_weight, routing_top_k=routing_top_k)
-    choice = dict(topk_fraction=topk_fraction, softmax_over=softmax_over, group_by_batch=group_by_batch,
-                  group_size=group_size, use_layer_norm=use_layer_norm)
+    switch = dict(
+        capacity_factor=capacity_factor,
+        load_balancing_loss_weight=load_balancing_loss_weight,
+        zloss_weight=zloss_weight,
+        routing_top_k=routing_top_k,
+    )
+    choice = dict(
+        topk_fraction=topk_fraction,
+        softmax_over=softmax_over,
+        group_by_batch=group_by_batch,
+        group_size=group_size,
+        use_layer_norm=use_layer_norm,
+    )
     modes = ("vanilla", "token_choice", "expert_choice")
     if ff_mode not in modes:
         raise ValueError(f"unknown ff_mode {ff_mode!r}{nearest(ff_mode, modes)}; choose one of {', '.join(modes)}")
@@ -84,8 +139,9 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
     def inner_moe(d_input: int, d_output: int) -> nn.Module:  # Switch-routed; the paper's are two ReLU layers
         gated = any(".mamba." in key and key.endswith(".gate_weight") for key in state)
         kind = (expert, activation) if gated else ("ff", "relu")
-        return build_moe(d_input, n_experts, expert_size, d_output=d_output,
-                         **official_options("token_choice", *kind, **switch))
+        return build_moe(
+            d_input, n_experts, expert_size, d_output=d_output, **official_options("token_choice", *kind, **switch)
+        )
 
     def layer(kind: str) -> nn.Module:
         if kind == "attention":
@@ -102,8 +158,10 @@ def official_moe_mamba(state: dict[str, Tensor], *, block_modules, n_blocks: int
         words = mamba_mode.removesuffix("_proj_moe").split("_")
         chosen = tuple(ours for theirs, ours in places.items() if theirs in words)
         if not mamba_mode.endswith("_proj_moe") or not chosen:
-            raise ValueError(f"unknown mamba_mode {mamba_mode!r}; it is 'vanilla' or names some of conv, gate and out, "
-                             "such as 'conv_gate_proj_moe'")
+            raise ValueError(
+                f"unknown mamba_mode {mamba_mode!r}; it is 'vanilla' or names some of conv, gate and out, "
+                "such as 'conv_gate_proj_moe'"
+            )
         return InnerMoEMamba(dmodel, chosen, inner_moe, expand=mamba_expansion)
 
     blocks = [Block(dmodel, {kind: layer(kind) for kind in block_modules}, parallel_blocks) for _ in range(n_blocks)]
@@ -117,8 +175,9 @@ def _our_key(key: str, block_modules) -> str:
     """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D -> blocks.0.layers.mamba.D, and so on."""
     key = key.replace("embedding_layer.layers.0.", "embedding.")
     key = re.sub(r"^encoder\.blocks\.block_(\d+)\.block\.", r"blocks.\1.", key)
-    key = re.sub(r"residual_parallel\.layer\.parallel\.layers\.(\d+)\.",
-                 lambda m: f"layers.{block_modules[int(m[1])]}.", key)
+    key = re.sub(
+        r"residual_parallel\.layer\.parallel\.layers\.(\d+)\.", lambda m: f"layers.{block_modules[int(m[1])]}.", key
+    )
     key = key.replace("residual_parallel.layer.pre_norm.", "norms.shared.")
     key = re.sub(r"residual_(\w+)\.layer\.pre_norm\.", r"norms.\1.", key)
     key = re.sub(r"residual_(\w+)\.layer\.\1\.", r"layers.\1.", key)

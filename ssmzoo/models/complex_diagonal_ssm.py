@@ -30,29 +30,50 @@ class ComplexDiagonalModel(nn.Module):
     readout      "nonlinear" or "linear"
     """
 
-    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64,
-                 embed_size: int | None = None, n_layer: int = 1, use_B: bool = True, readout: str = "nonlinear",
-                 scale_eigv: float = 1.0):
+    def __init__(
+        self,
+        input_size: int = 3,
+        num_classes: int | None = None,
+        state_size: int = 64,
+        embed_size: int | None = None,
+        n_layer: int = 1,
+        use_B: bool = True,
+        readout: str = "nonlinear",
+        scale_eigv: float = 1.0,
+    ):
         super().__init__()
         if readout not in ("linear", "nonlinear"):
             raise ValueError(f"readout = {readout!r}; choose 'linear' or 'nonlinear'")
         if n_layer < 1 or (n_layer > 1 and (not use_B or readout == "linear")):
-            raise ValueError(f"n_layer = {n_layer} with use_B = {use_B} and readout = {readout!r}: at least one "
-                             f"layer, and "
-                             f"several need use_B=True and readout='nonlinear'")
+            raise ValueError(
+                f"n_layer = {n_layer} with use_B = {use_B} and readout = {readout!r}: at least one "
+                f"layer, and "
+                f"several need use_B=True and readout='nonlinear'"
+            )
         num_classes = input_size if num_classes is None else num_classes
         embed_size = input_size if embed_size is None else embed_size
         self.input_size, self.num_classes, self.state_size = input_size, num_classes, state_size
         n = state_size
         self.embedding = nn.Linear(input_size, embed_size, bias=False)
-        self.blocks = nn.ModuleList(ComplexDiagonalSSM(embed_size if i == 0 else n, n, use_B, scale_eigv)
-                                    for i in range(n_layer))
+        self.blocks = nn.ModuleList(
+            ComplexDiagonalSSM(embed_size if i == 0 else n, n, use_B, scale_eigv) for i in range(n_layer)
+        )
         widths = [n] * (n_layer - 1) + [num_classes]
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(2 * n, 2 * n), nn.ReLU(), nn.Linear(2 * n, width))
-                                  if readout == "nonlinear" else nn.Linear(2 * n, width) for width in widths)
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(2 * n, 2 * n), nn.ReLU(), nn.Linear(2 * n, width))
+            if readout == "nonlinear"
+            else nn.Linear(2 * n, width)
+            for width in widths
+        )
 
-    def forward(self, input_ids: Tensor, state: tuple[ComplexState, ...] | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple[ComplexState, ...] | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> ModelOutput:
         if input_ids.is_floating_point():
             x = self.embedding(input_ids)  # (b l e)
         else:
@@ -67,8 +88,10 @@ class ComplexDiagonalModel(nn.Module):
     def allocate_state(self, batch_size: int, device=None, dtype=None) -> tuple[ComplexState, ...]:
         """The state before the first token: every layer's phasors."""
         dtype = torch.float32 if dtype is None else dtype
-        return tuple(ComplexState(torch.view_as_real(b.init_state).to(device, dtype).expand(batch_size, -1, -1).clone())
-                     for b in self.blocks)
+        return tuple(
+            ComplexState(torch.view_as_real(b.init_state).to(device, dtype).expand(batch_size, -1, -1).clone())
+            for b in self.blocks
+        )
 
 
 class _OfficialComplexDiagonal(ComplexDiagonalModel):
@@ -78,9 +101,17 @@ class _OfficialComplexDiagonal(ComplexDiagonalModel):
         return super().forward(x).logits[:, -1]
 
 
-def official_complex_diagonal_ssm(state: dict[str, Tensor], *, output_size: int, input_size: int, state_size: int = 64,
-                                  embed_size: int | None = None, num_layers: int | None = None, scale_eigv: float = 1.0,
-                                  return_all_outputs: bool = False):
+def official_complex_diagonal_ssm(
+    state: dict[str, Tensor],
+    *,
+    output_size: int,
+    input_size: int,
+    state_size: int = 64,
+    embed_size: int | None = None,
+    num_layers: int | None = None,
+    scale_eigv: float = 1.0,
+    return_all_outputs: bool = False,
+):
     """All four official classes, told apart by their keys. `init_state` may be complex or real with a last axis of 2.
 
     `return_all_outputs` is ignored, as the official models do; num_layers defaults to what the checkpoint holds.
@@ -97,7 +128,13 @@ def official_complex_diagonal_ssm(state: dict[str, Tensor], *, output_size: int,
         renamed[key] = value
     layers = 1 + max(int(key.split(".")[1]) for key in renamed if key.startswith("blocks."))
     model = _OfficialComplexDiagonal(
-        input_size, output_size, state_size, embed_size or renamed["embedding.weight"].shape[0], num_layers or layers,
-        use_B="blocks.0.B_re" in renamed, readout="nonlinear" if "mlps.0.2.weight" in renamed else "linear",
-        scale_eigv=scale_eigv)
+        input_size,
+        output_size,
+        state_size,
+        embed_size or renamed["embedding.weight"].shape[0],
+        num_layers or layers,
+        use_B="blocks.0.B_re" in renamed,
+        readout="nonlinear" if "mlps.0.2.weight" in renamed else "linear",
+        scale_eigv=scale_eigv,
+    )
     return model, renamed

@@ -60,9 +60,11 @@ class FreeASSM(nn.Module):
         B, C = ((u @ W.T).transpose(1, 2) for W in (self.W_B, self.W_C))
         y = selective_scan_fn(u.transpose(1, 2), delta, self.A, B, C).transpose(1, 2)
         if not torch.isfinite(y).all():
-            raise FloatingPointError(f"the state overflowed over {u.shape[1]} tokens with s_A = "
-                                     f"{self.A.max().item():.3g} > 0: "
-                                     f"shorten the sequences or start from a smaller s_A")
+            raise FloatingPointError(
+                f"the state overflowed over {u.shape[1]} tokens with s_A = "
+                f"{self.A.max().item():.3g} > 0: "
+                f"shorten the sequences or start from a smaller s_A"
+            )
         return y
 
 
@@ -73,8 +75,16 @@ class FreeAClassifier(nn.Module):
     num_classes   None: one logit (binary)
     """
 
-    def __init__(self, vocab_size: int, d_model: int = 4, d_state: int = 4, s_A: float = 0.0, use_delta: bool = True,
-                 fix_s_A: bool = False, num_classes: int | None = None):
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 4,
+        d_state: int = 4,
+        s_A: float = 0.0,
+        use_delta: bool = True,
+        fix_s_A: bool = False,
+        num_classes: int | None = None,
+    ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.ssm = FreeASSM(d_model, d_state, s_A, use_delta, fix_s_A)
@@ -88,9 +98,18 @@ class FreeAClassifier(nn.Module):
 OFFICIAL = (("SSM.ssm.", "ssm."), ("SSM.w", "W"))
 
 
-def official_generalization_bound(state: dict[str, Tensor], *, cls: str = "SentimentModel", vocab_size: int,
-                                  embedding_size: int, N: int, s_A: float = 0.0, num_classes: int = 10,
-                                  use_delta: bool = True, fix_sA: bool = False):
+def official_generalization_bound(
+    state: dict[str, Tensor],
+    *,
+    cls: str = "SentimentModel",
+    vocab_size: int,
+    embedding_size: int,
+    N: int,
+    s_A: float = 0.0,
+    num_classes: int = 10,
+    use_delta: bool = True,
+    fix_sA: bool = False,
+):
     """The released SentimentModel (binary) and MultiClassModel, told apart by their keys."""
     binary = "W" not in state
     if cls not in ("SentimentModel", "MultiClassModel"):

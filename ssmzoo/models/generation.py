@@ -82,8 +82,9 @@ class Sampling:
 
 
 @torch.no_grad()
-def prefill(model: nn.Module, input_ids: Tensor, state: Any = None, *, mask: Tensor | None = None,
-            chunk: int | None = None) -> tuple[Tensor, Any]:
+def prefill(
+    model: nn.Module, input_ids: Tensor, state: Any = None, *, mask: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Any]:
     """Read a prompt, in chunks of at most `chunk` tokens if given (the same result in less memory).
 
     input_ids (b l), mask (b l) bool or None: True = real token. Returns the logits (b v) after the last position, and
@@ -99,9 +100,16 @@ def prefill(model: nn.Module, input_ids: Tensor, state: Any = None, *, mask: Ten
     return logits[:, -1], state
 
 
-def stream(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor, max_new_tokens: int = 256, *,
-           stop_tokens: Collection[int] = (), prefill_chunk: int | None = None, vocab_size: int | None = None,
-           **sampling) -> Iterator[Tensor]:
+def stream(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
+    max_new_tokens: int = 256,
+    *,
+    stop_tokens: Collection[int] = (),
+    prefill_chunk: int | None = None,
+    vocab_size: int | None = None,
+    **sampling,
+) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (b) int64 on the CPU; FINISHED (-1) where a sequence has ended.
 
     prompts        token ids, one sequence per prompt, of any lengths from 1
@@ -116,8 +124,9 @@ def stream(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor,
         _check(name, value, value is None or value >= 1, "at least 1")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     input_ids, mask = pad_left(prompts, device)
-    return _steps(model, input_ids, mask, max_new_tokens, Sampling(**sampling), sorted(stop_tokens), prefill_chunk,
-                  vocab_size)
+    return _steps(
+        model, input_ids, mask, max_new_tokens, Sampling(**sampling), sorted(stop_tokens), prefill_chunk, vocab_size
+    )
 
 
 def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, prefill_chunk, vocab_size) -> Iterator[Tensor]:
@@ -148,8 +157,9 @@ def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, prefill_c
             module.training = training
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor, max_new_tokens: int = 256,
-             **options) -> list[list[int]]:
+def generate(
+    model: nn.Module, prompts: Sequence[Sequence[int] | Tensor] | Tensor, max_new_tokens: int = 256, **options
+) -> list[list[int]]:
     """The new tokens of every prompt, without the prompt. `options` are those of `stream` and `Sampling`."""
     new = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, **options):
@@ -173,8 +183,8 @@ def pad_left(prompts: Sequence[Sequence[int] | Tensor] | Tensor, device=None) ->
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
-        input_ids[i, longest - len(row):] = row
-        mask[i, longest - len(row):] = True
+        input_ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = True
     return input_ids.to(device), None if mask.all() else mask.to(device)
 
 

@@ -86,8 +86,15 @@ class SharedScan(nn.Module):
         xs, zs = four_orders(x), four_orders(z)
         u = causal_conv1d_fn(xs.flatten(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         steps = project_steps(u[:, None], self.x_proj.weight[None], self.A_log.shape[1])  # orders are rows of the batch
-        y = scan_steps(u[:, None], *steps, self.dt_proj.weight[None], self.dt_proj.bias[None], self.A_log[None],
-                       self.D[None], z=zs.flatten(0, 1)[:, None])
+        y = scan_steps(
+            u[:, None],
+            *steps,
+            self.dt_proj.weight[None],
+            self.dt_proj.bias[None],
+            self.A_log[None],
+            self.D[None],
+            z=zs.flatten(0, 1)[:, None],
+        )
         mean = y.mean(-1).unflatten(0, xs.shape[:2]).sum((1, 2))
         return BranchOutput(mean, self.gate(zs, s.shape[1]), *(p.unflatten(0, xs.shape[:2])[:, 0] for p in steps))
 
@@ -120,7 +127,8 @@ class CrossScan(nn.Module):
         xs = four_orders(self.conv2d(x).permute(0, 3, 1, 2))
         steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
         rows, rows_back, columns, columns_back = scan_steps(
-            xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds).unbind(1)
+            xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds
+        ).unbind(1)
         columns = (columns + columns_back.flip(-1)).unflatten(-1, (s.shape[2], s.shape[1])).mT.flatten(2)
         y = self.out_norm((rows + rows_back.flip(-1) + columns).transpose(1, 2)).view_as(z)
         return BranchOutput((y * F.silu(z)).mean((1, 2)), z, *steps)
@@ -159,16 +167,29 @@ class MambaNeck(nn.Module):
     detach_residual  with it: neither the base branch nor the identity receive gradients
     """
 
-    def __init__(self, in_channels: int = 640, out_channels: int = 640, feat_size: int = 2, version: str = "ssm",
-                 mid_channels: int | None = None, d_state: int = 256, d_rank: int | None = None, num_layers: int = 2,
-                 num_layers_new: int | None = None, use_residual_proj: bool = False, use_new_branch: bool = False,
-                 detach_residual: bool = False):
+    def __init__(
+        self,
+        in_channels: int = 640,
+        out_channels: int = 640,
+        feat_size: int = 2,
+        version: str = "ssm",
+        mid_channels: int | None = None,
+        d_state: int = 256,
+        d_rank: int | None = None,
+        num_layers: int = 2,
+        num_layers_new: int | None = None,
+        use_residual_proj: bool = False,
+        use_new_branch: bool = False,
+        detach_residual: bool = False,
+    ):
         super().__init__()
         if version not in ("ssm", "ss2d"):
             raise ValueError(f"version is {version!r}; expected 'ssm' or 'ss2d'")
         if not use_residual_proj and in_channels != out_channels:
-            raise ValueError(f"in_channels={in_channels} and out_channels={out_channels} differ, so the identity path "
-                             f"needs use_residual_proj=True")
+            raise ValueError(
+                f"in_channels={in_channels} and out_channels={out_channels} differ, so the identity path "
+                f"needs use_residual_proj=True"
+            )
         mid, rank = mid_channels or 2 * in_channels, d_rank or d_state
         self.feat_size, self.use_new_branch, self.detach_residual = feat_size, use_new_branch, detach_residual
         for suffix, layers in (("", num_layers), ("_new", num_layers_new or num_layers))[: 1 + use_new_branch]:
@@ -230,23 +251,39 @@ class MambaFSCIL(nn.Module):
     neck           further arguments of `MambaNeck`
     """
 
-    def __init__(self, backbone: str = "spatial_mamba", backbone_args: dict | None = None, in_chans: int = 3,
-                 num_classes: int = 100, img_size: int = 32, out_channels: int | None = None, d_state: int = 16,
-                 version: str = "ssm", neck: dict | None = None):
+    def __init__(
+        self,
+        backbone: str = "spatial_mamba",
+        backbone_args: dict | None = None,
+        in_chans: int = 3,
+        num_classes: int = 100,
+        img_size: int = 32,
+        out_channels: int | None = None,
+        d_state: int = 16,
+        version: str = "ssm",
+        neck: dict | None = None,
+    ):
         super().__init__()
         sizes = {"in_chans": in_chans, "num_classes": 0, "global_pool": ""}
         self.backbone = create_model(backbone, **(sizes | dict(backbone_args or {})))
         if not isinstance(self.backbone, ImageBackbone):
-            raise ValueError(f"backbone {backbone!r} is no image model; choose one of `ssmzoo list models --task "
-                             f"classification`")
+            raise ValueError(
+                f"backbone {backbone!r} is no image model; choose one of `ssmzoo list models --task classification`"
+            )
         self.num_classes = num_classes
         with torch.no_grad():
             width, rows, columns = self.feature_map(torch.zeros(1, in_chans, img_size, img_size)).shape[1:]
         if rows != columns:
             raise ValueError(f"{backbone} makes a map of {rows}x{columns} positions; it must be square")
         features = out_channels or width
-        self.neck_args = dict(in_channels=width, out_channels=features, feat_size=rows, version=version,
-                              d_state=d_state, use_residual_proj=features != width) | dict(neck or {})
+        self.neck_args = dict(
+            in_channels=width,
+            out_channels=features,
+            feat_size=rows,
+            version=version,
+            d_state=d_state,
+            use_residual_proj=features != width,
+        ) | dict(neck or {})
         self.neck = MambaNeck(**self.neck_args)
         self.head = ETFHead(features, num_classes)
 

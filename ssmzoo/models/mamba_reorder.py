@@ -26,12 +26,37 @@ class ReorderedMamba(Vim):
     d_conv, expand   of the mixers; the other arguments as in `Vim`
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
-                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 192, depth: int = 24,
-                 d_state: int = 8, d_conv: int = 3, expand: float = 1, reorder: bool = True, tau: float = 1.0,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.1):
-        super().__init__(in_chans, num_classes, global_pool, img_size, patch_size, None, embed_dim, depth, d_state,
-                         class_token="none", drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 8,
+        d_conv: int = 3,
+        expand: float = 1,
+        reorder: bool = True,
+        tau: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+    ):
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            img_size,
+            patch_size,
+            None,
+            embed_dim,
+            depth,
+            d_state,
+            class_token="none",
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         for i, layer in enumerate(self.layers):
             layer.mixer = MambaVisionMixer(embed_dim, d_state, d_conv, expand, reorder=reorder and i == 0, tau=tau)
             scaled_output_(layer.mixer.out_proj.weight, depth)

@@ -19,8 +19,20 @@ class ScenarioMambaLM(MambaLM):
     scenario   "divergent" (no token can collapse to the origin), "convergent" or "mixed"; the others as in `MambaLM`
     """
 
-    def __init__(self, vocab_size: int = 50277, d_model: int = 768, n_layer: int = 24, scenario: str = "divergent",
-                 ssm_cfg: dict[str, Any] | None = None, tie_embeddings: bool = True):
-        super().__init__(vocab_size, d_model, n_layer, ssm_cfg={**(ssm_cfg or {}), "scenario": scenario},
-                         tie_embeddings=tie_embeddings)
+    def __init__(
+        self,
+        vocab_size: int = 50277,
+        d_model: int = 768,
+        n_layer: int = 24,
+        scenario: str = "divergent",
+        ssm_cfg: dict[str, Any] | None = None,
+        tie_embeddings: bool = True,
+    ):
+        super().__init__(
+            vocab_size,
+            d_model,
+            n_layer,
+            ssm_cfg={**(ssm_cfg or {}), "scenario": scenario},
+            tie_embeddings=tie_embeddings,
+        )
         self.scenario = scenario

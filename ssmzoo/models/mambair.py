@@ -39,10 +39,17 @@ class ChannelAttention(nn.Module):
         super().__init__()
         units = channels // squeeze
         if units < 1:
-            raise ValueError(f"embed_dim = {channels} leaves no unit in the channel attention (squeeze {squeeze}); use "
-                             f"at least {squeeze} channels or a smaller squeeze_factor")
-        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, units, 1), nn.ReLU(),
-                                       nn.Conv2d(units, channels, 1), nn.Sigmoid())
+            raise ValueError(
+                f"embed_dim = {channels} leaves no unit in the channel attention (squeeze {squeeze}); use "
+                f"at least {squeeze} channels or a smaller squeeze_factor"
+            )
+        self.attention = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, units, 1),
+            nn.ReLU(),
+            nn.Conv2d(units, channels, 1),
+            nn.Sigmoid(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.attention(x)
@@ -60,8 +67,13 @@ class CAB(nn.Module):
         if parts == "attention":
             convs = []
         elif light:
-            convs = [nn.Conv2d(c, half, 1), nn.Conv2d(half, half, 3, padding=1, groups=half), nn.GELU(),
-                     nn.Conv2d(half, c, 1), nn.Conv2d(c, c, 3, padding=2, dilation=2, groups=c)]
+            convs = [
+                nn.Conv2d(c, half, 1),
+                nn.Conv2d(half, half, 3, padding=1, groups=half),
+                nn.GELU(),
+                nn.Conv2d(half, c, 1),
+                nn.Conv2d(c, c, 3, padding=2, dilation=2, groups=c),
+            ]
         else:
             convs = [nn.Conv2d(c, third, 3, padding=1), nn.GELU(), nn.Conv2d(third, c, 3, padding=1)]
         attention = [] if parts == "convolution" else [ChannelAttention(c, squeeze_factor)]
@@ -74,8 +86,16 @@ class CAB(nn.Module):
 class RSSB(nn.Module):
     """Residual state-space block on a map (b y x d); parameter names of the released `VSSBlock`."""
 
-    def __init__(self, dim: int, d_state: int, expand: float, drop_path: float = 0.0, light: bool = False,
-                 squeeze_factor: int = 30, cab: str = "both"):
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        expand: float,
+        drop_path: float = 0.0,
+        light: bool = False,
+        squeeze_factor: int = 30,
+        cab: str = "both",
+    ):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attention = SS2D(dim, d_state, ssm_ratio=expand)
@@ -117,11 +137,24 @@ class MambaIR(RestorationNet):
     bicubic_skip         see `RestorationNet`
     """
 
-    def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 180,
-                 depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, mlp_ratio: float = 2.0,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.1, patch_norm: bool = True, img_range: float = 1.0,
-                 resi_connection: str = "1conv", squeeze_factor: int = 30, cab: str = "both",
-                 bicubic_skip: bool = False):
+    def __init__(
+        self,
+        upscale: int = 2,
+        upsampler: str = "auto",
+        in_chans: int = 3,
+        embed_dim: int = 180,
+        depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6),
+        d_state: int = 16,
+        mlp_ratio: float = 2.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        patch_norm: bool = True,
+        img_range: float = 1.0,
+        resi_connection: str = "1conv",
+        squeeze_factor: int = 30,
+        cab: str = "both",
+        bicubic_skip: bool = False,
+    ):
         if cab not in CAB_PARTS:
             raise ValueError(f"cab is {cab!r}; expected one of {', '.join(CAB_PARTS)}")
         if upsampler == "nearest+conv":
@@ -131,10 +164,13 @@ class MambaIR(RestorationNet):
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)} if patch_norm else {})
         self.pos_drop = nn.Dropout(drop_rate)
-        block = functools.partial(RSSB, embed_dim, d_state, mlp_ratio, light=light, squeeze_factor=squeeze_factor,
-                                  cab=cab)
-        self.layers = nn.ModuleList(ResidualGroup([block(drop_path=next(rates)) for _ in range(depth)], embed_dim,
-                                                  resi_connection) for depth in depths)
+        block = functools.partial(
+            RSSB, embed_dim, d_state, mlp_ratio, light=light, squeeze_factor=squeeze_factor, cab=cab
+        )
+        self.layers = nn.ModuleList(
+            ResidualGroup([block(drop_path=next(rates)) for _ in range(depth)], embed_dim, resi_connection)
+            for depth in depths
+        )
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_restoration)
 
@@ -180,8 +216,16 @@ def official_mambair(state: dict[str, Tensor], **official_kwargs):
     return MambaIR(**kwargs, squeeze_factor=squeeze_of(state)), state
 
 
-def official_ss2d(d_model: int, d_state: int = 16, d_conv: int = 3, expand: float = 2.0, dt_rank: int | str = "auto",
-                  dropout: float = 0.0, conv_bias: bool = True, bias: bool = False) -> SS2D:
+def official_ss2d(
+    d_model: int,
+    d_state: int = 16,
+    d_conv: int = 3,
+    expand: float = 2.0,
+    dt_rank: int | str = "auto",
+    dropout: float = 0.0,
+    conv_bias: bool = True,
+    bias: bool = False,
+) -> SS2D:
     """The released `SS2D` mixer, (b y x d) to the same."""
     mixer = SS2D(d_model, d_state, expand, dt_rank, d_conv, conv_bias, dropout=dropout)
     if bias:
@@ -191,8 +235,15 @@ def official_ss2d(d_model: int, d_state: int = 16, d_conv: int = 3, expand: floa
     return mixer
 
 
-def official_block(state: dict[str, Tensor], hidden_dim: int, d_state: int = 16, expand: float = 2.0,
-                   drop_path: float = 0.0, attn_drop_rate: float = 0.0, is_light_sr: bool = False):
+def official_block(
+    state: dict[str, Tensor],
+    hidden_dim: int,
+    d_state: int = 16,
+    expand: float = 2.0,
+    drop_path: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    is_light_sr: bool = False,
+):
     """One released `VSSBlock` as a module (tokens (b l d), (rows, columns)) -> tokens."""
     block = TokenBlock(hidden_dim, d_state, expand, drop_path, is_light_sr, squeeze_of(state))
     block.self_attention.dropout.p = attn_drop_rate

@@ -58,22 +58,34 @@ class MambaIRUNet(nn.Module):
     size_multiple = 8  # what height and width must be divisible by
     upscale = 1
 
-    def __init__(self, inp_channels: int = 3, out_channels: int = 3, dim: int = 48,
-                 num_blocks: tuple[int, ...] = (4, 6, 6, 8), num_refinement_blocks: int = 4, mlp_ratio: float = 1.5,
-                 d_state: int | tuple[int, ...] = 16, drop_path_rate: float = 0.0, bias: bool = False,
-                 squeeze_factor: int = 30):
+    def __init__(
+        self,
+        inp_channels: int = 3,
+        out_channels: int = 3,
+        dim: int = 48,
+        num_blocks: tuple[int, ...] = (4, 6, 6, 8),
+        num_refinement_blocks: int = 4,
+        mlp_ratio: float = 1.5,
+        d_state: int | tuple[int, ...] = 16,
+        drop_path_rate: float = 0.0,
+        bias: bool = False,
+        squeeze_factor: int = 30,
+    ):
         super().__init__()
         if len(num_blocks) != 4:
             raise ValueError(f"num_blocks has {len(num_blocks)} entries; the U has 4 levels")
         if out_channels not in (inp_channels, 1) and inp_channels != 1:
-            raise ValueError(f"inp_channels = {inp_channels} and out_channels = {out_channels}: the input is added to "
-                             f"the output, so they must agree")
+            raise ValueError(
+                f"inp_channels = {inp_channels} and out_channels = {out_channels}: the input is added to "
+                f"the output, so they must agree"
+            )
         self.in_chans = inp_channels
         states = (d_state,) * 4 if isinstance(d_state, int) else tuple(d_state)
 
         def stack(n: int, width: int, level: int) -> Blocks:
-            return Blocks(RSSB(width, states[level], mlp_ratio, drop_path_rate, squeeze_factor=squeeze_factor)
-                                 for _ in range(n))
+            return Blocks(
+                RSSB(width, states[level], mlp_ratio, drop_path_rate, squeeze_factor=squeeze_factor) for _ in range(n)
+            )
 
         n1, n2, n3, n4 = num_blocks
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(inp_channels, dim, 3, padding=1, bias=False)})
@@ -100,8 +112,10 @@ class MambaIRUNet(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"the input has shape {tuple(x.shape)}; expected (batch, {self.in_chans}, height, width)")
         if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
-            raise ValueError(f"the image is {x.shape[2]} x {x.shape[3]}; MambaIRUNet needs multiples of 8 (pad by "
-                             f"reflection and crop the result)")
+            raise ValueError(
+                f"the image is {x.shape[2]} x {x.shape[3]}; MambaIRUNet needs multiples of 8 (pad by "
+                f"reflection and crop the result)"
+            )
         level1 = self.encoder_level1(self.patch_embed["proj"](x))
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))
@@ -114,12 +128,19 @@ class MambaIRUNet(nn.Module):
         return self.output(self.refinement(y)) + x
 
 
-def build_official_unet(state: dict[str, Tensor], squeeze_factor: int, dual_pixel_task: bool = False,
-                        mlp_ratio: float = 2.0, **official_kwargs) -> MambaIRUNet:
+def build_official_unet(
+    state: dict[str, Tensor],
+    squeeze_factor: int,
+    dual_pixel_task: bool = False,
+    mlp_ratio: float = 2.0,
+    **official_kwargs,
+) -> MambaIRUNet:
     """A released MambaIRUNet; the state sizes, which differ between releases, are read off the checkpoint."""
     if dual_pixel_task:
-        raise ValueError("dual_pixel_task=True cannot run in the released code (a 2-D convolution meets tokens), "
-                         "so no checkpoint needs it")
+        raise ValueError(
+            "dual_pixel_task=True cannot run in the released code (a 2-D convolution meets tokens), "
+            "so no checkpoint needs it"
+        )
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
     sizes = tuple(state[f"{level}.0.self_attention.A_logs"].shape[1] for level in levels)
     return MambaIRUNet(mlp_ratio=mlp_ratio, d_state=sizes, squeeze_factor=squeeze_factor, **official_kwargs)

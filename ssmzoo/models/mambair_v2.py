@@ -48,9 +48,16 @@ class SelectiveScan(nn.Module):
     def forward(self, u: Tensor, prompt: Tensor) -> Tensor:
         dt, B, C = F.linear(u, self.x_proj_weight[0]).split(self.split, dim=-1)
         delta = F.linear(dt, self.dt_projs_weight[0])
-        y = selective_scan_fn(u.float().mT, delta.float().mT, -torch.exp(self.A_logs.float()), B.float().mT,
-                              (C.float() + prompt).mT, self.Ds.float(), delta_bias=self.dt_projs_bias[0].float(),
-                              delta_softplus=True)
+        y = selective_scan_fn(
+            u.float().mT,
+            delta.float().mT,
+            -torch.exp(self.A_logs.float()),
+            B.float().mT,
+            (C.float() + prompt).mT,
+            self.Ds.float(),
+            delta_bias=self.dt_projs_bias[0].float(),
+            delta_softplus=True,
+        )
         return y.mT
 
 
@@ -79,8 +86,9 @@ class ASSM(nn.Module):
         self.in_proj = nn.Sequential(nn.Conv2d(dim, e, 1))
         self.CPE = nn.Sequential(nn.Conv2d(e, e, 3, padding=1, groups=e))
         self.embeddingB = nn.Embedding(num_tokens, inner_rank)
-        self.route = nn.Sequential(nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens),
-                                   nn.LogSoftmax(dim=-1))
+        self.route = nn.Sequential(
+            nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens), nn.LogSoftmax(dim=-1)
+        )
         nn.init.uniform_(self.embeddingB.weight, -1 / num_tokens, 1 / num_tokens)
 
     def forward(self, x: Tensor, size: tuple[int, int], embeddingA: nn.Embedding) -> Tensor:
@@ -163,8 +171,20 @@ class AttentiveLayer(nn.Module):
     The residual is counted 1 + s times; s starts at 1e-4.
     """
 
-    def __init__(self, dim: int, d_state: int, num_heads: int, window_size: int, shift: int, inner_rank: int,
-                 num_tokens: int, mlp_ratio: float, qkv_bias: bool, routing: str, ffn):
+    def __init__(
+        self,
+        dim: int,
+        d_state: int,
+        num_heads: int,
+        window_size: int,
+        shift: int,
+        inner_rank: int,
+        num_tokens: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        routing: str,
+        ffn,
+    ):
         super().__init__()
         self.shift = shift
         for i in range(1, 5):
@@ -218,12 +238,29 @@ class MambaIRv2(RestorationNet):
     routing                    'gumbel': classes sampled, also at test time, as released; 'argmax': the likeliest
     """
 
-    def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 174,
-                 depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6), d_state: int = 16, num_heads: int | tuple[int, ...] = 6,
-                 window_size: int = 16, inner_rank: int = 64, num_tokens: int = 128, convffn_kernel_size: int = 5,
-                 mlp_ratio: float = 2.0, qkv_bias: bool = True, patch_norm: bool = True, img_range: float = 1.0,
-                 resi_connection: str = "1conv", light: bool = False, ape: int = 0, routing: str = "gumbel",
-                 bicubic_skip: bool = False):
+    def __init__(
+        self,
+        upscale: int = 2,
+        upsampler: str = "auto",
+        in_chans: int = 3,
+        embed_dim: int = 174,
+        depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6),
+        d_state: int = 16,
+        num_heads: int | tuple[int, ...] = 6,
+        window_size: int = 16,
+        inner_rank: int = 64,
+        num_tokens: int = 128,
+        convffn_kernel_size: int = 5,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = True,
+        patch_norm: bool = True,
+        img_range: float = 1.0,
+        resi_connection: str = "1conv",
+        light: bool = False,
+        ape: int = 0,
+        routing: str = "gumbel",
+        bicubic_skip: bool = False,
+    ):
         super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection, bicubic_skip)
         if routing not in ROUTINGS:
             raise ValueError(f"routing is {routing!r}; expected one of {', '.join(ROUTINGS)}")
@@ -240,13 +277,25 @@ class MambaIRv2(RestorationNet):
 
         def layer(i: int, num_heads: int) -> AttentiveLayer:
             shift = 0 if i % 2 == 0 else window_size // 2
-            return AttentiveLayer(embed_dim, d_state, num_heads, window_size, shift, inner_rank, num_tokens, mlp_ratio,
-                                  qkv_bias, routing, ffn)
+            return AttentiveLayer(
+                embed_dim,
+                d_state,
+                num_heads,
+                window_size,
+                shift,
+                inner_rank,
+                num_tokens,
+                mlp_ratio,
+                qkv_bias,
+                routing,
+                ffn,
+            )
 
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(embed_dim)} if patch_norm else {})
         self.absolute_pos_embed = nn.Parameter(torch.empty(1, ape**2, embed_dim)) if ape else None
-        self.layers = nn.ModuleList(ASSB([layer(i, h) for i in range(depth)], embed_dim, resi_connection)
-                                    for depth, h in zip(depths, heads))
+        self.layers = nn.ModuleList(
+            ASSB([layer(i, h) for i in range(depth)], embed_dim, resi_connection) for depth, h in zip(depths, heads)
+        )
         self.norm = nn.LayerNorm(embed_dim)
         if ape:
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
@@ -259,16 +308,25 @@ class MambaIRv2(RestorationNet):
             x = self.patch_embed["norm"](x)
         if self.absolute_pos_embed is not None:
             if x.shape[1] != self.absolute_pos_embed.shape[1]:
-                raise ValueError(f"the padded image is {size[0]} x {size[1]}; a model with a position table takes "
-                                 f"exactly {self.absolute_pos_embed.shape[1]} pixels (ape squared)")
+                raise ValueError(
+                    f"the padded image is {size[0]} x {size[1]}; a model with a position table takes "
+                    f"exactly {self.absolute_pos_embed.shape[1]} pixels (ape squared)"
+                )
             x = x + self.absolute_pos_embed
         for group in self.layers:
             x = self.run_group(group, x, size)
         return self.norm(x).mT.unflatten(-1, size).contiguous()
 
 
-def official_mambair_v2(state: dict[str, Tensor], *, img_size: int = 64, patch_size: int = 1, ape: bool = False,
-                        routing: str = "argmax", **official_kwargs):
+def official_mambair_v2(
+    state: dict[str, Tensor],
+    *,
+    img_size: int = 64,
+    patch_size: int = 1,
+    ape: bool = False,
+    routing: str = "argmax",
+    **official_kwargs,
+):
     """MambaIRv2 or MambaIRv2Light by the released names; which one is read off the checkpoint's keys.
 
     img_size, patch_size  only size the position table of `ape`; use_checkpoint is without effect, as in the release
@@ -276,8 +334,17 @@ def official_mambair_v2(state: dict[str, Tensor], *, img_size: int = 64, patch_s
     """
     kwargs = {k: v for k, v in official_kwargs.items() if k not in ("use_checkpoint", "norm_layer", "type")}
     light = any(".convffn1.sg." in key for key in state)
-    defaults = {"embed_dim": 48, "d_state": 8, "depths": (6, 6, 6, 6), "num_heads": (4, 4, 4, 4), "window_size": 16,
-                "inner_rank": 32, "num_tokens": 64, "upscale": 2, "upsampler": ""}
+    defaults = {
+        "embed_dim": 48,
+        "d_state": 8,
+        "depths": (6, 6, 6, 6),
+        "num_heads": (4, 4, 4, 4),
+        "window_size": 16,
+        "inner_rank": 32,
+        "num_tokens": 64,
+        "upscale": 2,
+        "upsampler": "",
+    }
     kwargs = defaults | kwargs | {"light": light, "routing": routing, "ape": img_size // patch_size if ape else 0}
     if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect", "nearest+conv"):
         kwargs |= {"upsampler": "", "upscale": 1}
@@ -285,6 +352,7 @@ def official_mambair_v2(state: dict[str, Tensor], *, img_size: int = 64, patch_s
         kwargs.pop("convffn_kernel_size", None)  # the released light model accepts and ignores it
     index = state.pop("relative_position_index_SA", None)  # a constant; ours is rebuilt, a different one is refused
     if index is not None and not torch.equal(index.cpu(), relative_position_index(kwargs["window_size"])):
-        raise ValueError(f"relative_position_index_SA of the checkpoint is not that of window_size = "
-                         f"{kwargs['window_size']}")
+        raise ValueError(
+            f"relative_position_index_SA of the checkpoint is not that of window_size = {kwargs['window_size']}"
+        )
     return MambaIRv2(**kwargs), state

@@ -112,8 +112,14 @@ class DecoderLM(nn.Module):
         truncated_normal_(self.head.weight, d_model, init_scale)
         self.grad_checkpointing = False
 
-    def forward(self, input_ids: Tensor, state: tuple | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> ModelOutput:
         padding = left_align(mask)
         if padding is not None:
             if mask.shape != input_ids.shape:
@@ -167,22 +173,55 @@ class MoEMambaLM(DecoderLM):
     Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
     """
 
-    def __init__(self, vocab_size: int = 50257, d_model: int = 512, n_blocks: int = 8, n_experts: int = 42,
-                 d_expert: int | None = None, arrangement: str = "interleaved", inner_moe=PROJECTIONS,
-                 moe_every: int = 1, expert: str = "relu", router: str = "token_choice", top_k: int = 1,
-                 capacity_factor: float | None = 1.0, eval_capacity_factor: float | None = None,
-                 balance_weight: float = 0.01, z_loss_weight: float = 0.0, d_state: int = 16, expand: float = 2,
-                 scenario: str | None = None):
-        check_sizes(vocab_size=vocab_size, d_model=d_model, n_blocks=n_blocks, n_experts=n_experts,
-                    d_expert=1 if d_expert is None else d_expert, moe_every=moe_every, top_k=top_k)
+    def __init__(
+        self,
+        vocab_size: int = 50257,
+        d_model: int = 512,
+        n_blocks: int = 8,
+        n_experts: int = 42,
+        d_expert: int | None = None,
+        arrangement: str = "interleaved",
+        inner_moe=PROJECTIONS,
+        moe_every: int = 1,
+        expert: str = "relu",
+        router: str = "token_choice",
+        top_k: int = 1,
+        capacity_factor: float | None = 1.0,
+        eval_capacity_factor: float | None = None,
+        balance_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
+        d_state: int = 16,
+        expand: float = 2,
+        scenario: str | None = None,
+    ):
+        check_sizes(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            n_blocks=n_blocks,
+            n_experts=n_experts,
+            d_expert=1 if d_expert is None else d_expert,
+            moe_every=moe_every,
+            top_k=top_k,
+        )
         if arrangement not in ARRANGEMENTS:
-            raise ValueError(f"unknown arrangement {arrangement!r}{nearest(str(arrangement), ARRANGEMENTS)}; "
-                             f"choose one of {', '.join(ARRANGEMENTS)}")
+            raise ValueError(
+                f"unknown arrangement {arrangement!r}{nearest(str(arrangement), ARRANGEMENTS)}; "
+                f"choose one of {', '.join(ARRANGEMENTS)}"
+            )
         inner_moe = (inner_moe,) if isinstance(inner_moe, str) else tuple(inner_moe)
         if not inner_moe or set(inner_moe) - set(PROJECTIONS):
             raise ValueError(f"inner_moe must name some of {', '.join(PROJECTIONS)}; got {list(inner_moe)}")
-        moe = moe_factory(n_experts, 3 * d_model if d_expert is None else d_expert, expert, router, top_k,
-                          capacity_factor, eval_capacity_factor, balance_weight, z_loss_weight)
+        moe = moe_factory(
+            n_experts,
+            3 * d_model if d_expert is None else d_expert,
+            expert,
+            router,
+            top_k,
+            capacity_factor,
+            eval_capacity_factor,
+            balance_weight,
+            z_loss_weight,
+        )
         mamba = dict(d_state=d_state, expand=expand, scenario=scenario)
 
         def block(i: int) -> Block:
@@ -197,11 +236,19 @@ class MoEMambaLM(DecoderLM):
         super().__init__(vocab_size, d_model, [block(i) for i in range(n_blocks)])
         self.causal = router == "token_choice" or arrangement == "none"
 
-    def forward(self, input_ids: Tensor, state: tuple | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> ModelOutput:
         if state is not None and not self.causal:
-            raise ValueError("expert choice compares the tokens of a batch, so it cannot continue from a state; "
-                             "use router=token_choice for a model that generates")
+            raise ValueError(
+                "expert choice compares the tokens of a batch, so it cannot continue from a state; "
+                "use router=token_choice for a model that generates"
+            )
         return super().forward(input_ids, state, mask=mask, seq_idx=seq_idx)
 
 
@@ -211,14 +258,29 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
-def moe_factory(n_experts: int, d_expert: int, expert: str, router: str, top_k: int, capacity_factor: float | None,
-                eval_capacity_factor: float | None, balance_weight: float, z_loss_weight: float):
+def moe_factory(
+    n_experts: int,
+    d_expert: int,
+    expert: str,
+    router: str,
+    top_k: int,
+    capacity_factor: float | None,
+    eval_capacity_factor: float | None,
+    balance_weight: float,
+    z_loss_weight: float,
+):
     """(d_input, d_output) -> a MoE layer with these settings."""
     if top_k > n_experts:
         raise ValueError(f"top_k = {top_k} experts per token, but there are only n_experts = {n_experts}")
-    options = dict(top_k=top_k, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor,
-                   balance_weight=balance_weight, z_loss_weight=z_loss_weight)
+    options = dict(
+        top_k=top_k,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        balance_weight=balance_weight,
+        z_loss_weight=z_loss_weight,
+    )
     if router == "expert_choice":
         options = dict(fraction=top_k / n_experts, softmax_over="experts", group_by_batch=True, norm=True)
-    return lambda d_input, d_output: build_moe(d_input, n_experts, d_expert, router=router, expert=expert,
-                                               d_output=d_output, **options)
+    return lambda d_input, d_output: build_moe(
+        d_input, n_experts, d_expert, router=router, expert=expert, d_output=d_output, **options
+    )

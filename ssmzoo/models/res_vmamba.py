@@ -39,20 +39,52 @@ class ResVMamba(VMamba):
     Other arguments as in `VMamba`.
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", patch_size: int = 4,
-                 depths: Sequence[int] = (2, 2, 27, 2), dims: int | Sequence[int] = 96, d_state: int = 16,
-                 ssm_ratio: float = 2.0, mixer: dict | None = None, mlp_ratio: float = 0.0, mlp_act: str = "gelu",
-                 patch_norm: bool = True, stem: str = "patch", downsample: str = "merge", fuse: str = "learned",
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.3):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        patch_size: int = 4,
+        depths: Sequence[int] = (2, 2, 27, 2),
+        dims: int | Sequence[int] = 96,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        mixer: dict | None = None,
+        mlp_ratio: float = 0.0,
+        mlp_act: str = "gelu",
+        patch_norm: bool = True,
+        stem: str = "patch",
+        downsample: str = "merge",
+        fuse: str = "learned",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.3,
+    ):
         if fuse not in ("learned", "random", "none"):
             raise ValueError(f"fuse is {fuse!r}; expected 'learned', 'random' or 'none'")
-        super().__init__(in_chans, num_classes, global_pool, patch_size=patch_size, depths=depths, dims=dims,
-                         d_state=d_state, ssm_ratio=ssm_ratio, mixer=VANILLA | dict(mixer or {}), mlp_ratio=mlp_ratio,
-                         mlp_act=mlp_act, patch_norm=patch_norm, stem=stem, downsample=downsample, drop_rate=drop_rate,
-                         drop_path_rate=drop_path_rate)
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            patch_size=patch_size,
+            depths=depths,
+            dims=dims,
+            d_state=d_state,
+            ssm_ratio=ssm_ratio,
+            mixer=VANILLA | dict(mixer or {}),
+            mlp_ratio=mlp_ratio,
+            mlp_act=mlp_act,
+            patch_norm=patch_norm,
+            stem=stem,
+            downsample=downsample,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         self.fusion = fuse
-        self.fuse = nn.ModuleList(nn.Conv2d(d, d_next, 1) for d, d_next in zip(self.dims, self.dims[1:])
-                                  ) if fuse == "learned" else None
+        self.fuse = (
+            nn.ModuleList(nn.Conv2d(d, d_next, 1) for d, d_next in zip(self.dims, self.dims[1:]))
+            if fuse == "learned"
+            else None
+        )
 
     def descend(self, i: int, entering: Tensor, tap: Tensor) -> Tensor:
         x = super().descend(i, entering, tap)
@@ -80,19 +112,44 @@ class ResVMamba(VMamba):
 # ---- released checkpoints ------------------------------------------------------------------------------------------
 
 
-def official_arguments(patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000, depths=(2, 2, 9, 2),
-                       dims=(96, 192, 384, 768), d_state: int = 16, dt_rank="auto", ssm_ratio: float = 2.0,
-                       attn_drop_rate: float = 0.0, shared_ssm: bool = False, softmax_version: bool = False,
-                       drop_rate: float = 0.0, drop_path_rate: float = 0.1, mlp_ratio: float = 0.0,
-                       patch_norm: bool = True, norm_layer="ln", downsample_version: str = "v1",
-                       use_checkpoint: bool = False) -> dict:
+def official_arguments(
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    depths=(2, 2, 9, 2),
+    dims=(96, 192, 384, 768),
+    d_state: int = 16,
+    dt_rank="auto",
+    ssm_ratio: float = 2.0,
+    attn_drop_rate: float = 0.0,
+    shared_ssm: bool = False,
+    softmax_version: bool = False,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    mlp_ratio: float = 0.0,
+    patch_norm: bool = True,
+    norm_layer="ln",
+    downsample_version: str = "v1",
+    use_checkpoint: bool = False,
+) -> dict:
     """Arguments of `ResVMamba` for the released VSSM's."""
     if softmax_version:
         raise ValueError("softmax_version=True raises in the released forward pass; there is nothing to reproduce")
-    return dict(patch_size=patch_size, in_chans=in_chans, num_classes=num_classes, depths=depths, dims=dims,
-                d_state=d_state, ssm_ratio=ssm_ratio, mixer={"dt_rank": dt_rank, "dropout": attn_drop_rate},
-                mlp_ratio=mlp_ratio, patch_norm=patch_norm, drop_rate=drop_rate,
-                downsample={"v1": "merge", "v2": "conv2"}[downsample_version], drop_path_rate=drop_path_rate)
+    return dict(
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        depths=depths,
+        dims=dims,
+        d_state=d_state,
+        ssm_ratio=ssm_ratio,
+        mixer={"dt_rank": dt_rank, "dropout": attn_drop_rate},
+        mlp_ratio=mlp_ratio,
+        patch_norm=patch_norm,
+        drop_rate=drop_rate,
+        downsample={"v1": "merge", "v2": "conv2"}[downsample_version],
+        drop_path_rate=drop_path_rate,
+    )
 
 
 def official_res_vmamba(state: dict[str, Tensor], **official_kwargs):
@@ -101,20 +158,40 @@ def official_res_vmamba(state: dict[str, Tensor], **official_kwargs):
     if "op.x_proj_weight" in state:
         return official_block(**official_kwargs), state
     fuse = "learned" if any(key.startswith("fuse.") for key in state) else "none"
-    return official_stages(ResVMamba, lambda **kwargs: official_arguments(**kwargs) | {"fuse": fuse}, state,
-                           official_kwargs)
+    return official_stages(
+        ResVMamba, lambda **kwargs: official_arguments(**kwargs) | {"fuse": fuse}, state, official_kwargs
+    )
 
 
-def official_block(hidden_dim: int, drop_path: float = 0.0, norm_layer="ln", attn_drop_rate: float = 0.0,
-                   d_state: int = 16, dt_rank="auto", ssm_ratio: float = 2.0, shared_ssm: bool = False,
-                   softmax_version: bool = False, use_checkpoint: bool = False, mlp_ratio: float = 4.0,
-                   act_layer="gelu", drop: float = 0.0, norm_eps: float = 1e-5) -> VSSBlock:
+def official_block(
+    hidden_dim: int,
+    drop_path: float = 0.0,
+    norm_layer="ln",
+    attn_drop_rate: float = 0.0,
+    d_state: int = 16,
+    dt_rank="auto",
+    ssm_ratio: float = 2.0,
+    shared_ssm: bool = False,
+    softmax_version: bool = False,
+    use_checkpoint: bool = False,
+    mlp_ratio: float = 4.0,
+    act_layer="gelu",
+    drop: float = 0.0,
+    norm_eps: float = 1e-5,
+) -> VSSBlock:
     """norm_eps is that of the released whole models."""
     from ssmzoo.layers.ss2d import SS2D
 
     options = official_mixer("v0", d_state, ssm_ratio, dt_rank, dropout=attn_drop_rate)
-    block = VSSBlock(hidden_dim, SS2D(hidden_dim, **options), mlp_ratio, act_name(act_layer),
-                     norm=official_norm(norm_layer), drop_path=drop_path, mlp_drop=drop)
+    block = VSSBlock(
+        hidden_dim,
+        SS2D(hidden_dim, **options),
+        mlp_ratio,
+        act_name(act_layer),
+        norm=official_norm(norm_layer),
+        drop_path=drop_path,
+        mlp_drop=drop,
+    )
     for norm in (block.norm, getattr(block, "norm2", None)):
         if norm is not None:
             norm.eps = norm_eps

@@ -32,8 +32,14 @@ class RNNModel(nn.Module):
     cell          "lstm", "relu" or "tanh" (the last two are Elman networks)
     """
 
-    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64, num_layers: int = 1,
-                 cell: str = "lstm"):
+    def __init__(
+        self,
+        input_size: int = 3,
+        num_classes: int | None = None,
+        state_size: int = 64,
+        num_layers: int = 1,
+        cell: str = "lstm",
+    ):
         super().__init__()
         if cell not in ("lstm", "relu", "tanh"):
             raise ValueError(f"cell = {cell!r}; choose 'lstm', 'relu' or 'tanh'")
@@ -45,8 +51,14 @@ class RNNModel(nn.Module):
             self.rnn = nn.RNN(input_size, state_size, num_layers, nonlinearity=cell, batch_first=True)
         self.output_projection = nn.Linear(state_size, num_classes, bias=False)
 
-    def forward(self, input_ids: Tensor, state: RNNState | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: RNNState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> ModelOutput:
         x = input_ids
         if not x.is_floating_point():
             x = F.one_hot(x.long(), self.input_size).to(self.output_projection.weight.dtype)  # (b l v)
@@ -74,7 +86,7 @@ class RNNModel(nn.Module):
             if seq_idx is not None and t > 0:
                 same = (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None]
                 state = RNNState(*(None if s is None else s * same for s in state))
-            y, after = self._run(x[:, t:t + 1], state)
+            y, after = self._run(x[:, t : t + 1], state)
             if mask is not None:
                 real = mask[:, t, None, None]
                 after = RNNState(*(None if s is None else torch.where(real, s, old) for s, old in zip(after, state)))
@@ -96,13 +108,22 @@ class _OfficialRNN(RNNModel):
         return super().forward(x).logits[:, -1]
 
 
-def official_regular_rnn_baselines(state: dict[str, Tensor], *, output_size: int, input_size: int, state_size: int,
-                                   num_layers: int = 1, nonlinearity: str = "relu", embed_size: int | None = None,
-                                   bidirectional: bool = False):
+def official_regular_rnn_baselines(
+    state: dict[str, Tensor],
+    *,
+    output_size: int,
+    input_size: int,
+    state_size: int,
+    num_layers: int = 1,
+    nonlinearity: str = "relu",
+    embed_size: int | None = None,
+    bidirectional: bool = False,
+):
     """ElmanRNN and LSTM, told apart by the height of their gates."""
     del embed_size  # accepted and ignored by the official models
     if bidirectional:
-        raise ValueError("bidirectional=True cannot run in the official model either: its projection expects one "
-                         "direction")
+        raise ValueError(
+            "bidirectional=True cannot run in the official model either: its projection expects one direction"
+        )
     lstm = state["rnn.weight_hh_l0"].shape[0] == 4 * state_size and state_size > 0
     return _OfficialRNN(input_size, output_size, state_size, num_layers, "lstm" if lstm else nonlinearity), state

@@ -33,9 +33,19 @@ class SDSSMModel(nn.Module):
     forward(input_ids (b l) or x (b l input_size), state) -> ModelOutput
     """
 
-    def __init__(self, input_size: int = 3, num_classes: int | None = None, state_size: int = 64,
-                 num_transition_matrices: int = 8, p_norm: float = 1.2, mlp_size: int | None = None,
-                 init: str = "xavier", init_noise: float = 0.05, state_penalty: float = 0.0, state_cap: float = 0.5):
+    def __init__(
+        self,
+        input_size: int = 3,
+        num_classes: int | None = None,
+        state_size: int = 64,
+        num_transition_matrices: int = 8,
+        p_norm: float = 1.2,
+        mlp_size: int | None = None,
+        init: str = "xavier",
+        init_noise: float = 0.05,
+        state_penalty: float = 0.0,
+        state_cap: float = 0.5,
+    ):
         super().__init__()
         num_classes = input_size if num_classes is None else num_classes
         for name, value in (("num_classes", num_classes), ("mlp_size", 1 if mlp_size is None else mlp_size)):
@@ -52,8 +62,14 @@ class SDSSMModel(nn.Module):
         else:
             self.readout = nn.Sequential(nn.Linear(state_size, mlp_size), nn.ReLU(), nn.Linear(mlp_size, num_classes))
 
-    def forward(self, input_ids: Tensor, state: SDSSMState | None = None, *, mask: Tensor | None = None,
-                seq_idx: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: SDSSMState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> ModelOutput:
         h, state = self.block(input_ids, state, mask=mask, seq_idx=seq_idx)  # (b l n)
         aux = {}
         if self.training and self.state_penalty:
@@ -93,16 +109,32 @@ class _OfficialSDSSM(SDSSMModel):
         return y if self.return_all_outputs else y[:, -1]
 
 
-def official_sd_ssm(state: dict[str, Tensor], *, output_size: int, input_size: int, state_size: int = 64,
-                    num_transition_matrices: int = 2, Lp_norm: float = 1.0, return_all_outputs: bool = False,
-                    mlp_size: int | None = None, embed_size: int | None = None):
+def official_sd_ssm(
+    state: dict[str, Tensor],
+    *,
+    output_size: int,
+    input_size: int,
+    state_size: int = 64,
+    num_transition_matrices: int = 2,
+    Lp_norm: float = 1.0,
+    return_all_outputs: bool = False,
+    mlp_size: int | None = None,
+    embed_size: int | None = None,
+):
     """SDSSM and, when the checkpoint has a two-layer readout, SDSSM_nonlinear (mlp_size defaults to state_size)."""
     del embed_size  # accepted and ignored by the official model
     nonlinear = "readout.0.weight" in state
     if nonlinear:
         mlp_size = state["readout.0.weight"].shape[0] if mlp_size is None else mlp_size
-    model = _OfficialSDSSM(input_size, output_size, state_size, num_transition_matrices, Lp_norm,
-                           mlp_size if nonlinear else None, return_all_outputs=return_all_outputs)
+    model = _OfficialSDSSM(
+        input_size,
+        output_size,
+        state_size,
+        num_transition_matrices,
+        Lp_norm,
+        mlp_size if nonlinear else None,
+        return_all_outputs=return_all_outputs,
+    )
     return model, state
 
 
@@ -113,8 +145,13 @@ def golden_sd_ssm(case) -> dict[str, Tensor]:
     recipe = case.meta["training"]
     model, state = official_sd_ssm(dict(case.params), **case.official_kwargs)
     model.load_state_dict(state)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=tuple(recipe["betas"]), eps=recipe["eps"],
-                                 weight_decay=recipe["weight_decay"])
+    optimizer = torch.optim.Adam(
+        model.parameters(),
+        lr=recipe["lr"],
+        betas=tuple(recipe["betas"]),
+        eps=recipe["eps"],
+        weight_decay=recipe["weight_decay"],
+    )
     history: dict[str, list[Tensor]] = {"loss": [], "accuracy": [], "grad_norm_before_clip": []}
     for i in range(recipe["steps"]):
         x, target = case.inputs[f"step{i}/x"].detach(), case.inputs[f"step{i}/target"]
@@ -128,7 +165,8 @@ def golden_sd_ssm(case) -> dict[str, Tensor]:
         for key, value in zip(history, values):
             history[key].append(value)
     return {k: torch.stack(v) for k, v in history.items()} | {
-        f"param_after/{k}": v.detach() for k, v in model.state_dict().items()}
+        f"param_after/{k}": v.detach() for k, v in model.state_dict().items()
+    }
 
 
 def append_query_token(x: Tensor) -> Tensor:

@@ -35,14 +35,41 @@ class ShuffleMamba(Vim):
     Other arguments as in `Vim`.
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
-                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 192, depth: int = 24,
-                 d_state: int = 16, class_token: str = "head", mixer: dict | None = None, norm: str = "rms",
-                 shuffle_rate: float = 0.5, drop_rate: float = 0.0, drop_path_rate: float = 0.0):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        class_token: str = "head",
+        mixer: dict | None = None,
+        norm: str = "rms",
+        shuffle_rate: float = 0.5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
         if not 0 <= shuffle_rate <= 1:
             raise ValueError(f"shuffle_rate is a probability, got {shuffle_rate}")
-        super().__init__(in_chans, num_classes, global_pool, img_size, patch_size, None, embed_dim, depth, d_state,
-                         class_token, mixer, norm, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            img_size,
+            patch_size,
+            None,
+            embed_dim,
+            depth,
+            d_state,
+            class_token,
+            mixer,
+            norm,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         self.shuffle_rate = shuffle_rate
 
     def reset_parameters(self) -> None:
@@ -69,8 +96,14 @@ class ShuffleMamba(Vim):
         p = self.shuffle_rate * torch.arange(n, device=x.device) / max(n - 1, 1)
         return torch.where((u < p)[:, None], perm, torch.arange(l, device=x.device))
 
-    def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None,
-               orders: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        taps: list | None = None,
+        stop: int | None = None,
+        orders: Tensor | None = None,
+    ) -> Tensor:
         if orders is None:
             return super().encode(x, grid, taps, stop)
         for order, layer in zip(orders, self.layers):
@@ -85,16 +118,45 @@ class ShuffleMambaReg(ShuffleMamba):
     Registers have a position table of their own, so other image sizes leave it as it is.
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "token",
-                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 768, depth: int = 24,
-                 d_state: int = 16, n_registers: int = 12, cls_reduce: int = 4, mixer: dict | None = None,
-                 shuffle_rate: float = 0.1, drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 24,
+        d_state: int = 16,
+        n_registers: int = 12,
+        cls_reduce: int = 4,
+        mixer: dict | None = None,
+        shuffle_rate: float = 0.1,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+    ):
         if n_registers < 1 or cls_reduce < 1 or embed_dim % cls_reduce or n_registers % cls_reduce:
-            raise ValueError(f"n_registers={n_registers} and embed_dim={embed_dim} must be multiples of "
-                             f"cls_reduce={cls_reduce}, all positive")
+            raise ValueError(
+                f"n_registers={n_registers} and embed_dim={embed_dim} must be multiples of "
+                f"cls_reduce={cls_reduce}, all positive"
+            )
         self.n_registers, self.cls_reduce = n_registers, cls_reduce
-        super().__init__(in_chans, num_classes, global_pool, img_size, patch_size, embed_dim, depth, d_state, "none",
-                         mixer, "rms", shuffle_rate, drop_rate, drop_path_rate)
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            d_state,
+            "none",
+            mixer,
+            "rms",
+            shuffle_rate,
+            drop_rate,
+            drop_path_rate,
+        )
 
     def make_embeddings(self, pos_embed: bool) -> None:
         d, k = self.embed_dim, self.n_registers
@@ -141,19 +203,42 @@ class ShuffleMambaReg(ShuffleMamba):
 # ---- released checkpoints ------------------------------------------------------------------------------------------
 
 
-def official_arguments(img_size=224, patch_size: int = 16, stride: int = 16, depth: int = 24, embed_dim: int = 192,
-                       channels: int = 3, num_classes: int = 1000, ssm_cfg: dict | None = None, drop_rate: float = 0.0,
-                       drop_path_rate: float = 0.1, shuffle_rate: float = 0.1, norm_epsilon: float = 1e-5,
-                       rms_norm: bool = True, initializer_cfg=None, fused_add_norm: bool = True,
-                       residual_in_fp32: bool = True) -> dict:
+def official_arguments(
+    img_size=224,
+    patch_size: int = 16,
+    stride: int = 16,
+    depth: int = 24,
+    embed_dim: int = 192,
+    channels: int = 3,
+    num_classes: int = 1000,
+    ssm_cfg: dict | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    shuffle_rate: float = 0.1,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = True,
+    initializer_cfg=None,
+    fused_add_norm: bool = True,
+    residual_in_fp32: bool = True,
+) -> dict:
     """Arguments of `ShuffleMamba` for the released VisionMamba's; its mixer is always bidirectional and halved."""
     if stride not in (patch_size, 16):
         raise ValueError(f"stride={stride}: the released ShuffleMamba has patches that touch ({patch_size})")
     mixer = official_mixer_arguments("v2", True, **(ssm_cfg or {}))
-    return dict(in_chans=channels, num_classes=num_classes, img_size=img_size, patch_size=patch_size,
-                embed_dim=embed_dim, depth=depth, d_state=mixer.pop("d_state", 16), mixer=mixer,
-                norm="rms" if rms_norm else "ln", shuffle_rate=shuffle_rate, drop_rate=drop_rate,
-                drop_path_rate=drop_path_rate)
+    return dict(
+        in_chans=channels,
+        num_classes=num_classes,
+        img_size=img_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        d_state=mixer.pop("d_state", 16),
+        mixer=mixer,
+        norm="rms" if rms_norm else "ln",
+        shuffle_rate=shuffle_rate,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
 
 
 def official_shuffle_mamba(state: dict[str, Tensor], **official_kwargs):
@@ -163,8 +248,10 @@ def official_shuffle_mamba(state: dict[str, Tensor], **official_kwargs):
         for key in ("num_cls_tokens", "cls_reduce"):  # the released constructor swallows them
             official_kwargs.pop(key, None)
         return set_eps(ShuffleMamba(**official_arguments(**official_kwargs)), eps), state
-    registers = {ours: official_kwargs.pop(theirs, 1)
-                 for ours, theirs in (("n_registers", "num_cls_tokens"), ("cls_reduce", "cls_reduce"))}
+    registers = {
+        ours: official_kwargs.pop(theirs, 1)
+        for ours, theirs in (("n_registers", "num_cls_tokens"), ("cls_reduce", "cls_reduce"))
+    }
     arguments = official_arguments(**official_kwargs)
     if arguments.pop("norm") != "rms":
         raise ValueError("rms_norm=False: the released register model exists with RMSNorm only")

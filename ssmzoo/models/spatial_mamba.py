@@ -60,8 +60,17 @@ class StructureAwareSSM(nn.Module):
     fuse_states        False leaves h = x: a plain raster-scan Mamba, for comparison
     """
 
-    def __init__(self, d_model: int, expand: float = 2.0, dt_rank: int | str = "auto", d_conv: int = 3,
-                 conv_bias: bool = True, bias: bool = False, dropout: float = 0.0, fuse_states: bool = True):
+    def __init__(
+        self,
+        d_model: int,
+        expand: float = 2.0,
+        dt_rank: int | str = "auto",
+        d_conv: int = 3,
+        conv_bias: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
+        fuse_states: bool = True,
+    ):
         super().__init__()
         e = self.d_inner = int(expand * d_model)
         r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
@@ -98,8 +107,9 @@ class StructureAwareSSM(nn.Module):
 class SpatialMambaBlock(nn.Module):
     """(b y x d) -> (b y x d), wired as in the header; `mixer` holds arguments of `StructureAwareSSM`."""
 
-    def __init__(self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-5,
-                 mixer: dict | None = None):
+    def __init__(
+        self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-5, mixer: dict | None = None
+    ):
         super().__init__()
         self.cpe1 = DepthwiseConv(dim, residual=True)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
@@ -128,11 +138,22 @@ class PointConv(nn.Conv2d):
 class ConvNorm(nn.Module):
     """Convolution, BatchNorm (`norm`; then without bias unless `bias`) and ReLU (`act`), on (b d y x)."""
 
-    def __init__(self, dim: int, out_dim: int, kernel: int, stride: int = 1, norm: bool = True, act: bool = True,
-                 bias: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel: int,
+        stride: int = 1,
+        norm: bool = True,
+        act: bool = True,
+        bias: bool = False,
+    ):
         super().__init__()
-        self.conv = (PointConv(dim, out_dim, bias) if kernel == 1 else
-                     nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=bias))
+        self.conv = (
+            PointConv(dim, out_dim, bias)
+            if kernel == 1
+            else nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=bias)
+        )
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
 
@@ -161,9 +182,13 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.ModuleList([ConvNorm(dim, 8 * dim, 1, norm=False, act=False, bias=True),
-                                   MapConv(8 * dim, stride=2, act="relu", rectify=True),
-                                   ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True)])
+        self.conv = nn.ModuleList(
+            [
+                ConvNorm(dim, 8 * dim, 1, norm=False, act=False, bias=True),
+                MapConv(8 * dim, stride=2, act="relu", rectify=True),
+                ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True),
+            ]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         widen, halve, narrow = self.conv
@@ -183,19 +208,33 @@ class SpatialMamba(FourStage):
 
     first_conv = "patch_embed.conv1.conv"
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
-                 depths: Sequence[int] = (2, 4, 8, 4), embed_dim: int = 64, mlp_ratio: float = 4.0,
-                 mixer: dict | None = None, norm: str = "ln", freeze_batch_norm: bool = False, drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.2, output_stride: int = 0):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 4, 8, 4),
+        embed_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        mixer: dict | None = None,
+        norm: str = "ln",
+        freeze_batch_norm: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        output_stride: int = 0,
+    ):
         super().__init__()
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         self.freeze_batch_norm = freeze_batch_norm
         self.patch_embed = Stem(in_chans, embed_dim)
         self.layers = nn.ModuleList(
-            Stage([SpatialMambaBlock(d, mlp_ratio, next(rates), mixer=mixer) for _ in range(depth)],
-                  Downsample(d) if i + 1 < len(dims) else None)
-            for i, (depth, d) in enumerate(zip(depths, dims)))
+            Stage(
+                [SpatialMambaBlock(d, mlp_ratio, next(rates), mixer=mixer) for _ in range(depth)],
+                Downsample(d) if i + 1 < len(dims) else None,
+            )
+            for i, (depth, d) in enumerate(zip(depths, dims))
+        )
         self.norm = map_norm(norm, dims[-1])
         self.init_stages(dims, stride=4, output_stride=output_stride)
         self.init_head(dims[-1], num_classes, global_pool, drop_rate)
@@ -213,11 +252,23 @@ class SpatialMamba(FourStage):
 # ---- released checkpoints: our names are theirs --------------------------------------------------------------------
 
 
-def official_arguments(img_size: int = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000,
-                       depths=(2, 2, 9, 2), dims=(96, 192, 384, 768), d_state: int | None = 1, dt_init: str = "random",
-                       mlp_ratio: float = 4.0, drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
-                       drop_path_rate: float = 0.1, norm_layer="ln", patch_norm: bool = True,
-                       use_checkpoint: bool = False) -> dict:
+def official_arguments(
+    img_size: int = 224,
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    depths=(2, 2, 9, 2),
+    dims=(96, 192, 384, 768),
+    d_state: int | None = 1,
+    dt_init: str = "random",
+    mlp_ratio: float = 4.0,
+    drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    norm_layer="ln",
+    patch_norm: bool = True,
+    use_checkpoint: bool = False,
+) -> dict:
     """Arguments of `SpatialMamba` for the released class's (img_size, dt_init and patch_norm change nothing there)."""
     if patch_size != 4:
         raise ValueError(f"patch_size={patch_size}: the stem of Spatial-Mamba has stride 4")
@@ -225,8 +276,16 @@ def official_arguments(img_size: int = 224, patch_size: int = 4, in_chans: int =
     if any(later != 2 * earlier for earlier, later in zip(dims, dims[1:])):
         raise ValueError(f"dims={dims}: the downsampling doubles the width, so every entry must be twice the last")
     check_state_size(d_state)
-    return dict(in_chans=in_chans, num_classes=num_classes, depths=depths, embed_dim=dims[0], mlp_ratio=mlp_ratio,
-                mixer={"dropout": attn_drop_rate}, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    return dict(
+        in_chans=in_chans,
+        num_classes=num_classes,
+        depths=depths,
+        embed_dim=dims[0],
+        mlp_ratio=mlp_ratio,
+        mixer={"dropout": attn_drop_rate},
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
 
 
 def check_state_size(d_state: int | None) -> None:
@@ -234,16 +293,37 @@ def check_state_size(d_state: int | None) -> None:
         raise ValueError(f"d_state={d_state}: Spatial-Mamba fuses one state per channel; only d_state=1 exists")
 
 
-def official_mixer(d_model: int, d_state: int = 1, d_conv: int = 3, expand: float = 2, dt_rank="auto",
-                   dropout: float = 0.0, conv_bias: bool = True, bias: bool = False, dt_min: float = 1e-3,
-                   dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0, dt_init_floor: float = 1e-4):
+def official_mixer(
+    d_model: int,
+    d_state: int = 1,
+    d_conv: int = 3,
+    expand: float = 2,
+    dt_rank="auto",
+    dropout: float = 0.0,
+    conv_bias: bool = True,
+    bias: bool = False,
+    dt_min: float = 1e-3,
+    dt_max: float = 0.1,
+    dt_init: str = "random",
+    dt_scale: float = 1.0,
+    dt_init_floor: float = 1e-4,
+):
     """dt_* only set the initial values, which a checkpoint replaces."""
     check_state_size(d_state)
     return StructureAwareSSM(d_model, expand, dt_rank, d_conv, conv_bias, bias, dropout)
 
 
-def official_block(hidden_dim: int, drop_path: float = 0.0, norm_layer="ln", attn_drop_rate: float = 0.0,
-                   d_state: int = 1, dt_init: str = "random", mlp_ratio: float = 4.0, norm_eps: float = 1e-5, **mixer):
+def official_block(
+    hidden_dim: int,
+    drop_path: float = 0.0,
+    norm_layer="ln",
+    attn_drop_rate: float = 0.0,
+    d_state: int = 1,
+    dt_init: str = "random",
+    mlp_ratio: float = 4.0,
+    norm_eps: float = 1e-5,
+    **mixer,
+):
     """Further arguments go to the mixer, as released. norm_eps is that of the whole models."""
     check_state_size(d_state)
     block = SpatialMambaBlock(hidden_dim, mlp_ratio, drop_path, norm_eps)

@@ -59,10 +59,21 @@ class SwinIR(RestorationNet):
     bicubic_skip        see `RestorationNet`
     """
 
-    def __init__(self, upscale: int = 2, upsampler: str = "auto", in_chans: int = 3, embed_dim: int = 60,
-                 depths: tuple[int, ...] = (6, 6, 6, 6), num_heads: int = 6, window_size: int = 8,
-                 mlp_ratio: float = 2.0, drop_path_rate: float = 0.1, img_range: float = 1.0,
-                 resi_connection: str = "1conv", bicubic_skip: bool = False):
+    def __init__(
+        self,
+        upscale: int = 2,
+        upsampler: str = "auto",
+        in_chans: int = 3,
+        embed_dim: int = 60,
+        depths: tuple[int, ...] = (6, 6, 6, 6),
+        num_heads: int = 6,
+        window_size: int = 8,
+        mlp_ratio: float = 2.0,
+        drop_path_rate: float = 0.1,
+        img_range: float = 1.0,
+        resi_connection: str = "1conv",
+        bicubic_skip: bool = False,
+    ):
         super().__init__(upscale, in_chans, embed_dim, img_range, upsampler, resi_connection, bicubic_skip)
         self.window_size = window_size
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))

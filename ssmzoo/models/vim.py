@@ -40,9 +40,19 @@ class VimMixer(nn.Module):
     layer_scale  start value of a learned factor per channel behind W_out, or None
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
-                 conv_bias: bool = True, bias: bool = False, directions: str = "both", halve: bool = True,
-                 layer_scale: float | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        conv_bias: bool = True,
+        bias: bool = False,
+        directions: str = "both",
+        halve: bool = True,
+        layer_scale: float | None = None,
+    ):
         super().__init__()
         if directions not in ("both", "shared", "forward"):
             raise ValueError(f"directions is {directions!r}; expected 'both', 'shared' or 'forward'")
@@ -125,8 +135,10 @@ def rotary_angles(grid: Sequence[int], d: int, reference: int, like: Tensor) -> 
     f_i = 10000^(-2 i / (d/2)), i < d/4, each for two neighbouring channels; positions run to `reference` on every axis.
     """
     f = 10000.0 ** (-torch.arange(0, d // 2, 2, device=like.device, dtype=torch.float32) / (d // 2))
-    rows, columns = (torch.outer(torch.arange(side, device=like.device) / side * reference, f).repeat_interleave(2, 1)
-                     for side in grid)  # (side d/2)
+    rows, columns = (
+        torch.outer(torch.arange(side, device=like.device) / side * reference, f).repeat_interleave(2, 1)
+        for side in grid
+    )  # (side d/2)
     axes = [rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)]
     return torch.cat(axes, dim=-1).flatten(0, 1)
 
@@ -153,12 +165,28 @@ class Vim(PlainBackbone):
     global_pool      see `PlainBackbone`; "token" unless there is no class token
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str | None = None,
-                 img_size: int | Sequence[int] = 224, patch_size: int = 16, stride: int | None = None,
-                 embed_dim: int = 192, depth: int = 24, d_state: int = 16, class_token: str = "middle",
-                 mixer: dict | None = None, norm: str = "rms", pos_embed: bool = True, rope: str | None = None,
-                 rope_reference: int = 14, rope_from_second: bool = False, paired: bool = False,
-                 drop_rate: float = 0.0, drop_path_rate: float = 0.1):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        class_token: str = "middle",
+        mixer: dict | None = None,
+        norm: str = "rms",
+        pos_embed: bool = True,
+        rope: str | None = None,
+        rope_reference: int = 14,
+        rope_from_second: bool = False,
+        paired: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+    ):
         super().__init__()
         if norm not in ("rms", "ln") or rope not in (None, "stream", "branch"):
             raise ValueError(f"norm is 'rms' or 'ln' (got {norm!r}), rope is None, 'stream' or 'branch' (got {rope!r})")
@@ -174,7 +202,8 @@ class Vim(PlainBackbone):
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
             VimBlock(make_norm(embed_dim, eps=1e-5), VimMixer(embed_dim, d_state, **(mixer or {})), p)
-            for p in drop_path_rates(drop_path_rate, depth))
+            for p in drop_path_rates(drop_path_rate, depth)
+        )
         self.norm_f = make_norm(embed_dim, eps=1e-5)
         self.init_stream(depth)
         if global_pool is None:
@@ -245,8 +274,9 @@ DIRECTIONS = {"v2": "both", "v1": "shared", "none": "forward"}
 INITIAL = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
 
 
-def official_mixer_arguments(bimamba_type: str = "none", if_divide_out: bool = False, init_layer_scale=None,
-                             **mamba) -> dict:
+def official_mixer_arguments(
+    bimamba_type: str = "none", if_divide_out: bool = False, init_layer_scale=None, **mamba
+) -> dict:
     """Arguments of `VimMixer` for the released Mamba's; those for initial values or kernels are dropped."""
     if bimamba_type not in DIRECTIONS:
         raise ValueError(f"bimamba_type is {bimamba_type!r}; the released code knows {', '.join(DIRECTIONS)}")
@@ -254,31 +284,71 @@ def official_mixer_arguments(bimamba_type: str = "none", if_divide_out: bool = F
     return mamba | dict(directions=DIRECTIONS[bimamba_type], halve=if_divide_out, layer_scale=init_layer_scale)
 
 
-def official_arguments(img_size=224, patch_size: int = 16, stride: int = 16, depth: int = 24, embed_dim: int = 192,
-                       d_state: int = 16, channels: int = 3, num_classes: int = 1000, ssm_cfg: dict | None = None,
-                       drop_rate: float = 0.0, drop_path_rate: float = 0.1, norm_epsilon: float = 1e-5,
-                       rms_norm: bool = True, initializer_cfg=None, fused_add_norm: bool = True,
-                       residual_in_fp32: bool = True, ft_seq_len: int | None = None, pt_hw_seq_len: int = 14,
-                       if_bidirectional: bool = False, final_pool_type: str = "none", if_abs_pos_embed: bool = True,
-                       if_rope: bool = False, if_rope_residual: bool = False, flip_img_sequences_ratio: float = -1.0,
-                       if_bimamba: bool = False, bimamba_type: str = "v2", if_cls_token: bool = True,
-                       if_divide_out: bool = True, init_layer_scale=None, use_double_cls_token: bool = False,
-                       use_middle_cls_token: bool = True) -> dict:
+def official_arguments(
+    img_size=224,
+    patch_size: int = 16,
+    stride: int = 16,
+    depth: int = 24,
+    embed_dim: int = 192,
+    d_state: int = 16,
+    channels: int = 3,
+    num_classes: int = 1000,
+    ssm_cfg: dict | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
+    norm_epsilon: float = 1e-5,
+    rms_norm: bool = True,
+    initializer_cfg=None,
+    fused_add_norm: bool = True,
+    residual_in_fp32: bool = True,
+    ft_seq_len: int | None = None,
+    pt_hw_seq_len: int = 14,
+    if_bidirectional: bool = False,
+    final_pool_type: str = "none",
+    if_abs_pos_embed: bool = True,
+    if_rope: bool = False,
+    if_rope_residual: bool = False,
+    flip_img_sequences_ratio: float = -1.0,
+    if_bimamba: bool = False,
+    bimamba_type: str = "v2",
+    if_cls_token: bool = True,
+    if_divide_out: bool = True,
+    init_layer_scale=None,
+    use_double_cls_token: bool = False,
+    use_middle_cls_token: bool = True,
+) -> dict:
     """Arguments of `Vim` for the released VisionMamba's."""
     if flip_img_sequences_ratio > 0:
-        raise ValueError(f"flip_img_sequences_ratio={flip_img_sequences_ratio}: sequences turned round at random, in "
-                         f"evaluation too, are not offered")
+        raise ValueError(
+            f"flip_img_sequences_ratio={flip_img_sequences_ratio}: sequences turned round at random, in "
+            f"evaluation too, are not offered"
+        )
     pools = {"none": "last", "mean": "avg", "max": "max_logits", "all": "all"}
     token = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "head"
-    mixer = official_mixer_arguments("v1" if if_bimamba else bimamba_type, if_divide_out, init_layer_scale,
-                                     **(ssm_cfg or {}))
-    return dict(in_chans=channels, num_classes=num_classes, img_size=img_size, patch_size=patch_size, stride=stride,
-                embed_dim=embed_dim, depth=depth, d_state=mixer.pop("d_state", d_state),
-                class_token=token if if_cls_token else "none",
-                global_pool="token" if if_cls_token else pools[final_pool_type], mixer=mixer,
-                norm="rms" if rms_norm else "ln", pos_embed=if_abs_pos_embed,
-                rope=("stream" if if_rope_residual else "branch") if if_rope else None, rope_reference=pt_hw_seq_len,
-                rope_from_second=True, paired=if_bidirectional, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    mixer = official_mixer_arguments(
+        "v1" if if_bimamba else bimamba_type, if_divide_out, init_layer_scale, **(ssm_cfg or {})
+    )
+    return dict(
+        in_chans=channels,
+        num_classes=num_classes,
+        img_size=img_size,
+        patch_size=patch_size,
+        stride=stride,
+        embed_dim=embed_dim,
+        depth=depth,
+        d_state=mixer.pop("d_state", d_state),
+        class_token=token if if_cls_token else "none",
+        global_pool="token" if if_cls_token else pools[final_pool_type],
+        mixer=mixer,
+        norm="rms" if rms_norm else "ln",
+        pos_embed=if_abs_pos_embed,
+        rope=("stream" if if_rope_residual else "branch") if if_rope else None,
+        rope_reference=pt_hw_seq_len,
+        rope_from_second=True,
+        paired=if_bidirectional,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
 
 
 def official_vim(state: dict[str, Tensor], **official_kwargs):

@@ -101,8 +101,17 @@ class VSSBlock(nn.Module):
     mixer  the token mixer (SS2D or one of its kind)
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, mlp_act: str = "gelu", gmlp: bool = False,
-                 norm: str = "ln", drop_path: float = 0.0, mlp_drop: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        mlp_act: str = "gelu",
+        gmlp: bool = False,
+        norm: str = "ln",
+        drop_path: float = 0.0,
+        mlp_drop: float = 0.0,
+    ):
         super().__init__()
         self.norm, self.op, self.drop_path = map_norm(norm, dim), mixer, DropPath(drop_path, apart=norm == "ln")
         if mlp_ratio > 0:
@@ -129,12 +138,31 @@ class VMamba(FourStage):
     pos_embed        a learned position table of the size of img_size, resized for other images
     """
 
-    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", img_size: int = 224,
-                 patch_size: int = 4, depths: Sequence[int] = (2, 2, 8, 2), dims: int | Sequence[int] = 96,
-                 d_state: int = 1, ssm_ratio: float = 1.0, mixer: dict | None = None, mlp_ratio: float = 4.0,
-                 mlp_act: str = "gelu", gmlp: bool = False, norm: str = "ln", patch_norm: bool = True,
-                 stem: str = "conv", downsample: str = "conv3", pos_embed: bool = False, drop_rate: float = 0.0,
-                 mlp_drop_rate: float = 0.0, drop_path_rate: float = 0.2, output_stride: int = 0):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        img_size: int = 224,
+        patch_size: int = 4,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        dims: int | Sequence[int] = 96,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        mixer: dict | None = None,
+        mlp_ratio: float = 4.0,
+        mlp_act: str = "gelu",
+        gmlp: bool = False,
+        norm: str = "ln",
+        patch_norm: bool = True,
+        stem: str = "conv",
+        downsample: str = "conv3",
+        pos_embed: bool = False,
+        drop_rate: float = 0.0,
+        mlp_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        output_stride: int = 0,
+    ):
         super().__init__()
         if stem not in ("conv", "patch"):
             raise ValueError(f"stem is {stem!r}; expected 'conv' or 'patch'")
@@ -147,15 +175,30 @@ class VMamba(FourStage):
         if stem == "conv":
             self.patch_embed = ConvStem(patch_size, in_chans, dims[0], norm if patch_norm else None)
         else:
-            self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0],
-                                          norm=map_norm(norm, dims[0]) if patch_norm else None)
+            self.patch_embed = PatchEmbed(
+                patch_size, in_chans, dims[0], norm=map_norm(norm, dims[0]) if patch_norm else None
+            )
         grid = img_size // patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dims[0])) if pos_embed else None
         self.layers = nn.ModuleList(
-            Stage([VSSBlock(d, layer(d, d_state, ssm_ratio, **options), mlp_ratio, mlp_act, gmlp, norm, next(rates),
-                            mlp_drop_rate) for _ in range(depth)],
-                  downsampling(downsample, d, dims[i + 1], norm) if i + 1 < len(dims) else None)
-            for i, (depth, d) in enumerate(zip(depths, dims)))
+            Stage(
+                [
+                    VSSBlock(
+                        d,
+                        layer(d, d_state, ssm_ratio, **options),
+                        mlp_ratio,
+                        mlp_act,
+                        gmlp,
+                        norm,
+                        next(rates),
+                        mlp_drop_rate,
+                    )
+                    for _ in range(depth)
+                ],
+                downsampling(downsample, d, dims[i + 1], norm) if i + 1 < len(dims) else None,
+            )
+            for i, (depth, d) in enumerate(zip(depths, dims))
+        )
         self.norm = map_norm(norm, dims[-1])
         self.init_stages(dims, patch_size, downsample != "none", output_stride)
         self.init_head(dims[-1], num_classes, global_pool, drop_rate)
@@ -185,11 +228,20 @@ def init_linear(module: nn.Module) -> None:
 # ---- released checkpoints ------------------------------------------------------------------------------------------
 
 SUFFIXES = (("_no32", {}), ("_oact", {"out_act": "gelu"}), ("_noz", {"gate": None}), ("_nozact", {"gate": "linear"}))
-NORM_TAGS = (("_onnone", "none"), ("_ondwconv3", "conv"), ("_oncnorm", "layer_conv"), ("_onsoftmax", "softmax"),
-             ("_onsigmoid", "sigmoid"))
+NORM_TAGS = (
+    ("_onnone", "none"),
+    ("_ondwconv3", "conv"),
+    ("_oncnorm", "layer_conv"),
+    ("_onsoftmax", "softmax"),
+    ("_onsigmoid", "sigmoid"),
+)
 SAME = ("v01", "v02", "v03", "v04", "v05")  # one computation, different kernels
-FORMS = {"v051d": {"scans": "unidirectional"}, "v052d": {"scans": "bidirectional"}, "v052dc": {"scans": "cascade"},
-         "m0": {"heads": True}} | {form: {} for form in SAME}
+FORMS = {
+    "v051d": {"scans": "unidirectional"},
+    "v052d": {"scans": "bidirectional"},
+    "v052dc": {"scans": "cascade"},
+    "m0": {"heads": True},
+} | {form: {} for form in SAME}
 INITS = {"v0": "mamba", "v1": "normal", "v2": "zero"}
 
 
@@ -205,9 +257,11 @@ def parse_forward_type(forward_type: str) -> dict:
         if rest.endswith(suffix):
             rest, options["out_norm"] = rest.removesuffix(suffix), norm
     if rest not in FORMS:
-        raise ValueError(f"forward_type is {forward_type!r}: {rest!r} is none of v0, v0seq, {', '.join(FORMS)}, or its "
-                         f"suffixes are not in the order that the released code reads: an output norm "
-                         f"({', '.join(t for t, _ in NORM_TAGS)}), _nozact, _noz, _oact, _no32")
+        raise ValueError(
+            f"forward_type is {forward_type!r}: {rest!r} is none of v0, v0seq, {', '.join(FORMS)}, or its "
+            f"suffixes are not in the order that the released code reads: an output norm "
+            f"({', '.join(t for t, _ in NORM_TAGS)}), _nozact, _noz, _oact, _no32"
+        )
     return options | FORMS[rest]
 
 
@@ -217,14 +271,34 @@ def act_name(act) -> str:
     return name.split()[0].lower()
 
 
-def official_mixer(forward_type: str, d_state: int = 16, ssm_ratio: float = 2.0, dt_rank="auto", d_conv: int = 3,
-                   conv_bias: bool = True, act="silu", init: str = "v0", dropout: float = 0.0) -> dict:
+def official_mixer(
+    forward_type: str,
+    d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    dt_rank="auto",
+    d_conv: int = 3,
+    conv_bias: bool = True,
+    act="silu",
+    init: str = "v0",
+    dropout: float = 0.0,
+) -> dict:
     """Arguments of SS2D for the released class's; the released v0 ignores those of convolution, activation and init."""
     options = parse_forward_type(forward_type)
     if forward_type in ("v0", "v0seq"):
         d_conv, conv_bias, act, init = 3, True, "silu", "v0"
-    return dict(d_state=d_state, ssm_ratio=ssm_ratio, dt_rank=dt_rank, d_conv=d_conv, conv_bias=conv_bias,
-                act=act_name(act), ssm_init=INITS[init], dropout=dropout) | options
+    return (
+        dict(
+            d_state=d_state,
+            ssm_ratio=ssm_ratio,
+            dt_rank=dt_rank,
+            d_conv=d_conv,
+            conv_bias=conv_bias,
+            act=act_name(act),
+            ssm_init=INITS[init],
+            dropout=dropout,
+        )
+        | options
+    )
 
 
 class ChannelsFirst(nn.Module):
@@ -238,27 +312,64 @@ class ChannelsFirst(nn.Module):
         return self.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def official_ss2d(d_model: int, d_state: int = 16, ssm_ratio: float = 2.0, dt_rank="auto", act_layer="silu",
-                  d_conv: int = 3, conv_bias: bool = True, dropout: float = 0.0, bias: bool = False,
-                  initialize: str = "v0", forward_type: str = "v2", channel_first: bool = False):
+def official_ss2d(
+    d_model: int,
+    d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    dt_rank="auto",
+    act_layer="silu",
+    d_conv: int = 3,
+    conv_bias: bool = True,
+    dropout: float = 0.0,
+    bias: bool = False,
+    initialize: str = "v0",
+    forward_type: str = "v2",
+    channel_first: bool = False,
+):
     if bias:
         raise ValueError("bias=True: no released SS2D has biases in its projections")
-    options = official_mixer(forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize,
-                             dropout)
+    options = official_mixer(
+        forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize, dropout
+    )
     module = (HeadSS2D if options.pop("heads", False) else SS2D)(d_model, **options)
     return ChannelsFirst(module) if channel_first else module
 
 
-def official_vss_block(hidden_dim: int, drop_path: float = 0.0, norm_layer="ln", channel_first: bool = False,
-                       ssm_d_state: int = 16, ssm_ratio: float = 2.0, ssm_dt_rank="auto", ssm_act_layer="silu",
-                       ssm_conv: int = 3, ssm_conv_bias: bool = True, ssm_drop_rate: float = 0.0, ssm_init: str = "v0",
-                       forward_type: str = "v2", mlp_ratio: float = 4.0, mlp_act_layer="gelu",
-                       mlp_drop_rate: float = 0.0, gmlp: bool = False, use_checkpoint: bool = False):
-    options = official_mixer(forward_type, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, ssm_act_layer,
-                             ssm_init, ssm_drop_rate)
+def official_vss_block(
+    hidden_dim: int,
+    drop_path: float = 0.0,
+    norm_layer="ln",
+    channel_first: bool = False,
+    ssm_d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    ssm_dt_rank="auto",
+    ssm_act_layer="silu",
+    ssm_conv: int = 3,
+    ssm_conv_bias: bool = True,
+    ssm_drop_rate: float = 0.0,
+    ssm_init: str = "v0",
+    forward_type: str = "v2",
+    mlp_ratio: float = 4.0,
+    mlp_act_layer="gelu",
+    mlp_drop_rate: float = 0.0,
+    gmlp: bool = False,
+    use_checkpoint: bool = False,
+):
+    options = official_mixer(
+        forward_type,
+        ssm_d_state,
+        ssm_ratio,
+        ssm_dt_rank,
+        ssm_conv,
+        ssm_conv_bias,
+        ssm_act_layer,
+        ssm_init,
+        ssm_drop_rate,
+    )
     mixer = (HeadSS2D if options.pop("heads", False) else SS2D)(hidden_dim, **options)
-    block = VSSBlock(hidden_dim, mixer, mlp_ratio, act_name(mlp_act_layer), gmlp, official_norm(norm_layer), drop_path,
-                     mlp_drop_rate)
+    block = VSSBlock(
+        hidden_dim, mixer, mlp_ratio, act_name(mlp_act_layer), gmlp, official_norm(norm_layer), drop_path, mlp_drop_rate
+    )
     return ChannelsFirst(block) if channel_first else block
 
 
@@ -267,30 +378,85 @@ def official_norm(norm_layer) -> str:
     return "bn" if "bn" in act_name(norm_layer) or "batch" in act_name(norm_layer) else "ln"
 
 
-def official_vssm(patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000, depths=(2, 2, 9, 2),
-                  dims=(96, 192, 384, 768), ssm_d_state: int = 16, ssm_ratio: float = 2.0, ssm_dt_rank="auto",
-                  ssm_act_layer="silu", ssm_conv: int = 3, ssm_conv_bias: bool = True, ssm_drop_rate: float = 0.0,
-                  ssm_init: str = "v0", forward_type: str = "v2", mlp_ratio: float = 4.0, mlp_act_layer="gelu",
-                  mlp_drop_rate: float = 0.0, gmlp: bool = False, drop_path_rate: float = 0.1, patch_norm: bool = True,
-                  norm_layer="LN", downsample_version: str = "v2", patchembed_version: str = "v1",
-                  use_checkpoint: bool = False, posembed: bool = False, imgsize: int = 224) -> dict:
+def official_vssm(
+    patch_size: int = 4,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    depths=(2, 2, 9, 2),
+    dims=(96, 192, 384, 768),
+    ssm_d_state: int = 16,
+    ssm_ratio: float = 2.0,
+    ssm_dt_rank="auto",
+    ssm_act_layer="silu",
+    ssm_conv: int = 3,
+    ssm_conv_bias: bool = True,
+    ssm_drop_rate: float = 0.0,
+    ssm_init: str = "v0",
+    forward_type: str = "v2",
+    mlp_ratio: float = 4.0,
+    mlp_act_layer="gelu",
+    mlp_drop_rate: float = 0.0,
+    gmlp: bool = False,
+    drop_path_rate: float = 0.1,
+    patch_norm: bool = True,
+    norm_layer="LN",
+    downsample_version: str = "v2",
+    patchembed_version: str = "v1",
+    use_checkpoint: bool = False,
+    posembed: bool = False,
+    imgsize: int = 224,
+) -> dict:
     """Arguments of `VMamba` for the released VSSM's."""
-    mixer = official_mixer(forward_type, ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_conv, ssm_conv_bias, ssm_act_layer,
-                           ssm_init, ssm_drop_rate)
+    mixer = official_mixer(
+        forward_type,
+        ssm_d_state,
+        ssm_ratio,
+        ssm_dt_rank,
+        ssm_conv,
+        ssm_conv_bias,
+        ssm_act_layer,
+        ssm_init,
+        ssm_drop_rate,
+    )
     return dict(
-        in_chans=in_chans, num_classes=num_classes, img_size=imgsize, patch_size=patch_size, depths=depths, dims=dims,
-        d_state=mixer.pop("d_state"), ssm_ratio=mixer.pop("ssm_ratio"), mixer=mixer, mlp_ratio=mlp_ratio,
-        mlp_act=act_name(mlp_act_layer), gmlp=gmlp, norm=official_norm(norm_layer), patch_norm=patch_norm,
-        stem={"v1": "patch", "v2": "conv"}[patchembed_version], pos_embed=posembed, mlp_drop_rate=mlp_drop_rate,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        img_size=imgsize,
+        patch_size=patch_size,
+        depths=depths,
+        dims=dims,
+        d_state=mixer.pop("d_state"),
+        ssm_ratio=mixer.pop("ssm_ratio"),
+        mixer=mixer,
+        mlp_ratio=mlp_ratio,
+        mlp_act=act_name(mlp_act_layer),
+        gmlp=gmlp,
+        norm=official_norm(norm_layer),
+        patch_norm=patch_norm,
+        stem={"v1": "patch", "v2": "conv"}[patchembed_version],
+        pos_embed=posembed,
+        mlp_drop_rate=mlp_drop_rate,
         downsample={"v1": "merge", "v2": "conv2", "v3": "conv3", "none": "none"}[downsample_version],
-        drop_path_rate=drop_path_rate)
+        drop_path_rate=drop_path_rate,
+    )
 
 
-CONV_STEM = {"patch_embed.0.": "patch_embed.proj.", "patch_embed.2.": "patch_embed.norm1.",
-             "patch_embed.5.": "patch_embed.conv2.", "patch_embed.7.": "patch_embed.norm2."}
-RENAMED = {"patch_embed.0.": "patch_embed.proj.", "patch_embed.2.": "patch_embed.norm.", "classifier.": "",
-           ".downsample.1.": ".downsample.conv.", ".downsample.3.": ".downsample.norm.", "conv2d.1.": "conv2d.",
-           "ln_1.": "norm.", "self_attention.": "op."}
+CONV_STEM = {
+    "patch_embed.0.": "patch_embed.proj.",
+    "patch_embed.2.": "patch_embed.norm1.",
+    "patch_embed.5.": "patch_embed.conv2.",
+    "patch_embed.7.": "patch_embed.norm2.",
+}
+RENAMED = {
+    "patch_embed.0.": "patch_embed.proj.",
+    "patch_embed.2.": "patch_embed.norm.",
+    "classifier.": "",
+    ".downsample.1.": ".downsample.conv.",
+    ".downsample.3.": ".downsample.norm.",
+    "conv2d.1.": "conv2d.",
+    "ln_1.": "norm.",
+    "self_attention.": "op.",
+}
 
 
 def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,16 @@ from ssmzoo.ops.dispatch import op
 ACTIVATIONS = (None, "silu", "swish")
 
 
-def check_causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                        final_states_out=None, activation=None) -> None:
+def check_causal_conv1d(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+) -> None:
     sizes: dict[str, int] = {}
     expect("x", x, ("b", "c", "l"), sizes)
     _check_weight(weight, bias, activation, sizes)
@@ -22,8 +30,9 @@ def check_causal_conv1d(x, weight, bias=None, seq_idx=None, initial_states=None,
             expect(name, states, ("b", "c", "k-1"), sizes)
     if final_states_out is not None and not return_final_states:
         raise ValueError("final_states_out was given but return_final_states is False; set it to True")
-    expect_floats(x.device, x=x, weight=weight, bias=bias, initial_states=initial_states,
-                  final_states_out=final_states_out)
+    expect_floats(
+        x.device, x=x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out
+    )
     expect_seq_idx(seq_idx, x.device, sizes)
 
 
@@ -39,8 +48,16 @@ def _check_weight(weight: Tensor, bias: Tensor | None, activation: str | None, s
 
 
 @op(check=check_causal_conv1d)
-def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                     final_states_out=None, activation=None):
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
     """Convolve every channel with its own taps, looking back only.
 
         y_t = act(bias + sum_j weight_j x_{t-(k-1)+j})        j = 0 .. k-1: the last tap meets the current token
@@ -92,12 +109,21 @@ def last_inputs(x: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None
 
 
 @causal_conv1d_fn.register("torch")
-def _causal_conv1d_torch(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                         final_states_out=None, activation=None):
+def _causal_conv1d_torch(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
     """torch's own depthwise convolution; taps that depend on the sequence index take the reference's shifted sums."""
     if seq_idx is not None or x.numel() == 0:
-        return causal_conv1d_fn.reference(x, weight, bias, seq_idx, initial_states, return_final_states,
-                                          final_states_out, activation)
+        return causal_conv1d_fn.reference(
+            x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation
+        )
     dtype, taps = compute_dtype(x, weight), weight.shape[1]
     padded = _with_past(x, initial_states, taps)
     with torch.autocast(x.device.type, enabled=False):
@@ -144,6 +170,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
         past = seen[..., size - taps + 1 : size]
         conv_state.copy_(seen[..., length:])
     else:
+
         def places(first, count):
             steps = torch.arange(first, first + count, device=x.device) + cache_seqlens[:, None]
             return (steps % max(size, 1))[:, None].expand(-1, x.shape[1], -1)
@@ -163,8 +190,9 @@ def official_causal_conv1d(state, activation=None, return_final_states=False):
 
     def convolve(x, weight, bias=None, seq_idx=None, initial_states=None, conv_state=None, cache_seqlens=None):
         if conv_state is None:
-            return causal_conv1d_fn(x, weight, bias, seq_idx, initial_states, return_final_states,
-                                    activation=activation)
+            return causal_conv1d_fn(
+                x, weight, bias, seq_idx, initial_states, return_final_states, activation=activation
+            )
         buffer = conv_state.clone()
         return causal_conv1d_update(x, buffer, weight, bias, activation, cache_seqlens), buffer
 

@@ -33,8 +33,9 @@ _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 _LIBRARY.define(f"causal_conv1d_with({_ARGS}) -> Tensor")
 _LIBRARY.define(f"causal_conv1d_with_backward(Tensor dout, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.impl("causal_conv1d_with", lambda *args: KERNELS[args[-1]].forward(*args[:-1]), "CompositeExplicitAutograd")
-_LIBRARY.impl("causal_conv1d_with_backward", lambda *args: KERNELS[args[-1]].backward(*args[:-1]),
-              "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "causal_conv1d_with_backward", lambda *args: KERNELS[args[-1]].backward(*args[:-1]), "CompositeExplicitAutograd"
+)
 torch.library.register_fake("ssmzoo::causal_conv1d_with", lambda x, *_: torch.empty_like(x), lib=_LIBRARY)
 
 
@@ -61,5 +62,6 @@ def _gradients(ctx, dout):
 
 
 torch.library.register_autograd("ssmzoo::causal_conv1d_with", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::causal_conv1d_with_backward", no_double_backward("causal_conv1d"),
-                                lib=_LIBRARY)
+torch.library.register_autograd(
+    "ssmzoo::causal_conv1d_with_backward", no_double_backward("causal_conv1d"), lib=_LIBRARY
+)

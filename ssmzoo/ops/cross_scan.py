@@ -63,7 +63,7 @@ def cross_merge(y: Tensor, scans: str = "cross") -> Tensor:
     returns  (b c l)      in row-major order
     """
     h, w = y.shape[-2:]
-    back = orders(h, w, scans, y.device).argsort(dim=-1)                          # (4 l)
+    back = orders(h, w, scans, y.device).argsort(dim=-1)  # (4 l)
     return sum(y[:, k].flatten(2)[..., back[k]] for k in range(4))
 
 

@@ -54,8 +54,18 @@ def cross_selective_scan(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):
     The native backend neither lays the map out in four orders nor keeps time steps: it gathers a few positions at a
     time. Raises ValueError naming the argument, its shape and the one expected.
     """
-    return _in_parts(cross_scan.reference, selective_scan_fn.reference, cross_merge.reference, x, x_proj, dt_proj,
-                     dt_bias, A, D, scans)
+    return _in_parts(
+        cross_scan.reference,
+        selective_scan_fn.reference,
+        cross_merge.reference,
+        x,
+        x_proj,
+        dt_proj,
+        dt_bias,
+        A,
+        D,
+        scans,
+    )
 
 
 @cross_selective_scan.register("torch")

@@ -84,8 +84,21 @@ def _segments(seq_idx: Tensor | None) -> Tensor | None:
 SCAN = ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
 
 
-def why_not_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
-                 initial_state=None, seq_idx=None) -> str | None:
+def why_not_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+) -> str | None:
     if initial_state is not None:
         return "mamba-ssm's selective scan takes no initial_state"
     if seq_idx is not None:
@@ -103,10 +116,24 @@ def why_not_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softp
     return _same_dtype(u=u, delta=delta, z=z, **varying) or _refuses(*SCAN, u, delta, A, B, C, D, z, delta_bias)
 
 
-@selective_scan_fn.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_scan,
-                            broken=why_broken(*SCAN))
-def selective_scan_cuda(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                        return_last_state=False, *, initial_state=None, seq_idx=None):
+@selective_scan_fn.register(
+    "cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_scan, broken=why_broken(*SCAN)
+)
+def selective_scan_cuda(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+):
     B, C = (M.float() if M.ndim == 2 else M for M in (B, C))
     D, delta_bias = (None if t is None else t.float() for t in (D, delta_bias))
     return load(*SCAN)[0](u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
@@ -122,8 +149,9 @@ def why_not_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt
     return _refuses(*UPDATE, *given)
 
 
-@selective_state_update.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_state_update,
-                                 broken=why_broken(*UPDATE))
+@selective_state_update.register(
+    "cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_state_update, broken=why_broken(*UPDATE)
+)
 def selective_state_update_cuda(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
     return load(*UPDATE)[0](state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
 
@@ -131,22 +159,63 @@ def selective_state_update_cuda(state, x, dt, A, B, C, D=None, z=None, dt_bias=N
 SSD = ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
 
 
-def why_not_ssd(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False) -> str | None:
+def why_not_ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+) -> str | None:
     if seq_idx is not None and initial_states is not None:
         return "mamba-ssm's chunk scan does not combine seq_idx with initial_states"
-    return (_same_dtype(x=x, z=z, B=B, C=C)
-            or _refuses(*SSD, x, dt, A, B, C, D, z, dt_bias, initial_states))
+    return _same_dtype(x=x, z=z, B=B, C=C) or _refuses(*SSD, x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
-@mamba_chunk_scan_combined.register("cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_ssd,
-                                    broken=why_broken(*SSD))
-def mamba_chunk_scan_cuda(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None,
-                          seq_idx=None, dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+@mamba_chunk_scan_combined.register(
+    "cuda", device=DEVICE, missing=missing("mamba_ssm"), unsupported=why_not_ssd, broken=why_broken(*SSD)
+)
+def mamba_chunk_scan_cuda(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+):
     chunk_size = min(256, max(16, 1 << chunk_size.bit_length() - 1))  # theirs are powers of two
-    out = load(*SSD)[0](x, dt, A, B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states,
-                        seq_idx=_segments(seq_idx), dt_softplus=dt_softplus, dt_limit=tuple(dt_limit),
-                        return_final_states=return_final_states)
+    out = load(*SSD)[0](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=_segments(seq_idx),
+        dt_softplus=dt_softplus,
+        dt_limit=tuple(dt_limit),
+        return_final_states=return_final_states,
+    )
     return (out[0], out[1].float()) if return_final_states else out
 
 
@@ -165,20 +234,39 @@ def _eights(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0 and x.shape[1] % 8 == 0
 
 
-def why_not_conv(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                 final_states_out=None, activation=None) -> str | None:
+def why_not_conv(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+) -> str | None:
     if seq_idx is not None and initial_states is not None:
         return "causal-conv1d does not combine seq_idx with initial_states"
     if (seq_idx is not None or initial_states is not None or x.stride(2) != 1) and not _eights(x):
-        return "causal-conv1d wants x channels-first, or channels-last in multiples of 8 (always so with seq_idx or " \
-               "initial_states)"
+        return (
+            "causal-conv1d wants x channels-first, or channels-last in multiples of 8 (always so with seq_idx or "
+            "initial_states)"
+        )
     return _why_not_taps(weight, bias) or _refuses(*CONV, x, weight, bias, initial_states)
 
 
-@causal_conv1d_fn.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv,
-                           broken=why_broken(*CONV))
-def causal_conv1d_cuda(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                       final_states_out=None, activation=None):
+@causal_conv1d_fn.register(
+    "cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv, broken=why_broken(*CONV)
+)
+def causal_conv1d_cuda(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
     first = initial_states
     if first is not None:
         first = first.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
@@ -192,12 +280,20 @@ def causal_conv1d_cuda(x, weight, bias=None, seq_idx=None, initial_states=None, 
 def why_not_conv_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None) -> str | None:
     if needs_grad(x, conv_state, weight, bias):
         return "causal-conv1d's step has no backward; the torch backend does"
-    return (_why_not_taps(weight, bias) or _same_dtype(x=x, conv_state=conv_state)
-            or _refuses(*CONV_UPDATE, x, conv_state, weight, bias))
+    return (
+        _why_not_taps(weight, bias)
+        or _same_dtype(x=x, conv_state=conv_state)
+        or _refuses(*CONV_UPDATE, x, conv_state, weight, bias)
+    )
 
 
-@causal_conv1d_update.register("cuda", device=DEVICE, missing=missing("causal_conv1d"), unsupported=why_not_conv_update,
-                               broken=why_broken(*CONV_UPDATE))
+@causal_conv1d_update.register(
+    "cuda",
+    device=DEVICE,
+    missing=missing("causal_conv1d"),
+    unsupported=why_not_conv_update,
+    broken=why_broken(*CONV_UPDATE),
+)
 def causal_conv1d_update_cuda(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
     places = None if cache_seqlens is None else cache_seqlens.int()
     return load(*CONV_UPDATE)[0](x, conv_state, weight, bias, activation, places)

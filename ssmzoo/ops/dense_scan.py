@@ -40,8 +40,19 @@ def mix_transitions(A_dict: Tensor, weights: Tensor, p_norm: float = 1.0) -> Ten
     return M / torch.linalg.vector_norm(M, p_norm, dim=-2, keepdim=True)
 
 
-def _check(A_dict, weights, inputs, p_norm=1.0, symbols=None, *, initial_state=None, mask=None, seq_idx=None,
-           all_steps=True, parallel=None):
+def _check(
+    A_dict,
+    weights,
+    inputs,
+    p_norm=1.0,
+    symbols=None,
+    *,
+    initial_state=None,
+    mask=None,
+    seq_idx=None,
+    all_steps=True,
+    parallel=None,
+):
     sizes: dict[str, int] = {}
     expect("A_dict", A_dict, ("n", "n", "k"), sizes)
     if p_norm <= 0:
@@ -64,16 +75,28 @@ def _check(A_dict, weights, inputs, p_norm=1.0, symbols=None, *, initial_state=N
     if mask is not None:
         expect("mask", mask, ("b", "l"), sizes)
         if mask.dtype != torch.bool or mask.device != A_dict.device:
-            raise ValueError(f"mask is {mask.dtype} on {mask.device}, expected torch.bool on {A_dict.device} with True "
-                             "for real positions")
+            raise ValueError(
+                f"mask is {mask.dtype} on {mask.device}, expected torch.bool on {A_dict.device} with True "
+                "for real positions"
+            )
     expect_floats(A_dict.device, A_dict=A_dict, weights=weights, inputs=inputs, initial_state=initial_state)
     expect_seq_idx(seq_idx, A_dict.device, sizes)
 
 
 @op(check=_check)
-def dense_scan(A_dict: Tensor, weights: Tensor, inputs: Tensor, p_norm: float = 1.0, symbols: Tensor | None = None, *,
-               initial_state: Tensor | None = None, mask: Tensor | None = None, seq_idx: Tensor | None = None,
-               all_steps: bool = True, parallel: bool | None = None) -> tuple[Tensor, Tensor]:
+def dense_scan(
+    A_dict: Tensor,
+    weights: Tensor,
+    inputs: Tensor,
+    p_norm: float = 1.0,
+    symbols: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    all_steps: bool = True,
+    parallel: bool | None = None,
+) -> tuple[Tensor, Tensor]:
     """Run h_t = T_t h_{t-1} + x_t with column-normalised mixtures T_t of the matrices in A_dict.
 
     A_dict    (n n k)    row, column, matrix
@@ -102,7 +125,7 @@ def dense_scan(A_dict: Tensor, weights: Tensor, inputs: Tensor, p_norm: float = 
         at = (codes & (SKIP - 1)).long()
         T, x = T[at], (x[at] if x.ndim == 2 else x)
     h = x.new_zeros(b, T.shape[-1]) if initial_state is None else initial_state.to(dtype)
-    skip, reset = ((codes & flag).bool().unsqueeze(-1) for flag in (SKIP, RESET))         # (b l 1)
+    skip, reset = ((codes & flag).bool().unsqueeze(-1) for flag in (SKIP, RESET))  # (b l 1)
     steps = []
     with torch.autocast(A_dict.device.type, enabled=False):
         for t in range(l):
@@ -113,8 +136,9 @@ def dense_scan(A_dict: Tensor, weights: Tensor, inputs: Tensor, p_norm: float = 
     return (states if all_steps else h.unsqueeze(1)).to(inputs.dtype), h
 
 
-def step_codes(b: int, l: int, device: torch.device, symbols: Tensor | None, mask: Tensor | None,
-               seq_idx: Tensor | None) -> Tensor:
+def step_codes(
+    b: int, l: int, device: torch.device, symbols: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
     """What happens at each step, (b l) int32: its symbol (0 without symbols) plus the flags SKIP and RESET."""
     if symbols is None:
         codes = torch.zeros(b, l, dtype=torch.int32, device=device)
@@ -130,8 +154,19 @@ def step_codes(b: int, l: int, device: torch.device, symbols: Tensor | None, mas
 def scan_with(backend: str):
     """dense_scan on the kernel registered under `backend`."""
 
-    def run(A_dict, weights, inputs, p_norm=1.0, symbols=None, *, initial_state=None, mask=None, seq_idx=None,
-            all_steps=True, parallel=None):
+    def run(
+        A_dict,
+        weights,
+        inputs,
+        p_norm=1.0,
+        symbols=None,
+        *,
+        initial_state=None,
+        mask=None,
+        seq_idx=None,
+        all_steps=True,
+        parallel=None,
+    ):
         dtype = compute_dtype(A_dict, weights, inputs)
         b, l = weights.shape[:2] if symbols is None else symbols.shape
         n = A_dict.shape[0]
@@ -143,7 +178,8 @@ def scan_with(backend: str):
             parallel = backend == "torch" and l >= PARALLEL_FROM and b * n <= PARALLEL_WIDTH and n <= 32
         if symbols is None:
             states, last = torch.ops.ssmzoo.dense_scan_mixture(
-                A_dict, weights, x, codes, h0, float(p_norm), keep, parallel, backend)
+                A_dict, weights, x, codes, h0, float(p_norm), keep, parallel, backend
+            )
         else:
             with torch.autocast(A_dict.device.type, enabled=False):
                 T = mix_transitions(A_dict, weights, p_norm).contiguous()
@@ -155,6 +191,7 @@ def scan_with(backend: str):
     return run
 
 
-KERNELS["torch"] = DenseKernel(on_torch.symbols_forward, on_torch.symbols_backward,
-                               on_torch.mixture_forward, on_torch.mixture_backward)
+KERNELS["torch"] = DenseKernel(
+    on_torch.symbols_forward, on_torch.symbols_backward, on_torch.mixture_forward, on_torch.mixture_backward
+)
 dense_scan.register("torch")(scan_with("torch"))

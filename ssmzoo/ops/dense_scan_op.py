@@ -30,15 +30,21 @@ KERNELS: dict[str, DenseKernel] = {}
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 _SYMBOLS, _MIXTURE = "Tensor T", "Tensor A_dict, Tensor weights"
 _GRADIENTS = "Tensor states, Tensor codes, Tensor h0, Tensor? d_states, Tensor d_last"
-_LIBRARY.define(f"dense_scan_symbols({_SYMBOLS}, Tensor x, Tensor codes, Tensor h0, bool keep, bool parallel, "
-                "str backend) -> (Tensor, Tensor)")
-_LIBRARY.define(f"dense_scan_symbols_backward({_SYMBOLS}, {_GRADIENTS}, bool parallel, str backend) "
-                "-> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"dense_scan_mixture({_MIXTURE}, Tensor x, Tensor codes, Tensor h0, float p_norm, bool keep, "
-                "bool parallel, str backend) -> (Tensor, Tensor)")
-_LIBRARY.define(f"dense_scan_mixture_backward({_MIXTURE}, {_GRADIENTS}, float p_norm, bool parallel, str backend) "
-                "-> (Tensor, Tensor, Tensor, Tensor)")
-
+_LIBRARY.define(
+    f"dense_scan_symbols({_SYMBOLS}, Tensor x, Tensor codes, Tensor h0, bool keep, bool parallel, "
+    "str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"dense_scan_symbols_backward({_SYMBOLS}, {_GRADIENTS}, bool parallel, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"dense_scan_mixture({_MIXTURE}, Tensor x, Tensor codes, Tensor h0, float p_norm, bool keep, "
+    "bool parallel, str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"dense_scan_mixture_backward({_MIXTURE}, {_GRADIENTS}, float p_norm, bool parallel, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _serve(name: str) -> Callable:
@@ -110,8 +116,12 @@ def _gradients(name: str, transitions: int, others: int):
 
 
 for _name, _transitions, _others in (("symbols", 1, 3), ("mixture", 2, 4)):
-    torch.library.register_autograd(f"ssmzoo::dense_scan_{_name}",
-                                    _gradients(f"dense_scan_{_name}_backward", _transitions, _others),
-                                    setup_context=_setup(_transitions), lib=_LIBRARY)
-    torch.library.register_autograd(f"ssmzoo::dense_scan_{_name}_backward",
-                                    no_double_backward("dense_scan", "reference"), lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"ssmzoo::dense_scan_{_name}",
+        _gradients(f"dense_scan_{_name}_backward", _transitions, _others),
+        setup_context=_setup(_transitions),
+        lib=_LIBRARY,
+    )
+    torch.library.register_autograd(
+        f"ssmzoo::dense_scan_{_name}_backward", no_double_backward("dense_scan", "reference"), lib=_LIBRARY
+    )

@@ -22,17 +22,19 @@ SLICE_ELEMENTS = 1 << 22  # elements of the transitions that exist at one time
 # ---------------------------------------------------------------- transitions that depend on symbols
 
 
-def symbols_forward(T: Tensor, x: Tensor, codes: Tensor, h0: Tensor, keep: bool,
-                    parallel: bool) -> tuple[Tensor, Tensor]:
+def symbols_forward(
+    T: Tensor, x: Tensor, codes: Tensor, h0: Tensor, keep: bool, parallel: bool
+) -> tuple[Tensor, Tensor]:
     """T (s n n), x (b l n), codes (b l), h0 (b n) -> states (b l n), or (b 0 n) unless `keep`, and the last (b n)."""
     check_codes(codes, T.shape[0])
     return _forward(lambda now: _pick(T, codes[:, now]), x, codes, h0, keep, parallel)
 
 
-def symbols_backward(T: Tensor, states: Tensor, codes: Tensor, h0: Tensor, d_states: Tensor | None,
-                     d_last: Tensor, parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+def symbols_backward(
+    T: Tensor, states: Tensor, codes: Tensor, h0: Tensor, d_states: Tensor | None, d_last: Tensor, parallel: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     g, d_h0 = _backward(lambda now: _pick(T, codes[:, now]), codes, d_states, d_last, parallel)
-    before = _before(states, h0).flatten(0, 1)                                     # (b l n)
+    before = _before(states, h0).flatten(0, 1)  # (b l n)
     flat, dT = codes.flatten(), torch.zeros_like(T)
     for s in range(T.shape[0]):
         at = (flat == s).nonzero().squeeze(1)
@@ -43,26 +45,36 @@ def symbols_backward(T: Tensor, states: Tensor, codes: Tensor, h0: Tensor, d_sta
 # ---------------------------------------------------------------- transitions mixed from a dictionary
 
 
-def mixture_forward(A_dict: Tensor, weights: Tensor, x: Tensor, codes: Tensor, h0: Tensor, p_norm: float, keep: bool,
-                    parallel: bool) -> tuple[Tensor, Tensor]:
+def mixture_forward(
+    A_dict: Tensor, weights: Tensor, x: Tensor, codes: Tensor, h0: Tensor, p_norm: float, keep: bool, parallel: bool
+) -> tuple[Tensor, Tensor]:
     """A_dict (n n k), weights (b l k), the rest as above."""
     return _forward(lambda now: _mix(A_dict, weights[:, now], p_norm)[0], x, codes, h0, keep, parallel)
 
 
-def mixture_backward(A_dict: Tensor, weights: Tensor, states: Tensor, codes: Tensor, h0: Tensor, d_states: Tensor,
-                     d_last: Tensor, p_norm: float, parallel: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mixture_backward(
+    A_dict: Tensor,
+    weights: Tensor,
+    states: Tensor,
+    codes: Tensor,
+    h0: Tensor,
+    d_states: Tensor,
+    d_last: Tensor,
+    p_norm: float,
+    parallel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, k = A_dict.shape[1:]
     g, d_h0 = _backward(lambda now: _mix(A_dict, weights[:, now], p_norm)[0], codes, d_states, d_last, parallel)
     before = _before(states, h0)
     used = codes < SKIP
     dA, dw = torch.zeros_like(A_dict).view(n * n, k), torch.empty_like(weights)
     for now in _slices(*codes.shape, n):
-        T, v = _mix(A_dict, weights[:, now], p_norm)                               # (c b n n), (c b 1 n)
+        T, v = _mix(A_dict, weights[:, now], p_norm)  # (c b n n), (c b 1 n)
         g_now, before_now = g[:, now].transpose(0, 1), before[:, now].transpose(0, 1)
         dT = g_now.unsqueeze(-1) * before_now.unsqueeze(-2)
         shape = T.sign() * T.abs().pow(p_norm - 1) if p_norm != 1 else T.sign()
         dM = (dT - shape * (dT * T).sum(-2, keepdim=True)) / v
-        dM = torch.where(used[:, now].mT[..., None, None], dM, 0.0).flatten(0, 1).flatten(1)   # (c b, n n)
+        dM = torch.where(used[:, now].mT[..., None, None], dM, 0.0).flatten(0, 1).flatten(1)  # (c b, n n)
         dA += dM.mT @ weights[:, now].transpose(0, 1).flatten(0, 1)
         dw[:, now] = (dM @ A_dict.view(n * n, k)).view(*g_now.shape[:2], k).transpose(0, 1)
     return dA.view_as(A_dict), dw, _unless_skipped(g, codes), d_h0
@@ -117,7 +129,7 @@ def _recur(T: Tensor, x: Tensor, h: Tensor, parallel: bool) -> Tensor:
     # m blocks of q steps: products and responses inside all blocks at once, then from block to block
     q = max(2, int(c**0.5))
     m = c // q
-    blocks, inputs = T[:m * q].unflatten(0, (m, q)), x[:m * q].unflatten(0, (m, q)).unsqueeze(-1)
+    blocks, inputs = T[: m * q].unflatten(0, (m, q)), x[: m * q].unflatten(0, (m, q)).unsqueeze(-1)
     P, v = [blocks[:, 0]], [inputs[:, 0]]
     for j in range(1, q):
         P.append(blocks[:, j] @ P[-1])
@@ -126,9 +138,9 @@ def _recur(T: Tensor, x: Tensor, h: Tensor, parallel: bool) -> Tensor:
     for i in range(m):
         starts.append(h)
         h = P[-1][i] @ h + v[-1][i]
-    starts = torch.stack(starts)                                                   # (m b n 1)
+    starts = torch.stack(starts)  # (m b n 1)
     steps = torch.stack([p @ starts + w for p, w in zip(P, v)], dim=1).flatten(0, 1).squeeze(-1)
-    rest = _recur(T[m * q:], x[m * q:], h.squeeze(-1), False)
+    rest = _recur(T[m * q :], x[m * q :], h.squeeze(-1), False)
     return torch.cat([steps, rest])
 
 
@@ -157,7 +169,7 @@ def _unless_skipped(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def _before(states: Tensor, h0: Tensor) -> Tensor:
-    return torch.cat([h0.unsqueeze(1), states[:, :-1]], dim=1)[:, :states.shape[1]]
+    return torch.cat([h0.unsqueeze(1), states[:, :-1]], dim=1)[:, : states.shape[1]]
 
 
 def check_codes(codes: Tensor, s: int) -> None:

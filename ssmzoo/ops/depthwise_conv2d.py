@@ -27,13 +27,22 @@ def check_depthwise_conv2d(x, weight, bias=None, act=None, stride=1, residual=Fa
     if stride not in (1, 2):
         raise ValueError(f"stride = {stride!r}, expected 1 or 2")
     if residual and (stride != 1 or act is not None or rectify or weight.shape[-1] % 2 == 0):
-        raise ValueError(f"residual=True adds x to a map of its size, without activations: expected stride 1, an odd "
-                         f"kernel, act=None and rectify=False, got {stride}, {weight.shape[-1]}, {act!r}, {rectify}")
+        raise ValueError(
+            f"residual=True adds x to a map of its size, without activations: expected stride 1, an odd "
+            f"kernel, act=None and rectify=False, got {stride}, {weight.shape[-1]}, {act!r}, {rectify}"
+        )
 
 
 @op(check=check_depthwise_conv2d)
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None, stride: int = 1,
-                     residual: bool = False, rectify: bool = False) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str | None = None,
+    stride: int = 1,
+    residual: bool = False,
+    rectify: bool = False,
+) -> Tensor:
     """y = act(sum over taps of weight * x[neighbour] + bias), zeros around the map.
 
     x        (b h w d)    any strides; the native backend reads it as it is if the channels lie side by side

@@ -87,8 +87,14 @@ def op(reference: Callable | None = None, *, check: Callable | None = None):
             check(*args, **kwargs)
         return _choose(reference.__name__, backends, args, kwargs)(*args, **kwargs)
 
-    def register(name: str, *, device: str | None = None, missing: str | None = None,
-                 unsupported: Callable | None = None, broken: Callable[[], str | None] | None = None):
+    def register(
+        name: str,
+        *,
+        device: str | None = None,
+        missing: str | None = None,
+        unsupported: Callable | None = None,
+        broken: Callable[[], str | None] | None = None,
+    ):
         """Register an implementation with the operator's signature; see Backend for the arguments."""
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
@@ -151,8 +157,10 @@ def no_double_backward(operator: str, backend: str = "torch") -> Callable:
     """The autograd function of a backward kernel: it refuses and names the `backend` that has second derivatives."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{operator} has no double backward on its fast backends; compute second derivatives within "
-                           f"`with ssmzoo.ops.backend('{backend}'):`")
+        raise RuntimeError(
+            f"{operator} has no double backward on its fast backends; compute second derivatives within "
+            f"`with ssmzoo.ops.backend('{backend}'):`"
+        )
 
     return refuse
 
@@ -164,8 +172,9 @@ def differentiate(operator: str, library: torch.library.Library) -> None:
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
-    torch.library.register_autograd(f"ssmzoo::{operator}", lambda ctx, dy: backward(dy, *ctx.saved_tensors),
-                                    setup_context=setup, lib=library)
+    torch.library.register_autograd(
+        f"ssmzoo::{operator}", lambda ctx, dy: backward(dy, *ctx.saved_tensors), setup_context=setup, lib=library
+    )
     torch.library.register_autograd(f"ssmzoo::{operator}_backward", no_double_backward(operator), lib=library)
 
 

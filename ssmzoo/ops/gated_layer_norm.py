@@ -12,8 +12,10 @@ from ssmzoo.ops.dispatch import op
 
 def check_gated_layer_norm(x, z, weight, bias, eps=1e-5) -> None:
     if weight.ndim != 1 or weight.shape != bias.shape or x.shape[-1:] != weight.shape or z.shape != x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} and bias "
-                         f"{tuple(bias.shape)}, expected (... d), (... d), (d) and (d)")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{tuple(bias.shape)}, expected (... d), (... d), (d) and (d)"
+        )
     expect_floats(x.device, x=x, z=z, weight=weight, bias=bias)
 
 

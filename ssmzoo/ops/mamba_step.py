@@ -21,10 +21,22 @@ from ssmzoo.ops.selective_scan import selective_state_update
 
 
 @op
-def mamba_step(u: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-               x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-               in_proj: Tensor | None = None, in_bias: Tensor | None = None, out_proj: Tensor | None = None,
-               out_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mamba_step(
+    u: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    in_proj: Tensor | None = None,
+    in_bias: Tensor | None = None,
+    out_proj: Tensor | None = None,
+    out_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Advance a Mamba mixer by one token; the states given are left alone.
 
     u           (b d), or (b 2e) = [x, z] when there is no in_proj
@@ -57,8 +69,22 @@ mamba_step.register("torch")(mamba_step.reference)  # already vectorised
 
 
 @mamba_step.register("cuda", device="cuda")
-def by_updates(u, conv_state, ssm_state, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, in_proj=None,
-               in_bias=None, out_proj=None, out_bias=None):
+def by_updates(
+    u,
+    conv_state,
+    ssm_state,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    dt_bias,
+    A_log,
+    D,
+    in_proj=None,
+    in_bias=None,
+    out_proj=None,
+    out_bias=None,
+):
     """The same through the two update operators, for which GPUs have fused kernels."""
     n, r, dtype = A_log.shape[1], dt_proj.shape[1], compute_dtype(u, ssm_state)
     if in_proj is not None:
@@ -67,6 +93,16 @@ def by_updates(u, conv_state, ssm_state, conv_weight, conv_bias, x_proj, dt_proj
     conv, h = conv_state.to(x.dtype, copy=True), ssm_state.clone()
     x = causal_conv1d_update(x, conv, conv_weight, conv_bias, activation="silu")
     dt, B, C = F.linear(x, x_proj).split([r, n, n], dim=-1)
-    y = selective_state_update(h, x, F.linear(dt, dt_proj), -torch.exp(A_log.to(dtype)), B, C, D.to(dtype), z=z,
-                               dt_bias=dt_bias.to(dtype), dt_softplus=True)
+    y = selective_state_update(
+        h,
+        x,
+        F.linear(dt, dt_proj),
+        -torch.exp(A_log.to(dtype)),
+        B,
+        C,
+        D.to(dtype),
+        z=z,
+        dt_bias=dt_bias.to(dtype),
+        dt_softplus=True,
+    )
     return (y if out_proj is None else F.linear(y, out_proj, out_bias)), conv, h

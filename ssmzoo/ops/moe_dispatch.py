@@ -32,8 +32,9 @@ class Groups(NamedTuple):
 
 
 @torch.no_grad()
-def group_by_expert(expert: Tensor, n_experts: int, capacity: int | Tensor | None = None,
-                    mask: Tensor | None = None) -> Groups:
+def group_by_expert(
+    expert: Tensor, n_experts: int, capacity: int | Tensor | None = None, mask: Tensor | None = None
+) -> Groups:
     """Sort choices by expert; of one expert's choices the first `capacity` in flattened (t k) order are kept.
 
     expert (t k)  integer choices;  mask (t)  False for tokens that are not routed at all (padding)
@@ -110,7 +111,7 @@ def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return grouped_matmul_reference(x, weight, ends)
     out = F.grouped_mm(x, weight, offs=ends)
     if out.is_cpu:
-        out[int(ends[-1]):] = 0  # left unwritten by grouped_mm
+        out[int(ends[-1]) :] = 0  # left unwritten by grouped_mm
     else:  # without waiting for the device
         out.masked_fill_(torch.arange(len(out), device=out.device)[:, None] >= ends[-1], 0)
     return out
@@ -146,8 +147,11 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, ends = ctx.saved_tensors
     gradient = gradient.contiguous()
-    return (_grouped_matmul(gradient, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None,
-            _grouped_outer(x, gradient, ends) if ctx.needs_input_grad[1] else None, None)
+    return (
+        _grouped_matmul(gradient, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None,
+        _grouped_outer(x, gradient, ends) if ctx.needs_input_grad[1] else None,
+        None,
+    )
 
 
 _grouped_matmul.register_autograd(_backward, setup_context=_keep)

@@ -12,8 +12,21 @@ from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.selective_scan_op import KERNELS, scan_with
 
 
-def check_selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                         return_last_state=False, *, initial_state=None, seq_idx=None) -> None:
+def check_selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+) -> None:
     sizes: dict[str, int] = {}
     expect("u", u, ("b", "e", "l"), sizes)
     expect("delta", delta, ("b", "e", "l"), sizes)
@@ -49,8 +62,21 @@ def check_selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, del
 
 
 @op(check=check_selective_scan)
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-                      return_last_state=False, *, initial_state=None, seq_idx=None):
+def selective_scan_fn(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+):
     """Run the input-dependent diagonal recurrence of Mamba along the last axis.
 
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t        y_t = (<h_t, C_t> + D u_t) * SiLU(z_t)

@@ -34,19 +34,37 @@ class ScanKernel(NamedTuple):
 
 KERNELS: dict[str, ScanKernel] = {}
 
-_ARGS = ("Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-         "Tensor? initial_state, Tensor? seq_idx, bool delta_softplus")
+_ARGS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "Tensor? initial_state, Tensor? seq_idx, bool delta_softplus"
+)
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 _LIBRARY.define(f"selective_scan({_ARGS}, bool save, str backend) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"selective_scan_backward(Tensor dout, Tensor? dlast_state, Tensor saved, {_ARGS}, str backend) -> ("
-                + ", ".join(["Tensor"] * 9) + ")")
+_LIBRARY.define(
+    f"selective_scan_backward(Tensor dout, Tensor? dlast_state, Tensor saved, {_ARGS}, str backend) -> ("
+    + ", ".join(["Tensor"] * 9)
+    + ")"
+)
 
 
 def scan_with(backend: str) -> Callable:
     """selective_scan_fn on the kernel registered under `backend`."""
 
-    def run(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
-            initial_state=None, seq_idx=None):
+    def run(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+        *,
+        initial_state=None,
+        seq_idx=None,
+    ):
         B, C = _same_groups(B, C)
         tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx)
         save = needs_grad(*tensors)
@@ -152,5 +170,6 @@ class _EagerScan(torch.autograd.Function):
 
 
 torch.library.register_autograd("ssmzoo::selective_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::selective_scan_backward", no_double_backward("selective_scan", "reference"),
-                                lib=_LIBRARY)
+torch.library.register_autograd(
+    "ssmzoo::selective_scan_backward", no_double_backward("selective_scan", "reference"), lib=_LIBRARY
+)

@@ -41,8 +41,16 @@ def _in_parts(scan, fuse, u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
 
 
 @op(check=check_spatial_scan)
-def spatial_scan(u: Tensor, steps: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-                 kernels: tuple[Tensor, Tensor, Tensor] | None, alpha: Tensor | None) -> Tensor:
+def spatial_scan(
+    u: Tensor,
+    steps: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    kernels: tuple[Tensor, Tensor, Tensor] | None,
+    alpha: Tensor | None,
+) -> Tensor:
     """Scan a map by rows, fuse the states (see `state_fusion`), and read them out.
 
         delta_t = softplus(dt_proj dt_t + dt_bias)      x_t = exp(delta_t A) x_{t-1} + delta_t B_t u_t
@@ -56,8 +64,9 @@ def spatial_scan(u: Tensor, steps: Tensor, dt_proj: Tensor, dt_bias: Tensor, A: 
     The native backend keeps the states of eleven rows in cache and writes nothing but y; its backward scans anew.
     Raises ValueError naming the argument, its shape and the one expected.
     """
-    return _in_parts(selective_scan_fn.reference, state_fusion.reference, u, steps, dt_proj, dt_bias, A, D, kernels,
-                     alpha)
+    return _in_parts(
+        selective_scan_fn.reference, state_fusion.reference, u, steps, dt_proj, dt_bias, A, D, kernels, alpha
+    )
 
 
 @spatial_scan.register("torch")

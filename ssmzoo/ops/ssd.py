@@ -32,8 +32,22 @@ def check_ssd_scan(X, a, B, C, initial_states=None, seq_idx=None, chunk_size=TOR
     _check_heads("X", X, "a", a, B, C, initial_states, seq_idx, chunk_size)
 
 
-def check_combined(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                   dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False) -> None:
+def check_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+) -> None:
     sizes = _check_heads("x", x, "dt", dt, B, C, initial_states, seq_idx, chunk_size)
     expect("A", A, ("h",), sizes)
     if D is not None:
@@ -65,8 +79,15 @@ def _check_heads(x_name, x, a_name, a, B, C, initial_states, seq_idx, chunk_size
 
 
 @op(check=check_ssd_scan)
-def ssd_scan(X: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None,
-             seq_idx: Tensor | None = None, chunk_size: int = TORCH_CHUNK) -> tuple[Tensor, Tensor]:
+def ssd_scan(
+    X: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = TORCH_CHUNK,
+) -> tuple[Tensor, Tensor]:
     """The bare recurrence S_t = exp(a_t) S_{t-1} + X_t (outer) B_t, y_t = S_t C_t.
 
     X          (b l h p)  input, already multiplied by the time step
@@ -94,9 +115,19 @@ def ssd_scan(X: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_states: Tensor 
 
 @op(check=check_combined)
 def mamba_chunk_scan_combined(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 256, D: Tensor | None = None,
-    z: Tensor | None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None, dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, math.inf),
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 256,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba-2's recurrence with time step, skip and gate; drop-in for mamba-ssm's function of this name.
@@ -117,12 +148,42 @@ def mamba_chunk_scan_combined(
     Raises ValueError naming the argument, its shape and the one expected.
     """
     scan = functools.partial(_with_skip, ssd_scan.reference)
-    return around_scan(scan, x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
-                       return_final_states)
+    return around_scan(
+        scan,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D,
+        z,
+        dt_bias,
+        initial_states,
+        seq_idx,
+        dt_softplus,
+        dt_limit,
+        return_final_states,
+    )
 
 
-def around_scan(scan, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+def around_scan(
+    scan,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+):
     """Time steps before and gate after scan(x, dt, a = dt A, B, C, D (h p), initial_states, seq_idx, chunk_size)."""
     dtype = compute_dtype(x, dt, A, B, C)
     dt = dt.to(dtype)
@@ -149,8 +210,9 @@ def _with_skip(scan, x, dt, a, B, C, D, initial_states, seq_idx, chunk_size):
     return (y if D is None else y + x.to(dtype) * D.to(dtype)).to(x.dtype), state
 
 
-def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int,
-                         initial_states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def ssd_minimal_discrete(
+    X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int, initial_states: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The one-page form of the paper (listing 1): X (b l h p) already multiplied by dt, A (b l h) the log decay,
     B, C (b l h n), initial_states (b 1 h p n); returns Y (b l h p) and the last state (b h p n)."""
     if initial_states is not None:
@@ -160,8 +222,18 @@ def ssd_minimal_discrete(X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: 
     return ssd_scan(X, A, B, C, initial_states, chunk_size=block_len)
 
 
-def ssd_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                     z: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False) -> Tensor:
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
     """One decoding step of `mamba_chunk_scan_combined`, in place on `state` (b h p n).
 
     x, z       (b h p)
@@ -187,15 +259,25 @@ def ssd_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
     return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
-def official_ssd(state: dict, chunk_size: int | None = None, block_len: int | None = None, dt_softplus: bool = False,
-                 dt_limit=(0.0, math.inf)):
+def official_ssd(
+    state: dict,
+    chunk_size: int | None = None,
+    block_len: int | None = None,
+    dt_softplus: bool = False,
+    dt_limit=(0.0, math.inf),
+):
     """mamba_chunk_scan_combined (with chunk_size) or ssd_minimal_discrete (with block_len), final state included."""
     if (chunk_size is None) == (block_len is None):
         raise ValueError("give chunk_size (mamba_chunk_scan_combined) or block_len (ssd_minimal_discrete)")
     if block_len is not None:
         return FunctionModule(ssd_minimal_discrete, block_len=block_len), state
-    return FunctionModule(mamba_chunk_scan_combined, chunk_size=chunk_size, dt_softplus=dt_softplus,
-                          dt_limit=tuple(dt_limit), return_final_states=True), state
+    return FunctionModule(
+        mamba_chunk_scan_combined,
+        chunk_size=chunk_size,
+        dt_softplus=dt_softplus,
+        dt_limit=tuple(dt_limit),
+        return_final_states=True,
+    ), state
 
 
 @ssd_scan.register("torch")
@@ -210,17 +292,17 @@ def ssd_scan_torch(X, a, B, C, initial_states=None, seq_idx=None, chunk_size=TOR
         return X * 0, state
     pad, c, out_dtype = -l % q, -(-l // q), X.dtype
 
-    def chunks(v, heads):                                                          # (b l ... ) -> (b c g r q ...)
+    def chunks(v, heads):  # (b l ... ) -> (b c g r q ...)
         v = F.pad(v.to(dtype), (0, 0) * (v.ndim - 2) + (0, pad))
         v = v.unflatten(1, (c, q)).unflatten(3, (g, heads))
         return v.movedim(2, 4)
 
-    X, a = chunks(X, h // g), chunks(a, h // g)                                    # (b c g r q p), (b c g r q)
-    B, C = chunks(B, 1), chunks(C, 1)                                              # (b c g 1 q n)
+    X, a = chunks(X, h // g), chunks(a, h // g)  # (b c g r q p), (b c g r q)
+    B, C = chunks(B, 1), chunks(C, 1)  # (b c g 1 q n)
     with torch.autocast(X.device.type, enabled=False):
         inside, from_start, to_end, whole = _decays(a, _documents(seq_idx, pad, c, q))
-        Y = (inside * (C @ B.mT)) @ X                                              # (b c g r q p)
-        update = (X * to_end.unsqueeze(-1)).mT @ B                                 # (b c g r p n)
+        Y = (inside * (C @ B.mT)) @ X  # (b c g r q p)
+        update = (X * to_end.unsqueeze(-1)).mT @ B  # (b c g r p n)
         state, before = state.unflatten(1, (g, h // g)), []
         for i in range(c):
             before.append(state)
@@ -261,4 +343,5 @@ def _decays(a, documents):
 
 
 mamba_chunk_scan_combined.register("torch")(
-    functools.partial(around_scan, functools.partial(_with_skip, ssd_scan_torch)))
+    functools.partial(around_scan, functools.partial(_with_skip, ssd_scan_torch))
+)

@@ -32,8 +32,9 @@ KERNELS: dict[str, SSDKernel] = {}
 _ARGS = "Tensor x, Tensor? dt, Tensor a, Tensor B, Tensor C, Tensor? D, Tensor? initial_states, Tensor? seq_idx"
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 _LIBRARY.define(f"ssd({_ARGS}, bool save, str backend) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"ssd_backward(Tensor dy, Tensor? dlast, Tensor saved, {_ARGS}, str backend) -> ("
-                + ", ".join(["Tensor"] * 7) + ")")
+_LIBRARY.define(
+    f"ssd_backward(Tensor dy, Tensor? dlast, Tensor saved, {_ARGS}, str backend) -> (" + ", ".join(["Tensor"] * 7) + ")"
+)
 _LIBRARY.impl("ssd", lambda *args: KERNELS[args[-1]].forward(*args[:-1]), "CompositeExplicitAutograd")
 _LIBRARY.impl("ssd_backward", lambda *args: KERNELS[args[-1]].backward(*args[:-1]), "CompositeExplicitAutograd")
 
@@ -76,5 +77,6 @@ def _gradients(ctx, dy, dlast, _):
 
 
 torch.library.register_autograd("ssmzoo::ssd", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::ssd_backward", no_double_backward("the scan of Mamba-2", "reference"),
-                                lib=_LIBRARY)
+torch.library.register_autograd(
+    "ssmzoo::ssd_backward", no_double_backward("the scan of Mamba-2", "reference"), lib=_LIBRARY
+)

@@ -30,8 +30,9 @@ def check_state_fusion(x, kernels, alpha) -> None:
         raise ValueError(f"kernels has {len(kernels)} entries, expected 3: one for each dilation in {DILATIONS}")
     for dilation, kernel in zip(DILATIONS, kernels):
         if tuple(kernel.shape) not in ((sizes["d"], 1, 3, 3), (sizes["d"], 3, 3)):
-            raise ValueError(f"the kernel of dilation {dilation} has shape {tuple(kernel.shape)}, "
-                             f"expected ({sizes['d']}, 1, 3, 3)")
+            raise ValueError(
+                f"the kernel of dilation {dilation} has shape {tuple(kernel.shape)}, expected ({sizes['d']}, 1, 3, 3)"
+            )
         expect_floats(x.device, **{f"the kernel of dilation {dilation}": kernel})
     if tuple(alpha.shape) != (3,):
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}, expected (3,)")
@@ -81,6 +82,6 @@ def state_fusion_torch(x, kernels, alpha):
     with torch.autocast(x.device.type, enabled=False):
         for k, dilation in enumerate(DILATIONS):
             cut = 5 - dilation
-            view = padded[..., cut:h - cut, cut:w - cut]
-            y = y + F.conv2d(view, weight[:, k:k + 1], dilation=dilation, groups=x.shape[1])
+            view = padded[..., cut : h - cut, cut : w - cut]
+            y = y + F.conv2d(view, weight[:, k : k + 1], dilation=dilation, groups=x.shape[1])
     return y.to(x.dtype)

@@ -45,7 +45,7 @@ def rollout(layers: Sequence[Tensor], absolute: bool = True) -> Tensor:
 
 def without(x: Tensor, token: int) -> Tensor:
     """(... l) -> (... l-1) without the class token, negative values as 0."""
-    return torch.cat([x[..., :token], x[..., token + 1:]], dim=-1).clamp(min=0)
+    return torch.cat([x[..., :token], x[..., token + 1 :]], dim=-1).clamp(min=0)
 
 
 def _layers(rows: Tensor, start: int) -> range:

@@ -107,8 +107,10 @@ def of_scan(scan: Scan) -> Recurrence:
 def of_attention(layer: CausalMixing, x: Tensor) -> Recurrence:
     """Linear and normalised attention; the output is what stands before W_o. x (b l d)"""
     if isinstance(layer, SoftmaxAttention):
-        raise ValueError("softmax attention needs a state of infinite size (all monomials of the keys); its matrix is "
-                         "layer.mixing_matrix(x)")
+        raise ValueError(
+            "softmax attention needs a state of infinite size (all monomials of the keys); its matrix is "
+            "layer.mixing_matrix(x)"
+        )
     q, k = layer.queries_and_keys(x)  # (b h l m/h)
     if isinstance(layer, LinearAttention):
         q, k = F.elu(q) + 1, F.elu(k) + 1
@@ -125,8 +127,9 @@ def of_attention(layer: CausalMixing, x: Tensor) -> Recurrence:
 def of_qlstm(layer: QLSTM, u: Tensor) -> Recurrence:
     """The recurrence of a quasi-LSTM; its output stands before the output gate."""
     _, x = layer.input(u).chunk(2, dim=-1)
-    x = F.conv1d(F.pad(x.transpose(1, 2), (layer.kernel_size - 1, 0)), layer.conv.weight, layer.conv.bias,
-                 groups=layer.d_inner).transpose(1, 2)
+    x = F.conv1d(
+        F.pad(x.transpose(1, 2), (layer.kernel_size - 1, 0)), layer.conv.weight, layer.conv.bias, groups=layer.d_inner
+    ).transpose(1, 2)
     f, i, _ = layer.gates(x).chunk(3, dim=-1)
     return Recurrence(layer.forget(f)[..., None], torch.sigmoid(i)[..., None], torch.ones_like(x)[..., None], x)
 
@@ -190,12 +193,14 @@ def dictionary(d: int = 16, n: int = 8, l: int = 24, seed: int = 0) -> list[Entr
     rows = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = {"linear attention": ("I, normaliser outside", LinearAttention(d, n)),
-                  "normalised attention": ("I; eta_{i-1} / eta_i inside", NormalizedAttention(d, n)),
-                  "S6 (Mamba)": ("diagonal, exp(delta A), per channel", S6(d, n)),
-                  "SSD (Mamba-2)": ("scalar exp(delta a)", ScalarS6(d, n)),
-                  "quasi-LSTM": ("diagonal sigma(f)", QLSTM(d)),
-                  "quasi-LSTM, reversed": ("diagonal sigma(-f)^a", QLSTM(d, reversed=True))}
+        layers = {
+            "linear attention": ("I, normaliser outside", LinearAttention(d, n)),
+            "normalised attention": ("I; eta_{i-1} / eta_i inside", NormalizedAttention(d, n)),
+            "S6 (Mamba)": ("diagonal, exp(delta A), per channel", S6(d, n)),
+            "SSD (Mamba-2)": ("scalar exp(delta a)", ScalarS6(d, n)),
+            "quasi-LSTM": ("diagonal sigma(f)", QLSTM(d)),
+            "quasi-LSTM, reversed": ("diagonal sigma(-f)^a", QLSTM(d, reversed=True)),
+        }
         softmax = SoftmaxAttention(d, n).double()
     for name, (Lam, layer) in layers.items():
         layer = layer.double()
@@ -214,8 +219,15 @@ def dictionary(d: int = 16, n: int = 8, l: int = 24, seed: int = 0) -> list[Entr
         errors = [float((t - y).norm() / y.norm()) for t in outputs]
         rows.append(Entry(name, Lam, f"{r.state_size:,}", *errors))
     matrix = float((softmax.out_proj(softmax.mixing_matrix(x)[:, 0] @ softmax.Wv(x)) - softmax(x)).norm())
-    rows.append(Entry("softmax attention", "I, infinitely many features", "infinite (or a cache that grows with i)",
-                      float("nan"), matrix / float(softmax(x).norm())))
+    rows.append(
+        Entry(
+            "softmax attention",
+            "I, infinitely many features",
+            "infinite (or a cache that grows with i)",
+            float("nan"),
+            matrix / float(softmax(x).norm()),
+        )
+    )
     return rows
 
 
@@ -240,18 +252,44 @@ def probe(subject):
         y = r.output()
         exact = float((torch.einsum("bcij,bjc->bic", r.phi(), r.value) - y).norm() / y.norm().clamp(min=1e-30))
         distance[key], decays[key] = r.by_distance(), r.lam.flatten()
-        rows.append((key, "diagonal", scan.total * scan.A.shape[1] // scan.ranks, *_quantiles(r.lam),
-                     f"{float(r.effective_rank().mean()):.2f}",
-                     f"{exact:.1e}"))
-    columns = ("layer", "Lam", "numbers carried", "|lam| 10 %", "median", "90 %", "effective rank of Phi",
-               "|Phi u - y| / |y|")
+        rows.append(
+            (
+                key,
+                "diagonal",
+                scan.total * scan.A.shape[1] // scan.ranks,
+                *_quantiles(r.lam),
+                f"{float(r.effective_rank().mean()):.2f}",
+                f"{exact:.1e}",
+            )
+        )
+    columns = (
+        "layer",
+        "Lam",
+        "numbers carried",
+        "|lam| 10 %",
+        "median",
+        "90 %",
+        "effective rank of Phi",
+        "|Phi u - y| / |y|",
+    )
     finding.tables["layers"] = (columns, rows)
-    finding.summary = {"numbers carried from token to token": f"{sum(r[2] for r in rows):,}",
-                       "layers": ", ".join(f"{r[0]} ({r[1]}, {r[2]:,})" for r in rows[:8])}
-    finding.tables["dictionary"] = (("model (width 16, n 8)", "Lam", "numbers carried",
-                                     "|recurrence - layer| / |layer|", "|Phi v - layer| / |layer|"), [
-        (e.model, e.Lam, e.carried, *("" if v != v else f"{v:.1e}" for v in (e.recurrence, e.matrix)))
-        for e in dictionary()])
+    finding.summary = {
+        "numbers carried from token to token": f"{sum(r[2] for r in rows):,}",
+        "layers": ", ".join(f"{r[0]} ({r[1]}, {r[2]:,})" for r in rows[:8]),
+    }
+    finding.tables["dictionary"] = (
+        (
+            "model (width 16, n 8)",
+            "Lam",
+            "numbers carried",
+            "|recurrence - layer| / |layer|",
+            "|Phi v - layer| / |layer|",
+        ),
+        [
+            (e.model, e.Lam, e.carried, *("" if v != v else f"{v:.1e}" for v in (e.recurrence, e.matrix)))
+            for e in dictionary()
+        ],
+    )
     finding.summary["worst of the dictionary's equivalences"] = f"{max(e.matrix for e in dictionary()):.1e}"
     f = torch.linspace(-8, 8, 101, dtype=torch.float64)
     error = reversed_sigmoid_error(f, torch.tensor(1.7, dtype=torch.float64))
@@ -259,13 +297,26 @@ def probe(subject):
     figure, axes = figures.canvas(1, 2, (4.6, 3.4))
     share = torch.linspace(0, 1, 101, dtype=torch.float64)
     shown = list(decays)[:: max(1, len(decays) // 7)][:7]
-    figures.lines(axes[0, 0], (100 * share).tolist(), {k: decays[k].double()[:100_000].quantile(share) for k in shown},
-                  "share of state components (%)", "|lam| per token", "decays")
+    figures.lines(
+        axes[0, 0],
+        (100 * share).tolist(),
+        {k: decays[k].double()[:100_000].quantile(share) for k in shown},
+        "share of state components (%)",
+        "|lam| per token",
+        "decays",
+    )
     if distance:
         length = max(len(v) for v in distance.values())
         curves = {k: F.pad(distance[k], (0, length - len(distance[k])), value=float("nan")) for k in shown}
-        figures.lines(axes[0, 1], range(length), curves, "distance (tokens)", "mean |Phi[i, i - distance]|", "mixing",
-                      yscale="log")
+        figures.lines(
+            axes[0, 1],
+            range(length),
+            curves,
+            "distance (tokens)",
+            "mean |Phi[i, i - distance]|",
+            "mixing",
+            yscale="log",
+        )
     else:
         axes[0, 1].set_axis_off()
     finding.figures["dsf"] = figure
@@ -275,4 +326,3 @@ def probe(subject):
 def _quantiles(values: Tensor) -> list[str]:
     values = values.double().flatten()[:: max(1, values.numel() // 100_000)]
     return [f"{float(values.quantile(q)):.4f}" for q in (0.1, 0.5, 0.9)]
-

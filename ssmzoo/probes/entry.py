@@ -76,8 +76,9 @@ def enter(model: nn.Module, inputs: Tensor) -> Entry:
     """Find where `inputs` become vectors. ValueError for a model that shows no such place."""
     if not inputs.is_floating_point() and not any(isinstance(m, nn.Embedding) for m in model.modules()):
         if not hasattr(model, "input_size"):
-            raise ValueError(f"{type(model).__name__} has no embedding and no input_size: its ids cannot be taken "
-                             f"apart")
+            raise ValueError(
+                f"{type(model).__name__} has no embedding and no input_size: its ids cannot be taken apart"
+            )
         values = F.one_hot(inputs, model.input_size).float()
         return Entry(model, inputs, "", values, values.shape, None, ())
     name = entrance(model, image=inputs.is_floating_point())
@@ -104,7 +105,9 @@ def entrance(model: nn.Module, image: bool) -> str:
         for name in ("pos_drop", "patch_embed"):
             if isinstance(getattr(model, name, None), nn.Module):
                 return name
-        raise ValueError(f"{type(model).__name__} has neither pos_drop nor patch_embed, where its tokens would enter: "
-                         f"explanations are for classifiers and sequence models; the probes hidden_attention, dsf and "
-                         f"generalization_bound look at scans alone")
+        raise ValueError(
+            f"{type(model).__name__} has neither pos_drop nor patch_embed, where its tokens would enter: "
+            f"explanations are for classifiers and sequence models; the probes hidden_attention, dsf and "
+            f"generalization_bound look at scans alone"
+        )
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Embedding))

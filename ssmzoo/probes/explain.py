@@ -58,8 +58,9 @@ class Streams:
         self.hooks = []
 
 
-def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1,
-              max_bytes: int = MATRIX_BYTES) -> Tensor:
+def token_map(
+    scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1, max_bytes: int = MATRIX_BYTES
+) -> Tensor:
     """function(alpha) averaged over the channels of every direction and added over directions: (b l l) by tokens.
 
     every  use only every so many channels | max_bytes  what the matrices at work may take, a few channels at a time
@@ -69,8 +70,9 @@ def token_map(scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, ever
     return token_maps(scan, [function], every, max_bytes)[0]
 
 
-def token_maps(scan: Scan, functions: Sequence[Callable[[Tensor], Tensor]], every: int = 1,
-               max_bytes: int = MATRIX_BYTES) -> list[Tensor]:
+def token_maps(
+    scan: Scan, functions: Sequence[Callable[[Tensor], Tensor]], every: int = 1, max_bytes: int = MATRIX_BYTES
+) -> list[Tensor]:
     """`token_map` of several functions, from matrices that are made once."""
     chosen = list(range(0, len(scan.channels), every))
     one = scan.u.element_size() * len(scan.u) * scan.length**2
@@ -97,8 +99,9 @@ class Layers(NamedTuple):
     weight: list[Tensor]
 
 
-def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layers=None, channels=None,
-                     max_bytes: int = MATRIX_BYTES) -> Layers:
+def attention_layers(
+    entry: Entry, target: Tensor, max_channels: int = 64, layers=None, channels=None, max_bytes: int = MATRIX_BYTES
+) -> Layers:
     """Token maps of every scan that works on whole sequences, and the gradients at the streams that enter them.
 
     max_channels per layer, evenly spread | layers, channels, max_bytes  as in `tap`; the last for the maps too
@@ -109,9 +112,11 @@ def attention_layers(entry: Entry, target: Tensor, max_channels: int = 64, layer
         logit = logits.gather(1, target[:, None]).sum()
     scans = Taps(s for s in scans if isinstance(s, Scan) and s.u.shape[0] == len(logits))
     if not scans:
-        raise ValueError(f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the "
-                         f"methods "
-                         f"lrp, gradient_x_input and integrated_gradients apply")
+        raise ValueError(
+            f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the "
+            f"methods "
+            f"lrp, gradient_x_input and integrated_gradients apply"
+        )
     gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
     with torch.no_grad():
         every = [max(1, len(s.channels) // max_channels) for s in scans]
@@ -149,9 +154,11 @@ def class_row_scores(entry: Entry, layers: Layers, start: int = 0) -> dict[str, 
     token = entry.special[0]
     rows = torch.stack([class_row(s, token, missing_decay=True) for s in layers.scans], dim=1)  # (b m d l)
     gradient = torch.stack(layers.gradient, dim=1)  # (b m l w)
-    return {"raw_cls_row": torch.cat([maps.raw(r, token, start) for r in rows]),
-            "rollout_cls_row": torch.cat([maps.rollout_cls_row(r, token, start) for r in rows]),
-            "attribution_cls_row": torch.cat([maps.attribution(r, g, token, start) for r, g in zip(rows, gradient)])}
+    return {
+        "raw_cls_row": torch.cat([maps.raw(r, token, start) for r in rows]),
+        "rollout_cls_row": torch.cat([maps.rollout_cls_row(r, token, start) for r in rows]),
+        "attribution_cls_row": torch.cat([maps.attribution(r, g, token, start) for r, g in zip(rows, gradient)]),
+    }
 
 
 def read_out(entry: Entry, matrix: Tensor) -> Tensor:
@@ -169,8 +176,9 @@ def enlarge(entry: Entry, scores: Tensor) -> Tensor:
     ratio = (scores.shape[1] / (entry.grid[0] * entry.grid[1])) ** 0.5
     coarse = round(entry.grid[0] * ratio), round(entry.grid[1] * ratio)
     if coarse[0] * coarse[1] != scores.shape[1]:
-        raise ValueError(f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x "
-                         f"{entry.grid[1]} map")
+        raise ValueError(
+            f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x {entry.grid[1]} map"
+        )
     return F.interpolate(scores.unflatten(1, coarse)[:, None], entry.grid, mode="bilinear")[:, 0].flatten(1)
 
 

@@ -51,6 +51,7 @@ def diagonal_transitions(model: nn.Module, ids: Tensor, num_symbols: int) -> lis
             for symbol in range(num_symbols):
                 mean = dt[ids == symbol].mean(0)  # (e)
                 found[symbol].append(torch.exp(mean[:, None] * mixer.A).flatten())
+
         return hook
 
     mixers = [m for m in model.modules() if hasattr(m, "x_proj") and hasattr(m, "dt_proj") and hasattr(m, "A_log")]
@@ -104,17 +105,25 @@ def true_moves(automaton: Automaton) -> Tensor:
 
 
 @torch.no_grad()
-def drift(model: nn.Module, automaton: Automaton, centres: Centres, steps: int = 10_000, rows: int = 8,
-          chunk: int = 500, record: int = 50, seed: int = 1) -> Drift:
+def drift(
+    model: nn.Module,
+    automaton: Automaton,
+    centres: Centres,
+    steps: int = 10_000,
+    rows: int = 8,
+    chunk: int = 500,
+    record: int = 50,
+    seed: int = 1,
+) -> Drift:
     """Follow the logits along `rows` strings of `steps` symbols with carried state, every `record`-th step."""
     ids, states = draw(automaton, rows, steps, seed)
     state, at, distances, right = None, [], [], []
     output = torch.from_numpy(automaton.output)
     for start in range(0, steps, chunk):
-        logits, state, _ = model(ids[:, start:start + chunk], state)
+        logits, state, _ = model(ids[:, start : start + chunk], state)
         logits = logits[..., : automaton.num_classes]
         picked = torch.arange(0, logits.shape[1], record)
-        wanted = output[states[:, start:start + chunk][:, picked]]  # (b steps), -1 where no string can end
+        wanted = output[states[:, start : start + chunk][:, picked]]  # (b steps), -1 where no string can end
         picked, wanted = picked[wanted.min(0).values >= 0], wanted[:, wanted.min(0).values >= 0]
         distances.append((logits[:, picked] - centres.points[wanted]).norm(dim=-1).mean(0) / (centres.gap / 2))
         right.append((logits[:, picked].argmax(-1) == wanted).double().mean(0))
@@ -137,8 +146,9 @@ class Summary(NamedTuple):
 
 
 @torch.no_grad()
-def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps: int = 10_000,
-              length: int = 40) -> Summary:
+def summarise(
+    model: nn.Module, automaton: Automaton, out_dir: str | Path, steps: int = 10_000, length: int = 40
+) -> Summary:
     """All figures for one model: moves (SD-SSM), spectrum (SD-SSM and Mamba), trajectories and drift (any with a
     state)."""
     from ssmzoo.probes import expressivity_figures as draw_figures
@@ -151,10 +161,11 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
     x, at = logits[:, 1:, : automaton.num_classes], states[:, 1:]  # what the readout makes of the state
     answers = torch.from_numpy(automaton.output)[at]
     centres = find_centres(x[answers >= 0], answers[answers >= 0], automaton.num_classes)
-    lines = [f"{type(model).__name__} on {automaton.name} ({automaton.num_states} states, {automaton.num_symbols} "
-             f"symbols)",
-             f"spread of the logits within a class over half the gap between classes, lengths 2 to {length}: "
-             f"{centres.spread / (centres.gap / 2):.2e}"]
+    lines = [
+        f"{type(model).__name__} on {automaton.name} ({automaton.num_states} states, {automaton.num_symbols} symbols)",
+        f"spread of the logits within a class over half the gap between classes, lengths 2 to {length}: "
+        f"{centres.spread / (centres.gap / 2):.2e}",
+    ]
     figures = []
     if hasattr(model, "transitions"):
         T, inputs = model.transitions()
@@ -164,27 +175,44 @@ def summarise(model: nn.Module, automaton: Automaton, out_dir: str | Path, steps
         truth = true_moves(automaton)
         agree = (moves.argmax(1) == truth.argmax(1))[truth.sum(1) > 0].double().mean()
         commute = (T[0] @ T[-1] - T[-1] @ T[0]).norm() / (T[0] @ T[-1]).norm()
-        lines += [f"transitions that lead to the right state: {100 * agree:.1f} %",
-                  f"|T_0 T_{len(T) - 1} - T_{len(T) - 1} T_0| / |T_0 T_{len(T) - 1}|: {commute:.3f}"]
+        lines += [
+            f"transitions that lead to the right state: {100 * agree:.1f} %",
+            f"|T_0 T_{len(T) - 1} - T_{len(T) - 1} T_0| / |T_0 T_{len(T) - 1}|: {commute:.3f}",
+        ]
         figures.append(draw_figures.moves(out_dir / "transitions.png", moves, truth, automaton))
-        figures.append(draw_figures.spectra(out_dir / "spectrum.png", [torch.linalg.eigvals(t) for t in T],
-                                            [torch.linalg.eigvals(t) for t in truth], automaton))
+        figures.append(
+            draw_figures.spectra(
+                out_dir / "spectrum.png",
+                [torch.linalg.eigvals(t) for t in T],
+                [torch.linalg.eigvals(t) for t in truth],
+                automaton,
+            )
+        )
     elif any(hasattr(m, "x_proj") for m in model.modules()):
         values = diagonal_transitions(model, ids, automaton.num_symbols)
-        lines.append(f"largest diagonal transition: {max(float(v.max()) for v in values):.4f}; all are real, positive "
-                     f"and "
-                     f"diagonal, so they commute")
-        figures.append(draw_figures.spectra(out_dir / "spectrum.png", values,
-                                            [torch.linalg.eigvals(t) for t in true_moves(automaton)], automaton))
+        lines.append(
+            f"largest diagonal transition: {max(float(v.max()) for v in values):.4f}; all are real, positive "
+            f"and "
+            f"diagonal, so they commute"
+        )
+        figures.append(
+            draw_figures.spectra(
+                out_dir / "spectrum.png", values, [torch.linalg.eigvals(t) for t in true_moves(automaton)], automaton
+            )
+        )
     flat = project(x.flatten(0, 1)).unflatten(0, (len(x), -1))
     figures.append(draw_figures.trajectories(out_dir / "trajectories.png", flat, at, automaton))
     if state is not None:
         path = drift(model, automaton, centres, steps)
         wrong = path.steps[path.accuracy < 1]
-        lines.append(f"recorded steps with a wrong answer up to {steps:,}: {len(wrong)} of {len(path.steps)}"
-                     + (f", first at {wrong[0]:,}" if len(wrong) else ""))
-        lines.append(f"distance of the logits from the right class's over half the gap at step {path.steps[-1]:,}: "
-                     f"{path.distance[-1]:.2e}")
+        lines.append(
+            f"recorded steps with a wrong answer up to {steps:,}: {len(wrong)} of {len(path.steps)}"
+            + (f", first at {wrong[0]:,}" if len(wrong) else "")
+        )
+        lines.append(
+            f"distance of the logits from the right class's over half the gap at step {path.steps[-1]:,}: "
+            f"{path.distance[-1]:.2e}"
+        )
         figures.append(draw_figures.drift(out_dir / "drift.png", path, automaton))
     return Summary("\n".join(lines), figures)
 
@@ -194,8 +222,9 @@ def language(data: dict) -> Automaton:
     from ssmzoo.data.formal import choose_automaton
 
     if not str(data.get("_target_", "")).startswith("ssmzoo.data.formal.FormalData"):
-        raise ValueError(f"the model was trained with {data.get('_target_')}, not with data=formal; this probe needs "
-                         f"an automaton")
+        raise ValueError(
+            f"the model was trained with {data.get('_target_')}, not with data=formal; this probe needs an automaton"
+        )
     keys = ("automaton", "regex", "alphabet", "generators")
     return choose_automaton(data.get("language", "cycle_navigation"), *(data.get(k) for k in keys))
 

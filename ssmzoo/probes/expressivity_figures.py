@@ -55,8 +55,9 @@ def spectra(png: Path, learned: list[Tensor], truth: list[Tensor], automaton: Au
     for symbol in range(shown):
         axis, values = axes[0, symbol], torch.as_tensor(learned[symbol]).to(torch.complex64)
         axis.plot(circle.real, circle.imag, color="0.7", linewidth=1)
-        axis.scatter(truth[symbol].real, truth[symbol].imag, s=70, facecolors="none", edgecolors=ORANGE,
-                     label="automaton")
+        axis.scatter(
+            truth[symbol].real, truth[symbol].imag, s=70, facecolors="none", edgecolors=ORANGE, label="automaton"
+        )
         axis.scatter(values.real, values.imag, s=9, color=BLUE, label="model")
         axis.set(title=_short(automaton.symbols[symbol]), aspect="equal", xlabel="real", ylabel="imaginary")
     axes[0, 0].legend(fontsize=7, loc="lower left")

@@ -47,15 +47,21 @@ def remove(entry: Entry, scores: Tensor, fraction: float, least: bool = False) -
 @torch.no_grad()
 def deletion(entry: Entry, scores: Tensor, target: Tensor, fractions: Sequence[float] = FRACTIONS) -> Deletion:
     """Logit of `target` (b) while vectors are removed in both orders. scores (b l)"""
-    curves = [torch.stack([entry.logits(remove(entry, scores, f, least)).gather(1, target[:, None]).mean()
-                           for f in fractions]) for least in (False, True)]
+    curves = [
+        torch.stack(
+            [entry.logits(remove(entry, scores, f, least)).gather(1, target[:, None]).mean() for f in fractions]
+        )
+        for least in (False, True)
+    ]
     return Deletion(list(fractions), *curves, (curves[1] - curves[0]).mean().item())
 
 
 @torch.no_grad()
-def perturbation(entry: Entry, scores: Tensor, target: Tensor,
-                 fractions: Sequence[float] = tuple(i / 10 for i in range(1, 10))) -> tuple[Tensor, Tensor]:
+def perturbation(
+    entry: Entry, scores: Tensor, target: Tensor, fractions: Sequence[float] = tuple(i / 10 for i in range(1, 10))
+) -> tuple[Tensor, Tensor]:
     """Accuracy (%) for `target` (b), predicted or true classes, after positive and negative perturbation, (s) each."""
+
     def accuracy(fraction, least):
         return 100 * (entry.logits(remove(entry, scores, fraction, least)).argmax(1) == target).double().mean()
 
@@ -109,8 +115,9 @@ def average_precision(scores: Tensor, wanted: Tensor) -> float:
 
 def area(fractions: Sequence[float], curve: Tensor) -> float:
     """Area under a curve over `fractions`, divided by their range: a mean, in the curve's units."""
-    return float(torch.trapezoid(curve.double(), torch.tensor(fractions, dtype=torch.float64))
-                 / (fractions[-1] - fractions[0]))
+    return float(
+        torch.trapezoid(curve.double(), torch.tensor(fractions, dtype=torch.float64)) / (fractions[-1] - fractions[0])
+    )
 
 
 def evaluate(finding, subject, entry: Entry, predicted: Tensor, scores: dict[str, Tensor]) -> None:
@@ -134,20 +141,33 @@ def evaluate(finding, subject, entry: Entry, predicted: Tensor, scores: dict[str
         finding.summary[f"perturbation, {kind} class: AUC of accuracy (%), positive / negative"] = "; ".join(cells)
     figure, axes = figures.canvas(1, 2, (4.5, 3.6))
     kind = list(targets)[-1]
-    for i, title in enumerate(("positive: most relevant first (lower is better)",
-                               "negative: least relevant first (higher is better)")):
-        figures.lines(axes[0, i], [100 * f for f in fractions], {m: curves[kind, m][i] for m in scores}, "removed (%)",
-                      f"answers that are the {kind} class (%)", title, ylim=(-3, 103))
+    for i, title in enumerate(
+        ("positive: most relevant first (lower is better)", "negative: least relevant first (higher is better)")
+    ):
+        figures.lines(
+            axes[0, i],
+            [100 * f for f in fractions],
+            {m: curves[kind, m][i] for m in scores},
+            "removed (%)",
+            f"answers that are the {kind} class (%)",
+            title,
+            ylim=(-3, 103),
+        )
     finding.figures["perturbation"] = figure
     if subject.masks is not None and entry.grid is not None:
         size = subject.masks.shape[-2:]
-        found = {m: segmentation(torch.nn.functional.interpolate(entry.map(s)[:, None], size, mode="bilinear")[:, 0],
-                                 subject.masks) for m, s in scores.items()}
-        finding.tables["segmentation"] = (("method", "pixel accuracy (%)", "mIoU (%)", "mAP (%)", "F1 (%)"), [
-            (m, *(f"{v:.2f}" for v in values)) for m, values in found.items()])
+        found = {
+            m: segmentation(
+                torch.nn.functional.interpolate(entry.map(s)[:, None], size, mode="bilinear")[:, 0], subject.masks
+            )
+            for m, s in scores.items()
+        }
+        finding.tables["segmentation"] = (
+            ("method", "pixel accuracy (%)", "mIoU (%)", "mAP (%)", "F1 (%)"),
+            [(m, *(f"{v:.2f}" for v in values)) for m, values in found.items()],
+        )
         for m, v in found.items():
-            finding.summary[f"segmentation, {m}: pixel accuracy, mIoU, mAP, F1 (%)"] = \
-                ", ".join(f"{x:.1f}" for x in v)
+            finding.summary[f"segmentation, {m}: pixel accuracy, mIoU, mAP, F1 (%)"] = ", ".join(f"{x:.1f}" for x in v)
 
 
 def with_special(entry: Entry, scores: Tensor) -> Tensor:

@@ -19,13 +19,26 @@ def canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 3.
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def lines(axis, x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, title: str = "",
-          **options) -> None:
+def lines(
+    axis,
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    **options,
+) -> None:
     """Curves of different colour and dash; options go to axis.set."""
     for i, (name, y) in enumerate(curves.items()):
-        axis.plot(x, _array(y), label=name, color=COLOURS[i % 7], linestyle=STYLES[i % 7],
-                  marker="o" if len(x) < 12 else None,
-                  markersize=3)
+        axis.plot(
+            x,
+            _array(y),
+            label=name,
+            color=COLOURS[i % 7],
+            linestyle=STYLES[i % 7],
+            marker="o" if len(x) < 12 else None,
+            markersize=3,
+        )
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **options)
     if isinstance(x, range) or all(isinstance(v, int) for v in x) and "xscale" not in options:
         whole(axis)
@@ -45,8 +58,9 @@ def heat(figure, axis, matrix, xlabel: str, ylabel: str, title: str, signed: boo
     matrix = _array(matrix)
     limit = max(float(np.abs(matrix).max()), 1e-12)
     options = dict(cmap="PuOr_r", vmin=-limit, vmax=limit) if signed else dict(cmap="cividis")
-    image = axis.imshow(matrix, interpolation="nearest",
-                        aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", **options)
+    image = axis.imshow(
+        matrix, interpolation="nearest", aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", **options
+    )
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.title.set_fontsize(9)
     figure.colorbar(image, ax=axis, shrink=0.8, label=label)
@@ -62,8 +76,11 @@ def words(axis, labels: Sequence[str], scores: Sequence[float], title: str) -> N
         axis.bar(at, np.minimum(scores, 0), color=COLOURS[1], hatch="///", label="against")
     few = len(labels) <= 64
     axis.set_xticks(at if few else at[:: max(1, len(at) // 32)])
-    axis.set_xticklabels(labels if few else [str(i) for i in at[:: max(1, len(at) // 32)]], fontsize=7,
-                         rotation=90 if any(len(t) > 1 for t in labels) else 0)
+    axis.set_xticklabels(
+        labels if few else [str(i) for i in at[:: max(1, len(at) // 32)]],
+        fontsize=7,
+        rotation=90 if any(len(t) > 1 for t in labels) else 0,
+    )
     axis.set(xlabel="token", ylabel="score", title=title)
     axis.legend(fontsize=7)
 
@@ -80,12 +97,19 @@ def overlay(figure, axis, image, scores, title: str) -> None:
     grey, scores = picture(image).mean(-1), _array(scores)
     limit = max(float(np.abs(scores).max()), 1e-12)
     signed = scores.min() < 0
-    drawn = axis.imshow(scores, cmap="PuOr_r" if signed else "cividis", extent=(0, 1, 1, 0), interpolation="nearest",
-                        vmin=-limit if signed else 0, vmax=limit)
+    drawn = axis.imshow(
+        scores,
+        cmap="PuOr_r" if signed else "cividis",
+        extent=(0, 1, 1, 0),
+        interpolation="nearest",
+        vmin=-limit if signed else 0,
+        vmax=limit,
+    )
     if grey.max() > grey.min():
         y, x = ((np.arange(n) + 0.5) / n for n in grey.shape)
-        axis.contour(x, y, grey, levels=[(grey.min() + grey.max()) / 2], colors="black" if signed else "white",
-                     linewidths=1)
+        axis.contour(
+            x, y, grey, levels=[(grey.min() + grey.max()) / 2], colors="black" if signed else "white", linewidths=1
+        )
     axis.set(title=title, xticks=[0, 1], yticks=[0, 1], xlabel="x (share of width)", ylabel="y (share of height)")
     axis.title.set_fontsize(9)
     figure.colorbar(drawn, ax=axis, shrink=0.8, label="relevance" if signed else "weight")

@@ -57,8 +57,13 @@ def count_operations(model: nn.Module, *shape: int) -> Counter:
     for module in model.modules():
         if isinstance(module, tuple(PER_ELEMENT)):
             module.register_forward_hook(norm)
-    served = operators(model, selective_scan_fn=scan, mamba_chunk_scan_combined=duality, causal_conv1d_fn=convolution,
-                       state_fusion=fusion)
+    served = operators(
+        model,
+        selective_scan_fn=scan,
+        mamba_chunk_scan_combined=duality,
+        causal_conv1d_fn=convolution,
+        state_fusion=fusion,
+    )
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), served, counter:
         model(torch.empty(shape, device="meta"))

@@ -26,9 +26,17 @@ from ssmzoo.probes.tap import Scan
 def constants(ssm: nn.Module, embedding: Tensor) -> dict[str, float]:
     """s_A, L_p, B_q, B_B, M_B, B_C, M_C, B_A, B_u (the paper's names) of a FreeASSM and its tokens' table (v d)."""
     W_B, W_C = ssm.W_B, ssm.W_C
-    values = {"s_A": ssm.A.max(), "L_p": ssm.p_delta.norm(), "B_q": ssm.q_delta.norm(), "B_B": W_B.norm(),
-              "M_B": W_B.abs().sum(), "B_C": W_C.norm(), "M_C": W_C.abs().sum(), "B_A": ssm.A.abs().max(),
-              "B_u": embedding.norm(dim=-1).max()}
+    values = {
+        "s_A": ssm.A.max(),
+        "L_p": ssm.p_delta.norm(),
+        "B_q": ssm.q_delta.norm(),
+        "B_B": W_B.norm(),
+        "M_B": W_B.abs().sum(),
+        "B_C": W_C.norm(),
+        "M_C": W_C.abs().sum(),
+        "B_A": ssm.A.abs().max(),
+        "B_u": embedding.norm(dim=-1).max(),
+    }
     return {name: float(value.detach()) for name, value in values.items()}
 
 
@@ -79,8 +87,9 @@ def stability(scan: Scan, bins: int = 40) -> LayerStability:
         mean.append(decay.mean().double())
         total += torch.bincount((decay.clamp(0, 1).flatten() * bins).long().clamp(max=bins - 1).cpu(), minlength=bins)
     horizon = float("inf") if rho >= 1 else 1 / (1 - rho)
-    return LayerStability(scan.name, float(abscissa.max()), rho, float(torch.stack(mean).mean()), horizon,
-                          total / total.sum())
+    return LayerStability(
+        scan.name, float(abscissa.max()), rho, float(torch.stack(mean).mean()), horizon, total / total.sum()
+    )
 
 
 class Worst(NamedTuple):
@@ -111,9 +120,17 @@ def worst_case(scan: Scan, mixer: nn.Module) -> list[Worst]:
         q = (dt_proj.double() @ x_proj[:r].double()).norm(dim=1)  # (e): delta_c = softplus(p_c + q_c^T u)
         step = nn.functional.softplus(p.double() - q * B_u)
         gap = float(-torch.expm1(step * scan.A[part].max(-1).values.double()).max())  # 1 - rho, which may be tiny
-        found.append(Worst(f"{scan.name}{f', direction {k}' if scan.directions > 1 else ''}", float(q.max()),
-                           float(x_proj[-2 * n : -n].norm()), float(x_proj[-n:].norm()), float(B_u), 1 - gap,
-                           1 / max(gap, 1e-300)))
+        found.append(
+            Worst(
+                f"{scan.name}{f', direction {k}' if scan.directions > 1 else ''}",
+                float(q.max()),
+                float(x_proj[-2 * n : -n].norm()),
+                float(x_proj[-n:].norm()),
+                float(B_u),
+                1 - gap,
+                1 / max(gap, 1e-300),
+            )
+        )
     return found
 
 
@@ -165,36 +182,62 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
     from ssmzoo.probes.tap import tap
 
-    with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2,
-                              max_bytes=subject.max_bytes) as scans:
+    with (
+        torch.no_grad(),
+        tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans,
+    ):
         subject.model(subject.inputs[:2])
     scans = [s for s in scans if isinstance(s, Scan)]
     found = [stability(s) for s in scans]
     if not found:
-        raise ValueError(f"{type(subject.model).__name__} has dense transitions, whose bound is the column norm they "
-                         f"are divided by; the spectral abscissa is for diagonal scans. The probes dsf, "
-                         f"hidden_attention, memory and relevance apply")
+        raise ValueError(
+            f"{type(subject.model).__name__} has dense transitions, whose bound is the column norm they "
+            f"are divided by; the spectral abscissa is for diagonal scans. The probes dsf, "
+            f"hidden_attention, memory and relevance apply"
+        )
     worst = [w for s in scans for w in worst_case(s, subject.model.get_submodule(s.name))]
-    finding = Finding({"largest s_A": f"{max(f.s_A for f in found):.4g}",
-                       "slowest decay rho on the data": f"{max(f.rho for f in found):.6f}",
-                       "limit of G_T on the data (tokens)": f"{max(f.horizon for f in found):.4g}"})
+    finding = Finding(
+        {
+            "largest s_A": f"{max(f.s_A for f in found):.4g}",
+            "slowest decay rho on the data": f"{max(f.rho for f in found):.6f}",
+            "limit of G_T on the data (tokens)": f"{max(f.horizon for f in found):.4g}",
+        }
+    )
     if worst:
         finding.summary["limit of G_T by the norms of the parameters (tokens)"] = f"{max(w.limit for w in worst):.3g}"
-        finding.tables["constants"] = (("layer", "B_q", "B_B", "B_C", "B_u on data", "rho", "limit of G_T"), [
-            (w.name, *(f"{v:.5g}" for v in w[1:5]), f"{w.rho:.9f}", f"{w.limit:.5g}") for w in worst])
+        finding.tables["constants"] = (
+            ("layer", "B_q", "B_B", "B_C", "B_u on data", "rho", "limit of G_T"),
+            [(w.name, *(f"{v:.5g}" for v in w[1:5]), f"{w.rho:.9f}", f"{w.limit:.5g}") for w in worst],
+        )
     finding.summary["meaning"] = "a surrogate, not a certificate: the theorem's prefactors are not reproduced"
-    finding.tables["layers"] = (("layer", "s_A", "rho", "mean decay", "horizon (tokens)"), [
-        (f.name, f"{f.s_A:.5g}", f"{f.rho:.6f}", f"{f.mean_decay:.5f}", f"{f.horizon:.5g}") for f in found])
+    finding.tables["layers"] = (
+        ("layer", "s_A", "rho", "mean decay", "horizon (tokens)"),
+        [(f.name, f"{f.s_A:.5g}", f"{f.rho:.6f}", f"{f.mean_decay:.5f}", f"{f.horizon:.5g}") for f in found],
+    )
     T = torch.logspace(0, 4, 41)
     shown = found[:: max(1, len(found) // 6)][:6]
     curves = {f"{i}: rho {f.rho:.4f}": length_factor(f.rho, T) for i, f in enumerate(shown)}
     texts = subject.text is not None and subject.train_text is not None
     figure, axes = figures.canvas(1, 3 if texts else 2, (4.6, 3.4))
-    figures.lines(axes[0, 0], T.tolist(), curves | {"no decay: T": T}, "length T (tokens)", "G_T (tokens)",
-                  "growth with length", xscale="log", yscale="log")
+    figures.lines(
+        axes[0, 0],
+        T.tolist(),
+        curves | {"no decay: T": T},
+        "length T (tokens)",
+        "G_T (tokens)",
+        "growth with length",
+        xscale="log",
+        yscale="log",
+    )
     bins = (torch.arange(len(found[0].histogram)) + 0.5) / len(found[0].histogram)
-    figures.lines(axes[0, 1], bins.tolist(), {f"{i}: {f.name[-24:]}": f.histogram * 100 for i, f in enumerate(shown)},
-                  "decay exp(delta A) per token", "share (%)", "decays on data")
+    figures.lines(
+        axes[0, 1],
+        bins.tolist(),
+        {f"{i}: {f.name[-24:]}": f.histogram * 100 for i, f in enumerate(shown)},
+        "decay exp(delta A) per token",
+        "share (%)",
+        "decays on data",
+    )
     if texts:
         _gap(finding, axes[0, 2], subject, found)
     finding.figures["bound"] = figure
@@ -211,15 +254,32 @@ def _gap(finding, axis, subject, found: list[LayerStability]) -> None:
     factor = length_factor(max(f.rho for f in found), torch.tensor(lengths))
     difference = gap.validation - gap.train
     finding.summary[f"measured gap at {lengths[0]} and {lengths[-1]} tokens (nats per token)"] = ", ".join(
-        f"{float(difference[i]):.3f} +- {float(gap.error[i]):.3f}" for i in (0, -1))
+        f"{float(difference[i]):.3f} +- {float(gap.error[i]):.3f}" for i in (0, -1)
+    )
     finding.summary[f"G_T there, relative to {lengths[0]} tokens"] = f"1, {float(factor[-1] / factor[0]):.3g}"
-    finding.tables["gap"] = (("T (tokens)", "training loss (nats)", "validation loss (nats)", "gap", "standard error",
-                              "G_T"), [(t, *(f"{float(v):.5f}" for v in row)) for t, *row in zip(
-                                  lengths, gap.train, gap.validation, difference, gap.error, factor)])
-    axis.errorbar(lengths, difference, gap.error, color=figures.COLOURS[0], marker="o", markersize=3, capsize=2,
-                  label="measured gap")
-    axis.set(xlabel="length T (tokens)", ylabel="validation minus training loss (nats)", xscale="log",
-             title="measured gap beside G_T")
+    finding.tables["gap"] = (
+        ("T (tokens)", "training loss (nats)", "validation loss (nats)", "gap", "standard error", "G_T"),
+        [
+            (t, *(f"{float(v):.5f}" for v in row))
+            for t, *row in zip(lengths, gap.train, gap.validation, difference, gap.error, factor)
+        ],
+    )
+    axis.errorbar(
+        lengths,
+        difference,
+        gap.error,
+        color=figures.COLOURS[0],
+        marker="o",
+        markersize=3,
+        capsize=2,
+        label="measured gap",
+    )
+    axis.set(
+        xlabel="length T (tokens)",
+        ylabel="validation minus training loss (nats)",
+        xscale="log",
+        title="measured gap beside G_T",
+    )
     axis.grid(alpha=0.3)
     other = axis.twinx()
     other.plot(lengths, factor, color=figures.COLOURS[1], linestyle="--", label="G_T (right)")
@@ -256,8 +316,16 @@ class GapPoint(NamedTuple):
     s_A_path: list[float]
 
 
-def train_majority(T: int, s_A: float = 0.0, epochs: int = 10, samples: int = 1000, batch: int = 64, seed: int = 0,
-                   d_model: int = 4, d_state: int = 4) -> GapPoint:
+def train_majority(
+    T: int,
+    s_A: float = 0.0,
+    epochs: int = 10,
+    samples: int = 1000,
+    batch: int = 64,
+    seed: int = 0,
+    d_model: int = 4,
+    d_state: int = 4,
+) -> GapPoint:
     """The paper's experiment on majority strings: Adam 1e-2, weight decay 1e-5, gradients cut at norm 5, rate x 0.9 on
     a plateau, and a penalty while the answers of a batch hardly differ."""
     from ssmzoo.models.free_a_ssm import FreeAClassifier

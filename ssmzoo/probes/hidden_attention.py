@@ -39,9 +39,11 @@ def attention(scan: Scan, reorder: bool = True, max_bytes: int = MATRIX_BYTES) -
     b, e, l = scan.u.shape
     one = scan.u.element_size() * b * l * l  # bytes of a channel
     if one * (e + WORK) > max_bytes:
-        raise ValueError(f"{b} x {e} matrices of {l} x {l} take {one * (e + WORK):,} bytes, more than max_bytes = "
-                         f"{max_bytes:,}: choose fewer channels (scan.take), single rows (attention_rows), a shorter "
-                         f"input, or raise max_bytes")
+        raise ValueError(
+            f"{b} x {e} matrices of {l} x {l} take {one * (e + WORK):,} bytes, more than max_bytes = "
+            f"{max_bytes:,}: choose fewer channels (scan.take), single rows (attention_rows), a shorter "
+            f"input, or raise max_bytes"
+        )
     chunk = max(1, min(e, (max_bytes // one - e) // WORK, CHUNK_BYTES // one))
     parts = [scan if chunk >= e else scan.take(range(i, min(i + chunk, e))) for i in range(0, e, chunk)]
     alpha = [_matrices(part) for part in parts]
@@ -159,8 +161,9 @@ def class_row(scan: Scan, token: int, missing_decay: bool = False) -> Tensor:
     missing_decay  as the released code has it: without the factor exp(delta A) of the reading step itself
     """
     if scan.directions != 2:
-        raise ValueError(f"{scan.name} scans in {scan.directions} directions; the row of a class token in the middle "
-                         f"needs two")
+        raise ValueError(
+            f"{scan.name} scans in {scan.directions} directions; the row of a class token in the middle needs two"
+        )
     e, l = scan.total // 2, scan.u.shape[-1]
     parts = []
     for half, row in ((range(e), token), (range(e, 2 * e), l - 1 - token)):
@@ -216,7 +219,7 @@ def probe(subject):
         figure, axes = figures.canvas(-(-len(maps) // columns), columns)
         for axis, (key, m) in zip(axes.flat, maps.items()):
             figures.heat(figure, axis, m, "token read", "token reading", key, label="weight")
-        for axis in list(axes.flat)[len(maps):]:
+        for axis in list(axes.flat)[len(maps) :]:
             axis.set_axis_off()
         finding.figures["token_maps"] = figure
         rows = [(key, len(m) - 1, j, f"{float(w):.6g}") for key, m in maps.items() for j, w in enumerate(m[-1])]
@@ -248,14 +251,21 @@ def _rows_of_channels(finding, reads, subject) -> None:
     shown, rows = reads[:4], []
     for key, scan, weights in reads:
         for c, channel in enumerate(scan.channels.tolist()):
-            rows += [(key, channel, p, j, f"{float(w):.6g}") for i, p in enumerate(subject.positions)
-                     for j, w in enumerate(weights[c, i]) if w != 0]
+            rows += [
+                (key, channel, p, j, f"{float(w):.6g}")
+                for i, p in enumerate(subject.positions)
+                for j, w in enumerate(weights[c, i])
+                if w != 0
+            ]
     finding.tables["rows"] = (("layer", "channel", "reading step", "step read", "alpha"), rows)
     finding.summary["rows of alpha"] = f"{len(rows):,} weights of steps {', '.join(map(str, subject.positions))}"
     figure, axes = figures.canvas(len(shown), 1, (6, 2.6))
     for axis, (key, scan, weights) in zip(axes[:, 0], shown):
-        curves = {f"channel {int(scan.channels[c])}, step {p}": weights[c, i].abs()
-                  for c in range(len(weights)) for i, p in enumerate(subject.positions)}
+        curves = {
+            f"channel {int(scan.channels[c])}, step {p}": weights[c, i].abs()
+            for c in range(len(weights))
+            for i, p in enumerate(subject.positions)
+        }
         figures.lines(axis, range(scan.length), dict(list(curves.items())[:7]), "step read", "|alpha|", key)
     finding.figures["rows"] = figure
 
@@ -280,9 +290,13 @@ def _explanations(finding, subject) -> None:
     scores = {m: with_special(entry, s.detach()) for m, s in scores.items()}
     finding.summary["explained"] = f"'{subject.answer(int(target[0]))}'"
     finding.figures["explanations"] = scores_figure(subject, entry, scores)
-    finding.tables["explanations"] = (("place", "token", *scores), [
-        (i, "" if subject.is_image else subject.token(i), *(f"{float(s[0, i]):.6g}" for s in scores.values()))
-        for i in range(entry.values.shape[1])])
+    finding.tables["explanations"] = (
+        ("place", "token", *scores),
+        [
+            (i, "" if subject.is_image else subject.token(i), *(f"{float(s[0, i]):.6g}" for s in scores.values()))
+            for i in range(entry.values.shape[1])
+        ],
+    )
     evaluate(finding, subject, entry, target, scores)
 
 
@@ -296,9 +310,16 @@ def _channel_figure(scans: list[Scan], subject):
         channels = list(subject.channels or [i * scan.total // 4 for i in range(4)])[:4]
         matrices = attention(scan.take(channels), True, subject.max_bytes)[0]
         for axis, channel, matrix in zip(row, channels, matrices):
-            figures.heat(figure, axis, min_max(matrix.abs()), "token read", "token reading",
-                         f"{scan.name}, channel {channel}", label="|alpha|, min-max")
-        for axis in row[len(channels):]:
+            figures.heat(
+                figure,
+                axis,
+                min_max(matrix.abs()),
+                "token read",
+                "token reading",
+                f"{scan.name}, channel {channel}",
+                label="|alpha|, min-max",
+            )
+        for axis in row[len(channels) :]:
             axis.set_axis_off()
     return figure
 
@@ -317,17 +338,22 @@ def golden_hidden_attention(case) -> dict[str, Tensor]:
         rows, gradient, at = case.inputs["xai_b"], case.inputs["residual_grad"], kwargs["cls_position"]
         start, stop = kwargs.get("start_layer", 15), kwargs.get("num_layers", len(rows))
         rows, gradient = rows[:stop], gradient[:stop]
-        return {"raw_attention": maps.raw(rows, at, start), "rollout": maps.rollout_cls_row(rows, at, start),
-                "mamba_attribution": maps.attribution(rows, gradient, at, start)}
+        return {
+            "raw_attention": maps.raw(rows, at, start),
+            "rollout": maps.rollout_cls_row(rows, at, start),
+            "mamba_attribution": maps.attribution(rows, gradient, at, start),
+        }
     if "if_devide_out" in kwargs:
         kwargs["if_divide_out"] = kwargs.pop("if_devide_out")
     both = kwargs.get("bimamba_type", "none") != "none"
     if both:
         mixer = VimMixer(**official_mixer_arguments(**kwargs))
     else:
-        ours = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "bimamba_type",
-                                                             "if_divide_out",
-                                                             "init_layer_scale")}
+        ours = {
+            k: v
+            for k, v in kwargs.items()
+            if k not in ("use_fast_path", "layer_idx", "bimamba_type", "if_divide_out", "init_layer_scale")
+        }
         mixer = Mamba(**ours)
     with tap(mixer, keep_graph=True) as scans:
         out = torch.func.functional_call(mixer, dict(case.params), (case.inputs["x"],))
@@ -335,14 +361,19 @@ def golden_hidden_attention(case) -> dict[str, Tensor]:
     got = {"out": out}
     if not both:
         with torch.no_grad():  # as released: the matrices carry no gradient
-            return got | {"attention": attention(scan), "y_ssm": scan_output(scan),
-                          "full_implicit_attention": implicit_attention(scan)}
+            return got | {
+                "attention": attention(scan),
+                "y_ssm": scan_output(scan),
+                "full_implicit_attention": implicit_attention(scan),
+            }
     e, l = scan.total // 2, scan.u.shape[-1]
     matrices = attention(scan) if l <= 64 or "attn_matrix_a" in case.outputs else None
     if matrices is not None:
         got |= {"attn_matrix_a": matrices[:, :e], "attn_matrix_b": matrices[:, e:]}
     token = (l - 1) // 2
-    exact = {f"exact_row{token}_{name}": attention_row(scan.take(half), row) for name, half, row in
-             (("forward", range(e), token), ("backward", range(e, 2 * e), l - 1 - token))}
+    exact = {
+        f"exact_row{token}_{name}": attention_row(scan.take(half), row)
+        for name, half, row in (("forward", range(e), token), ("backward", range(e, 2 * e), l - 1 - token))
+    }
     exact[f"exact_row{token}_backward"] = exact[f"exact_row{token}_backward"].flip(-1)
     return got | exact | {"xai_vector": class_row(scan, token, missing_decay=True)}

@@ -61,8 +61,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y if bias is None else y + bias
 
 
-def gamma_rule(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, weight: Tensor,
-               bias: Tensor | None, gamma: float) -> Tensor:
+def gamma_rule(
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: float,
+) -> Tensor:
     """z = linear(x, W, b), with positive and negative contributions weighted unequally in the backward pass."""
     z = linear(x, weight, bias)
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
@@ -115,8 +120,9 @@ class _Torch(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str] = ("A", "B", "C"),
-          gamma: float = 0.25) -> Iterator[None]:
+def rules(
+    model: nn.Module, on: Collection[str] = ALL, constants: Collection[str] = ("A", "B", "C"), gamma: float = 0.25
+) -> Iterator[None]:
     """Within the block forward passes of `model` have the same values and LRP's gradients.
 
     on         which rules; without any, plain gradients
@@ -125,11 +131,26 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
     """
     unknown = set(on) - set(KNOWN)
     if unknown or set(constants) - {"A", "B", "C"}:
-        raise ValueError(f"on = {sorted(on)}, constants = {sorted(constants)}; rules are {', '.join(KNOWN)}, "
-                         f"constants A, B, C")
+        raise ValueError(
+            f"on = {sorted(on)}, constants = {sorted(constants)}; rules are {', '.join(KNOWN)}, constants A, B, C"
+        )
 
-    def scan(call, u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
-             initial_state=None, seq_idx=None):
+    def scan(
+        call,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D=None,
+        z=None,
+        delta_bias=None,
+        delta_softplus=False,
+        return_last_state=False,
+        *,
+        initial_state=None,
+        seq_idx=None,
+    ):
         plain = {"return_last_state": return_last_state, "initial_state": initial_state, "seq_idx": seq_idx}
         if "scan" in on:
             delta = delta if delta_bias is None else delta + delta_bias.to(delta.dtype)[:, None]
@@ -157,8 +178,17 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
         v = torch.mul(y, linearised(z, F.silu(z)) if "act" in on else F.silu(z))
         return halved(v) if "gate" in on else v
 
-    def convolve(call, x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                 final_states_out=None, activation=None):
+    def convolve(
+        call,
+        x,
+        weight,
+        bias=None,
+        seq_idx=None,
+        initial_states=None,
+        return_final_states=False,
+        final_states_out=None,
+        activation=None,
+    ):
         def linear(x, w, b):
             return call(x, w, b, seq_idx, initial_states)
 
@@ -185,14 +215,23 @@ def rules(model: nn.Module, on: Collection[str] = ALL, constants: Collection[str
             raise ValueError(f"scans with one decay per head ({who}) take the rule with all of A, B, C constant")
 
     hidden = _Quiet()
-    replaced = {"selective_scan_fn": scan, "mamba_chunk_scan_combined": scalar, "causal_conv1d_fn": convolve,
-                "dense_scan": dense}
+    replaced = {
+        "selective_scan_fn": scan,
+        "mamba_chunk_scan_combined": scalar,
+        "causal_conv1d_fn": convolve,
+        "dense_scan": dense,
+    }
+
     def route(call, router, x):
         logits = call(router, x)
         return logits.detach() if "gate" in on else logits
 
-    with (operators(model, **{name: hidden(f) for name, f in replaced.items()}), exchanged(Router, "logits", route),
-          exchanged(mamba3.Mamba3, "_scan", hidden(rotating)), _Torch(on, gamma, outside_reads(model))):
+    with (
+        operators(model, **{name: hidden(f) for name, f in replaced.items()}),
+        exchanged(Router, "logits", route),
+        exchanged(mamba3.Mamba3, "_scan", hidden(rotating)),
+        _Torch(on, gamma, outside_reads(model)),
+    ):
         yield
 
 
@@ -248,8 +287,14 @@ class Relevance(NamedTuple):
         return float((total - self.logit.sum()).abs() / self.logit.abs().sum().clamp(min=1e-12))
 
 
-def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings: Tensor, target: Tensor,
-              on: Collection[str] = ALL, **options) -> Relevance:
+def relevance(
+    function: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    embeddings: Tensor,
+    target: Tensor,
+    on: Collection[str] = ALL,
+    **options,
+) -> Relevance:
     """Relevance of every embedding for one logit.
 
     function    embeddings (b l d) -> logits (b classes) at the position that is read, using `model`
@@ -261,8 +306,9 @@ def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings
     in constants of the scan).
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"relevance needs float32 or float64, got {embeddings.dtype}, in which the stabiliser 1e-6 "
-                         f"vanishes")
+        raise ValueError(
+            f"relevance needs float32 or float64, got {embeddings.dtype}, in which the stabiliser 1e-6 vanishes"
+        )
     leaf = embeddings.detach().requires_grad_()
     biases = [p for name, p in model.named_parameters() if name.endswith(("bias", "init_states")) and p.requires_grad]
     with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False), rules(model, on, **options):
@@ -276,8 +322,9 @@ def relevance(function: Callable[[Tensor], Tensor], model: nn.Module, embeddings
     return Relevance((leaf * gradient).sum(-1).detach(), gradient, logit.detach(), logits.detach(), absorbed)
 
 
-def integrated_gradients(function, embeddings: Tensor, target: Tensor, steps: int = 32,
-                         baseline: Tensor | None = None) -> Tensor:
+def integrated_gradients(
+    function, embeddings: Tensor, target: Tensor, steps: int = 32, baseline: Tensor | None = None
+) -> Tensor:
     """Attribution (b l) along the straight line from `baseline` (zeros) to the embeddings.
 
     Midpoint rule in s with the place s^3 on the line: norms turn over close to zero, where even steps would miss it.
@@ -320,8 +367,14 @@ def _golden_lm(case) -> dict[str, Tensor]:
 
     e, target = case.inputs["embeddings"], case.inputs["target"]
     lrp, plain = relevance(last, model, e, target), relevance(last, model, e, target, on=())
-    return {"logits": lrp.logits, "relevance": lrp.relevance, "modified_gradient": lrp.gradient,
-            "gradient_x_input": plain.relevance, "relevance_sum": lrp.relevance.sum(1), "selected_logit": lrp.logit}
+    return {
+        "logits": lrp.logits,
+        "relevance": lrp.relevance,
+        "modified_gradient": lrp.gradient,
+        "gradient_x_input": plain.relevance,
+        "relevance_sum": lrp.relevance.sum(1),
+        "selected_logit": lrp.logit,
+    }
 
 
 def _golden_mixer(case) -> dict[str, Tensor]:

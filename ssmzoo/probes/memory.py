@@ -71,7 +71,7 @@ def gradient_influence(entry: Entry, probes: int = 8, seed: int = 0) -> Influenc
         logits = entry.logits(leaf).log_softmax(-1)
         for i in range(probes):
             v = torch.randn(logits.shape[-1], generator=generator).to(logits)
-            gradient, = torch.autograd.grad((logits @ v).sum(), leaf, retain_graph=i + 1 < probes)
+            (gradient,) = torch.autograd.grad((logits @ v).sum(), leaf, retain_graph=i + 1 < probes)
             total = total + gradient.norm(dim=-1).mean(0)
     return _influence(total / probes)
 
@@ -106,8 +106,10 @@ def probe(subject):
 
     finding, by_layer, scans = Finding(), {}, []
     try:
-        with torch.no_grad(), tap(subject.model, subject.layers, subject.channels, rows=2,
-                                  max_bytes=subject.max_bytes) as scans:
+        with (
+            torch.no_grad(),
+            tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans,
+        ):
             subject.model(subject.inputs[:2])
     except ValueError as error:
         if "ran no scan" not in str(error):
@@ -116,7 +118,8 @@ def probe(subject):
         by_layer[f"{i}: {scan.name}"] = channel_memory(scan) if isinstance(scan, Scan) else dense_memory(scan)
     for name, memory in by_layer.items():
         finding.summary[f"{name}, tokens: median, 90 %, largest"] = ", ".join(
-            f"{float(v):.1f}" for v in (memory.median(), memory.quantile(0.9), memory.max()))
+            f"{float(v):.1f}" for v in (memory.median(), memory.quantile(0.9), memory.max())
+        )
     figure, axes = figures.canvas(1, 2, (4.6, 3.4))
     longest = max(float(m.max()) + 1 for m in (*by_layer.values(), torch.ones(1)))
     longest = longest if subject.is_image else max(longest, subject.inputs.shape[1])
@@ -124,11 +127,19 @@ def probe(subject):
         edges = torch.logspace(0, torch.log10(torch.tensor(float(longest))), 21).tolist()
         shares = {n: (m[:, None] + 1 <= torch.tensor(edges)).double().mean(0) * 100 for n, m in by_layer.items()}
         shown = list(shares)[:: max(1, len(shares) // 7)][:7]
-        figures.lines(axes[0, 0], edges, {n: shares[n] for n in shown}, "memory + 1 (tokens)",
-                      "channels with at most that (%)",
-                      "memory of channels", xscale="log")
-        finding.tables["channels"] = (("layer", "channel", "memory (tokens)"), [
-            (n, i, f"{float(v):.2f}") for n, m in by_layer.items() for i, v in enumerate(m)])
+        figures.lines(
+            axes[0, 0],
+            edges,
+            {n: shares[n] for n in shown},
+            "memory + 1 (tokens)",
+            "channels with at most that (%)",
+            "memory of channels",
+            xscale="log",
+        )
+        finding.tables["channels"] = (
+            ("layer", "channel", "memory (tokens)"),
+            [(n, i, f"{float(v):.2f}") for n, m in by_layer.items() for i, v in enumerate(m)],
+        )
     else:
         axes[0, 0].set_axis_off()
     if subject.is_image:
@@ -141,12 +152,22 @@ def probe(subject):
         change = substitution_influence(entry, lags)
         finding.summary["memory of the model by gradients (90 %, tokens)"] = str(influence.memory)
         finding.summary[f"KL after replacing the token {lags[-1]} back (nats)"] = f"{float(change[-1]):.3g}"
-        finding.tables["influence"] = (("lag (tokens)", "gradient (relative)", "substitution (nats)"), [
-            (t, f"{float(influence.curve[t]):.4g}", f"{float(c):.4g}") for t, c in zip(lags, change)])
+        finding.tables["influence"] = (
+            ("lag (tokens)", "gradient (relative)", "substitution (nats)"),
+            [(t, f"{float(influence.curve[t]):.4g}", f"{float(c):.4g}") for t, c in zip(lags, change)],
+        )
         relative = change / change.max().clamp(min=1e-30)
         curves = {"gradient": influence.curve[lags], "substitution (KL)": relative}
-        figures.lines(axes[0, 1], [t + 1 for t in lags], curves,
-                      "lag + 1 (tokens)", "influence, largest = 1", "memory of the model", xscale="log", yscale="log")
+        figures.lines(
+            axes[0, 1],
+            [t + 1 for t in lags],
+            curves,
+            "lag + 1 (tokens)",
+            "influence, largest = 1",
+            "memory of the model",
+            xscale="log",
+            yscale="log",
+        )
     finding.figures["memory"] = figure
     return finding
 

@@ -26,6 +26,7 @@ Layer = Callable[[np.ndarray], np.ndarray]  # tokens (l d) -> (l d)
 
 def linear_attention(W_q: np.ndarray, W_k: np.ndarray, W_v: np.ndarray) -> Layer:
     """W_q, W_k (m d), W_v (d d)"""
+
     def layer(x: np.ndarray) -> np.ndarray:
         q, k, v = x @ W_q.T, x @ W_k.T, x @ W_v.T
         return np.stack([sum((q[i] @ k[j]) * v[j] for j in range(i + 1)) for i in range(len(x))])
@@ -33,14 +34,22 @@ def linear_attention(W_q: np.ndarray, W_k: np.ndarray, W_v: np.ndarray) -> Layer
     return layer
 
 
-def simplified_s6(A: np.ndarray, W_B: np.ndarray, W_C: np.ndarray, w: np.ndarray, order: int = 1,
-                  write_step: bool = True, constant: bool = False) -> Layer:
+def simplified_s6(
+    A: np.ndarray,
+    W_B: np.ndarray,
+    W_C: np.ndarray,
+    w: np.ndarray,
+    order: int = 1,
+    write_step: bool = True,
+    constant: bool = False,
+) -> Layer:
     """A (d n), W_B, W_C (n d), w (d).
 
     order       a of the expansion of exp(Delta A); 0: Abar = 1
     write_step  Bbar = Delta B x, or B x alone
     constant    Delta, B and C of the all-ones token in place of x: a time-invariant, linear layer
     """
+
     def layer(x: np.ndarray) -> np.ndarray:
         h, out = np.zeros(A.shape, dtype=x.dtype), []
         for token in x:
@@ -65,14 +74,19 @@ def stacked(layers: list[Layer]) -> Layer:
 
 
 def random_layer(kind: str, d: int = 1, n: int = 1, seed: int = 0, **options) -> Layer:
-    """"s6" or "linear_attention" with normal weights (A uniform in -1.5 .. -0.5): generic, never zeros or ones."""
+    """ "s6" or "linear_attention" with normal weights (A uniform in -1.5 .. -0.5): generic, never zeros or ones."""
     draw = np.random.default_rng(seed)
     if kind == "linear_attention":
         return linear_attention(*(draw.normal(size=s) for s in ((n, d), (n, d), (d, d))))
     if kind != "s6":
         raise ValueError(f"kind is {kind!r}; expected 's6' or 'linear_attention'")
-    return simplified_s6(draw.uniform(-1.5, -0.5, (d, n)), draw.normal(size=(n, d)), draw.normal(size=(n, d)),
-                         draw.normal(size=d), **options)
+    return simplified_s6(
+        draw.uniform(-1.5, -0.5, (d, n)),
+        draw.normal(size=(n, d)),
+        draw.normal(size=(n, d)),
+        draw.normal(size=d),
+        **options,
+    )
 
 
 # ---- degrees by evaluation ------------------------------------------------------------------------------------------
@@ -91,8 +105,10 @@ def degree(function: Callable[[float], float], nodes: int = 48, tolerance: float
     """Degree of a polynomial of one variable, below `nodes`."""
     found = np.flatnonzero(chebyshev(function, nodes) > tolerance)
     if len(found) and found[-1] >= nodes - 2:  # even functions leave out every second
-        raise ValueError(f"the function is no polynomial of degree below nodes = {nodes}; give more nodes, or plot its "
-                         f"coefficients with `chebyshev`")
+        raise ValueError(
+            f"the function is no polynomial of degree below nodes = {nodes}; give more nodes, or plot its "
+            f"coefficients with `chebyshev`"
+        )
     return int(found[-1]) if len(found) else 0
 
 
@@ -103,6 +119,7 @@ def total_degree(layer: Layer, x: np.ndarray, nodes: int = 48, tolerance: float 
 
 def token_degrees(layer: Layer, x: np.ndarray, nodes: int = 48, tolerance: float = 1e-12) -> list[int]:
     """The same with only one token scaled, for every token."""
+
     def scaled(k: int) -> Callable[[float], float]:
         def function(s: float) -> float:
             moved = x.copy()
@@ -161,8 +178,13 @@ def census(make: Callable[..., Layer], length: int, d: int = 1) -> Census:
     coefficients: dict[int, float] = {}
     for powers, value in zip(by_token, polynomial.coeffs()):
         coefficients[sum(powers)] = max(coefficients.get(sum(powers), 0.0), abs(float(value)))
-    return Census(polynomial.total_degree(), [max(column) for column in zip(*by_token)],
-                  max(sum(p > 0 for p in powers) for powers in by_token), len(by_token), coefficients)
+    return Census(
+        polynomial.total_degree(),
+        [max(column) for column in zip(*by_token)],
+        max(sum(p > 0 for p in powers) for powers in by_token),
+        len(by_token),
+        coefficients,
+    )
 
 
 def rational_layer(kind: str, d: int = 1, n: int = 1, seed: int = 0, **options) -> Layer:
@@ -217,6 +239,7 @@ def probe(subject):
         def hook(module, inputs):
             if inputs and isinstance(inputs[0], torch.Tensor):
                 seen[name] = inputs[0][:1, :32]
+
         return hook
 
     hooks = [m.register_forward_pre_hook(see(n)) for n, m in subject.model.named_modules()]
@@ -238,8 +261,9 @@ def probe(subject):
         except TypeError as error:  # a mixer that needs more than its input
             reasons.append(f"{n}: {error}")
     if not curves:
-        raise ValueError(f"{type(subject.model).__name__} has no mixer of tokens alone to take along a ray "
-                         f"{'; '.join(reasons[:1])}")
+        raise ValueError(
+            f"{type(subject.model).__name__} has no mixer of tokens alone to take along a ray {'; '.join(reasons[:1])}"
+        )
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 3))
     curves["simplified S6, 8 tokens"] = chebyshev(lambda s: random_layer("s6", 3, 2)(s * x)[-1, 0], 24)
@@ -249,11 +273,20 @@ def probe(subject):
         least = max(separation(tokens)[1:3])
         finding.summary[f"layers of linear attention to couple {tokens} tokens"] = f"at least {least}"
     figure, axes = figures.canvas(1, 1, (6, 4))
-    figures.lines(axes[0, 0], range(24), {n: np.maximum(c, 1e-18) for n, c in curves.items()}, "degree",
-                  "|Chebyshev coefficient|, largest = 1", "layers along a ray of their input", yscale="log")
+    figures.lines(
+        axes[0, 0],
+        range(24),
+        {n: np.maximum(c, 1e-18) for n, c in curves.items()},
+        "degree",
+        "|Chebyshev coefficient|, largest = 1",
+        "layers along a ray of their input",
+        yscale="log",
+    )
     finding.figures["polynomial"] = figure
-    finding.tables["coefficients"] = (("degree", *curves), [
-        (i, *(f"{c[i]:.3e}" for c in curves.values())) for i in range(24)])
+    finding.tables["coefficients"] = (
+        ("degree", *curves),
+        [(i, *(f"{c[i]:.3e}" for c in curves.values())) for i in range(24)],
+    )
     return finding
 
 

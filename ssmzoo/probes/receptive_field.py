@@ -24,12 +24,14 @@ class Field(NamedTuple):
 def receptive_field(model: nn.Module, images: Tensor) -> Field:
     """images (b c y x); the model must offer forward_features, as every image model of the zoo does."""
     if not hasattr(model, "forward_features") or images.ndim != 4:
-        raise ValueError(f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an "
-                         f"image model with forward_features and images (batch, channels, height, width)")
+        raise ValueError(
+            f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an "
+            f"image model with forward_features and images (batch, channels, height, width)"
+        )
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
         middle = central_feature(model, model.forward_features(leaf), images.shape[-2:])
-        gradient, = torch.autograd.grad(middle.relu().sum(), leaf)
+        (gradient,) = torch.autograd.grad(middle.relu().sum(), leaf)
     field = gradient.abs().sum(1).mean(0)
     field = field / field.max().clamp(min=1e-30)
     return Field(field, {share: centred_share(field, share / 100) for share in (50, 75, 95, 99)})
@@ -64,19 +66,37 @@ def probe(subject):
     from ssmzoo.probes.subject import Finding
 
     field = receptive_field(subject.model, subject.inputs)
-    finding = Finding({f"side of the centred square with {share} % (share of the image's side)": f"{side:.3f}"
-                       for share, side in field.shares.items()})
+    finding = Finding(
+        {
+            f"side of the centred square with {share} % (share of the image's side)": f"{side:.3f}"
+            for share, side in field.shares.items()
+        }
+    )
     finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in field.shares.items()])
     figure, axes = figures.canvas(1, 1, (4.2, 3.6))
-    figures.heat(figure, axes[0, 0], (field.map + 1e-6).log10(), "x (pixels)", "y (pixels)",
-                 "effective receptive field", label="log10 |gradient|, largest = 0")
+    figures.heat(
+        figure,
+        axes[0, 0],
+        (field.map + 1e-6).log10(),
+        "x (pixels)",
+        "y (pixels)",
+        "effective receptive field",
+        label="log10 |gradient|, largest = 0",
+    )
     finding.figures["receptive_field"] = figure
     maps = activations(subject.model, subject.inputs[:1])
     if maps:
         figure, axes = figures.canvas(1, len(maps), (2.6, 2.4))
         for i, (axis, values) in enumerate(zip(axes.flat, maps)):
-            figures.heat(figure, axis, values, "x", "y", f"feature {i}, {values.shape[0]}x{values.shape[1]}",
-                         label="mean |activation|")
+            figures.heat(
+                figure,
+                axis,
+                values,
+                "x",
+                "y",
+                f"feature {i}, {values.shape[0]}x{values.shape[1]}",
+                label="mean |activation|",
+            )
         finding.figures["activations"] = figure
     return finding
 
@@ -89,4 +109,3 @@ def activations(model: nn.Module, image: Tensor, most: int = 4) -> list[Tensor]:
     count = len(model.feature_info)
     chosen = sorted({count * (i + 1) // most - 1 for i in range(most)} - {-1})
     return [m[0].abs().mean(0) for m in model.forward_intermediates(image, indices=chosen, intermediates_only=True)]
-

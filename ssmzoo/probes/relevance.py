@@ -22,11 +22,15 @@ def probe(subject):
     entry = enter(subject.model, subject.inputs)
     target = explained(subject, entry)
     lrp = relevance(entry.logits, subject.model, entry.values, target)
-    finding = Finding({"explained": f"'{subject.answer(int(target[0]))}' (logit {float(lrp.logit[0]):.4g})",
-                       "relevances": f"{float(lrp.relevance.sum()):.6g}",
-                       "absorbed by biases": f"{float(lrp.absorbed):.6g}",
-                       "sum of logits": f"{float(lrp.logit.sum()):.6g}",
-                       "conservation error": f"{lrp.conservation_error():.1e}"})
+    finding = Finding(
+        {
+            "explained": f"'{subject.answer(int(target[0]))}' (logit {float(lrp.logit[0]):.4g})",
+            "relevances": f"{float(lrp.relevance.sum()):.6g}",
+            "absorbed by biases": f"{float(lrp.absorbed):.6g}",
+            "sum of logits": f"{float(lrp.logit.sum()):.6g}",
+            "conservation error": f"{lrp.conservation_error():.1e}",
+        }
+    )
     scores = {}
     try:
         layers = attention_layers(entry, target, 64, subject.layers, subject.channels, subject.max_bytes)
@@ -35,27 +39,50 @@ def probe(subject):
         if "max_bytes" in str(error) or "do not exist" in str(error) or "numbered from" in str(error):
             raise
         finding.summary["hidden attention"] = str(error)
-    scores = {m: scores[m] if m in scores else explain(entry, target, m) for m in METHODS
-              if m in scores or m not in ATTENTION_METHODS}
+    scores = {
+        m: scores[m] if m in scores else explain(entry, target, m)
+        for m in METHODS
+        if m in scores or m not in ATTENTION_METHODS
+    }
     curves = {m: deletion(entry, s, target) for m, s in scores.items()}
     for method, curve in curves.items():
         finding.summary[f"Delta A, {method}"] = f"{curve.delta:.4g}"
     finding.figures["scores"] = scores_figure(subject, entry, scores)
     figure, axes = figures.canvas(1, 2, (4.5, 3.4))
     share = [100 * f for f in next(iter(curves.values())).fractions]
-    figures.lines(axes[0, 0], share, {m: c.most_first for m, c in curves.items()}, "removed (%)", "explained logit",
-                  "most relevant first (lower is better)")
-    figures.lines(axes[0, 1], share, {m: c.least_first for m, c in curves.items()}, "removed (%)", "explained logit",
-                  "least relevant first (higher is better)")
+    figures.lines(
+        axes[0, 0],
+        share,
+        {m: c.most_first for m, c in curves.items()},
+        "removed (%)",
+        "explained logit",
+        "most relevant first (lower is better)",
+    )
+    figures.lines(
+        axes[0, 1],
+        share,
+        {m: c.least_first for m, c in curves.items()},
+        "removed (%)",
+        "explained logit",
+        "least relevant first (higher is better)",
+    )
     finding.figures["deletion"] = figure
     names = list(scores)
-    finding.tables["scores"] = (("place", "token", *names), [
-        (i, "" if subject.is_image else subject.token(i), *(f"{float(scores[m][0, i]):.6g}" for m in names))
-        for i in range(entry.values.shape[1])])
+    finding.tables["scores"] = (
+        ("place", "token", *names),
+        [
+            (i, "" if subject.is_image else subject.token(i), *(f"{float(scores[m][0, i]):.6g}" for m in names))
+            for i in range(entry.values.shape[1])
+        ],
+    )
     columns = [f"{m} {k}" for m in names for k in ("most first", "least first")]
-    finding.tables["deletion"] = (("removed (%)", *columns), [
-        (f, *(f"{float(v[i]):.6g}" for m in names for v in (curves[m].most_first, curves[m].least_first)))
-        for i, f in enumerate(share)])
+    finding.tables["deletion"] = (
+        ("removed (%)", *columns),
+        [
+            (f, *(f"{float(v[i]):.6g}" for m in names for v in (curves[m].most_first, curves[m].least_first)))
+            for i, f in enumerate(share)
+        ],
+    )
     evaluate(finding, subject, entry, target, scores)
     return finding
 
@@ -67,8 +94,9 @@ def explained(subject, entry) -> torch.Tensor:
     if subject.target is None:
         return logits.argmax(1)
     if not 0 <= subject.target < logits.shape[1]:
-        raise ValueError(f"target {subject.target} is no answer of the model, which has {logits.shape[1]}, numbered "
-                         f"from 0")
+        raise ValueError(
+            f"target {subject.target} is no answer of the model, which has {logits.shape[1]}, numbered from 0"
+        )
     return torch.full((len(logits),), subject.target)
 
 
@@ -85,10 +113,11 @@ def scores_figure(subject, entry, scores):
     columns = min(4, len(scores) + 1)
     figure, axes = figures.canvas(-(-(len(scores) + 1) // columns), columns, (3.2, 2.7))
     axes[0, 0].imshow(figures.picture(subject.inputs[0]), extent=(0, 1, 1, 0))
-    axes[0, 0].set(title="image", xlabel="x (share of width)", ylabel="y (share of height)", xticks=[0, 1],
-                   yticks=[0, 1])
+    axes[0, 0].set(
+        title="image", xlabel="x (share of width)", ylabel="y (share of height)", xticks=[0, 1], yticks=[0, 1]
+    )
     for axis, (method, s) in zip(list(axes.flat)[1:], scores.items()):
         figures.overlay(figure, axis, subject.inputs[0], entry.map(s)[0], method)
-    for axis in list(axes.flat)[len(scores) + 1:]:
+    for axis in list(axes.flat)[len(scores) + 1 :]:
         axis.set_axis_off()
     return figure

@@ -124,20 +124,32 @@ class Scan:
         """The same scan with fewer channels, given by their place in `channels`."""
         at = torch.as_tensor(list(channels), device=self.u.device)
         if at.numel() and not -len(self.channels) <= int(at.min()) <= int(at.max()) < len(self.channels):
-            raise ValueError(f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, "
-                             f"numbered from 0")
-        along = {name: None if (t := getattr(self, name)) is None else t[:, at]
-                 for name in ("u", "delta", "z", "gate", "y", "initial_state", "weight", "own", "kept")}
+            raise ValueError(
+                f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, numbered from 0"
+            )
+        along = {
+            name: None if (t := getattr(self, name)) is None else t[:, at]
+            for name in ("u", "delta", "z", "gate", "y", "initial_state", "weight", "own", "kept")
+        }
         first = {name: None if (t := getattr(self, name)) is None else t[at] for name in ("A", "D", "channels")}
         B, C = (M[at] if M.ndim == 2 else M for M in (self.B, self.C))
-        return replace(self, B=B, C=C, **along, **first, conv=self.conv and self.conv.take(at),
-                       fusion=self.fusion and self.fusion.take(at))
+        return replace(
+            self,
+            B=B,
+            C=C,
+            **along,
+            **first,
+            conv=self.conv and self.conv.take(at),
+            fusion=self.fusion and self.fusion.take(at),
+        )
 
     def whole(self, what: str) -> None:
         """Raise ValueError where only some steps were kept."""
         if self.positions is not None:
-            raise ValueError(f"{what} needs every step of {self.name}, and the tap kept {len(self.positions)} "
-                             f"positions of it: tap without positions=")
+            raise ValueError(
+                f"{what} needs every step of {self.name}, and the tap kept {len(self.positions)} "
+                f"positions of it: tap without positions="
+            )
 
     def per_channel(self, M: Tensor) -> Tensor:
         """B or C -> (b e l n), one row per kept channel."""
@@ -181,8 +193,13 @@ class Scan:
         own = w if self.own is None else self.own
         h = torch.zeros_like(self.A[None].expand(len(self.u), -1, -1)).to(self.u.dtype)
         h = h if self.initial_state is None else self.initial_state.to(h.dtype)
-        group = None if self.B.ndim == 2 else (self.channels * self.B.shape[-3] // self.total
-                                               if self.B.ndim == 4 else torch.zeros_like(self.channels))
+        group = (
+            None
+            if self.B.ndim == 2
+            else (
+                self.channels * self.B.shape[-3] // self.total if self.B.ndim == 4 else torch.zeros_like(self.channels)
+            )
+        )
         B = self.B if group is None or self.B.ndim == 4 else self.B[:, None]
         for t in range(max(keep, default=-1) + 1):
             if self.seq_idx is not None and t:

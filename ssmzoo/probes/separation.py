@@ -50,19 +50,33 @@ class SimplifiedS6(nn.Module):
         return torch.stack(out, dim=1)
 
 
-def regression(kind: str, factors: int, layers: int = 1, length: int = 6, d: int = 16, n: int = 8, steps: int = 600,
-               batch: int = 64, lr: float = 3e-3, seed: int = 0) -> float:
+def regression(
+    kind: str,
+    factors: int,
+    layers: int = 1,
+    length: int = 6,
+    d: int = 16,
+    n: int = 8,
+    steps: int = 600,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+) -> float:
     """Test error of learning y = x_1 x_2 ... x_factors (entries +-1, embedded linearly, with learned positions): mean
     squared error over the target's variance, 1 when nothing was learned.
 
     kind  "linear_attention" or "simplified_s6", the polynomial layers, or "s6", the real one; all residual and bare, at
           equal width
     """
-    make = {"s6": lambda: S6(d, n, dt_rank=d, dt_min=0.05, dt_max=1.0), "simplified_s6": lambda: SimplifiedS6(d, n),
-            "linear_attention": lambda: PlainLinearAttention(d)}
+    make = {
+        "s6": lambda: S6(d, n, dt_rank=d, dt_min=0.05, dt_max=1.0),
+        "simplified_s6": lambda: SimplifiedS6(d, n),
+        "linear_attention": lambda: PlainLinearAttention(d),
+    }
     if kind not in make or not 1 <= factors <= length:
-        raise ValueError(f"kind is one of {', '.join(make)} (got {kind!r}) and 1 <= factors <= length = {length} (got "
-                         f"{factors})")
+        raise ValueError(
+            f"kind is one of {', '.join(make)} (got {kind!r}) and 1 <= factors <= length = {length} (got {factors})"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mixers = nn.ModuleList(make[kind]() for _ in range(layers))

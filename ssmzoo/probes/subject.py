@@ -1,7 +1,7 @@
 """What a probe is given and what it hands back; every file of this folder with a `probe(subject)` is a probe.
 
-    finding = hidden_attention.probe(Subject(model, ids, labels=list("some text")))
-    finding.write("out", title="hidden attention")      # summary.md, one CSV per table, one PNG per figure
+finding = hidden_attention.probe(Subject(model, ids, labels=list("some text")))
+finding.write("out", title="hidden attention")      # summary.md, one CSV per table, one PNG per figure
 """
 
 from __future__ import annotations

@@ -38,9 +38,15 @@ MEMORY = 1 << 30  # bytes that a tap keeps unless told otherwise
 
 
 @contextlib.contextmanager
-def tap(model: nn.Module, layers: Iterable[int | str] | None = None, channels: Iterable[int] | None = None,
-        rows: int | None = None, keep_graph: bool = False, max_bytes: int = MEMORY,
-        positions: Iterable[int] | None = None) -> Iterator[Taps]:
+def tap(
+    model: nn.Module,
+    layers: Iterable[int | str] | None = None,
+    channels: Iterable[int] | None = None,
+    rows: int | None = None,
+    keep_graph: bool = False,
+    max_bytes: int = MEMORY,
+    positions: Iterable[int] | None = None,
+) -> Iterator[Taps]:
     """Collect the scans of the forward passes within the block into a list of `Scan` and `DenseScan`.
 
     layers      numbers (in the order of the calls) or module names of the scans to keep; None: all
@@ -60,10 +66,17 @@ def tap(model: nn.Module, layers: Iterable[int | str] | None = None, channels: I
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(recorder.at)
-            stack.enter_context(operators(
-                model, selective_scan_fn=recorder.diagonal, mamba_chunk_scan_combined=recorder.scalar,
-                dense_scan=recorder.dense, causal_conv1d_fn=recorder.convolve, cross_scan=recorder.lay_out,
-                state_fusion=recorder.fuse))
+            stack.enter_context(
+                operators(
+                    model,
+                    selective_scan_fn=recorder.diagonal,
+                    mamba_chunk_scan_combined=recorder.scalar,
+                    dense_scan=recorder.dense,
+                    causal_conv1d_fn=recorder.convolve,
+                    cross_scan=recorder.lay_out,
+                    state_fusion=recorder.fuse,
+                )
+            )
             stack.enter_context(exchanged(mamba3.Mamba3, "_scan", recorder.rotating))
             stack.enter_context(exchanged(complex_diagonal, "complex_scan", recorder.turning))
             stack.enter_context(exchanged(mamba_fscil, "four_orders", recorder.four_orders))
@@ -105,12 +118,14 @@ class _Recorder:
     def check(self) -> None:
         seen = sum(self.calls.values())
         if not seen:
-            raise ValueError(f"{type(self.model).__name__} ran no scan, so there is nothing to tap; "
-                             f"{without_scans(self.model)}")
+            raise ValueError(
+                f"{type(self.model).__name__} ran no scan, so there is nothing to tap; {without_scans(self.model)}"
+            )
         wrong = [w for w in self.layers or () if w not in self.calls and (isinstance(w, str) or not 0 <= w < seen)]
         if wrong:
-            raise ValueError(f"layers {wrong} do not exist: the pass ran {seen} scans, numbered from 0, in "
-                             f"{', '.join(self.calls)}")
+            raise ValueError(
+                f"layers {wrong} do not exist: the pass ran {seen} scans, numbered from 0, in {', '.join(self.calls)}"
+            )
 
     # -- in place of the operators
 
@@ -122,10 +137,40 @@ class _Recorder:
             self.add(index, u, delta, A, B, C, D, z, y, kwargs.get("initial_state"), kwargs.get("seq_idx"))
         return out
 
-    def scalar(self, call, x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None,
-               seq_idx=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):
-        out = call(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
-                   return_final_states)
+    def scalar(
+        self,
+        call,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=256,
+        D=None,
+        z=None,
+        dt_bias=None,
+        initial_states=None,
+        seq_idx=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+    ):
+        out = call(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            dt_softplus,
+            dt_limit,
+            return_final_states,
+        )
         if (index := self.wanted(x.shape[2] * x.shape[3])) is not None:
             h, p = x.shape[2:]
             y = out[0] if return_final_states else out
@@ -133,8 +178,19 @@ class _Recorder:
             dt = step_size(dt.transpose(1, 2), dt_bias, dt_softplus).clamp(*dt_limit)  # (b h l)
             D = None if D is None else D.reshape(h, -1).expand(h, p).flatten()
             h0 = None if initial_states is None else initial_states.flatten(1, 2)
-            self.add(index, u, self.cut(per_head(dt, p), 1), A[:, None].expand(h, B.shape[-1]).repeat_interleave(p, 0),
-                     B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), D, z, y, h0, seq_idx)
+            self.add(
+                index,
+                u,
+                self.cut(per_head(dt, p), 1),
+                A[:, None].expand(h, B.shape[-1]).repeat_interleave(p, 0),
+                B.permute(0, 2, 3, 1),
+                C.permute(0, 2, 3, 1),
+                D,
+                z,
+                y,
+                h0,
+                seq_idx,
+            )
         return out
 
     def rotating(self, call, mixer, v, k, q, a, now, later, state, seq_idx):
@@ -147,8 +203,11 @@ class _Recorder:
             p = v.shape[-1]
             share = mixer.mimo_x.transpose(0, 1) if mixer.is_mimo else v.new_ones(1, h, p)  # (r h p)
             A = -torch.ones(r * h * p, n, device=v.device, dtype=a.dtype)
-            B = k[:, :, 0].permute(0, 2, 3, 1) if r == 1 else \
-                torch.einsum("blrhn,rhp->bhpnl", k, share).flatten(1, 2).repeat(1, r, 1, 1)
+            B = (
+                k[:, :, 0].permute(0, 2, 3, 1)
+                if r == 1
+                else torch.einsum("blrhn,rhp->bhpnl", k, share).flatten(1, 2).repeat(1, r, 1, 1)
+            )
             C = q.permute(0, 2, 3, 4, 1).flatten(1, 2)  # (b rh n l)
             u = v.permute(0, 2, 3, 1).flatten(1, 2).repeat(1, r, 1)  # (b rhp l)
             D = (mixer.D[None, :, None] * share).flatten()
@@ -167,8 +226,16 @@ class _Recorder:
             T, x = mix_transitions(A_dict, weights, p_norm), inputs
             if symbols is not None:
                 T, x = T[symbols[: self.rows]], (x[symbols] if x.ndim == 2 else x)
-            self.keep(DenseScan(self.at.name, index, self.cut(T), self.cut(x), self.cut(out[0]),
-                                self.cut(kwargs.get("initial_state"))))
+            self.keep(
+                DenseScan(
+                    self.at.name,
+                    index,
+                    self.cut(T),
+                    self.cut(x),
+                    self.cut(out[0]),
+                    self.cut(kwargs.get("initial_state")),
+                )
+            )
         return out
 
     def turning(self, call, a, b):
@@ -216,8 +283,9 @@ class _Recorder:
             return out
         mixer, u = self.at.around()[1], self.beside.pop(("u", scan.name))
         scan.C = (self.cut(mixer.x_proj_weight[-1:], batched=False) @ u)[:, None]  # (b 1 1 l)
-        scan.fusion = Fusion(tuple(self.cut(k, 0, False) for k in kernels), self.cut(alpha, batched=False),
-                             tuple(x.shape[-2:]))
+        scan.fusion = Fusion(
+            tuple(self.cut(k, 0, False) for k in kernels), self.cut(alpha, batched=False), tuple(x.shape[-2:])
+        )
         scan.D = self.cut(mixer.Ds, 0, False)
         h = self.cut(out.flatten(2), 1)
         if scan.positions is not None:
@@ -239,8 +307,10 @@ class _Recorder:
         if not asked:
             return None
         if e is not None and self.channels is not None and not all(0 <= c < e for c in self.channels.tolist()):
-            raise ValueError(f"channels {self.channels.tolist()}: the scan in {self.at.name or 'the model'} has {e} "
-                             f"channels, numbered from 0")
+            raise ValueError(
+                f"channels {self.channels.tolist()}: the scan in {self.at.name or 'the model'} has {e} "
+                f"channels, numbered from 0"
+            )
         return index
 
     def cut(self, t: Tensor | None, axis: int | None = None, batched: bool = True) -> Tensor | None:
@@ -262,10 +332,30 @@ class _Recorder:
             self.beside["u", name] = self.cut(u)  # all channels make the C that `fuse` needs
         B, C = (self.cut(M, 0, batched=False) if M.ndim == 2 else self.cut(M) for M in (B, C))
         k, places, extra = self.directions(l, u.device)
-        scan = Scan(name, index, self.cut(u, 1), delta, self.cut(A, 0, False), B, C, self.cut(D, 0, False),
-                    self.cut(z, 1), self.cut(y, 1), self.cut(initial_state, 1), self.cut(seq_idx), channels, e, l, k,
-                    places, self.convolution(e, l), extra=extra, weight=weight, own=own,
-                    mixture=self.cut(self.beside.pop(("mixture", name), None)))
+        scan = Scan(
+            name,
+            index,
+            self.cut(u, 1),
+            delta,
+            self.cut(A, 0, False),
+            B,
+            C,
+            self.cut(D, 0, False),
+            self.cut(z, 1),
+            self.cut(y, 1),
+            self.cut(initial_state, 1),
+            self.cut(seq_idx),
+            channels,
+            e,
+            l,
+            k,
+            places,
+            self.convolution(e, l),
+            extra=extra,
+            weight=weight,
+            own=own,
+            mixture=self.cut(self.beside.pop(("mixture", name), None)),
+        )
         if self.positions is not None:
             scan = at_positions(scan, self.positions)
         self.gated = scan
@@ -318,20 +408,26 @@ class _Recorder:
         held = self.found.bytes()
         if held > self.max_bytes:
             self.found.clear()
-            raise ValueError(f"the tap would hold {held:,} bytes, more than max_bytes = {self.max_bytes:,}: choose "
-                             f"layers=, channels=, positions= or rows=, shorten the input, or raise max_bytes")
+            raise ValueError(
+                f"the tap would hold {held:,} bytes, more than max_bytes = {self.max_bytes:,}: choose "
+                f"layers=, channels=, positions= or rows=, shorten the input, or raise max_bytes"
+            )
 
 
 def at_positions(scan: Scan, positions: list[int]) -> Scan:
     """The scan with nothing but the steps `positions` and the states behind them."""
     l = scan.length
     if not positions or not -l <= min(positions) <= max(positions) < l:
-        raise ValueError(f"positions {positions}: the scan in {scan.name or 'the model'} has {l} steps, numbered from "
-                         f"0 (or from -{l} backwards)")
+        raise ValueError(
+            f"positions {positions}: the scan in {scan.name or 'the model'} has {l} steps, numbered from "
+            f"0 (or from -{l} backwards)"
+        )
     at = torch.as_tensor([p % l for p in positions], device=scan.u.device)
     kept = scan.recurrence(at.tolist())
-    cut = {name: None if (t := getattr(scan, name)) is None else t[..., at]
-           for name in ("u", "delta", "z", "y", "seq_idx", "weight", "own")}
+    cut = {
+        name: None if (t := getattr(scan, name)) is None else t[..., at]
+        for name in ("u", "delta", "z", "y", "seq_idx", "weight", "own")
+    }
     B, C = (M if M.ndim == 2 else M[..., at] for M in (scan.B, scan.C))
     return replace(scan, B=B, C=C, **cut, kept=kept, positions=at, conv=None)
 

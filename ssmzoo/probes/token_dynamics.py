@@ -68,8 +68,10 @@ def criterion(model: nn.Module) -> list[Criterion]:
             values, mu = spectrum(S_B, S_C), (S_C * S_B).sum(0)
             found.append(Criterion(name, k, values, (values > 0).double().mean().item(), judge(values), mu))
     if not found:
-        raise ValueError(f"{type(model).__name__} has no scan with an x_proj (or Mamba-2's in_proj), which the "
-                         f"criterion is made of; trajectories of token norms work for any model with norms")
+        raise ValueError(
+            f"{type(model).__name__} has no scan with an x_proj (or Mamba-2's in_proj), which the "
+            f"criterion is made of; trajectories of token norms work for any model with norms"
+        )
     return found
 
 
@@ -106,8 +108,16 @@ def _lower(x: Tensor) -> Tensor:
     return x * torch.ones(x.shape[:2], dtype=x.dtype).tril()[..., None]
 
 
-def integrate(x: Tensor, S_C: Tensor, S_B: Tensor, S_dt: Tensor, a: float = 1.0, until: float = 100.0, dt: float = 0.01,
-              stop: float = 1e6) -> tuple[Tensor, Tensor]:
+def integrate(
+    x: Tensor,
+    S_C: Tensor,
+    S_B: Tensor,
+    S_dt: Tensor,
+    a: float = 1.0,
+    until: float = 100.0,
+    dt: float = 0.01,
+    stop: float = 1e6,
+) -> tuple[Tensor, Tensor]:
     """Follow tokens x (l d) in time by steps of Runge-Kutta 4; ends early where a token exceeds `stop`.
 
     The step is shortened where the field is fast. Returns times (t) and tokens (t l d).
@@ -168,17 +178,23 @@ def probe(subject):
 
     names, path = trajectories(subject.model, subject.inputs)
     norms = [x.norm(dim=-1).double() for x in path]  # (b l) each
-    alike = [F.cosine_similarity(x[:, :, None], x[:, None], dim=-1).mean().item() for x in
-             ([s[:, :: max(1, s.shape[1] // 64)] for s in path])]
+    alike = [
+        F.cosine_similarity(x[:, :, None], x[:, None], dim=-1).mean().item()
+        for x in ([s[:, :: max(1, s.shape[1] // 64)] for s in path])
+    ]
     grown = growth(path)
     finding = Finding()
     finding.summary["median token norm, first and last block"] = f"{norms[0].median():.4g}, {norms[-1].median():.4g}"
     if len(grown):
-        ends = f"{grown[: max(1, len(grown) // 8)].median():.3g}, {grown[-max(1, len(grown) // 8):].median():.3g}"
+        ends = f"{grown[: max(1, len(grown) // 8)].median():.3g}, {grown[-max(1, len(grown) // 8) :].median():.3g}"
         finding.summary["growth of the norm over depth, first and last eighth of the tokens"] = ends
-    finding.tables["norms"] = (("block", "5 %", "median", "95 %", "mean cosine between tokens"), [
-        (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}")
-        for n, v, a in zip(names, norms, alike)])
+    finding.tables["norms"] = (
+        ("block", "5 %", "median", "95 %", "mean cosine between tokens"),
+        [
+            (n, *(f"{float(v.quantile(q)):.5g}" for q in (0.05, 0.5, 0.95)), f"{a:.4f}")
+            for n, v, a in zip(names, norms, alike)
+        ],
+    )
     try:
         found = criterion(subject.model)
     except ValueError as error:
@@ -190,16 +206,29 @@ def probe(subject):
     else:
         for axis in axes[0]:
             axis.set_axis_off()
-    figures.lines(axes[1, 0], depth, {f"{q} % of the tokens": [float(v.quantile(q / 100)) for v in norms]
-                                      for q in (5, 50, 95)}, "block", "norm of the residual stream",
-                  "token norms over depth")
-    figures.lines(axes[1, 1], depth, {"mean over pairs of tokens": alike}, "block", "cosine between tokens",
-                  "similarity over depth")
+    figures.lines(
+        axes[1, 0],
+        depth,
+        {f"{q} % of the tokens": [float(v.quantile(q / 100)) for v in norms] for q in (5, 50, 95)},
+        "block",
+        "norm of the residual stream",
+        "token norms over depth",
+    )
+    figures.lines(
+        axes[1, 1],
+        depth,
+        {"mean over pairs of tokens": alike},
+        "block",
+        "cosine between tokens",
+        "similarity over depth",
+    )
     finding.figures["token_dynamics"] = figure
     if len(grown):
         finding.figures["growth"] = _growth_figure(grown)
-        finding.tables["growth"] = (("token", "last over first norm"),
-                                    [(i, f"{float(v):.5g}") for i, v in enumerate(grown)])
+        finding.tables["growth"] = (
+            ("token", "last over first norm"),
+            [(i, f"{float(v):.5g}") for i, v in enumerate(grown)],
+        )
     return finding
 
 
@@ -212,16 +241,32 @@ def _criterion(finding, axes, found: list[Criterion]) -> None:
     mu = torch.cat([c.channels for c in found])
     finding.summary["channels with mu above 0: divergent by themselves (%)"] = f"{100 * (mu > 0).double().mean():.1f}"
     finding.tables["criterion"] = (
-        ("layer", "direction", "scenario", "positive share", "smallest", "largest", "channels with mu > 0 (%)"), [
-            (c.name, c.direction, c.scenario, f"{c.positive:.3f}", f"{c.eigenvalues[0]:.5g}",
-             f"{c.eigenvalues[-1]:.5g}", f"{100 * (c.channels > 0).double().mean():.1f}") for c in found])
-    finding.tables["channels"] = (("layer", "direction", "channel", "mu", "alone"), [
-        (c.name, c.direction, i, f"{float(m):.6g}", "divergent" if m > 0 else "convergent")
-        for c in found for i, m in enumerate(c.channels)])
-    for axis, values, label, title in ((axes[0], [c.eigenvalues for c in found], "eigenvalue of S_C^T S_B (real part)",
-                                        "criterion of the scans"),
-                                       (axes[1], [c.channels for c in found], "mu of a channel",
-                                        "criterion of the channels")):
+        ("layer", "direction", "scenario", "positive share", "smallest", "largest", "channels with mu > 0 (%)"),
+        [
+            (
+                c.name,
+                c.direction,
+                c.scenario,
+                f"{c.positive:.3f}",
+                f"{c.eigenvalues[0]:.5g}",
+                f"{c.eigenvalues[-1]:.5g}",
+                f"{100 * (c.channels > 0).double().mean():.1f}",
+            )
+            for c in found
+        ],
+    )
+    finding.tables["channels"] = (
+        ("layer", "direction", "channel", "mu", "alone"),
+        [
+            (c.name, c.direction, i, f"{float(m):.6g}", "divergent" if m > 0 else "convergent")
+            for c in found
+            for i, m in enumerate(c.channels)
+        ],
+    )
+    for axis, values, label, title in (
+        (axes[0], [c.eigenvalues for c in found], "eigenvalue of S_C^T S_B (real part)", "criterion of the scans"),
+        (axes[1], [c.channels for c in found], "mu of a channel", "criterion of the channels"),
+    ):
         for i, v in enumerate(values):
             sign = v > 0
             for part, marker, colour in ((sign, "^", figures.COLOURS[0]), (~sign, "v", figures.COLOURS[1])):
@@ -238,8 +283,14 @@ def _growth_figure(grown: Tensor):
     from ssmzoo.probes import figures
 
     figure, axes = figures.canvas(1, 1, (5, 3.2))
-    figures.lines(axes[0, 0], range(len(grown)), {"median over the batch": grown}, "position of the token",
-                  "norm at the last over the first block", "growth over depth by position")
+    figures.lines(
+        axes[0, 0],
+        range(len(grown)),
+        {"median over the batch": grown},
+        "position of the token",
+        "norm at the last over the first block",
+        "growth over depth by position",
+    )
     return figure
 
 
@@ -263,8 +314,9 @@ def golden_token_dynamics(case) -> dict[str, Tensor]:
     if "scores" in case.inputs:
         P = soft_sort(case.inputs["scores"], kwargs.get("tau", 1.0), kwargs.get("pow", 1.0), kwargs.get("hard", False))
         return {"P": P}
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "conv_bias", "device",
-                                                           "dtype")}
+    kwargs = {
+        k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "conv_bias", "device", "dtype")
+    }
     mixer = MambaVisionMixer(**kwargs)
     state = {k.replace("imporantness", "importance"): v for k, v in case.params.items()}
     return {"y": torch.func.functional_call(mixer, state, (case.inputs["x"],))}

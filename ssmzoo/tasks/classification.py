@@ -45,17 +45,34 @@ class ImageClassification(Task):
 
     unit, monitor, mode = "images", "top1", "max"
 
-    def __init__(self, model: nn.Module, optim=None, label_smoothing: float = 0.0, mixup: float = 0.0,
-                 cutmix: float = 0.0, mix_prob: float = 1.0, switch_prob: float = 0.5, mesa: float = 0.0,
-                 mesa_start: float = 0.25, mesa_decay: float = 0.9999):
+    def __init__(
+        self,
+        model: nn.Module,
+        optim=None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mesa: float = 0.0,
+        mesa_start: float = 0.25,
+        mesa_decay: float = 0.9999,
+    ):
         super().__init__(model, optim)
-        for name, value in (("label_smoothing", label_smoothing), ("mix_prob", mix_prob), ("switch_prob", switch_prob),
-                            ("mesa_start", mesa_start), ("mesa_decay", mesa_decay)):
+        for name, value in (
+            ("label_smoothing", label_smoothing),
+            ("mix_prob", mix_prob),
+            ("switch_prob", switch_prob),
+            ("mesa_start", mesa_start),
+            ("mesa_decay", mesa_decay),
+        ):
             if not 0 <= value <= 1:
                 raise ValueError(f"task.{name} = {value}; it must lie between 0 and 1")
         if getattr(model, "num_classes", 0) < 2:
-            raise ValueError(f"classification needs a model with at least two classes, {type(model).__name__} has "
-                             f"{getattr(model, 'num_classes', 'no num_classes')}")
+            raise ValueError(
+                f"classification needs a model with at least two classes, {type(model).__name__} has "
+                f"{getattr(model, 'num_classes', 'no num_classes')}"
+            )
         self.classes, self.label_smoothing = model.num_classes, label_smoothing
         self.mix = mixing(mixup, cutmix, mix_prob, switch_prob, label_smoothing, self.classes)
         self.mesa, self.mesa_start, self.mesa_decay = mesa, mesa_start, mesa_decay
@@ -65,8 +82,10 @@ class ImageClassification(Task):
     def step(self, batch, training: bool) -> StepOutput:
         images, labels = batch["image"], batch["label"]
         if int(labels.max()) >= self.classes:
-            raise ValueError(f"an image has label {int(labels.max())}, but the model has {self.classes} classes (0 to "
-                             f"{self.classes - 1}); build it with num_classes={int(labels.max()) + 1} or more")
+            raise ValueError(
+                f"an image has label {int(labels.max())}, but the model has {self.classes} classes (0 to "
+                f"{self.classes - 1}); build it with num_classes={int(labels.max()) + 1} or more"
+            )
         if not training:
             return self._measure(self.model(images), labels)
         if self.mix is not None and len(images) % 2 == 0:
@@ -135,8 +154,10 @@ class ImageClassification(Task):
         if self.confusion is None:
             return Report({}, {}, [])
         table = self.confusion.double().cpu()
-        lines = [f"{name},{int(row.sum())},{float(row[i] / row.sum().clamp(min=1)):.4f}"
-                 for i, (name, row) in enumerate(zip(data.classes, table))]
+        lines = [
+            f"{name},{int(row.sum())},{float(row[i] / row.sum().clamp(min=1)):.4f}"
+            for i, (name, row) in enumerate(zip(data.classes, table))
+        ]
         (out / "classes.csv").write_text("\n".join(["class,images,top1", *lines]) + "\n")
         worst = sorted(lines, key=lambda line: float(line.rsplit(",", 1)[1]))[:5]
         return Report({}, {"worst classes (name, images, top-1)": "\n".join(worst)}, [])
@@ -147,6 +168,9 @@ def confusions(table: Tensor, classes: list[str], top: int = 5) -> str:
     wrong = table.clone().cpu()
     wrong.fill_diagonal_(0)
     order = wrong.flatten().argsort(descending=True)[:top].tolist()
-    lines = [f"{classes[i // len(classes)]} taken for {classes[i % len(classes)]}: {int(wrong.flatten()[i])} times"
-             for i in order if wrong.flatten()[i] > 0]
+    lines = [
+        f"{classes[i // len(classes)]} taken for {classes[i % len(classes)]}: {int(wrong.flatten()[i])} times"
+        for i in order
+        if wrong.flatten()[i] > 0
+    ]
     return "\n".join(lines) or "none"

@@ -21,8 +21,15 @@ def draw_predictions(model: nn.Module, data, png: Path, device, rows: int = 4, c
     for count, batch in enumerate(data.val_dataloader()):
         share = model(batch["image"].to(device)).float().softmax(-1).cpu()
         confidence, predicted = share.max(-1)
-        found += list(zip((predicted == batch["label"]).tolist(), confidence.tolist(), predicted.tolist(),
-                          batch["label"].tolist(), data.levels(batch["image"])))
+        found += list(
+            zip(
+                (predicted == batch["label"]).tolist(),
+                confidence.tolist(),
+                predicted.tolist(),
+                batch["label"].tolist(),
+                data.levels(batch["image"]),
+            )
+        )
         if count == 15:
             break
     model.train(was_training)
@@ -33,8 +40,9 @@ def draw_predictions(model: nn.Module, data, png: Path, device, rows: int = 4, c
     for axis, (right, confidence, predicted, label, image) in zip(axes.flat, found):
         axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         words = f"{data.classes[predicted]} {100 * confidence:.0f} %"
-        axis.set_title(words if right else f"{words}\nis {data.classes[label]}", fontsize=8,
-                       color="black" if right else "#D55E00")
+        axis.set_title(
+            words if right else f"{words}\nis {data.classes[label]}", fontsize=8, color="black" if right else "#D55E00"
+        )
     wrong = sum(not item[0] for item in found)
     figure.suptitle(f"least certain of {len(found)} validation images; {wrong} wrong (red), these first", fontsize=10)
     figure.savefig(png, dpi=120)

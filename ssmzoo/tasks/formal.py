@@ -48,12 +48,22 @@ class FormalLanguage(Task):
 
     unit = "strings"
 
-    def __init__(self, model: nn.Module, optim: Callable[[nn.Module], Any] | None = None, num_classes: int = 2,
-                 consistency: float = 0.0, long_rows: int = 16, long_length: int = 100_000, long_chunk: int = 1000):
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Callable[[nn.Module], Any] | None = None,
+        num_classes: int = 2,
+        consistency: float = 0.0,
+        long_rows: int = 16,
+        long_length: int = 100_000,
+        long_chunk: int = 1000,
+    ):
         super().__init__(model, optim)
         if num_classes < 2 or consistency < 0 or long_rows < 1 or long_length < 0 or long_chunk < 1:
-            raise ValueError(f"task: num_classes = {num_classes} must be at least 2, consistency = {consistency} and "
-                             f"long_length = {long_length} not negative, long_rows and long_chunk at least 1")
+            raise ValueError(
+                f"task: num_classes = {num_classes} must be at least 2, consistency = {consistency} and "
+                f"long_length = {long_length} not negative, long_rows and long_chunk at least 1"
+            )
         self.num_classes, self.consistency = num_classes, consistency
         self.long_rows, self.long_length, self.long_chunk = long_rows, long_length, long_chunk
         self._takes_mask = "mask" in inspect.signature(model.forward).parameters
@@ -61,8 +71,11 @@ class FormalLanguage(Task):
     def on_fit_start(self) -> None:
         size, needed = getattr(self.model, "state_size", None), self.trainer.datamodule.sizes["num_states"]
         if size is not None and size < needed:
-            warnings.warn(f"model.state_size = {size} is below the {needed} states of the automaton "
-                          f"{self.trainer.datamodule.language.name}; it may still fit, but need not", stacklevel=2)
+            warnings.warn(
+                f"model.state_size = {size} is below the {needed} states of the automaton "
+                f"{self.trainer.datamodule.language.name}; it may still fit, but need not",
+                stacklevel=2,
+            )
 
     def logits(self, batch: dict[str, Tensor], state=None):
         """(logits (b l c), state, auxiliary values)."""
@@ -95,14 +108,20 @@ class FormalLanguage(Task):
 
     def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
         data = self.trainer.datamodule
-        rows = {"validation cross entropy": f"{validation['cross_entropy']:.6f} nats per answer",
-                "validation accuracy": f"{100 * validation['accuracy']:.3f} % over all prefixes"}
+        rows = {
+            "validation cross entropy": f"{validation['cross_entropy']:.6f} nats per answer",
+            "validation accuracy": f"{100 * validation['accuracy']:.3f} % over all prefixes",
+        }
         if not hasattr(data, "test_sets"):  # protocols B and C: validation is their test
             return Report(rows, {}, [])
         curve = self.length_curve(data)
         curve.write_csv(run_dir / "lengths.csv")
-        figure = draw_lengths(run_dir / "lengths.png", {type(self.model).__name__: curve}, data.max_length,
-                              f"{data.language.name}: {data.language.num_states} states")
+        figure = draw_lengths(
+            run_dir / "lengths.png",
+            {type(self.model).__name__: curve},
+            data.max_length,
+            f"{data.language.name}: {data.language.num_states} states",
+        )
         return Report(rows | curve.rows(data.max_length), {}, [figure])
 
     @torch.no_grad()

@@ -40,27 +40,49 @@ class FewShotIncremental(Task):
 
     unit, monitor, mode = "images", "top1", "max"
 
-    def __init__(self, model, optim=None, lr: float = 0.25, steps: int | list[int] = 200, batch_size: int = 64,
-                 copy: int = 1, base_copy: int | list[int] = 1, weight_supp: float = 100.0,
-                 weight_supp_novel: float = 1e-5, weight_sep: float = 0.0, weight_sep_new: float = 0.001,
-                 mix_prob: float = 0.75, old_lr: float = 0.0,
-                 with_len_base: bool = False, with_len: bool = True, detach_residual: bool = True,
-                 base_mixup: float = 0.0, base_cutmix: float = 0.0, base_mix_prob: float = 0.8,
-                 base_plain_again: bool = False):
+    def __init__(
+        self,
+        model,
+        optim=None,
+        lr: float = 0.25,
+        steps: int | list[int] = 200,
+        batch_size: int = 64,
+        copy: int = 1,
+        base_copy: int | list[int] = 1,
+        weight_supp: float = 100.0,
+        weight_supp_novel: float = 1e-5,
+        weight_sep: float = 0.0,
+        weight_sep_new: float = 0.001,
+        mix_prob: float = 0.75,
+        old_lr: float = 0.0,
+        with_len_base: bool = False,
+        with_len: bool = True,
+        detach_residual: bool = True,
+        base_mixup: float = 0.0,
+        base_cutmix: float = 0.0,
+        base_mix_prob: float = 0.8,
+        base_plain_again: bool = False,
+    ):
         super().__init__(model, optim)
         if not hasattr(model, "neck"):
-            raise ValueError(f"task=fscil needs model=mamba_fscil (a neck and fixed class directions), not "
-                             f"{type(model).__name__}")
+            raise ValueError(
+                f"task=fscil needs model=mamba_fscil (a neck and fixed class directions), not {type(model).__name__}"
+            )
         steps, base_copy = ([v] if isinstance(v, int) else list(v) for v in (steps, base_copy))
         if lr <= 0 or min(steps, default=0) < 1 or min(base_copy, default=-1) < 0:
-            raise ValueError(f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} "
-                             f"not negative")
+            raise ValueError(
+                f"task.lr = {lr} and task.steps = {steps} must be positive, task.base_copy = {base_copy} not negative"
+            )
         for name, value in (("mix_prob", mix_prob), ("base_mix_prob", base_mix_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"task.{name} = {value}; it must lie between 0 and 1")
         self.lr, self.steps, self.batch_size, self.copy, self.base_copy = lr, steps, batch_size, copy, base_copy
-        self.weights = dict(weight_supp=weight_supp, weight_supp_novel=weight_supp_novel, weight_sep=weight_sep,
-                            weight_sep_new=weight_sep_new)
+        self.weights = dict(
+            weight_supp=weight_supp,
+            weight_supp_novel=weight_supp_novel,
+            weight_sep=weight_sep,
+            weight_sep_new=weight_sep_new,
+        )
         self.mix_prob, self.old_lr, self.with_len_base, self.with_len = mix_prob, old_lr, with_len_base, with_len
         self.detach_residual = detach_residual
         self.mix = mixing(base_mixup, base_cutmix, base_mix_prob, 0.5, 0.0, model.num_classes)
@@ -69,8 +91,10 @@ class FewShotIncremental(Task):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         if not hasattr(data, "base_classes"):
-            raise ValueError(f"task=fscil needs data in sessions, such as data=digits_fewshot, cifar100_fewshot or "
-                             f"image_folder_fewshot, not {type(data).__name__}")
+            raise ValueError(
+                f"task=fscil needs data in sessions, such as data=digits_fewshot, cifar100_fewshot or "
+                f"image_folder_fewshot, not {type(data).__name__}"
+            )
 
     def step(self, batch, training: bool) -> StepOutput:
         (images, labels), model = (batch["image"], batch["label"]), self.model
@@ -92,10 +116,12 @@ class FewShotIncremental(Task):
             torch.manual_seed(data.seed)
             scores, means = self.sessions(data)
         save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, run_dir / "sessions.safetensors")
-        rows = {"top-1 per session": " ".join(f"{100 * s:.2f}" for s in scores),
-                "average top-1": f"{100 * sum(scores) / len(scores):.2f} %",
-                "performance drop": f"{100 * (scores[0] - scores[-1]):.2f} points",
-                "nearest class mean on the backbone, per session": " ".join(f"{100 * s:.2f}" for s in means)}
+        rows = {
+            "top-1 per session": " ".join(f"{100 * s:.2f}" for s in scores),
+            "average top-1": f"{100 * sum(scores) / len(scores):.2f} %",
+            "performance drop": f"{100 * (scores[0] - scores[-1]):.2f} points",
+            "nearest class mean on the backbone, per session": " ".join(f"{100 * s:.2f}" for s in means),
+        }
         lines = [f"{i},{data.seen(i)},{a:.4f},{b:.4f}" for i, (a, b) in enumerate(zip(scores, means))]
         (run_dir / "sessions.csv").write_text("\n".join(["session,classes,top1,nearest_mean_top1", *lines]) + "\n")
         return Report(rows, {}, [])
@@ -128,8 +154,10 @@ class FewShotIncremental(Task):
         """What a session trains on: new maps, and the means of everything learnt before."""
         known = torch.arange(len(means), device=maps.device)
         times = torch.where(known < data.base_classes, base_copy, self.copy)
-        return (torch.cat([maps, means.repeat_interleave(times, dim=0)]),
-                torch.cat([labels, known.repeat_interleave(times)]))
+        return (
+            torch.cat([maps, means.repeat_interleave(times, dim=0)]),
+            torch.cat([labels, known.repeat_interleave(times)]),
+        )
 
     def learn(self, x: Tensor, y: Tensor, base: int, steps: int) -> None:
         """One session: `steps` updates of the neck on stored maps x (n d y x) with labels y."""
@@ -157,8 +185,9 @@ class FewShotIncremental(Task):
         if float(torch.rand(())) < self.mix_prob:
             partner = torch.randperm(len(x)).to(x.device)
             features = 0.5 * (features + features[partner])
-            loss = 0.5 * sum(dot_regression(features, labels, directions, with_len=self.with_len)
-                             for labels in (y, y[partner]))
+            loss = 0.5 * sum(
+                dot_regression(features, labels, directions, with_len=self.with_len) for labels in (y, y[partner])
+            )
         else:
             loss = dot_regression(features, y, directions, with_len=self.with_len)
         return loss + sum(incremental_losses(out, y, base, **self.weights).values())
@@ -167,8 +196,10 @@ class FewShotIncremental(Task):
     def score(self, test: tuple[Tensor, Tensor], seen: int) -> float:
         """Top-1 over the test images of the first `seen` classes."""
         maps, labels = (t[test[1] < seen] for t in test)
-        hits = [self.model.head(self.model.neck(m).features, seen).argmax(-1) == y
-                for m, y in zip(maps.split(256), labels.split(256))]
+        hits = [
+            self.model.head(self.model.neck(m).features, seen).argmax(-1) == y
+            for m, y in zip(maps.split(256), labels.split(256))
+        ]
         return torch.cat(hits).float().mean().item()
 
 

@@ -61,10 +61,21 @@ class Restoration(Task):
     unit = "patches"
     monitor, mode = "psnr", "max"
 
-    def __init__(self, model, optim=None, loss: str = "l1", crop_border: int | None = None, y_channel: bool = True,
-                 rounded: bool = True, mixup: float = 0.0, baseline: str = "bicubic",
-                 sigma: float | list[float] | None = None, tile: int | None = PUBLISHED_TILE,
-                 self_ensemble: bool = False, lpips: bool = False):
+    def __init__(
+        self,
+        model,
+        optim=None,
+        loss: str = "l1",
+        crop_border: int | None = None,
+        y_channel: bool = True,
+        rounded: bool = True,
+        mixup: float = 0.0,
+        baseline: str = "bicubic",
+        sigma: float | list[float] | None = None,
+        tile: int | None = PUBLISHED_TILE,
+        self_ensemble: bool = False,
+        lpips: bool = False,
+    ):
         super().__init__(model, optim)
         for name, value, known in (("loss", loss, LOSSES), ("baseline", baseline, BASELINES)):
             if value not in known:
@@ -88,8 +99,10 @@ class Restoration(Task):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         if data is not None and data.sizes["upscale"] != self.scale:
-            raise ValueError(f"the model enlarges by {self.scale} and the data by {data.sizes['upscale']}; "
-                             f"set model.upscale or data.scale so that they agree")
+            raise ValueError(
+                f"the model enlarges by {self.scale} and the data by {data.sizes['upscale']}; "
+                f"set model.upscale or data.scale so that they agree"
+            )
 
     def step(self, batch, training: bool) -> StepOutput:
         if training:
@@ -115,11 +128,14 @@ class Restoration(Task):
             pair, similarity = (to_levels(restored), to_levels(truth)), ssim
         else:
             pair, similarity = (restored.clamp(0, 1) * 255, truth * 255), ssim_volume
-        return {"psnr": psnr(*pair, self.crop_border, self.y_channel),
-                "ssim": similarity(*pair, self.crop_border, self.y_channel)}
+        return {
+            "psnr": psnr(*pair, self.crop_border, self.y_channel),
+            "ssim": similarity(*pair, self.crop_border, self.y_channel),
+        }
 
     def restore(self, lq: Tensor) -> Tensor:
         """(b c y x) to (b c s*y s*x) by the evaluation protocol: padding, tiles, self-ensemble."""
+
         def padded(x: Tensor) -> Tensor:
             return run_padded(self.model, x, self.scale, self.model.size_multiple)
 
@@ -141,15 +157,21 @@ class Restoration(Task):
             writer.writerows({k: v if k == "name" else f"{v:.6f}" for k, v in r.items()} for r in self._rows)
         channel = "Y-PSNR" if self.y_channel and self.model.in_chans == 3 else "PSNR"
         against = "degraded picture" if self.baseline == "none" else self.baseline.replace("_", "-")
-        rows = {f"{channel}, mean over {len(self._rows)} held-out pictures": f"{mean['psnr']:.3f} dB",
-                f"{channel} of the {against}" if self.baseline == "none" else f"{channel} of {against}":
-                    f"{mean['baseline_psnr']:.3f} dB",
-                "gain": f"{mean['psnr'] - mean['baseline_psnr']:+.3f} dB",
-                "SSIM": f"{mean['ssim']:.4f} ({against}: {mean['baseline_ssim']:.4f})"}
+        rows = {
+            f"{channel}, mean over {len(self._rows)} held-out pictures": f"{mean['psnr']:.3f} dB",
+            f"{channel} of the {against}"
+            if self.baseline == "none"
+            else f"{channel} of {against}": f"{mean['baseline_psnr']:.3f} dB",
+            "gain": f"{mean['psnr'] - mean['baseline_psnr']:+.3f} dB",
+            "SSIM": f"{mean['ssim']:.4f} ({against}: {mean['baseline_ssim']:.4f})",
+        }
         rows |= {"LPIPS": f"{mean['lpips']:.4f}"} if "lpips" in mean else {}
         table = [f"{'picture':<24}{channel:>9}{'baseline':>10}{'gain':>8}{'SSIM':>8}"]
-        table += [f"{r['name'][:23]:<24}{r['psnr']:>9.3f}{r['baseline_psnr']:>10.3f}"
-                  f"{r['psnr'] - r['baseline_psnr']:>+8.3f}{r['ssim']:>8.4f}" for r in self._rows[:100]]
+        table += [
+            f"{r['name'][:23]:<24}{r['psnr']:>9.3f}{r['baseline_psnr']:>10.3f}"
+            f"{r['psnr'] - r['baseline_psnr']:>+8.3f}{r['ssim']:>8.4f}"
+            for r in self._rows[:100]
+        ]
         from ssmzoo.tasks.restoration_figure import draw_comparison
 
         figure = draw_comparison(self._shown, run_dir / "comparison.png")
@@ -176,5 +198,7 @@ def _load_lpips():
 
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     except Exception as error:  # torchvision missing, no network for its weights, ...
-        raise ValueError(f"task.lpips=true needs torchmetrics, torchvision and, once, a network for AlexNet's weights: "
-                         f"{type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"task.lpips=true needs torchmetrics, torchvision and, once, a network for AlexNet's weights: "
+            f"{type(error).__name__}: {error}"
+        ) from None

@@ -20,8 +20,15 @@ def nl_means(lq: Tensor, scale: int, sigma: float | None) -> Tensor:
     from skimage.restoration import denoise_nl_means
 
     level = sigma / 255
-    clean = denoise_nl_means(lq.permute(1, 2, 0).cpu().numpy(), h=0.8 * level, sigma=level, patch_size=5,
-                             patch_distance=6, fast_mode=True, channel_axis=-1)
+    clean = denoise_nl_means(
+        lq.permute(1, 2, 0).cpu().numpy(),
+        h=0.8 * level,
+        sigma=level,
+        patch_size=5,
+        patch_distance=6,
+        fast_mode=True,
+        channel_axis=-1,
+    )
     return torch.from_numpy(clean).permute(2, 0, 1)
 
 

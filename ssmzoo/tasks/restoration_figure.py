@@ -22,8 +22,9 @@ def draw_comparison(pictures, png: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(pictures), 4, figsize=(13, 3.3 * len(pictures)), squeeze=False,
-                                constrained_layout=True)
+    figure, axes = plt.subplots(
+        len(pictures), 4, figsize=(13, 3.3 * len(pictures)), squeeze=False, constrained_layout=True
+    )
     for row, picture in zip(axes, pictures):
         for ax, image, title in zip(row, picture[1:], ("degraded", "restored", "truth")):
             ax.imshow(_levels(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")

@@ -11,8 +11,16 @@ from ssmzoo.ops.imresize import imresize
 from ssmzoo.tasks.tiling import run_blended, run_padded, self_ensemble
 
 
-def restore_levels(model: nn.Module, levels: Tensor, top: int, *, tile: int = 192, overlap: int = 32,
-                   ensemble: bool = False, progress: Callable[[int, int], None] | None = None) -> Tensor:
+def restore_levels(
+    model: nn.Module,
+    levels: Tensor,
+    top: int,
+    *,
+    tile: int = 192,
+    overlap: int = 32,
+    ensemble: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """Restore integer levels 0..top (c y x) to levels (c s*y s*x) of the same type, on the model's device.
 
     tile, overlap  see `run_blended`; memory grows with the tile, not with the picture
@@ -22,8 +30,10 @@ def restore_levels(model: nn.Module, levels: Tensor, top: int, *, tile: int = 19
     """
     channels, height, width = levels.shape
     if channels > model.in_chans:
-        raise ValueError(f"the picture has {channels} colour channels and the model takes {model.in_chans}: convert "
-                         f"the picture to grey first, or use a colour model")
+        raise ValueError(
+            f"the picture has {channels} colour channels and the model takes {model.in_chans}: convert "
+            f"the picture to grey first, or use a colour model"
+        )
     device, scale = next(model.parameters()).device, model.upscale
 
     def run(x: Tensor) -> Tensor:

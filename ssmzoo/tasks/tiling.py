@@ -36,8 +36,10 @@ def _axis(length: int, side: int) -> tuple[int, list[tuple[int, int, int, int]]]
     padded = -(-length // count) * count
     size = padded // count
     overlap = size // 10
-    return padded, [(max(0, i * size - overlap), min(padded, (i + 1) * size + overlap), i * size, (i + 1) * size)
-                    for i in range(count)]
+    return padded, [
+        (max(0, i * size - overlap), min(padded, (i + 1) * size + overlap), i * size, (i + 1) * size)
+        for i in range(count)
+    ]
 
 
 def published_tiles(height: int, width: int, side: int = PUBLISHED_TILE) -> tuple[tuple[int, int], list[Tile]]:
@@ -75,8 +77,11 @@ def run_published(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, 
         y = model(image[..., t.top : t.bottom, t.left : t.right])
         if out is None:
             out = y.new_zeros(*y.shape[:2], padded_height * scale, padded_width * scale)
-        y = y[..., (t.keep_top - t.top) * scale : (t.keep_bottom - t.top) * scale,
-              (t.keep_left - t.left) * scale : (t.keep_right - t.left) * scale]
+        y = y[
+            ...,
+            (t.keep_top - t.top) * scale : (t.keep_bottom - t.top) * scale,
+            (t.keep_left - t.left) * scale : (t.keep_right - t.left) * scale,
+        ]
         out[..., t.keep_top * scale : t.keep_bottom * scale, t.keep_left * scale : t.keep_right * scale] = y
     return out[..., : height * scale, : width * scale]
 
@@ -107,8 +112,14 @@ def axis_fades(starts: list[int], length: int, tile: int, overlap: int) -> list[
     return weights
 
 
-def run_blended(model: Callable[[Tensor], Tensor], image: Tensor, scale: int, tile: int = 192, overlap: int = 32,
-                progress: Callable[[int, int], None] | None = None) -> Iterator[Tensor]:
+def run_blended(
+    model: Callable[[Tensor], Tensor],
+    image: Tensor,
+    scale: int,
+    tile: int = 192,
+    overlap: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
     """Strips of the restored image from top to bottom, each (c rows s*x); their rows add up to s*y.
 
     model    (1 c y x) -> (1 c s*y s*x)

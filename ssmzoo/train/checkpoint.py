@@ -78,10 +78,7 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def write_checkpoint(
-    folder: str | Path,
-    weights: Mapping[str, Tensor],
-    manifest: dict,
-    trainer_state: dict | None = None,
+    folder: str | Path, weights: Mapping[str, Tensor], manifest: dict, trainer_state: dict | None = None
 ) -> Path:
     """Write a checkpoint folder in one step: either the whole of it appears or nothing.
 

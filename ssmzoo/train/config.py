@@ -52,8 +52,18 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.early_stopping": "lightning.pytorch.callbacks.EarlyStopping",
 }
 LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
-TOP_LEVEL = ("seed", "runs_dir", "name", "resume", "config", "init_from", "compile", "grad_checkpointing", "model_name",
-             "n_trials")
+TOP_LEVEL = (
+    "seed",
+    "runs_dir",
+    "name",
+    "resume",
+    "config",
+    "init_from",
+    "compile",
+    "grad_checkpointing",
+    "model_name",
+    "n_trials",
+)
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 
 
@@ -121,8 +131,10 @@ def check(cfg: DictConfig) -> None:
     known = {n.split(".")[1] for n in CALLED if n.startswith("callbacks.")}
     for key in cfg.callbacks:
         if key not in known:
-            raise ConfigError(f"unknown key callbacks.{key}{origin(f'callbacks.{key}')}{nearest(key, known)}; "
-                              f"known: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"unknown key callbacks.{key}{origin(f'callbacks.{key}')}{nearest(key, known)}; "
+                f"known: {', '.join(sorted(known))}"
+            )
     check_combinations(cfg)
     if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
         raise ConfigError(
@@ -191,17 +203,29 @@ def check_combinations(cfg: DictConfig) -> None:
     trainer, callbacks = cfg.trainer, cfg.callbacks
     sharded = trainer.get("strategy") == "fsdp"
     refused = [
-        (sharded and cfg.optim.get("name") == "muon", "trainer.strategy=fsdp with optim.name=muon",
-         "Muon needs whole matrices: use trainer=ddp or optim=adamw"),
+        (
+            sharded and cfg.optim.get("name") == "muon",
+            "trainer.strategy=fsdp with optim.name=muon",
+            "Muon needs whole matrices: use trainer=ddp or optim=adamw",
+        ),
         (sharded and callbacks.get("ema"), "trainer.strategy=fsdp with callbacks.ema", "use trainer=ddp or no average"),
-        (sharded and trainer.get("precision") in ("16-mixed", 16, "16"), "trainer.strategy=fsdp with 16-mixed",
-         "use bf16-mixed or 32-true"),
-        (trainer.get("accelerator") == "cpu" and trainer.get("precision") in ("16-mixed", 16, "16"),
-         "trainer.precision=16-mixed on a CPU", "use bf16-mixed or 32-true"),
+        (
+            sharded and trainer.get("precision") in ("16-mixed", 16, "16"),
+            "trainer.strategy=fsdp with 16-mixed",
+            "use bf16-mixed or 32-true",
+        ),
+        (
+            trainer.get("accelerator") == "cpu" and trainer.get("precision") in ("16-mixed", 16, "16"),
+            "trainer.precision=16-mixed on a CPU",
+            "use bf16-mixed or 32-true",
+        ),
         (cfg.get("compile") and sharded, "compile=true with trainer.strategy=fsdp", "leave one of them out"),
         (cfg.get("resume") and cfg.get("config"), "resume= with config=", "one continues a run, the other repeats it"),
-        ((callbacks.get("guards") or {}).get("halve_batch") and (trainer.get("devices") not in (1, "auto", None)),
-         "callbacks.guards.halve_batch=true on several devices", "lower data.batch_size instead"),
+        (
+            (callbacks.get("guards") or {}).get("halve_batch") and (trainer.get("devices") not in (1, "auto", None)),
+            "callbacks.guards.halve_batch=true on several devices",
+            "lower data.batch_size instead",
+        ),
     ]
     for wrong, what, why in refused:
         if wrong:

@@ -21,8 +21,9 @@ class Guards(L.Callback):
                   with the same gradient on average (see ssmzoo.tasks.micro_batch); off: stop and say what to lower
     """
 
-    def __init__(self, run_dir: Path, max_skips: int = 0, spike: float = 3.0, dead_experts: int = 200,
-                 halve_batch: bool = False):
+    def __init__(
+        self, run_dir: Path, max_skips: int = 0, spike: float = 3.0, dead_experts: int = 200, halve_batch: bool = False
+    ):
         for name, value in (("max_skips", max_skips), ("spike", spike), ("dead_experts", dead_experts)):
             if value < 0:
                 raise ValueError(f"callbacks.guards.{name} is {value}; it must not be negative")

@@ -20,8 +20,10 @@ def start_from(model: nn.Module, path: str) -> str:
     new = [k for k in own if k not in fits]
     taken, total = (sum(own[k].numel() for k in keys) for keys in (fits, own))
     if 2 * taken < total:
-        raise CheckpointError(f"init_from={path}: only {len(fits)} of the model's {len(own)} tensors are there with "
-                              f"the same shape ({taken:,} of {total:,} values); are these weights of another model?")
+        raise CheckpointError(
+            f"init_from={path}: only {len(fits)} of the model's {len(own)} tensors are there with "
+            f"the same shape ({taken:,} of {total:,} values); are these weights of another model?"
+        )
     model.load_state_dict(fits, strict=False)
     more = f"; new: {', '.join(new[:4])}{' ...' if len(new) > 4 else ''}" if new else ""
     return f"starting from {path}: {len(fits)} of {len(own)} tensors{more}"

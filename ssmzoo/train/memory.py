@@ -182,8 +182,13 @@ def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
     found = longest(next(iter(data.train_dataloader())), getattr(data, "max_length", 0))
     size = len(next(iter(found.values())))
     shapes = ", ".join(f"{k} {tuple(v.shape[1:])}" for k, v in found.items() if isinstance(v, Tensor))
-    memory = predict(task, lambda n: {k: v[:n] for k, v in found.items()}, size,
-                     precision=plain["trainer"]["precision"], ema=bool(plain["callbacks"].get("ema")))
+    memory = predict(
+        task,
+        lambda n: {k: v[:n] for k, v in found.items()},
+        size,
+        precision=plain["trainer"]["precision"],
+        ema=bool(plain["callbacks"].get("ema")),
+    )
     return memory, size, shapes
 
 
@@ -191,8 +196,10 @@ def longest(batch: dict[str, Any], length: int) -> dict[str, Any]:
     """A batch (b l) of strings that may grow in training, repeated to the length they grow to."""
     if not length:
         return batch
-    return {k: v.repeat(1, -(-length // v.shape[1]))[:, :length] if isinstance(v, Tensor) and v.ndim == 2 else v
-            for k, v in batch.items()}
+    return {
+        k: v.repeat(1, -(-length // v.shape[1]))[:, :length] if isinstance(v, Tensor) and v.ndim == 2 else v
+        for k, v in batch.items()
+    }
 
 
 def predict(cfg_task, batch, batch_size: int, *, precision: str = "32-true", ema: bool = False) -> Memory:

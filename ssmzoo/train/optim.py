@@ -179,8 +179,14 @@ def build(
 
     Raises ValueError for values out of range.
     """
-    not_negative = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "hold_steps": hold_steps,
-                    "warmup_lr_ratio": warmup_lr_ratio or 0, "cooldown_steps": cooldown_steps}
+    not_negative = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup_steps": warmup_steps,
+        "hold_steps": hold_steps,
+        "warmup_lr_ratio": warmup_lr_ratio or 0,
+        "cooldown_steps": cooldown_steps,
+    }
     for key, value in not_negative.items():
         if value < 0:
             raise ValueError(f"optim.{key} is {value}; it must not be negative")
@@ -212,8 +218,16 @@ def build(
     else:
         raise ValueError(f"optim.name is {name!r}; choose one of {', '.join(kinds)}{nearest(str(name), kinds)}")
     factor = schedule(
-        schedule_kind, total_steps, warmup_steps, min_lr_ratio, milestones, gamma, hold_steps=hold_steps,
-        warmup_lr_ratio=warmup_lr_ratio, warmup_prefix=warmup_prefix, stair_steps=stair_steps,
+        schedule_kind,
+        total_steps,
+        warmup_steps,
+        min_lr_ratio,
+        milestones,
+        gamma,
+        hold_steps=hold_steps,
+        warmup_lr_ratio=warmup_lr_ratio,
+        warmup_prefix=warmup_prefix,
+        stair_steps=stair_steps,
         cooldown_steps=cooldown_steps,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -221,7 +235,11 @@ def build(
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr: float, layer_decay: float = 1.0, decay: str = "roles",
+    model: nn.Module,
+    weight_decay: float,
+    lr: float,
+    layer_decay: float = 1.0,
+    decay: str = "roles",
     lr_scale: dict[str, float] | None = None,
 ) -> list[dict]:
     """Optimiser groups by role (decay or not), with layer_decay < 1 by depth, and by the prefixes of `lr_scale`."""

@@ -47,12 +47,7 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
 
 
 def write_report(
-    run_dir: Path,
-    title: str,
-    command: str,
-    rows: dict[str, str],
-    texts: dict[str, str],
-    figures: list[Path],
+    run_dir: Path, title: str, command: str, rows: dict[str, str], texts: dict[str, str], figures: list[Path]
 ) -> Path:
     """report.md: the command, the table, the texts and the pictures."""
     lines = [f"# {title}", "", f"`{command}`", "", "| | |", "|---|---|"]

@@ -148,9 +148,11 @@ def _build_data(cfg: DictConfig) -> tuple[Any, dict]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     lacking = [k for k, v in plain["model"].items() if isinstance(v, str) and v.startswith("<") and v.endswith("data>")]
     if lacking:
-        raise UserError(f"the model needs {', '.join(lacking)} from the data, but {type(data).__name__} has only "
-                        f"{', '.join(data.sizes)}; choose the data and the task that belong together "
-                        f"(`ssmzoo list models`, `ssmzoo list data`), or give model.{lacking[0]}=... yourself")
+        raise UserError(
+            f"the model needs {', '.join(lacking)} from the data, but {type(data).__name__} has only "
+            f"{', '.join(data.sizes)}; choose the data and the task that belong together "
+            f"(`ssmzoo list models`, `ssmzoo list data`), or give model.{lacking[0]}=... yourself"
+        )
     return data, plain
 
 

@@ -82,6 +82,7 @@ class Sharded(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [i for group in saved["param_groups"] for i in group["params"]]
-            states = {i: {k: _like(v, p) for k, v in saved["state"].get(i, {}).items()}
-                      for i, p in zip(numbers, parameters)}
+            states = {
+                i: {k: _like(v, p) for k, v in saved["state"].get(i, {}).items()} for i, p in zip(numbers, parameters)
+            }
             optimizer.load_state_dict(saved | {"state": states})

@@ -17,12 +17,16 @@ UPDATE, _ = kernel("ssmzoo_causal_conv1d_update", [ctypes.c_void_p] * 5 + [ctype
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
-_LIBRARY.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, "
-                "bool silu) -> Tensor")
-_LIBRARY.define("causal_conv1d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "
-                "Tensor? initial_states, bool silu) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) "
-                "-> Tensor")
+_LIBRARY.define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu) -> Tensor"
+)
+_LIBRARY.define(
+    "causal_conv1d_backward(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "
+    "Tensor? initial_states, bool silu) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor"
+)
 
 
 def _arguments(x, weight, bias, seq_idx, initial_states, silu, results):
@@ -52,8 +56,9 @@ def _backward(dout, x, weight, bias, seq_idx, initial_states, silu):
     dweight = x.new_empty(x.shape[0], *weight.shape, dtype=torch.float32)
     dbias = None if bias is None else x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
     dinitial = None if initial_states is None else grads[3]
-    alive, arguments = _arguments(x, weight, bias, seq_idx, initial_states, silu,
-                                  [None, dout, grads[0], dinitial, dweight, dbias])
+    alive, arguments = _arguments(
+        x, weight, bias, seq_idx, initial_states, silu, [None, dout, grads[0], dinitial, dweight, dbias]
+    )
     BACKWARD(arguments)
     grads[1] = dweight.sum(0).to(weight.dtype)
     if bias is not None:
@@ -64,8 +69,17 @@ def _backward(dout, x, weight, bias, seq_idx, initial_states, silu):
 def _update(x, conv_state, weight, bias, silu):
     y = torch.empty_like(x)
     shift = None if bias is None else bias.data_ptr()
-    UPDATE(x.data_ptr(), conv_state.data_ptr(), weight.data_ptr(), shift, y.data_ptr(), *x.shape, conv_state.shape[2],
-           weight.shape[1], silu)
+    UPDATE(
+        x.data_ptr(),
+        conv_state.data_ptr(),
+        weight.data_ptr(),
+        shift,
+        y.data_ptr(),
+        *x.shape,
+        conv_state.shape[2],
+        weight.shape[1],
+        silu,
+    )
     return y
 
 
@@ -97,14 +111,30 @@ torch.library.register_autograd("ssmzoo::causal_conv1d", _gradients, setup_conte
 torch.library.register_autograd("ssmzoo::causal_conv1d_backward", no_double_backward("causal_conv1d"), lib=_LIBRARY)
 
 
-def why_not(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
-            activation=None) -> str | None:
+def why_not(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+) -> str | None:
     return why_not_float(x, weight, bias, initial_states)
 
 
 @causal_conv1d_fn.register("native", device="cpu", missing=MISSING, unsupported=why_not)
-def _causal_conv1d_native(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                          final_states_out=None, activation=None):
+def _causal_conv1d_native(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
     out = torch.ops.ssmzoo.causal_conv1d(x, weight, bias, seq_idx, initial_states, activation is not None)
     if not return_final_states:
         return out

@@ -20,8 +20,9 @@ MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 _ARGS = "Tensor u, Tensor steps, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, int columns, int backwards"
 _LIBRARY.define(f"cross_selective_scan({_ARGS}, bool save) -> (Tensor, Tensor)")
-_LIBRARY.define(f"cross_selective_scan_backward(Tensor dy, Tensor saved, {_ARGS}) -> ("
-                + ", ".join(["Tensor"] * 6) + ")")
+_LIBRARY.define(
+    f"cross_selective_scan_backward(Tensor dy, Tensor saved, {_ARGS}) -> (" + ", ".join(["Tensor"] * 6) + ")"
+)
 
 
 def _tiling(b: int, e: int) -> tuple[int, int]:
@@ -32,12 +33,25 @@ def _tiling(b: int, e: int) -> tuple[int, int]:
     return per_task, -(-tiles // per_task)
 
 
-def _pack(tensors: list[Tensor | None], u: Tensor, dt_proj: Tensor, A: Tensor, columns: int, backwards: int, save: bool
-          ) -> bytes:
+def _pack(
+    tensors: list[Tensor | None], u: Tensor, dt_proj: Tensor, A: Tensor, columns: int, backwards: int, save: bool
+) -> bytes:
     b, h, w, e = u.shape
     flat = [t.flatten(1, 2) if t is not None and t.ndim == 4 else t for t in tensors]
-    return pack(flat, b, e, h, w, A.shape[1], dt_proj.shape[2], save, columns, backwards, _tiling(b, e)[0],
-                torch.get_num_threads())
+    return pack(
+        flat,
+        b,
+        e,
+        h,
+        w,
+        A.shape[1],
+        dt_proj.shape[2],
+        save,
+        columns,
+        backwards,
+        _tiling(b, e)[0],
+        torch.get_num_threads(),
+    )
 
 
 def _forward(u, steps, dt_proj, dt_bias, A, D, columns, backwards, save):
@@ -61,8 +75,14 @@ def _backward(dy, saved, u, steps, dt_proj, dt_bias, A, D, columns, backwards):
     commit(du, dsteps)
     arguments = [u, steps, dt_proj, dt_bias, A, D, None, saved, dy, du, dsteps, dw, dbias, dA, dD]
     BACKWARD(_pack(arguments, u, dt_proj, A, columns, backwards, True))
-    return ((du[:, 0] + du[:, 1]).view_as(u), dsteps.sum(0).view_as(steps), dw.sum(0).view_as(dt_proj), dbias.sum(0),
-            dA.sum(0), dD.sum(0))
+    return (
+        (du[:, 0] + du[:, 1]).view_as(u),
+        dsteps.sum(0).view_as(steps),
+        dw.sum(0).view_as(dt_proj),
+        dbias.sum(0),
+        dA.sum(0),
+        dD.sum(0),
+    )
 
 
 _LIBRARY.impl("cross_selective_scan", _forward, "CPU")
@@ -95,8 +115,9 @@ def _gradients(ctx, dy, _):
 
 
 torch.library.register_autograd("ssmzoo::cross_selective_scan", _gradients, setup_context=_setup, lib=_LIBRARY)
-torch.library.register_autograd("ssmzoo::cross_selective_scan_backward", no_double_backward("cross_selective_scan"),
-                                lib=_LIBRARY)
+torch.library.register_autograd(
+    "ssmzoo::cross_selective_scan_backward", no_double_backward("cross_selective_scan"), lib=_LIBRARY
+)
 
 
 def _why_not(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):

@@ -24,8 +24,17 @@ def _padded(T: Tensor) -> Tensor:
 
 def _call(function, T: Tensor, codes: Tensor, tensors: list[Tensor | None]) -> bool:
     s, n, width = T.shape
-    values = (*codes.shape, n, width, s, torch.get_num_threads(), 0, T.data_ptr(), codes.data_ptr(),
-              *(0 if t is None else t.data_ptr() for t in tensors))
+    values = (
+        *codes.shape,
+        n,
+        width,
+        s,
+        torch.get_num_threads(),
+        0,
+        T.data_ptr(),
+        codes.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in tensors),
+    )
     arguments = (ctypes.c_int64 * len(values))(*values)
     function(arguments)
     return arguments[6] == 0
@@ -43,14 +52,25 @@ def symbols_backward(T, states, codes, h0, d_states, d_last, parallel):
     rows = _padded(T)
     dx, d_h0, dT = torch.empty_like(states), torch.empty_like(h0), torch.empty_like(rows)
     _call(BACKWARD, rows, codes, [states, h0, d_states, d_last, dx, d_h0, dT])
-    return dT[..., :T.shape[-1]].contiguous(), dx, d_h0
+    return dT[..., : T.shape[-1]].contiguous(), dx, d_h0
 
 
 KERNELS["native"] = DenseKernel(symbols_forward, symbols_backward, on_torch.mixture_forward, on_torch.mixture_backward)
 
 
-def _why_not(A_dict, weights, inputs, p_norm=1.0, symbols=None, *, initial_state=None, mask=None, seq_idx=None,
-             all_steps=True, parallel=None):
+def _why_not(
+    A_dict,
+    weights,
+    inputs,
+    p_norm=1.0,
+    symbols=None,
+    *,
+    initial_state=None,
+    mask=None,
+    seq_idx=None,
+    all_steps=True,
+    parallel=None,
+):
     if symbols is None:
         return "compiled for transitions given by symbols; mixtures that differ at every step run in PyTorch"
     if parallel:

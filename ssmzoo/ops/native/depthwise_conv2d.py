@@ -49,8 +49,9 @@ class _DepthwiseConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients of the gradients are wanted
-            return gradients_by(lambda *t: depthwise_conv2d_torch(*t, *ctx.options), (x, weight, bias),
-                                ctx.needs_input_grad, dy)
+            return gradients_by(
+                lambda *t: depthwise_conv2d_torch(*t, *ctx.options), (x, weight, bias), ctx.needs_input_grad, dy
+            )
         act, stride, residual, rectify = ctx.options
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx, sums = x.new_empty(x.shape), x.new_empty(x.shape[0], 10, x.shape[3])  # taps and bias

@@ -20,8 +20,17 @@ _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor
 _LIBRARY.define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, float eps) -> (Tensor, Tensor)")
 
 
-def _call(function, x: Tensor, weight: Tensor, dy: Tensor | None, y: Tensor | None, scale: Tensor | None,
-          dx: Tensor | None, dweight: Tensor | None, eps: float) -> None:
+def _call(
+    function,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor | None,
+    y: Tensor | None,
+    scale: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    eps: float,
+) -> None:
     pointers = (0 if t is None else t.data_ptr() for t in (x, weight, dy, y, scale, dx, dweight))
     dim = x.shape[-1]
     function(struct.pack("11qd", *pointers, x.numel() // dim, dim, ROWS, torch.get_num_threads(), eps))
@@ -46,10 +55,14 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float) 
 
 _LIBRARY.impl("rms_norm", _forward, "CPU")
 _LIBRARY.impl("rms_norm_backward", _backward, "CPU")
-torch.library.register_fake("ssmzoo::rms_norm", lambda x, weight, eps: (
-    x.new_empty(x.shape), x.new_empty(x.shape[:-1])), lib=_LIBRARY)
-torch.library.register_fake("ssmzoo::rms_norm_backward", lambda dy, x, weight, scale, eps: (
-    x.new_empty(x.shape), weight.new_empty(weight.shape)), lib=_LIBRARY)
+torch.library.register_fake(
+    "ssmzoo::rms_norm", lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1])), lib=_LIBRARY
+)
+torch.library.register_fake(
+    "ssmzoo::rms_norm_backward",
+    lambda dy, x, weight, scale, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    lib=_LIBRARY,
+)
 
 
 def _setup(ctx, inputs, output):

@@ -39,8 +39,21 @@ def _arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delt
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         seq_idx = seq_idx.long()
     tensors = [u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, *results]
-    return tensors, pack(tensors, b, e, l, n, g, B.ndim == 2, C.ndim == 2, delta_softplus, save, chunk_length(n),
-                         tiling[0], torch.get_num_threads())
+    return tensors, pack(
+        tensors,
+        b,
+        e,
+        l,
+        n,
+        g,
+        B.ndim == 2,
+        C.ndim == 2,
+        delta_softplus,
+        save,
+        chunk_length(n),
+        tiling[0],
+        torch.get_num_threads(),
+    )
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save):
@@ -50,8 +63,22 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_s
     commit(out, saved)
     g = next((M.shape[1] for M in (B, C) if M.ndim == 4), 1)
     results = [out, last, saved if save else None, *[None] * 11]
-    alive, arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, save,
-                                  results, _tiling(b, e, g, torch.get_num_threads()))
+    alive, arguments = _arguments(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        initial_state,
+        seq_idx,
+        delta_softplus,
+        save,
+        results,
+        _tiling(b, e, g, torch.get_num_threads()),
+    )
     FORWARD(arguments)
     return out, last, saved
 
@@ -70,15 +97,29 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
     dA = scratch(b, e, n)
     dB, dC = (scratch(b, e, n) if M.ndim == 2 else scratch(tiling[1], b, g, l, n) for M in (B, C))
     dD, dbias = (None if t is None else scratch(b, e) for t in (D, delta_bias))
-    results = [None, None, saved, dout, dlast_state, du, ddelta, None if z is None else dz,
-               None if initial_state is None else dinitial, dA, dD, dbias,
-               *(d if d.ndim == 3 else d.flatten(3) for d in (dB, dC))]  # (b e n), or (tasks b g l*n)
-    alive, arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, True,
-                                  results, tiling)
+    results = [
+        None,
+        None,
+        saved,
+        dout,
+        dlast_state,
+        du,
+        ddelta,
+        None if z is None else dz,
+        None if initial_state is None else dinitial,
+        dA,
+        dD,
+        dbias,
+        *(d if d.ndim == 3 else d.flatten(3) for d in (dB, dC)),
+    ]  # (b e n), or (tasks b g l*n)
+    alive, arguments = _arguments(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus, True, results, tiling
+    )
     BACKWARD(arguments)
     grads[2] = _total(dA, A)
-    grads[3], grads[4] = (_total(d, M) if M.ndim == 2 else _total(d, M).permute(0, 1, 3, 2)
-                          for d, M in ((dB, B), (dC, C)))
+    grads[3], grads[4] = (
+        _total(d, M) if M.ndim == 2 else _total(d, M).permute(0, 1, 3, 2) for d, M in ((dB, B), (dC, C))
+    )
     if D is not None:
         grads[5] = _total(dD, D)
     if delta_bias is not None:
@@ -90,8 +131,21 @@ def _total(parts: Tensor, argument: Tensor) -> Tensor:
     return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(argument.dtype)
 
 
-def why_not(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
-            initial_state=None, seq_idx=None) -> str | None:
+def why_not(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+) -> str | None:
     if A.is_complex():
         return "complex A runs on the reference backend only"
     return why_not_float(u, delta, A, B, C, D, z, delta_bias, initial_state)

@@ -11,8 +11,10 @@ from ssmzoo.ops.selective_scan import selective_state_update
 UPDATE, MISSING = kernel("ssmzoo_selective_state_update")
 
 _LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
-_LIBRARY.define("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
-                "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor")
+_LIBRARY.define(
+    "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor"
+)
 
 
 def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
@@ -20,8 +22,19 @@ def _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     shape, plain = state.shape, state.ndim == 3
     B, C = (M if M.dtype == torch.float32 else M.float() for M in (B, C))
     B, C = (M.unsqueeze(1) if M.ndim == 2 else M for M in (B, C))
-    UPDATE(pack([state, x, dt, A, B, C, D, z, dt_bias, out], shape[0], 1 if plain else shape[1], shape[-2], shape[-1],
-                B.shape[1], plain, dt_softplus, torch.get_num_threads()))
+    UPDATE(
+        pack(
+            [state, x, dt, A, B, C, D, z, dt_bias, out],
+            shape[0],
+            1 if plain else shape[1],
+            shape[-2],
+            shape[-1],
+            B.shape[1],
+            plain,
+            dt_softplus,
+            torch.get_num_threads(),
+        )
+    )
     return out
 
 

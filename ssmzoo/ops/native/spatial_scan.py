@@ -47,7 +47,7 @@ def _backward(dy, u, steps, dt_proj, dt_bias, A, D, taps):
     commit(du)
     tensors = [u, steps, weights, dt_bias, A, D, taps, None, dy, du, dsteps, *sums]
     BACKWARD(pack(tensors, b, e, h, w, r, per_task, threads))
-    dsteps = dsteps.sum(0)[..., :h * w].transpose(1, 2).contiguous().view(steps.shape)
+    dsteps = dsteps.sum(0)[..., : h * w].transpose(1, 2).contiguous().view(steps.shape)
     dproj, *others = (t.sum(0) for t in sums)
     return du, dsteps, dproj.T.contiguous(), *others
 

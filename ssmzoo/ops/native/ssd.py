@@ -50,8 +50,21 @@ def _split(b: int, h: int, g: int, tasks: int) -> int:
 def _call(function, x: Tensor, B: Tensor, C: Tensor, split: int, tensors: list[Tensor | None]) -> None:
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    values = (b, l, h, p, g, n, chunk_length(l), split, torch.get_num_threads(), *x.stride()[:3], *B.stride()[:3],
-              *C.stride()[:3], *(0 if t is None else t.data_ptr() for t in tensors))
+    values = (
+        b,
+        l,
+        h,
+        p,
+        g,
+        n,
+        chunk_length(l),
+        split,
+        torch.get_num_threads(),
+        *x.stride()[:3],
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *(0 if t is None else t.data_ptr() for t in tensors),
+    )
     function((ctypes.c_int64 * len(values))(*values))
 
 
@@ -76,13 +89,38 @@ def backward(dy, dlast, saved, x, dt, a, B, C, D, initial_states, seq_idx):
     dx, da, ddt = result(x, b, l, h, p), result(a, b, l, h), result(dt, b, l, h)
     dB, dC, dD = result(B, split, b, l, g, n), result(C, split, b, l, g, n), result(D, b, h, p)
     dfirst = result(initial_states, b, h, p, n)
-    tensors = [x32, _whole(dt), e, B32, C32, _whole(D), saved, _whole(dy), _whole(dlast), dx, ddt, da, dB, dC,
-               dD, dfirst]
+    tensors = [
+        x32,
+        _whole(dt),
+        e,
+        B32,
+        C32,
+        _whole(D),
+        saved,
+        _whole(dy),
+        _whole(dlast),
+        dx,
+        ddt,
+        da,
+        dB,
+        dC,
+        dD,
+        dfirst,
+    ]
     _call(BACKWARD, x32, B32, C32, split, tensors)
-    grads = (dx, ddt, da, dB.sum(0) if split > 1 else dB[0], dC.sum(0) if split > 1 else dC[0],
-             None if dD is None else dD.sum(0), dfirst)
-    return tuple(x32.new_empty(0) if t is None else grad.to(t.dtype)
-                 for grad, t in zip(grads, (x, dt, a, B, C, D, initial_states)))
+    grads = (
+        dx,
+        ddt,
+        da,
+        dB.sum(0) if split > 1 else dB[0],
+        dC.sum(0) if split > 1 else dC[0],
+        None if dD is None else dD.sum(0),
+        dfirst,
+    )
+    return tuple(
+        x32.new_empty(0) if t is None else grad.to(t.dtype)
+        for grad, t in zip(grads, (x, dt, a, B, C, D, initial_states))
+    )
 
 
 KERNELS["native"] = SSDKernel(forward, backward, saved_shape)
@@ -92,8 +130,22 @@ def _why_not_scan(X, a, B, C, initial_states=None, seq_idx=None, chunk_size=64):
     return why_not_float(X, a, B, C, initial_states)
 
 
-def _why_not_combined(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                      dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+def _why_not_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+):
     return why_not_float(x, dt, A, B, C, D, z, dt_bias, initial_states)
 
 
@@ -107,4 +159,5 @@ def _scan(x, dt, a, B, C, D, initial_states, seq_idx, chunk_size):
 
 
 mamba_chunk_scan_combined.register("native", device="cpu", missing=MISSING, unsupported=_why_not_combined)(
-    functools.partial(around_scan, _scan))
+    functools.partial(around_scan, _scan)
+)

@@ -35,8 +35,20 @@ def forward(x, weight, bias, seq_idx, initial_states, silu):
         grid, tiles, options = _tiles(x, l)
         with on_device_of(x):
             kernels.forward[grid](
-                x, whole(weight), whole(bias), initial_states, _segments(seq_idx), out,
-                *map(strides, (x, initial_states, out)), c, l, tiles, SILU=silu, K=k, **options)
+                x,
+                whole(weight),
+                whole(bias),
+                initial_states,
+                _segments(seq_idx),
+                out,
+                *map(strides, (x, initial_states, out)),
+                c,
+                l,
+                tiles,
+                SILU=silu,
+                K=k,
+                **options,
+            )
     return out
 
 
@@ -55,19 +67,43 @@ def backward(dout, x, weight, bias, seq_idx, initial_states, silu):
     segment, taps = _segments(seq_idx), whole(weight)
     with on_device_of(x):
         kernels.backward_weights[grid](
-            dout, x, taps, whole(bias), initial_states, segment, dy, dweight, dbias,
-            *map(strides, (dout, x, initial_states, dy)), c, l, tiles, SILU=silu, K=k, **options)
+            dout,
+            x,
+            taps,
+            whole(bias),
+            initial_states,
+            segment,
+            dy,
+            dweight,
+            dbias,
+            *map(strides, (dout, x, initial_states, dy)),
+            c,
+            l,
+            tiles,
+            SILU=silu,
+            K=k,
+            **options,
+        )
         grid, tiles, options = _tiles(x, l + k - 1)
-        kernels.backward_inputs[grid](dy, taps, segment, grads[0], dfirst, *map(strides, (dy, grads[0], dfirst)), c, l,
-                                      tiles, K=k, **options)
+        kernels.backward_inputs[grid](
+            dy, taps, segment, grads[0], dfirst, *map(strides, (dy, grads[0], dfirst)), c, l, tiles, K=k, **options
+        )
     grads[1].copy_(dweight.sum((0, 1)))
     if bias is not None:
         grads[2].copy_(dbias.sum((0, 1)))
     return tuple(grads)
 
 
-def why_not(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
-            activation=None) -> str | None:
+def why_not(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+) -> str | None:
     return why_not_float(x, weight, bias, initial_states)
 
 
@@ -75,10 +111,19 @@ KERNELS["triton"] = ConvKernel(forward, backward)
 
 
 @causal_conv1d_fn.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not)
-def _causal_conv1d_triton(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False,
-                          final_states_out=None, activation=None):
-    out = torch.ops.ssmzoo.causal_conv1d_with(x, weight, bias, seq_idx, initial_states, activation is not None,
-                                              "triton")
+def _causal_conv1d_triton(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
+    out = torch.ops.ssmzoo.causal_conv1d_with(
+        x, weight, bias, seq_idx, initial_states, activation is not None, "triton"
+    )
     if not return_final_states:
         return out
     states = last_inputs(x, seq_idx, initial_states, weight.shape[1] - 1)

@@ -41,8 +41,23 @@ def _tap(x, x_stride, first, first_stride, segment, b, c, t, p, inside, channels
 
 
 @triton.jit
-def _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length,
-              K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def _convolve(
+    x,
+    x_stride,
+    weight,
+    bias,
+    first,
+    first_stride,
+    segment,
+    b,
+    c,
+    t,
+    channels,
+    length,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
     """(C T), before the activation."""
     own, inside = c < channels, t < length
     y = tl.zeros([C, T], tl.float32)
@@ -55,8 +70,24 @@ def _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, 
 
 
 @triton.jit
-def forward(x, weight, bias, first, segment, out, x_stride, first_stride, out_stride, channels, length, tiles,
-            SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def forward(
+    x,
+    weight,
+    bias,
+    first,
+    segment,
+    out,
+    x_stride,
+    first_stride,
+    out_stride,
+    channels,
+    length,
+    tiles,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
     b, c, t = _place(channels, tiles, C, T)
     y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
     if SILU:
@@ -66,9 +97,28 @@ def forward(x, weight, bias, first, segment, out, x_stride, first_stride, out_st
 
 
 @triton.jit
-def backward_weights(dout, x, weight, bias, first, segment, dy, dweight, dbias,
-                     dout_stride, x_stride, first_stride, dy_stride, channels, length, tiles,
-                     SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def backward_weights(
+    dout,
+    x,
+    weight,
+    bias,
+    first,
+    segment,
+    dy,
+    dweight,
+    dbias,
+    dout_stride,
+    x_stride,
+    first_stride,
+    dy_stride,
+    channels,
+    length,
+    tiles,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
     """dy, the gradient before the activation, and sums for dweight (b tile c k), dbias (b tile c)."""
     b, c, t = _place(channels, tiles, C, T)
     own, inside = c < channels, t < length
@@ -88,8 +138,22 @@ def backward_weights(dout, x, weight, bias, first, segment, dy, dweight, dbias,
 
 
 @triton.jit
-def backward_inputs(dy, weight, segment, dx, dfirst, dy_stride, dx_stride, dfirst_stride, channels, length, tiles,
-                    K: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def backward_inputs(
+    dy,
+    weight,
+    segment,
+    dx,
+    dfirst,
+    dy_stride,
+    dx_stride,
+    dfirst_stride,
+    channels,
+    length,
+    tiles,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
     """dx and, for the positions before the first token, dfirst: each input gathers from the k outputs that saw it."""
     b, c, p = _place(channels, tiles, C, T)
     p -= K - 1

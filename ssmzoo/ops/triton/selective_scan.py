@@ -35,8 +35,14 @@ class _Launch:
         self.grid = (self.b * self.g * self.blocks,)
         self.sizes = (self.l, self.e, self.n, self.g, self.size, self.blocks, self.chunks, self.b * self.e * self.n)
         warps = max(1, min(8, self.E * self.T // (32 * PER_THREAD)))
-        self.options = {"CONSTANT_B": B.ndim == 2, "CONSTANT_C": C.ndim == 2, "E": self.E, "T": self.T,
-                        "num_warps": warps, "num_stages": 1}
+        self.options = {
+            "CONSTANT_B": B.ndim == 2,
+            "CONSTANT_C": C.ndim == 2,
+            "E": self.E,
+            "T": self.T,
+            "num_warps": warps,
+            "num_stages": 1,
+        }
 
 
 def _arguments(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> list[Tensor | None]:
@@ -59,8 +65,15 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_s
         tensors = _arguments(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         with on_device_of(u):
             kernels.forward[call.grid](
-                *tensors, out, states, *map(strides, (u, delta, B, C, z, out)), *call.sizes,
-                SOFTPLUS=delta_softplus, KEEP=save, **call.options)
+                *tensors,
+                out,
+                states,
+                *map(strides, (u, delta, B, C, z, out)),
+                *call.sizes,
+                SOFTPLUS=delta_softplus,
+                KEEP=save,
+                **call.options,
+            )
     last = states[call.chunks if save else call.chunks % 2].clone()
     return out, last, states if save else states.new_empty(0)
 
@@ -88,9 +101,24 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
         tensors = _arguments(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         with on_device_of(u):
             kernels.backward[call.grid](
-                *tensors, saved, dout, carries, du, ddelta, dz, dA, dB, dC, dD, dbias,
-                *map(strides, (u, delta, B, C, z, dout, du, ddelta, dz)), *call.sizes, part,
-                SOFTPLUS=delta_softplus, **call.options)
+                *tensors,
+                saved,
+                dout,
+                carries,
+                du,
+                ddelta,
+                dz,
+                dA,
+                dB,
+                dC,
+                dD,
+                dbias,
+                *map(strides, (u, delta, B, C, z, dout, du, ddelta, dz)),
+                *call.sizes,
+                part,
+                SOFTPLUS=delta_softplus,
+                **call.options,
+            )
     for index, total, argument in ((2, dA, A), (3, dB, B), (4, dC, C), (5, dD, D), (7, dbias, delta_bias)):
         if argument is not None:
             grads[index].copy_(total.sum(0) if argument.ndim == 4 else total.sum((0, 1)))
@@ -99,8 +127,21 @@ def backward(dout, dlast_state, saved, u, delta, A, B, C, D, z, delta_bias, init
     return tuple(grads)
 
 
-def why_not(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, *,
-            initial_state=None, seq_idx=None) -> str | None:
+def why_not(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    return_last_state=False,
+    *,
+    initial_state=None,
+    seq_idx=None,
+) -> str | None:
     if A.is_complex():
         return "complex A runs on the reference backend only"
     return why_not_float(u, delta, A, B, C, D, z, delta_bias, initial_state)

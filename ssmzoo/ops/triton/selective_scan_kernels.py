@@ -32,8 +32,9 @@ def _tile(base, stride, b, e, t, mask):
 
 @triton.jit
 def _store(base, stride, b, e, t, value, mask):
-    tl.store(base + b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2],
-             value.to(base.dtype.element_ty), mask)
+    tl.store(
+        base + b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2], value.to(base.dtype.element_ty), mask
+    )
 
 
 @triton.jit
@@ -60,11 +61,39 @@ def _coefficient(M, stride, b, g, e, n, n_states, t, own, mask, CONSTANT: tl.con
 
 
 @triton.jit
-def forward(u, delta, A, B, C, D, z, bias, fresh, out, states,
-            u_stride, delta_stride, B_stride, C_stride, z_stride, out_stride,
-            length, width, n_states, groups, size, blocks, chunks, slot,
-            SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr, KEEP: tl.constexpr,
-            E: tl.constexpr, T: tl.constexpr):
+def forward(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    fresh,
+    out,
+    states,
+    u_stride,
+    delta_stride,
+    B_stride,
+    C_stride,
+    z_stride,
+    out_stride,
+    length,
+    width,
+    n_states,
+    groups,
+    size,
+    blocks,
+    chunks,
+    slot,
+    SOFTPLUS: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
+    KEEP: tl.constexpr,
+    E: tl.constexpr,
+    T: tl.constexpr,
+):
     b, g, block, e, own = _place(size, blocks, groups, E)
     e = tl.where(own, e, 0)
     slot += 0 * b  # 64 bits
@@ -103,12 +132,51 @@ def forward(u, delta, A, B, C, D, z, bias, fresh, out, states,
 
 
 @triton.jit
-def backward(u, delta, A, B, C, D, z, bias, fresh, states, dout,
-             carries, du, ddelta, dz, dA, dB, dC, dD, dbias,
-             u_stride, delta_stride, B_stride, C_stride, z_stride, dout_stride, du_stride, ddelta_stride, dz_stride,
-             length, width, n_states, groups, size, blocks, chunks, slot, part,
-             SOFTPLUS: tl.constexpr, CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
-             E: tl.constexpr, T: tl.constexpr):
+def backward(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    fresh,
+    states,
+    dout,
+    carries,
+    du,
+    ddelta,
+    dz,
+    dA,
+    dB,
+    dC,
+    dD,
+    dbias,
+    u_stride,
+    delta_stride,
+    B_stride,
+    C_stride,
+    z_stride,
+    dout_stride,
+    du_stride,
+    ddelta_stride,
+    dz_stride,
+    length,
+    width,
+    n_states,
+    groups,
+    size,
+    blocks,
+    chunks,
+    slot,
+    part,
+    SOFTPLUS: tl.constexpr,
+    CONSTANT_B: tl.constexpr,
+    CONSTANT_C: tl.constexpr,
+    E: tl.constexpr,
+    T: tl.constexpr,
+):
     """With p_t = a_t h_{t-1} and dh_t = C_t dy_t + a_{t+1} dh_{t+1}: d(dt_t A) = dh_t p_t and d(x_t) = dh_t.
 
     p is scanned itself, from (a_t, a_t x_{t-1}): h_t - x_t would lose it where decays are strong. `carries` (2 b e n)
@@ -157,8 +225,11 @@ def backward(u, delta, A, B, C, D, z, bias, fresh, states, dout,
             y += h * C_n
             product, dh = tl.associative_scan((decay_ahead, dy * C_n), 1, chain, reverse=True)
             dh += product * tl.load(carries + (c + 1) % 2 * slot + row + n)[:, None]
-            tl.store((carries + c % 2 * slot + row + n)[:, None] + 0 * step[None, :], decay * dh,
-                     own[:, None] & (step == 0)[None, :])
+            tl.store(
+                (carries + c % 2 * slot + row + n)[:, None] + 0 * step[None, :],
+                decay * dh,
+                own[:, None] & (step == 0)[None, :],
+            )
             dx += dh * B_n
             dlog = dh * p
             ddt += dlog * A_n

@@ -34,8 +34,14 @@ def _launch(x: Tensor, B: Tensor) -> tuple[tuple[int], int, tuple, dict]:
     N = max(16, power_of_2(n))
     P = max(16, min(64, power_of_2(p), STATE_SIZE // N))
     blocks = -(-p // P)
-    options = {"PRECISION": "ieee" if torch.version.hip else "tf32", "Q": CHUNK, "P": P, "N": N, "num_warps": 8,
-               "num_stages": 1}
+    options = {
+        "PRECISION": "ieee" if torch.version.hip else "tf32",
+        "Q": CHUNK,
+        "P": P,
+        "N": N,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
     return (b * h * blocks,), blocks, (l, h, h // g, p, n, -(-l // STRETCH), STRETCH // CHUNK, b * h * p * n), options
 
 
@@ -52,8 +58,22 @@ def forward(x, dt, a, B, C, D, initial_states, seq_idx, save):
     grid, _, sizes, options = _launch(x, B)
     with on_device_of(x):
         kernels.forward[grid](
-            x, whole(dt), whole(a), B, C, whole(D), whole(initial_states), _segments(seq_idx), y, last,
-            saved if save else None, *map(strides, (x, B, C, y)), *sizes, SAVE=save, **options)
+            x,
+            whole(dt),
+            whole(a),
+            B,
+            C,
+            whole(D),
+            whole(initial_states),
+            _segments(seq_idx),
+            y,
+            last,
+            saved if save else None,
+            *map(strides, (x, B, C, y)),
+            *sizes,
+            SAVE=save,
+            **options,
+        )
     return y, last, saved
 
 
@@ -70,13 +90,42 @@ def backward(dy, dlast, saved, x, dt, a, B, C, D, initial_states, seq_idx):
     dfirst = None if initial_states is None else new(b, h, p, n)
     with on_device_of(x):
         kernels.backward[grid](
-            x, whole(dt), whole(a), B, C, whole(D), _segments(seq_idx), saved, dy, whole(dlast), scratch,
-            dx, ddt, da, dB, dC, dD, dfirst, *map(strides, (x, B, C, dy)), *sizes, b * l * h, b * l * h * n,
-            **options)
-    grads = (dx, None if dt is None else ddt.sum(0), da.sum(0), dB.sum((0, 4)), dC.sum((0, 4)),
-             None if D is None else dD.sum(0), dfirst)
-    return tuple(x.new_empty(0) if t is None else grad.to(t.dtype)
-                 for grad, t in zip(grads, (x, dt, a, B, C, D, initial_states)))
+            x,
+            whole(dt),
+            whole(a),
+            B,
+            C,
+            whole(D),
+            _segments(seq_idx),
+            saved,
+            dy,
+            whole(dlast),
+            scratch,
+            dx,
+            ddt,
+            da,
+            dB,
+            dC,
+            dD,
+            dfirst,
+            *map(strides, (x, B, C, dy)),
+            *sizes,
+            b * l * h,
+            b * l * h * n,
+            **options,
+        )
+    grads = (
+        dx,
+        None if dt is None else ddt.sum(0),
+        da.sum(0),
+        dB.sum((0, 4)),
+        dC.sum((0, 4)),
+        None if D is None else dD.sum(0),
+        dfirst,
+    )
+    return tuple(
+        x.new_empty(0) if t is None else grad.to(t.dtype) for grad, t in zip(grads, (x, dt, a, B, C, D, initial_states))
+    )
 
 
 KERNELS["triton"] = SSDKernel(forward, backward, saved_shape)
@@ -96,8 +145,22 @@ def _why_not_scan(X, a, B, C, initial_states=None, seq_idx=None, chunk_size=64):
     return _why_not(X, B, a, C, initial_states)
 
 
-def _why_not_combined(x, dt, A, B, C, chunk_size=256, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                      dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+def _why_not_combined(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size=256,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+):
     return _why_not(x, B, dt, A, C, D, z, dt_bias, initial_states)
 
 
@@ -111,4 +174,5 @@ def _scan(x, dt, a, B, C, D, initial_states, seq_idx, chunk_size):
 
 
 mamba_chunk_scan_combined.register("triton", device=DEVICE, missing=MISSING, unsupported=_why_not_combined)(
-    functools.partial(around_scan, _scan))
+    functools.partial(around_scan, _scan)
+)

@@ -69,10 +69,36 @@ def _inputs(x, x_stride, dt, b, h, p, t, own, length, heads):
 
 
 @triton.jit
-def forward(x, dt, a, B, C, D, first, segment, y, last, saved,
-            x_stride, B_stride, C_stride, y_stride, length, heads, per_group, width, n_states,
-            stretches, stretch_chunks, slot,
-            SAVE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+def forward(
+    x,
+    dt,
+    a,
+    B,
+    C,
+    D,
+    first,
+    segment,
+    y,
+    last,
+    saved,
+    x_stride,
+    B_stride,
+    C_stride,
+    y_stride,
+    length,
+    heads,
+    per_group,
+    width,
+    n_states,
+    stretches,
+    stretch_chunks,
+    slot,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
     b, h, block, p, own = _place(heads, width, P)
     g, n = h // per_group, tl.arange(0, N)
     slot += 0 * b  # 64 bits
@@ -104,10 +130,44 @@ def forward(x, dt, a, B, C, D, first, segment, y, last, saved,
 
 
 @triton.jit
-def backward(x, dt, a, B, C, D, segment, saved, dy, dlast, scratch, dx, ddt, da, dB, dC, dD, dfirst,
-             x_stride, B_stride, C_stride, dy_stride, length, heads, per_group, width, n_states,
-             stretches, stretch_chunks, slot, part, part_n,
-             PRECISION: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
+def backward(
+    x,
+    dt,
+    a,
+    B,
+    C,
+    D,
+    segment,
+    saved,
+    dy,
+    dlast,
+    scratch,
+    dx,
+    ddt,
+    da,
+    dB,
+    dC,
+    dD,
+    dfirst,
+    x_stride,
+    B_stride,
+    C_stride,
+    dy_stride,
+    length,
+    heads,
+    per_group,
+    width,
+    n_states,
+    stretches,
+    stretch_chunks,
+    slot,
+    part,
+    part_n,
+    PRECISION: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
     """scratch (chunk of the stretch, b h p n) takes states. Unfinished sums: da, ddt (block b l h), dB, dC
     (block b l h n) with `part` and `part_n` elements per block, dD (b h p)."""
     b, h, block, p, own = _place(heads, width, P)
@@ -167,8 +227,9 @@ def backward(x, dt, a, B, C, D, segment, saved, dy, dlast, scratch, dx, ddt, da,
             if D is not None:
                 dD_p += tl.sum(dY * x_t, 0)
                 dX += dY * tl.load(D + h * width + p, own, 0.0)[None, :]
-            tl.store(dx + tokens[:, None] * width + p[None, :], dX.to(dx.dtype.element_ty),
-                     inside[:, None] & own[None, :])
+            tl.store(
+                dx + tokens[:, None] * width + p[None, :], dX.to(dx.dtype.element_ty), inside[:, None] & own[None, :]
+            )
             G = whole * G + tl.dot(tl.trans(dY * start[:, None]), C_t, input_precision=PRECISION)
         tl.debug_barrier()  # before the scratch is written again
     if D is not None:

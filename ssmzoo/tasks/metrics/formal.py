@@ -21,8 +21,8 @@ class LengthCurve:
         l = right.shape[1] - query
         first = 0 if query else 1
         columns = slice(1, None) if query else slice(None)
-        self.right[first + query: l + 1] += right.sum(0)[columns]
-        self.count[first + query: l + 1] += asked.sum(0)[columns]
+        self.right[first + query : l + 1] += right.sum(0)[columns]
+        self.count[first + query : l + 1] += asked.sum(0)[columns]
         self._hashes.append(np.unique(hashes[asked]))
 
     @property
@@ -42,12 +42,14 @@ class LengthCurve:
 
     def mean(self, low: int = 1, high: int | None = None) -> float:
         """Mean over the lengths low .. high of the accuracies, in %."""
-        return float(100 * np.nanmean(self.accuracy[low - 1: high]))
+        return float(100 * np.nanmean(self.accuracy[low - 1 : high]))
 
     def rows(self, trained: int) -> dict[str, str]:
         last = len(self.accuracy)
-        rows = {f"accuracy, lengths 1 to {last}": f"{self.mean():.3f} % (mean over lengths), lowest "
-                                                   f"{100 * np.nanmin(self.accuracy):.2f} %"}
+        rows = {
+            f"accuracy, lengths 1 to {last}": f"{self.mean():.3f} % (mean over lengths), lowest "
+            f"{100 * np.nanmin(self.accuracy):.2f} %"
+        }
         if trained < last:
             key = f"accuracy, lengths {trained + 1} to {last}"
             rows[key] = f"{self.mean(trained + 1):.3f} % (never seen in training)"
@@ -58,8 +60,11 @@ class LengthCurve:
 
     def write_csv(self, path: Path) -> Path:
         lines = ["length,strings,right,accuracy"]
-        lines += [f"{l},{self.count[l]},{self.right[l]},{self.right[l] / self.count[l]:.6f}"
-                  for l in range(1, len(self.count)) if self.count[l]]
+        lines += [
+            f"{l},{self.count[l]},{self.right[l]},{self.right[l] / self.count[l]:.6f}"
+            for l in range(1, len(self.count))
+            if self.count[l]
+        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
@@ -89,12 +94,13 @@ class StreamCurve:
         rows["first wrong position in long strings"] = first
         return rows
 
-
     def write_csv(self, path: Path) -> Path:
         """One row per chunk: its last position, its accuracy, and the first wrong position so far (empty: none)."""
         lines = ["position,accuracy,first_wrong"]
-        lines += [f"{end},{accuracy:.6f},{self.first_wrong if self.first_wrong and self.first_wrong <= end else ''}"
-                  for end, accuracy in self.chunks]
+        lines += [
+            f"{end},{accuracy:.6f},{self.first_wrong if self.first_wrong and self.first_wrong <= end else ''}"
+            for end, accuracy in self.chunks
+        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from ssmzoo.models.mamba_fscil import ETFHead, MambaNeck, NeckOutput
 
 
-def dot_regression(f: Tensor, labels: Tensor, directions: Tensor, weight: float = 10.0,
-                   with_len: bool = False) -> Tensor:
+def dot_regression(
+    f: Tensor, labels: Tensor, directions: Tensor, weight: float = 10.0, with_len: bool = False
+) -> Tensor:
     """weight / 2 * mean_i (<f_i / |f_i|, t_i> - |t_i|)^2
 
     f (b e), labels (b), directions (e K) of unit columns; t_i is the column of label i, scaled by sqrt(gamma / n_c)
@@ -58,9 +59,16 @@ def separation(p: Tensor, labels: Tensor, base: int, average: Sequence[int] = (0
     return (torch.eye(2, device=p.device, dtype=p.dtype) - vectors @ vectors.T).abs().mean()
 
 
-def incremental_losses(out: NeckOutput, labels: Tensor, base: int, weight_supp: float = 0.0,
-                       weight_supp_novel: float = 0.0, weight_sep: float = 0.0, weight_sep_new: float = 0.0,
-                       average: Sequence[int] = (0, 1, 3)) -> dict[str, Tensor]:
+def incremental_losses(
+    out: NeckOutput,
+    labels: Tensor,
+    base: int,
+    weight_supp: float = 0.0,
+    weight_supp_novel: float = 0.0,
+    weight_sep: float = 0.0,
+    weight_sep_new: float = 0.0,
+    average: Sequence[int] = (0, 1, 3),
+) -> dict[str, Tensor]:
     """The class-sensitive terms, weighted; those of weight 0 are left out."""
     losses = suppression(out.gate, labels, base, weight_supp, weight_supp_novel)
     for suffix, weight in (("", weight_sep), ("_new", weight_sep_new)):
@@ -96,8 +104,12 @@ class TupleNeck(MambaNeck):
         return tuple(value for value in super().forward(x) if value is not None)
 
 
-LOSS_WEIGHTS = {"loss_weight_supp": "weight_supp", "loss_weight_supp_novel": "weight_supp_novel",
-                "loss_weight_sep": "weight_sep", "loss_weight_sep_new": "weight_sep_new"}
+LOSS_WEIGHTS = {
+    "loss_weight_supp": "weight_supp",
+    "loss_weight_supp_novel": "weight_supp_novel",
+    "loss_weight_sep": "weight_sep",
+    "loss_weight_sep_new": "weight_sep_new",
+}
 
 
 def neck_arguments(version: str = "ssm", ssm_expand_ratio: float = 1, param_avg_dim: str = "0-1-3", **kwargs):
@@ -116,6 +128,12 @@ def official_mamba_fscil(state: dict[str, Tensor], **official_kwargs):
     head, loss = official_kwargs["head"], official_kwargs.get("loss", {})
     if official_kwargs.get("mixup", 0.0):
         raise ValueError("mixup draws random partners; the step without it (mixup=0.0) can be reproduced")
-    step = TrainingStep(MambaNeck(**arguments), ETFHead(head["in_channels"], head["num_classes"]), head["eval_classes"],
-                        head.get("with_len", False), loss.get("loss_weight", 1.0), weights)
+    step = TrainingStep(
+        MambaNeck(**arguments),
+        ETFHead(head["in_channels"], head["num_classes"]),
+        head["eval_classes"],
+        head.get("with_len", False),
+        loss.get("loss_weight", 1.0),
+        weights,
+    )
     return step, state
