@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import shutil
 from pathlib import Path
 
 from setuptools import Distribution, find_packages, setup
@@ -9,11 +10,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 NATIVE = Path("ssmzoo", "ops", "native")
+NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
 class BuildWithKernels(build_py):
     def run(self):
         super().run()
+        if not self.editable_mode:  # a checkout has them beside the package, a wheel inside
+            for folder in ("configs", "benchmarks"):
+                shutil.copytree(folder, Path(self.build_lib, "ssmzoo", folder), dirs_exist_ok=True, ignore=NO_CACHES)
         spec = importlib.util.spec_from_file_location("build_kernels", NATIVE / "build.py")
         kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(kernels)
@@ -39,7 +44,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["ssmzoo.benchmarks", "ssmzoo.configs", *find_packages(include=["ssmzoo", "ssmzoo.*"])],
+    packages=find_packages(include=["ssmzoo", "ssmzoo.*"]),
     distclass=PlatformDistribution,
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel},
 )

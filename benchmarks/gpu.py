@@ -254,7 +254,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(
             f"benchmarks/gpu.py needs a CUDA GPU, and torch {torch.__version__} finds none here; the "
-            "Triton kernels are checked without one by `python -m pytest tests/test_ops_triton.py`."
+            "Triton kernels are checked without one by `python -m pytest tests/ops/test_triton.py`."
         )
     warnings.simplefilter("once")
     dtypes, lengths = (["bf16"], [2048]) if args.quick else (args.dtypes, args.lengths)

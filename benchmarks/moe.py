@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from ssmzoo.layers.mlp import FeedForward
-from ssmzoo.layers.moe import build_moe
+from ssmzoo.layers.feedforward.mlp import FeedForward
+from ssmzoo.layers.feedforward.moe import build_moe
 from ssmzoo.ops.moe_dispatch import grouped_matmul, grouped_matmul_reference
 
 

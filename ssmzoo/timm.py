@@ -18,7 +18,7 @@ make_importable()  # timm imports torchvision
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from ssmzoo.layers.image_backbone import FourStage, ImageBackbone  # noqa: E402
+from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
 from ssmzoo.official import nearest  # noqa: E402
 from ssmzoo.zoo import config_dir, list_models, model_class, read_model_config  # noqa: E402
 

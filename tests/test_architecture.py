@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 ORDER = ["ops", "layers", "models", "tasks", "train", "cli"]  # a part may import itself and what stands left of it
 FORBIDDEN = {"data": ["models", "layers", "tasks", "train", "cli"], "probes": ["train", "cli", "tasks"]}
 FILES = sorted((ROOT / "ssmzoo").rglob("*.py"))

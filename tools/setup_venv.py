@@ -29,6 +29,7 @@ def main(folder: str) -> None:
     run([*pip, "install", "pip>=23.1", "setuptools>=77", "wheel"])
     install_torch(pip, str(python))
     run([*pip, "install", "-c", str(ROOT / "constraints.txt"), "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"])
+    pair_torchvision(pip, python)
     run([str(python), "-c", "from ssmzoo.ops.native import LEVEL, MISSING; print('CPU kernels:', LEVEL or MISSING)"])
 
 
@@ -50,6 +51,26 @@ def install_torch(pip: list, python: str) -> None:
             return
     print("no CPU build of torch can be reached; installing the default build", flush=True)
     run([*pip, "install", pin])
+
+
+def pair_torchvision(pip: list, python: Path) -> None:
+    """A torchvision that imports beside a CPU torch: its CPU build from PyTorch's index, else the index's CUDA build
+    with the operators declared that its compiled part would bring (see ssmzoo/_torchvision.py)."""
+    check = [str(python), "-c", "import torchvision"]
+    if subprocess.run(check, capture_output=True).returncode == 0:
+        return
+    pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torchvision=="))
+    source = ["--index-url", CPU_INDEX, "--retries", "0", "--timeout", "15", "--no-deps", "--force-reinstall"]
+    if sys.platform == "linux":
+        subprocess.run([*pip, "install", *source, pin], capture_output=True)
+        if subprocess.run(check, capture_output=True).returncode == 0:
+            return
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    shutil.copy(ROOT / "ssmzoo" / "_torchvision.py", site / "_torchvision_beside_cpu_torch.py")
+    start = "import _torchvision_beside_cpu_torch as t; t.cure_on_import()\n"
+    (site / "_torchvision_beside_cpu_torch.pth").write_text(start)
+    run(check)
 
 
 def plain_pip_has_cpu_build(pip: list, pin: str) -> bool:

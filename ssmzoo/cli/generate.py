@@ -33,7 +33,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from ssmzoo.data.text_tokenizer import from_dict
-    from ssmzoo.models.generation import FINISHED, stream
+    from ssmzoo.inference.generate import FINISHED, stream
     from ssmzoo.train.checkpoint import load_model
 
     model, manifest = load_model(args.checkpoint)

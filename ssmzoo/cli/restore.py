@@ -154,7 +154,7 @@ def restore_file(model, source: Path, target: Path, args) -> None:
     import torch
 
     from ssmzoo.data.image_file import Picture, read_picture, write_picture
-    from ssmzoo.tasks.restore_picture import enlarge_alpha, restore_levels
+    from ssmzoo.inference.restore import enlarge_alpha, restore_levels
 
     started = time.monotonic()
     picture = read_picture(source)

@@ -72,7 +72,7 @@ def _metrics(case):
 
 
 def _tiles(case):
-    from ssmzoo.tasks.tiling import published_tiles
+    from ssmzoo.inference.tiling import published_tiles
 
     out = {}
     for name, expected in case.outputs.items():

@@ -88,7 +88,7 @@ class NormalizedAttention(CausalMixing):
 
 
 class S6(nn.Module):
-    """Mamba's selective scan alone: x -> W_o scan(x); the arguments are those of ssmzoo.layers.mamba.Mamba."""
+    """Mamba's selective scan alone: x -> W_o scan(x); the arguments are those of ssmzoo.layers.mixers.mamba.Mamba."""
 
     def __init__(
         self,

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image_mlp import SwiGLU
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.mlp import SwiGLU
+from ssmzoo.layers.image.plain_backbone import PlainBackbone, lecun_normal_
 from ssmzoo.layers.init import scaled_output_
-from ssmzoo.layers.mamba2 import Mamba2
+from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.plain_backbone import PlainBackbone, lecun_normal_
 from ssmzoo.models.vim import set_eps
 
 FLIP_RULES = {

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.attention import Attention
-from ssmzoo.layers.mamba import Mamba
-from ssmzoo.layers.mlp import FeedForward
-from ssmzoo.layers.moe import build_moe, official_moe_keys, official_options
-from ssmzoo.layers.router import TokenChoice
+from ssmzoo.layers.feedforward.mlp import FeedForward
+from ssmzoo.layers.feedforward.moe import build_moe, official_moe_keys, official_options
+from ssmzoo.layers.feedforward.router import TokenChoice
+from ssmzoo.layers.mixers.attention import Attention
+from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.moe_mamba import Block, DecoderLM, InnerMoEMamba, check_sizes, moe_factory
 from ssmzoo.official import nearest
 

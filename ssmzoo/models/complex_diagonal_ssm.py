@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.complex_diagonal import ComplexDiagonalSSM, ComplexState
+from ssmzoo.layers.mixers.complex_diagonal import ComplexDiagonalSSM, ComplexState
 from ssmzoo.layers.state import ModelOutput
 
 

@@ -2,7 +2,7 @@
 
     x <- x + Mamba(RMSNorm(x)) for every layer;   logits = W_head RMSNorm(x), W_head tied to the embedding
 
-The mixer and its equations are in ssmzoo/layers/mamba.py, the residual container in ssmzoo/layers/stack.py. Layers
+The mixer and its equations are in layers/mixers/mamba.py, the residual container in ssmzoo/layers/stack.py. Layers
 listed in `attn_layer_idx` carry multi-head attention instead of the SSM; `d_intermediate` adds a gated MLP per block.
 Paper and code differ in B: the paper's formula discretises it exactly (ZOH), the code and we use dt B.
 Source: Gu & Dao 2023 (arXiv 2312.00752); state-spaces/mamba models/mixer_seq_simple.py (Apache-2.0) for names, the
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from ssmzoo.layers.embed import padded_vocab_size
 from ssmzoo.layers.heads import CausalLM
 from ssmzoo.layers.init import scaled_output_
-from ssmzoo.layers.mamba import Mamba
-from ssmzoo.layers.mha import MHA
+from ssmzoo.layers.mixers.mamba import Mamba
+from ssmzoo.layers.mixers.mha import MHA
 from ssmzoo.layers.stack import Stack
 from ssmzoo.layers.state import ModelOutput
 
@@ -33,8 +33,8 @@ class MambaLM(CausalLM):
     vocab_size, pad_vocab_size_multiple   v is vocab_size rounded up to a multiple
     d_model, n_layer      width and number of blocks
     d_intermediate        hidden width of a gated MLP in every block (rounded up to 128); 0: none
-    ssm_cfg               arguments of the mixer (ssmzoo.layers.mamba.Mamba), e.g. {"d_state": 32}
-    attn_layer_idx, attn_cfg              layers that carry attention, and the arguments of ssmzoo.layers.mha.MHA
+    ssm_cfg               arguments of the mixer (ssmzoo.layers.mixers.mamba.Mamba), e.g. {"d_state": 32}
+    attn_layer_idx, attn_cfg              layers that carry attention, and the arguments of ssmzoo.layers.mixers.mha.MHA
     rms_norm, norm_eps    RMSNorm, or LayerNorm
     residual_in_fp32      keep the residual stream in fp32 when the model computes in lower precision
     tie_embeddings        the head's weight is the embedding's

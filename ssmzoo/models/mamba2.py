@@ -2,7 +2,7 @@
 
     x <- x + Mamba2(RMSNorm(x)) for every layer;   logits = W_head RMSNorm(x), W_head tied to the embedding
 
-The mixer and its equations are in ssmzoo/layers/mamba2.py; the container, its initialisation and the attention hybrid
+The mixer and its equations are in layers/mixers/mamba2.py; the container, its initialisation and the attention hybrid
 are those of ssmzoo/models/mamba.py. Paper and code agree; the released single-token steps differ from the released
 whole-sequence form where a time-step limit is set (they do not clamp), and ours follow the whole-sequence form.
 Source: Dao & Gu 2024 (arXiv 2405.21060); state-spaces/mamba modules/{mamba2,mamba2_simple,mha}.py and Hugging Face
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssmzoo.layers.mamba2 import Mamba2
+from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.models.mamba import AttentionMask, MambaLM, StepByStep, golden_lm, official_hf_lm, official_lm
 
 
 class Mamba2LM(MambaLM):
     """ids (b l) -> ModelOutput(logits (b l v), state, {}). Arguments of MambaLM; `ssm_cfg` are the arguments of
-    ssmzoo.layers.mamba2.Mamba2, whose defaults are the published models' (d_state 128, headdim 64)."""
+    ssmzoo.layers.mixers.mamba2.Mamba2, whose defaults are the published models' (d_state 128, headdim 64)."""
 
     mixer = Mamba2
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.depthwise_conv import DepthwiseConv
-from ssmzoo.layers.image_backbone import ImageBackbone
+from ssmzoo.layers.image.backbone import ImageBackbone
+from ssmzoo.layers.image.depthwise_conv import DepthwiseConv
+from ssmzoo.layers.image.ss2d import init_directional_, project_steps, scan_steps
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.layers.ss2d import init_directional_, project_steps, scan_steps
 from ssmzoo.ops import causal_conv1d_fn
 from ssmzoo.zoo import create_model
 

@@ -2,7 +2,7 @@
 
     X = patches + positions;   X <- X + DropPath(Mixer(RMSNorm(X)));   logits = W mean of RMSNorm(X) over the patches
 
-The mixer and the sorting are in ssmzoo/layers/mamba_vision.py. The paper puts the reordering into the first mixer of
+The mixer and the sorting are in layers/image/mamba_vision.py. The paper puts the reordering into the first mixer of
 every stage of MambaVision-T; here the encoder is one stage without attention and without windows, so that the effect of
 the reordering stands alone.
 Source: Vo et al. 2025 (arXiv 2410.03292).
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 
+from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
 from ssmzoo.layers.init import scaled_output_
-from ssmzoo.layers.mamba_vision import MambaVisionMixer
 from ssmzoo.models.vim import Vim
 
 

@@ -22,9 +22,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
-from ssmzoo.layers.ss2d import SS2D
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
+from ssmzoo.layers.image.ss2d import SS2D
 
 BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result
 LEGACY = ("type", "window_size", "num_heads", "interval")  # keys of old option files, ignored by the released class too

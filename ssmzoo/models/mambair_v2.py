@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
-from ssmzoo.layers.ss2d import init_directional_
-from ssmzoo.layers.window_attention import WindowAttention, relative_position_index, shifted_window_attention
+from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
+from ssmzoo.layers.image.ss2d import init_directional_
+from ssmzoo.layers.image.window_attention import WindowAttention, relative_position_index, shifted_window_attention
 from ssmzoo.ops import selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")

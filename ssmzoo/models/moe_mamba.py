@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ssmzoo.layers.attention import Attention
+from ssmzoo.layers.feedforward.moe import MoE, build_moe, merge_aux
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.layers.mamba import Mamba
-from ssmzoo.layers.moe import MoE, build_moe, merge_aux
+from ssmzoo.layers.mixers.attention import Attention
+from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.state import ModelOutput, Padding, left_align
 from ssmzoo.official import nearest
 
@@ -168,7 +168,7 @@ class MoEMambaLM(DecoderLM):
     router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; or
                      expert_choice, every expert taking top_k / n_experts of the tokens at each time step over the
                      batch: for training and scoring in batches, not for decoding
-    d_state, expand, scenario        of Mamba (ssmzoo.layers.mamba.Mamba)
+    d_state, expand, scenario        of Mamba (ssmzoo.layers.mixers.mamba.Mamba)
 
     Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
     """

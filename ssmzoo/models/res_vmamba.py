@@ -180,7 +180,7 @@ def official_block(
     norm_eps: float = 1e-5,
 ) -> VSSBlock:
     """norm_eps is that of the released whole models."""
-    from ssmzoo.layers.ss2d import SS2D
+    from ssmzoo.layers.image.ss2d import SS2D
 
     options = official_mixer("v0", d_state, ssm_ratio, dt_rank, dropout=attn_drop_rate)
     block = VSSBlock(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.sd_ssm import SDSSM, SDSSMState
+from ssmzoo.layers.mixers.sd_ssm import SDSSM, SDSSMState
 from ssmzoo.layers.state import ModelOutput
 
 

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.plain_backbone import insert_tokens, split_tokens, token_places
 from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.plain_backbone import insert_tokens, split_tokens, token_places
 from ssmzoo.models.vim import Vim, official_mixer_arguments, set_eps
 from ssmzoo.models.vmamba import init_linear
 

@@ -24,13 +24,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.depthwise_conv import DepthwiseConv, MapConv
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image_backbone import FourStage, Stage
-from ssmzoo.layers.image_mlp import Linear, Mlp
+from ssmzoo.layers.image.backbone import FourStage, Stage
+from ssmzoo.layers.image.depthwise_conv import DepthwiseConv, MapConv
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.mlp import Linear, Mlp
+from ssmzoo.layers.image.patch_embed import check_image, map_norm
+from ssmzoo.layers.image.ss2d import init_directional_
 from ssmzoo.layers.norm import GatedLayerNorm, fp32
-from ssmzoo.layers.patch_embed import check_image, map_norm
-from ssmzoo.layers.ss2d import init_directional_
 from ssmzoo.models.vmamba import init_linear, official_stages
 from ssmzoo.ops import linear_act, spatial_scan, state_fusion
 

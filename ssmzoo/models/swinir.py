@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.restoration import RestorationNet, init_restoration, residual_conv
-from ssmzoo.layers.window_attention import WindowAttention, shifted_window_attention
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
+from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
 
 
 class SwinBlock(nn.Module):

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.plain_backbone import PlainBackbone, insert_tokens, lecun_normal_
+from ssmzoo.layers.image.ss2d import directional_scan
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.plain_backbone import PlainBackbone, insert_tokens, lecun_normal_
-from ssmzoo.layers.ss2d import directional_scan
 from ssmzoo.ops import causal_conv1d_fn
 
 

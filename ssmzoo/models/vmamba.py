@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image_backbone import FeaturePyramid, FourStage, Stage
-from ssmzoo.layers.image_mlp import GatedMlp, Mlp
-from ssmzoo.layers.patch_embed import PatchEmbed, check_image, map_norm, resize_map
-from ssmzoo.layers.ss2d import SS2D, HeadSS2D
+from ssmzoo.layers.image.backbone import FeaturePyramid, FourStage, Stage
+from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
+from ssmzoo.layers.image.mlp import GatedMlp, Mlp
+from ssmzoo.layers.image.patch_embed import PatchEmbed, check_image, map_norm, resize_map
+from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.official import FunctionModule
 from ssmzoo.ops import cross_merge, cross_scan
 

@@ -329,7 +329,7 @@ def _channel_figure(scans: list[Scan], subject):
 
 def golden_hidden_attention(case) -> dict[str, Tensor]:
     """The released Mamba block with its matrices, or the maps made of given rows."""
-    from ssmzoo.layers.mamba import Mamba
+    from ssmzoo.layers.mixers.mamba import Mamba
     from ssmzoo.models.vim import VimMixer, official_mixer_arguments
     from ssmzoo.probes import attribution_maps as maps
 

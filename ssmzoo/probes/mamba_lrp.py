@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssmzoo.layers import mamba3
-from ssmzoo.layers.router import Router
+from ssmzoo.layers.feedforward.router import Router
+from ssmzoo.layers.mixers import mamba3
 from ssmzoo.models.spatial_mamba import StructureAwareSSM
 from ssmzoo.probes.interception import exchanged, operators
 

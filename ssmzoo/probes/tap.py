@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ssmzoo.layers import complex_diagonal, mamba3
+from ssmzoo.layers.mixers import complex_diagonal, mamba3
 from ssmzoo.layers.soft_sort import SoftSort
 from ssmzoo.models import adventurer, mamba_fscil, mambair_v2
 from ssmzoo.ops import mix_transitions

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.mamba2 import Mamba2
+from ssmzoo.layers.mixers.mamba2 import Mamba2
 
 
 class Criterion(NamedTuple):
@@ -301,7 +301,7 @@ NAMES = {"pos": "divergent", "neg": "convergent", "real": "mixed"}
 
 def golden_token_dynamics(case) -> dict[str, Tensor]:
     """The parametrised x_proj with its spectrum, SoftSort, or MambaVision's mixer."""
-    from ssmzoo.layers.mamba_vision import MambaVisionMixer
+    from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
     from ssmzoo.layers.scenario import Scenario
     from ssmzoo.layers.soft_sort import soft_sort
 

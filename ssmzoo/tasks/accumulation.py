@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.layers.router import TokenChoice, Window
+from ssmzoo.layers.feedforward.router import TokenChoice, Window
 
 
 class Shares:

@@ -107,7 +107,7 @@ class LanguageModeling(Task):
     @torch.no_grad()
     def sample(self, data) -> str:
         """`prompt` or held-out text, a mark, and what the model makes of it (temperature 0.8, top-p 0.95, seed 0)."""
-        from ssmzoo.models.generation import generate
+        from ssmzoo.inference.generate import generate
 
         if self.prompt is None:
             first = next(iter(data.val_dataloader()))["input_ids"][0, : self.prompt_tokens].tolist()

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmzoo.inference.tiling import PUBLISHED_TILE, run_padded, run_published, self_ensemble
 from ssmzoo.official import nearest
 from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics.image import psnr, ssim, ssim_volume
 from ssmzoo.tasks.objectives.pixel import LOSSES
 from ssmzoo.tasks.restoration_baselines import BASELINES
-from ssmzoo.tasks.tiling import PUBLISHED_TILE, run_padded, run_published, self_ensemble
 
 SHOWN = 4  # pictures in the side-by-side figure
 

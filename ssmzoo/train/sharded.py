@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 
-from ssmzoo.layers.moe import Experts
+from ssmzoo.layers.feedforward.moe import Experts
 
 
 def units(model: nn.Module) -> list[nn.Module]:

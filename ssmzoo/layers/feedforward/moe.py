@@ -1,0 +1,274 @@
+"""The mixture-of-experts layer: a router, a bank of experts, and the grouped dispatch between them.
+
+    y_t = sum over the experts e that t is sent to of  weight_te FF_e(x_t)
+    FF_e(x) = act(x W1_e) W2_e            gated: (act(x Wg_e) * (x W1_e)) W2_e
+
+One layer for every system of the zoo: the router is a slot (see router.py, or any module of the same form).
+b batch, l length, d width, e experts, f width of an expert, r rows that are computed.
+Source: llm-random (Apache-2.0), research/conditional/moe_layers; parameter names are its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.feedforward.mlp import resolve_activation
+from ssmzoo.layers.feedforward.router import ExpertChoice, TokenChoice
+from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.official import nearest
+from ssmzoo.ops.moe_dispatch import gather_rows, grouped_matmul, scatter_rows
+
+
+class Experts(nn.Module):
+    """A bank of equal feed-forward networks, as stacked matrices lin1_weight (e d f), lin2_weight (e f d).
+
+    kind          relu, gelu, silu (two layers), reglu, geglu, swiglu (with gate_weight (e d f)), or linear (lin1 only)
+    d_output      width of the result when it is not d; a linear expert's is f
+    fan_in_experts  experts that count in the fan-in of lin2 for its initialisation; all of them by default, which makes
+                  the weights sqrt(e) smaller than k would
+    dropout       on the hidden units, while training
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        d_expert: int,
+        kind: str = "relu",
+        d_output: int | None = None,
+        fan_in_experts: float | None = None,
+        dropout: float = 0.0,
+        init_scale: float = 0.1,
+    ):
+        super().__init__()
+        if min(d_model, n_experts, d_expert, 1 if d_output is None else d_output) < 1:
+            raise ValueError(f"Experts needs positive sizes, got {d_model=}, {n_experts=}, {d_expert=}, {d_output=}")
+        if kind == "linear" and d_output not in (None, d_expert):
+            raise ValueError(f"a linear expert's output is as wide as the expert, {d_expert}; got d_output={d_output}")
+        self.n_experts, self.dropout, self.init_scale = n_experts, dropout, init_scale
+        self.fan_in_experts = n_experts if fan_in_experts is None else fan_in_experts
+        self.activation, gated = (None, False) if kind == "linear" else resolve_activation(kind)
+        self.lin1_weight = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
+        if kind != "linear":
+            self.lin2_weight = nn.Parameter(torch.empty(n_experts, d_expert, d_output or d_model))
+        self.gate_weight = nn.Parameter(torch.empty(n_experts, d_model, d_expert)) if gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal with fan-in d (lin1, gate) and fan_in_experts * f (lin2)."""
+        d, f = self.lin1_weight.shape[1:]
+        truncated_normal_(self.lin1_weight, d, self.init_scale)
+        if self.activation is not None:
+            truncated_normal_(self.lin2_weight, self.fan_in_experts * f, self.init_scale)
+        if self.gate_weight is not None:
+            truncated_normal_(self.gate_weight, d, self.init_scale)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows (r d), sorted by expert; ends (e) as in `grouped_matmul` -> (r d_output)."""
+        rows, lin1, lin2, gate = self._autocast(rows)
+        h = grouped_matmul(rows, lin1, ends)
+        if self.activation is None:
+            return h
+        h = self.activation(h) if gate is None else self.activation(grouped_matmul(rows, gate, ends)) * h
+        return grouped_matmul(F.dropout(h, self.dropout, self.training), lin2, ends)
+
+    def _autocast(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        """Rows and weights in autocast's type: grouped_mm is not on autocast's list, so it would stay in fp32."""
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lin1_weight.dtype
+        tensors = (rows, self.lin1_weight, getattr(self, "lin2_weight", None), self.gate_weight)
+        return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: forward(x (b l d), mask (b l) bool or None) -> (y (b l d), aux).
+
+    router    forward(x, mask) -> (Groups, weight, aux); has `active_experts`
+    experts   forward(rows, ends) -> rows
+    norm      a LayerNorm on the merged output (the published expert-choice recipe)
+    shared    a dense module whose output is added for every token
+    aux       scalars by name: those ending in "_loss" are weighted and belong into the loss; tokens_per_expert is (e)
+
+    Masked (padding) tokens are not routed, do not count in the losses, and get zero from the experts.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module, norm: bool = False, shared: nn.Module | None = None):
+        super().__init__()
+        if router.n_experts != experts.n_experts:
+            raise ValueError(f"the router knows {router.n_experts} experts, the bank has {experts.n_experts}")
+        self.gating = router
+        self.expert_inner_function = experts
+        self.ln = nn.LayerNorm(router.d_model) if norm else None
+        self.shared = shared
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        groups, weight, aux = self.gating(x, mask)
+        tokens = x.flatten(0, 1)  # (t d)
+        rows = self.expert_inner_function(gather_rows(tokens, groups), groups.ends)
+        y = scatter_rows(rows, weight, groups, tokens.shape[0]).unflatten(0, x.shape[:2])
+        y = y if self.ln is None else self.ln(y)
+        return (y if self.shared is None else y + self.shared(x)), aux
+
+    def inactive_parameters(self) -> int:
+        """Parameters of the experts that an average token does not use."""
+        total = sum(p.numel() for p in self.expert_inner_function.parameters())
+        return round(total * (1 - self.gating.active_experts / self.gating.n_experts))
+
+
+def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What a model reports for its MoE layers: losses summed, metrics averaged, tokens_per_expert stacked (layers e).
+
+    Adds busiest_expert, the largest share of tokens that any expert of any layer got.
+    """
+    merged = {}
+    for key in dict.fromkeys(key for aux in per_layer for key in aux):
+        values = torch.stack([aux[key] for aux in per_layer if key in aux])
+        if key == "tokens_per_expert":
+            merged |= {key: values, "busiest_expert": values.max()}
+        else:
+            merged[key] = values.sum(0) if key.endswith("_loss") else values.mean(0)
+    return merged
+
+
+ROUTERS = {"token_choice": TokenChoice, "expert_choice": ExpertChoice}
+
+
+def build_moe(
+    d_model: int,
+    n_experts: int,
+    d_expert: int,
+    *,
+    router: str = "token_choice",
+    expert: str = "relu",
+    d_output: int | None = None,
+    norm: bool = False,
+    dropout: float = 0.0,
+    init_scale: float = 0.1,
+    **router_options,
+) -> MoE:
+    """A MoE layer from plain values. router_options go to TokenChoice or ExpertChoice; unknown ones raise TypeError."""
+    if router not in ROUTERS:
+        known = ", ".join(ROUTERS)
+        raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
+    gating = ROUTERS[router](d_model, n_experts, init_scale=init_scale, **router_options)
+    experts = Experts(
+        d_model,
+        n_experts,
+        d_expert,
+        expert,
+        d_output,
+        dropout=dropout,
+        init_scale=init_scale,
+        fan_in_experts=gating.active_experts if router == "expert_choice" else None,
+    )
+    return MoE(gating, experts, norm=norm)
+
+
+def official_moe(
+    state: dict[str, Tensor],
+    *,
+    type: str,
+    dmodel: int,
+    n_experts: int,
+    expert_size: int,
+    expert: str = "ff",
+    activation: str = "relu",
+    doutput: int | None = None,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+    one_hot_impl: bool = False,
+    use_torch_bmm: bool = False,
+    use_einsum: bool = False,
+    init_type: str | None = None,
+    init_scale: float = 0.1,
+):
+    """llm-random's TokenChoiceFF ("token_choice") and ExpertChoiceFF ("expert_choice").
+
+    one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
+    initialisation that the checkpoint overwrites. Outputs: y, and for token choice (y, load_balancing_loss, z_loss).
+    """
+    options = dict(
+        topk_fraction=topk_fraction,
+        softmax_over=softmax_over,
+        group_by_batch=group_by_batch,
+        group_size=group_size,
+        use_layer_norm=use_layer_norm,
+    )
+    if type == "token_choice":
+        options = dict(
+            capacity_factor=capacity_factor,
+            load_balancing_loss_weight=load_balancing_loss_weight,
+            zloss_weight=zloss_weight,
+            routing_top_k=routing_top_k,
+        )
+    options = official_options(type, expert, activation, **options)
+    moe = build_moe(dmodel, n_experts, expert_size, d_output=doutput, **options)
+    return _OfficialMoE(moe), {f"moe.{key}": value for key, value in official_moe_keys(state).items()}
+
+
+def official_options(
+    ff_mode: str,
+    expert: str,
+    activation: str,
+    *,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+) -> dict:
+    """llm-random's names of the options -> ours, for `build_moe`. Its capacity holds in eval mode too."""
+    aliases = {"relu": ("ff", "relu"), "swi_glu": ("ff_gated", "silu"), "geglu": ("ff_gated", "gelu")}
+    expert, activation = aliases.get(expert, (expert, activation))
+    gated = {"relu": "reglu", "gelu": "geglu", "silu": "swiglu"}
+    kinds = {"ff": activation, "ff_gated": gated.get(activation, activation), "linear": "linear"}
+    if expert not in kinds:
+        raise ValueError(f"unknown expert {expert!r}{nearest(expert, kinds)}; choose one of {', '.join(kinds)}")
+    if ff_mode == "expert_choice":
+        return dict(
+            router=ff_mode,
+            expert=kinds[expert],
+            norm=use_layer_norm,
+            fraction=topk_fraction,
+            softmax_over=softmax_over,
+            group_by_batch=group_by_batch,
+            group_size=group_size,
+        )
+    return dict(
+        router=ff_mode,
+        expert=kinds[expert],
+        top_k=routing_top_k,
+        capacity_factor=capacity_factor,
+        eval_capacity_factor=capacity_factor,
+        balance_weight=load_balancing_loss_weight,
+        z_loss_weight=zloss_weight,
+    )
+
+
+def official_moe_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layer norm is wrapped once more there, and a layer inside Mamba calls its router `router`."""
+    return {key.replace("ln.l.", "ln.").replace("router.", "gating."): value for key, value in state.items()}
+
+
+class _OfficialMoE(nn.Module):
+    def __init__(self, moe: MoE):
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor):
+        y, aux = self.moe(x)
+        losses = [aux.get(key, y.new_zeros(())) for key in ("load_balancing_loss", "z_loss")]
+        return (y, *losses) if isinstance(self.moe.gating, TokenChoice) else y

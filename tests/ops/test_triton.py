@@ -1,0 +1,243 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against the float64 reference and the golden cases.
+
+The interpreter must be asked for before anything imports the kernels: one test runs this file in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from paths import GOLDEN
+
+from ssmzoo import ops
+from ssmzoo.golden import GoldenCase, relative_error
+from ssmzoo.ops.triton import INTERPRETED, MISSING
+
+if MISSING is not None:
+    pytest.skip(MISSING, allow_module_level=True)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+GOLDEN = sorted(
+    path
+    for family in ("selective_scan", "causal_conv1d", "ssd")
+    for path in (GOLDEN / family).glob("*.json")
+    if path.stem != "update"
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_all_of_this_file_through_the_interpreter():
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles and chunks at sizes that an interpreter can do."""
+    from ssmzoo.ops.triton import causal_conv1d, selective_scan, ssd
+
+    for module, sizes in (
+        (selective_scan, dict(CHANNELS=2, STEPS=4)),
+        (causal_conv1d, dict(TILE=32, SHORT=4)),
+        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256)),
+    ):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+
+
+def run(backend, function, call, dtype=None):
+    """Outputs and the gradients of a fixed loss over all of them."""
+    call = {
+        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
+        if torch.is_tensor(v) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
+    leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
+    with ops.backend(backend):
+        results = function(**call)
+    results = results if isinstance(results, tuple) else (results,)
+    rng = torch.Generator().manual_seed(1)
+    loss = sum((r.double() * torch.randn(r.shape, generator=rng)).sum() for r in results)
+    return list(results), list(torch.autograd.grad(loss, leaves))
+
+
+def assert_close(function, call, out=1e-5, grad=1e-4):
+    got, expected = run("triton", function, call), run("reference", function, call, torch.float64)
+    for tolerance, xs, ys in zip((out, grad), got, expected):
+        errors = [relative_error(x, y) for x, y in zip(xs, ys)]
+        assert max(errors) < tolerance, errors
+    return got
+
+
+def packed(b, l):
+    return (torch.rand(b, l) < 0.2).cumsum(1)
+
+
+def scan_call(b=1, e=3, l=6, n=2, g=1, B="", C="", options="", channels_last=False, packs=False, dtype=torch.float32):
+    def sequence():
+        return torch.randn(b, l, e).transpose(1, 2) if channels_last else torch.randn(b, e, l)
+
+    def coefficient(kind):
+        if kind == "constant":
+            return torch.randn(e, n)
+        return torch.randn(b, g, n, l) if g > 1 else torch.randn(b, l, n).transpose(1, 2)
+
+    call = dict(u=sequence(), delta=sequence() - 1, A=-3 * torch.rand(e, n), B=coefficient(B), C=coefficient(C))
+    extra = dict(D=torch.randn(e), z=sequence(), delta_bias=torch.rand(e), initial_state=torch.randn(b, e, n))
+    call |= {name: extra[name] for name in options.split()}
+    call = {name: t.to(dtype) if name in ("u", "delta", "B", "C", "z") else t for name, t in call.items()}
+    return call | dict(delta_softplus=True, return_last_state=True, seq_idx=packed(b, l) if packs else None)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(b=2, e=6, l=9, g=2, options="D z delta_bias initial_state", packs=True),
+        dict(e=3, l=5, channels_last=True, options="D z initial_state"),
+        dict(e=3, l=5, B="constant", options="delta_bias", packs=True),
+        dict(e=2, l=5, n=3, B="constant", C="constant", options="z initial_state"),
+        dict(e=1, l=1, n=1, options="initial_state"),
+    ],
+    ids=str,
+)
+def test_scan_against_reference(case):
+    assert_close(ops.selective_scan_fn, scan_call(**case))
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [dict(b=0), dict(l=0), dict(e=0)], ids=str)
+def test_scan_of_nothing(sizes):
+    call = scan_call(options="initial_state", **sizes)
+    got, grads = run("triton", ops.selective_scan_fn, call)
+    assert [t.shape for t in got] == [call["u"].shape, call["initial_state"].shape]
+    assert all(g.isfinite().all() for g in grads)
+    assert sizes != {"l": 0} or torch.equal(got[1], call["initial_state"])
+
+
+@interpreted
+@pytest.mark.parametrize("delta, A", [(1e-8, -1.0), (50.0, -1e4), (1.0, -1e30), (0.1, 0.0)])
+def test_scan_at_extreme_rates(delta, A):
+    call = scan_call(e=2, l=5) | dict(delta_softplus=False)
+    call["delta"] = delta * (0.5 + torch.rand_like(call["delta"]))
+    call["A"] = A * (0.5 + torch.rand_like(call["A"]))
+    assert_close(ops.selective_scan_fn, call)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)])
+def test_half_precision_rounds_at_the_ends_only(dtype, rounding):  # the interpreter rounds towards zero
+    (out, last), _ = assert_close(ops.selective_scan_fn, scan_call(e=2, options="D z", dtype=dtype), rounding, rounding)
+    assert out.dtype == dtype and last.dtype == torch.float32
+    x = torch.randn(1, 4, 6, dtype=dtype)
+    assert_close(ops.causal_conv1d_fn, dict(x=x, weight=torch.randn(4, 3), activation="silu"), rounding, rounding)
+
+
+@interpreted
+def test_softplus_of_very_negative_steps():
+    call = scan_call(e=2, l=4) | dict(delta=torch.linspace(-25, 25, 8).view(1, 2, 4))
+    assert_close(ops.selective_scan_fn, call)
+
+
+@interpreted
+def test_runs_repeat_bit_by_bit_and_sequences_may_be_split():
+    call = scan_call(e=2, l=7, options="D z")
+    first, second = (run("triton", ops.selective_scan_fn, call) for _ in range(2))
+    assert all(torch.equal(x, y) for xs, ys in zip(first, second) for x, y in zip(xs, ys))
+    state, parts = None, []
+    with ops.backend("triton"):
+        for span in (slice(0, 3), slice(3, 7)):
+            cut = call | {k: call[k][..., span] for k in ("u", "delta", "B", "C", "z")}
+            out, state = ops.selective_scan_fn(**cut, initial_state=state)
+            parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), first[0][0])
+    torch.testing.assert_close(state, first[0][1])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "b, c, l, k, channels_last, packs, first, bias, activation",
+    [
+        (2, 5, 9, 4, False, False, True, True, "silu"),
+        (2, 5, 9, 3, True, True, True, True, "silu"),
+        (1, 2, 2, 5, False, True, True, False, None),  # shorter than the taps
+        (1, 3, 4, 1, True, False, False, True, "swish"),
+    ],
+)
+def test_convolution_against_reference(b, c, l, k, channels_last, packs, first, bias, activation):
+    x = torch.randn(b, l, c).transpose(1, 2) if channels_last else torch.randn(b, c, l)
+    assert_close(
+        ops.causal_conv1d_fn,
+        dict(
+            x=x,
+            weight=torch.randn(c, k),
+            bias=torch.randn(c) if bias else None,
+            seq_idx=packed(b, l) if packs else None,
+            initial_states=torch.randn(b, c, k - 1) if first else None,
+            return_final_states=True,
+            activation=activation,
+        ),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "b, l, h, p, g, n, options, packs, scale",
+    [
+        (1, 5, 1, 3, 1, 2, "", False, 1),
+        (1, 37, 4, 20, 2, 5, "D z dt_bias initial_states", True, 1),
+        (1, 20, 2, 16, 1, 17, "initial_states", False, 1),
+        (1, 33, 1, 8, 1, 4, "D", True, 1e4),
+    ],
+)
+def test_ssd_against_reference(b, l, h, p, g, n, options, packs, scale):
+    call = dict(
+        x=torch.randn(b, l, h, p),
+        dt=torch.randn(b, l, h),
+        A=-scale * torch.rand(h),
+        B=torch.randn(b, l, g, n),
+        C=torch.randn(b, l, g, n),
+    )
+    extra = dict(
+        D=torch.randn(h, p), z=torch.randn(b, l, h, p), dt_bias=torch.randn(h), initial_states=torch.randn(b, h, p, n)
+    )
+    call |= {name: extra[name] for name in options.split()}
+    assert_close(
+        ops.mamba_chunk_scan_combined,
+        call | dict(seq_idx=packed(b, l) if packs else None, dt_softplus=True, return_final_states=True),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_golden_cases(path):
+    with ops.backend("triton"):
+        out, grad = GoldenCase.load(path).check()
+    assert out < 1e-4 and grad < 1e-4
+
+
+@interpreted
+def test_compiles_in_one_graph_and_refuses_what_it_cannot():
+    call = scan_call(e=2, l=4)
+    with ops.backend("triton"):
+        compiled = torch.compile(
+            lambda u: ops.selective_scan_fn(**call | dict(u=u))[0], fullgraph=True, backend="aot_eager"
+        )
+        u = call["u"].requires_grad_()
+        torch.testing.assert_close(compiled(u), ops.selective_scan_fn(**call)[0])
+        compiled(u).sum().backward()
+        with pytest.raises(ops.BackendError, match="got float64"):
+            ops.causal_conv1d_fn(u.double(), torch.ones(2, 3))
+        x = torch.randn(1, 2, 4, requires_grad=True)
+        (gradient,) = torch.autograd.grad(ops.causal_conv1d_fn(x, torch.ones(2, 3)).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no double backward"):
+            gradient.sum().backward()

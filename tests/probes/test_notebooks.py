@@ -1,0 +1,61 @@
+"""The notebooks run from beginning to end on the shipped checkpoints."""
+
+import importlib.util
+import json
+
+import pytest
+from paths import NOTEBOOKS
+
+NAMES = ("hidden_attention", "explain_a_prediction", "token_dynamics", "memory", "restoration")
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recipes_are_those_of_the_shipped_checkpoints():
+    """`make checkpoints` trains what lies in notebooks/checkpoints, option by option."""
+    pytest.importorskip("hydra")
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    recipes = script("make_checkpoints").RECIPES
+    names = {folder.name for folder in (NOTEBOOKS / "checkpoints").iterdir()}
+    assert names and names <= set(recipes)
+    for name in names:
+        shipped = json.loads((NOTEBOOKS / "checkpoints" / name / "manifest.json").read_text())["config"]
+        with initialize_config_dir(str(NOTEBOOKS.parent / "configs"), version_base=None):
+            recipe = OmegaConf.to_container(compose("train", overrides=recipes[name]), resolve=False)
+        for group in ("model", "task", "data", "optim"):
+            for key, value in recipe[group].items():
+                if key != "num_workers" and not str(value).startswith("${"):  # which changes nothing that is learnt
+                    assert shipped[group][key] == value, (name, group, key)
+        assert shipped["trainer"]["max_steps"] == recipe["trainer"]["max_steps"]
+
+
+def test_every_probe_is_run_and_documented_with_its_figure():
+    from ssmzoo.probes.subject import probes
+
+    runs = script("run_probes")
+    text = (NOTEBOOKS.parent / "docs" / "probes.md").read_text()
+    assert set(runs.APPLY) == set(probes()) and {name for name, _, _ in runs.FIGURES.values()} == set(probes())
+    for figure in runs.FIGURES:
+        assert f"figures/probe_{figure}.png" in text, figure
+        assert (NOTEBOOKS.parent / "docs" / "figures" / f"probe_{figure}.png").stat().st_size > 5000
+    assert all(f"## {name}\n" in text for name in probes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [NOTEBOOKS / f"{name}.ipynb" for name in NAMES], ids=lambda f: f.stem)
+def test_notebook_runs(file, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient runs notebooks: pip install nbclient ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel", reason="notebooks need a kernel: pip install ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    notebook = nbformat.read(file, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    shown = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert any("image/png" in o.get("data", {}) for o in shown), "no figure was drawn"
