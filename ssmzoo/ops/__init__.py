@@ -6,7 +6,7 @@ from ssmzoo.ops.cross_selective_scan import cross_selective_scan
 from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d
-from ssmzoo.ops.dispatch import BACKENDS, BackendError, backend, backend_table, chosen_backend
+from ssmzoo.ops.dispatch import BACKENDS, OPERATORS, BackendError, backend, backend_table, chosen_backend, observe
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
@@ -35,6 +35,7 @@ from ssmzoo.ops.triton import ssd as _triton_ssd  # noqa: F401
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "OPERATORS",
     "backend",
     "backend_table",
     "causal_conv1d_fn",
@@ -50,6 +51,7 @@ __all__ = [
     "mamba_chunk_scan_combined",
     "mamba_step",
     "mix_transitions",
+    "observe",
     "rms_norm",
     "selective_scan_fn",
     "selective_state_update",

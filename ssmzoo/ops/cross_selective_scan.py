@@ -39,7 +39,7 @@ def _in_parts(lay_out, scan, merge, x, x_proj, dt_proj, dt_bias, A, D, scans):
     return y.transpose(1, 2).unflatten(1, (h, w))
 
 
-@op(check=check_cross_selective_scan)
+@op(check=check_cross_selective_scan, parts=("cross_scan", "selective_scan_fn", "cross_merge"))
 def cross_selective_scan(x, x_proj, dt_proj, dt_bias, A, D, scans="cross"):
     """Scan a map along four orders (see `cross_scan`), each with its own projections, and add up the results in place.
 

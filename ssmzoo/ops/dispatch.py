@@ -7,6 +7,7 @@
     def my_operator_native(x, weight): ...          # same signature
 
     with ssmzoo.ops.backend("torch"): ...           # or the environment variable SSMZOO_BACKEND=torch
+    with ssmzoo.ops.observe(my_operator=look): ...  # look(call, *args, **kwargs) sees every call and returns its result
 
 The first backend of BACKENDS without an objection serves the call. Objections rest on static facts (device, dtype,
 shape, needs a gradient), so that `torch.compile(fullgraph=True)` traces through the choice.
@@ -27,6 +28,7 @@ BACKENDS = ("cuda", "triton", "native", "torch", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)
 OPERATORS: dict[str, Callable] = {}  # public function by name, in order of definition
 
+_observers: dict[str, tuple[Callable, ...]] = {}  # operator: functions that see its calls, the innermost last
 _override: str | None = os.environ.get("SSMZOO_BACKEND") or None
 
 
@@ -72,19 +74,22 @@ class BackendRow:
     reason: str
 
 
-def op(reference: Callable | None = None, *, check: Callable | None = None):
+def op(reference: Callable | None = None, *, check: Callable | None = None, parts: tuple[str, ...] = ()):
     """Make a public operator of its reference implementation.
 
     check  function of the same arguments that raises ValueError for bad input; called once, before the choice
+    parts  operators that this one joins; while one of them is observed, the torch backend, which calls them, serves
     """
     if reference is None:
-        return functools.partial(op, check=check)
+        return functools.partial(op, check=check, parts=parts)
     backends: dict[str, Backend] = {}
 
     @functools.wraps(reference)
     def call(*args, **kwargs):
         if check is not None:
             check(*args, **kwargs)
+        if _observers:
+            return _observed(reference.__name__, backends, parts, args, kwargs)
         return _choose(reference.__name__, backends, args, kwargs)(*args, **kwargs)
 
     def register(
@@ -130,6 +135,38 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _override = previous
+
+
+@contextlib.contextmanager
+def observe(**observers: Callable) -> Iterator[None]:
+    """Within the block, `name=function` stands between the callers of operator `name` and the operator.
+
+    function(call, *args, **kwargs) receives the operator first and the caller's arguments behind it, and returns what
+    the caller gets: `call(*args, **kwargs)`, looked at or replaced. Operators that join an observed one run in parts,
+    so that their parts are seen. Blocks nest; the innermost sees a call first. The observation holds for the process,
+    not for one thread, like a choice of backend. Raises ValueError for a name that is no operator.
+    """
+    global _observers
+    for name in observers:
+        if name not in OPERATORS:
+            raise ValueError(f"there is no operator {name!r} to observe; the operators are {', '.join(OPERATORS)}")
+    previous = _observers
+    _observers = previous | {name: (*previous.get(name, ()), function) for name, function in observers.items()}
+    try:
+        yield
+    finally:
+        _observers = previous
+
+
+def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], args: tuple, kwargs: dict):
+    def call(*args, **kwargs):
+        if any(part in _observers for part in parts):
+            return backends["torch"].function(*args, **kwargs)
+        return _choose(name, backends, args, kwargs)(*args, **kwargs)
+
+    for observer in _observers.get(name, ()):
+        call = functools.partial(observer, call)
+    return call(*args, **kwargs)
 
 
 def chosen_backend(function: Callable, *args, **kwargs) -> str:

@@ -40,7 +40,7 @@ def _in_parts(scan, fuse, u, steps, dt_proj, dt_bias, A, D, kernels, alpha):
     return h.permute(0, 2, 3, 1) * C + D * u
 
 
-@op(check=check_spatial_scan)
+@op(check=check_spatial_scan, parts=("selective_scan_fn", "state_fusion"))
 def spatial_scan(
     u: Tensor,
     steps: Tensor,

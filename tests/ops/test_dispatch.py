@@ -107,3 +107,29 @@ def test_environment_chooses(variable, value, expected):
     environment = os.environ | {variable: value}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert expected in result.stdout + result.stderr
+
+
+def test_observers_see_every_call_and_joined_operators_run_in_parts():
+    from ssmzoo.ops import OPERATORS, chosen_backend, observe, spatial_scan
+
+    seen = []
+
+    def look(call, *args, **kwargs):
+        seen.append("outer")
+        return call(*args, **kwargs)
+
+    def inner(call, *args, **kwargs):
+        seen.append("inner")
+        return call(*args, **kwargs)
+
+    u, steps, w = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 4), torch.randn(8, 2)
+    arguments = u, steps, w, torch.zeros(8), -torch.ones(8, 1), torch.ones(8), None, None
+    expected = spatial_scan(*arguments)
+    with observe(selective_scan_fn=look), observe(selective_scan_fn=inner):
+        torch.testing.assert_close(spatial_scan(*arguments), expected)
+    assert seen == ["inner", "outer"]
+    spatial_scan(*arguments)
+    assert len(seen) == 2, "observation ends with its block"
+    with pytest.raises(ValueError, match="no operator 'selectiv_scan'"), observe(selectiv_scan=look):
+        pass
+    assert "spatial_scan" in OPERATORS and chosen_backend(spatial_scan, *arguments)
