@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 def hooks(prefix: str) -> dict[str, str]:
     """{family: module name} for every top-level function `<prefix>_<family>(state or case ...)` of the package."""
     root = Path(__file__).parent
-    pattern = re.compile(rf"^def {prefix}_(\w+)\((?:state|case)\b", re.MULTILINE)
+    pattern = re.compile(rf"^def {prefix}_(\w+)\(\s*(?:state|case)\b", re.MULTILINE)
     found = {}
     for file in sorted(root.rglob("*.py")):
         for family in pattern.findall(file.read_text(encoding="utf-8")):
