@@ -56,6 +56,17 @@ def test_against_reference(backend, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_taps_than_a_chunk_has_steps(backend, channels_last, packed):
+    """The second chunk of steps begins within reach of the initial states."""
+    leaves, seq_idx = inputs(0, 2, 17, 150, 70, channels_last, packed=packed)
+    expected = run("reference", leaves, seq_idx, "silu", torch.float64)
+    for tolerance, a, b in zip((OUT, GRAD), run(backend, leaves, seq_idx, "silu"), expected):
+        assert all(relative_error(x, y) < tolerance for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(backend, dtype):
     """Half-precision inputs are computed in float32: the result is the exact one, rounded."""

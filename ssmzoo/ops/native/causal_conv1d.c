@@ -51,9 +51,9 @@ static void load_steps(const task_info *t, float *rows, int64_t gap, const tenso
         if (from < 0) memset(rows + i * gap, 0, sizeof(float) * (size_t)(-from * VL));
         if (to > end) memset(rows + i * gap + (end - from) * VL, 0, sizeof(float) * (size_t)((to - end) * VL));
     }
-    if (from < 0 && initial && initial->data)  // from is -past
-        load_tiles(rows, gap, at(initial, t->batch, t->channel, 0), initial->dtype, initial->stride[1], initial->stride[2],
-                   t->lanes, past);
+    if (from < 0 && initial && initial->data)  // a later chunk may begin less than k - 1 steps behind step 0
+        load_tiles(rows, gap, at(initial, t->batch, t->channel, past + from), initial->dtype, initial->stride[1],
+                   initial->stride[2], t->lanes, -from);
     if (end > begin)
         load_tiles(rows + (begin - from) * VL, gap, at(m, t->batch, t->channel, begin), m->dtype, m->stride[1],
                    m->stride[2], t->lanes, end - begin);
