@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssmzoo import ops  # noqa: E402
-from ssmzoo.golden import relative_error  # noqa: E402
+from ssmzoo.released.golden import relative_error  # noqa: E402
 
 BACKENDS = ("triton", "cuda", "torch")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo._torchvision import make_importable
-from ssmzoo.official import load_official
+from ssmzoo.released.load import load_official
 
 make_importable()
 from transformers import MambaConfig, MambaForCausalLM  # noqa: E402

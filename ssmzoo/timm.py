@@ -6,7 +6,7 @@
 
 Every published size in configs/model whose class is an image backbone appears under its name; there is no list to edit
 (the laptop sizes, which bring a task along, are left to `ssmzoo.create_model`).
-`pretrained_cfg_overlay=dict(file="released.pth")` with pretrained=True loads a released checkpoint (`from_official`).
+`pretrained_cfg_overlay=dict(file="released.pth")` with pretrained=True loads a released checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn  # noqa: E402
 
 from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
-from ssmzoo.official import nearest  # noqa: E402
+from ssmzoo.released.family import find  # noqa: E402
+from ssmzoo.suggest import nearest  # noqa: E402
 from ssmzoo.zoo import config_dir, list_models, model_class, read_model_config  # noqa: E402
 
 IMAGENET = dict(
@@ -58,7 +59,8 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     """A released (or our own) state dict under our names; positions are resized to the model's grid."""
     for key in ("model_ema", "model", "state_dict"):
         state = state.get(key, state)
-    return model.from_official(state)
+    convert = find(type(model).__module__.rpartition(".")[2], "from_official")
+    return convert(model, state) if convert else state
 
 
 def register(name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn
     node = {k: v for k, v in node.items() if not (isinstance(v, str) and v.startswith("${"))}
     model = build_model(node | overrides)
     if checkpoint is not None:
-        from ssmzoo.official import fit_state_dict
+        from ssmzoo.released.load import fit_state_dict
         from ssmzoo.train.checkpoint import read_weights
 
         fit_state_dict(model, read_weights(checkpoint), what=f"model {name!r}")

@@ -56,7 +56,7 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def diff(args) -> None:
-    from ssmzoo.golden import relative_error
+    from ssmzoo.released.golden import relative_error
     from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights
 
     folders = [find_checkpoint(p) for p in (args.first, args.second)]

@@ -9,7 +9,7 @@ import argparse
 import ast
 import inspect
 
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 from ssmzoo.zoo import build_model, describe_config, model_class, read_model_config
 
 

@@ -16,8 +16,8 @@ def named_subject(name: str, args: argparse.Namespace):
     """
     import torch
 
-    from ssmzoo.official import nearest
     from ssmzoo.probes.subject import Subject
+    from ssmzoo.suggest import nearest
     from ssmzoo.zoo import build_model, list_models, read_model_config
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def named_subject(name: str, args: argparse.Namespace):
 
 def of_timm(name: str):
     from ssmzoo._torchvision import make_importable
-    from ssmzoo.official import nearest
+    from ssmzoo.suggest import nearest
 
     make_importable()
     import timm

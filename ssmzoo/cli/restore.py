@@ -138,7 +138,8 @@ def load(args):
 
 def load_released(name: str, file: str):
     """A preset with the weights of a released .pth or .safetensors file."""
-    from ssmzoo.official import fit_state_dict, read_state_dict
+    from ssmzoo.released.files import read_state_dict
+    from ssmzoo.released.load import fit_state_dict
     from ssmzoo.zoo import create_model
 
     model = create_model(name)

@@ -6,8 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ssmzoo.golden import GoldenCase
-from ssmzoo.official import nearest
+from ssmzoo.released.golden import GoldenCase
+from ssmzoo.suggest import nearest
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

@@ -26,10 +26,7 @@ from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import SS2D
 
-BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result
-LEGACY = ("type", "window_size", "num_heads", "interval")  # keys of old option files, ignored by the released class too
 CAB_PARTS = ("both", "convolution", "attention")
-INIT_ONLY = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # official arguments a checkpoint overrides
 
 
 class ChannelAttention(nn.Module):
@@ -182,76 +179,3 @@ class MambaIR(RestorationNet):
         for group in self.layers:
             x = self.run_group(group, x)
         return self.norm(x).permute(0, 3, 1, 2).contiguous()
-
-
-def squeeze_of(state: dict[str, Tensor]) -> int:
-    """The channel attention's squeeze factor that a checkpoint was built with (30 when that fits)."""
-    shapes = {v.shape[:2] for k, v in state.items() if k.endswith("attention.1.weight")}  # {(units, channels)}
-    factors = [f for f in (30, *range(1, 512)) if all(c // f == u for u, c in shapes)]
-    if not factors:
-        raise ValueError("the channel-attention widths of this checkpoint follow no common squeeze factor")
-    return factors[0]
-
-
-def official_mambair(state: dict[str, Tensor], **official_kwargs):
-    """MambaIR, MambaIRUNet, VSSBlock or SS2D by the released names; which one is read off the checkpoint's keys.
-
-    The arguments are those of the official class. Those that only size bookkeeping or set initial values are accepted
-    and have no influence on a loaded model; so are the keys of old option files that the released class ignores.
-    """
-    from ssmzoo.models.mambair_unet import build_official_unet
-
-    kwargs = dict(official_kwargs)
-    if "x_proj_weight" in state:
-        return official_ss2d(**{k: v for k, v in kwargs.items() if k not in INIT_ONLY}), state
-    if "patch_embed.proj.weight" in state:
-        return build_official_unet(state, squeeze_factor=squeeze_of(state), **kwargs), state
-    kwargs = {k: v for k, v in kwargs.items() if k not in BOOKKEEPING + LEGACY}
-    if "self_attention.x_proj_weight" in state:
-        return official_block(state, **kwargs), state
-    defaults = {"embed_dim": 96, "depths": (6, 6, 6, 6), "upscale": 2, "upsampler": ""}
-    kwargs = defaults | kwargs
-    if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
-        kwargs |= {"upsampler": "", "upscale": 1}
-    return MambaIR(**kwargs, squeeze_factor=squeeze_of(state)), state
-
-
-def official_ss2d(
-    d_model: int,
-    d_state: int = 16,
-    d_conv: int = 3,
-    expand: float = 2.0,
-    dt_rank: int | str = "auto",
-    dropout: float = 0.0,
-    conv_bias: bool = True,
-    bias: bool = False,
-) -> SS2D:
-    """The released `SS2D` mixer, (b y x d) to the same."""
-    mixer = SS2D(d_model, d_state, expand, dt_rank, d_conv, conv_bias, dropout=dropout)
-    if bias:
-        for name in ("in_proj", "out_proj"):
-            old = getattr(mixer, name)
-            setattr(mixer, name, nn.Linear(old.in_features, old.out_features))
-    return mixer
-
-
-def official_block(
-    state: dict[str, Tensor],
-    hidden_dim: int,
-    d_state: int = 16,
-    expand: float = 2.0,
-    drop_path: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    is_light_sr: bool = False,
-):
-    """One released `VSSBlock` as a module (tokens (b l d), (rows, columns)) -> tokens."""
-    block = TokenBlock(hidden_dim, d_state, expand, drop_path, is_light_sr, squeeze_of(state))
-    block.self_attention.dropout.p = attn_drop_rate
-    return block
-
-
-class TokenBlock(RSSB):
-    """RSSB with the released calling convention: tokens (b l d) and their (rows, columns)."""
-
-    def forward(self, x: Tensor, x_size) -> Tensor:
-        return super().forward(x.unflatten(1, tuple(int(s) for s in x_size))).flatten(1, 2)

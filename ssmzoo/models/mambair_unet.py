@@ -126,21 +126,3 @@ class MambaIRUNet(nn.Module):
         y = self.decoder_level2(y)
         y = self.decoder_level1(torch.cat([self.up2_1(y), level1], 1))  # 2d channels, no reduction
         return self.output(self.refinement(y)) + x
-
-
-def build_official_unet(
-    state: dict[str, Tensor],
-    squeeze_factor: int,
-    dual_pixel_task: bool = False,
-    mlp_ratio: float = 2.0,
-    **official_kwargs,
-) -> MambaIRUNet:
-    """A released MambaIRUNet; the state sizes, which differ between releases, are read off the checkpoint."""
-    if dual_pixel_task:
-        raise ValueError(
-            "dual_pixel_task=True cannot run in the released code (a 2-D convolution meets tokens), "
-            "so no checkpoint needs it"
-        )
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    sizes = tuple(state[f"{level}.0.self_attention.A_logs"].shape[1] for level in levels)
-    return MambaIRUNet(mlp_ratio=mlp_ratio, d_state=sizes, squeeze_factor=squeeze_factor, **official_kwargs)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import init_directional_
-from ssmzoo.layers.image.window_attention import WindowAttention, relative_position_index, shifted_window_attention
+from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
 from ssmzoo.ops import selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")
@@ -316,43 +316,3 @@ class MambaIRv2(RestorationNet):
         for group in self.layers:
             x = self.run_group(group, x, size)
         return self.norm(x).mT.unflatten(-1, size).contiguous()
-
-
-def official_mambair_v2(
-    state: dict[str, Tensor],
-    *,
-    img_size: int = 64,
-    patch_size: int = 1,
-    ape: bool = False,
-    routing: str = "argmax",
-    **official_kwargs,
-):
-    """MambaIRv2 or MambaIRv2Light by the released names; which one is read off the checkpoint's keys.
-
-    img_size, patch_size  only size the position table of `ape`; use_checkpoint is without effect, as in the release
-    routing               'argmax' (default here: results repeat) or 'gumbel', the released behaviour
-    """
-    kwargs = {k: v for k, v in official_kwargs.items() if k not in ("use_checkpoint", "norm_layer", "type")}
-    light = any(".convffn1.sg." in key for key in state)
-    defaults = {
-        "embed_dim": 48,
-        "d_state": 8,
-        "depths": (6, 6, 6, 6),
-        "num_heads": (4, 4, 4, 4),
-        "window_size": 16,
-        "inner_rank": 32,
-        "num_tokens": 64,
-        "upscale": 2,
-        "upsampler": "",
-    }
-    kwargs = defaults | kwargs | {"light": light, "routing": routing, "ape": img_size // patch_size if ape else 0}
-    if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect", "nearest+conv"):
-        kwargs |= {"upsampler": "", "upscale": 1}
-    if light:
-        kwargs.pop("convffn_kernel_size", None)  # the released light model accepts and ignores it
-    index = state.pop("relative_position_index_SA", None)  # a constant; ours is rebuilt, a different one is refused
-    if index is not None and not torch.equal(index.cpu(), relative_position_index(kwargs["window_size"])):
-        raise ValueError(
-            f"relative_position_index_SA of the checkpoint is not that of window_size = {kwargs['window_size']}"
-        )
-    return MambaIRv2(**kwargs), state

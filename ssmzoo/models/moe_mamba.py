@@ -29,7 +29,7 @@ from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.state import ModelOutput, Padding, left_align
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 
 ARRANGEMENTS = ("interleaved", "parallel", "inner", "none")
 PROJECTIONS = ("conv", "gate", "output")

@@ -99,31 +99,3 @@ class RNNModel(nn.Module):
         dtype = torch.float32 if dtype is None else dtype
         zeros = torch.zeros(batch_size, self.rnn.num_layers, self.state_size, device=device, dtype=dtype)
         return RNNState(zeros, zeros.clone() if isinstance(self.rnn, nn.LSTM) else None)
-
-
-class _OfficialRNN(RNNModel):
-    """Official call: x (b l e) -> logits of the last step (b c)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).logits[:, -1]
-
-
-def official_regular_rnn_baselines(
-    state: dict[str, Tensor],
-    *,
-    output_size: int,
-    input_size: int,
-    state_size: int,
-    num_layers: int = 1,
-    nonlinearity: str = "relu",
-    embed_size: int | None = None,
-    bidirectional: bool = False,
-):
-    """ElmanRNN and LSTM, told apart by the height of their gates."""
-    del embed_size  # accepted and ignored by the official models
-    if bidirectional:
-        raise ValueError(
-            "bidirectional=True cannot run in the official model either: its projection expects one direction"
-        )
-    lstm = state["rnn.weight_hh_l0"].shape[0] == 4 * state_size and state_size > 0
-    return _OfficialRNN(input_size, output_size, state_size, num_layers, "lstm" if lstm else nonlinearity), state

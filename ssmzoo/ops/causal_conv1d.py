@@ -182,18 +182,3 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
 
 
 causal_conv1d_update.register("torch")(causal_conv1d_update.reference)  # already vectorised
-
-
-def official_causal_conv1d(state, activation=None, return_final_states=False):
-    """The official functions (causal_conv1d_ref and causal_conv1d_update_ref, told apart by conv_state) as a module."""
-    from ssmzoo.official import FunctionModule
-
-    def convolve(x, weight, bias=None, seq_idx=None, initial_states=None, conv_state=None, cache_seqlens=None):
-        if conv_state is None:
-            return causal_conv1d_fn(
-                x, weight, bias, seq_idx, initial_states, return_final_states, activation=activation
-            )
-        buffer = conv_state.clone()
-        return causal_conv1d_update(x, buffer, weight, bias, activation, cache_seqlens), buffer
-
-    return FunctionModule(convolve), state

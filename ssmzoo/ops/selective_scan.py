@@ -201,10 +201,3 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
 
 
 selective_state_update.register("torch")(selective_state_update.reference)  # already vectorised
-
-
-def official_selective_scan(state, delta_softplus=False, return_last_state=False):
-    """The official function (mamba_ssm's selective_scan_ref) as a module; it has no parameters."""
-    from ssmzoo.official import FunctionModule
-
-    return FunctionModule(selective_scan_fn, delta_softplus=delta_softplus, return_last_state=return_last_state), state

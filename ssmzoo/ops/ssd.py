@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.official import FunctionModule
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.selective_scan import selective_state_update
@@ -257,27 +256,6 @@ def ssd_state_update(
     D, dt_bias = (v if v is None or v.ndim == 2 else v[:, None].expand(h, p) for v in (D, dt_bias))
     dt, A = dt[..., None].expand(*dt.shape, p), A[:, None, None].expand(h, p, n)
     return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-
-def official_ssd(
-    state: dict,
-    chunk_size: int | None = None,
-    block_len: int | None = None,
-    dt_softplus: bool = False,
-    dt_limit=(0.0, math.inf),
-):
-    """mamba_chunk_scan_combined (with chunk_size) or ssd_minimal_discrete (with block_len), final state included."""
-    if (chunk_size is None) == (block_len is None):
-        raise ValueError("give chunk_size (mamba_chunk_scan_combined) or block_len (ssd_minimal_discrete)")
-    if block_len is not None:
-        return FunctionModule(ssd_minimal_discrete, block_len=block_len), state
-    return FunctionModule(
-        mamba_chunk_scan_combined,
-        chunk_size=chunk_size,
-        dt_softplus=dt_softplus,
-        dt_limit=tuple(dt_limit),
-        return_final_states=True,
-    ), state
 
 
 @ssd_scan.register("torch")

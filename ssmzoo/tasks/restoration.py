@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.inference.tiling import PUBLISHED_TILE, run_padded, run_published, self_ensemble
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics.image import psnr, ssim, ssim_volume
 from ssmzoo.tasks.objectives.pixel import LOSSES

@@ -24,7 +24,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
-from ssmzoo.official import CheckpointError, fit_state_dict, read_state_dict, refuse_zip_bomb
+from ssmzoo.released.files import CheckpointError, read_state_dict, refuse_zip_bomb
+from ssmzoo.released.load import fit_state_dict
 from ssmzoo.zoo import build_model
 
 WEIGHTS, MANIFEST, TRAINER, INDEX = "model.safetensors", "manifest.json", "trainer.ckpt", "index.json"

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 from ssmzoo.train import sweep
 from ssmzoo.zoo import config_dir, config_names, model_class
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ssmzoo.official import CheckpointError
+from ssmzoo.released.files import CheckpointError
 
 RESUME_ME = 75  # EX_TEMPFAIL: the run was asked to stop, or could not save its end, and can be resumed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ssmzoo.official import CheckpointError
+from ssmzoo.released.files import CheckpointError
 from ssmzoo.train.checkpoint import read_weights
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 
 POSITIONS = (
     "absolute_pos_embed",

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from toy import assert_checkpointing_changes_nothing
 
 import ssmzoo
-from ssmzoo.golden import GoldenCase
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.mixers.mamba3 import Mamba3, phase_sums
@@ -18,7 +17,8 @@ from ssmzoo.layers.mixers.mha import MHA
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.mamba2 import Mamba2LM
 from ssmzoo.models.mamba3 import Mamba3LM
-from ssmzoo.official import CheckpointError
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.golden import GoldenCase
 
 PUBLISHED = {
     "mamba_130m": 129_135_360,

@@ -6,10 +6,11 @@ from toy import assert_checkpointing_changes_nothing
 
 from ssmzoo import create_model
 from ssmzoo.layers.image.restoration import mirror_pad
-from ssmzoo.models.mambair import MambaIR, official_mambair
+from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
-from ssmzoo.models.mambair_v2 import MambaIRv2, official_mambair_v2
+from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.swinir import SwinIR
+from ssmzoo.released import mambair, mambair_v2
 from ssmzoo.zoo import list_models
 
 PUBLISHED = {  # preset -> parameters, from the papers' code
@@ -194,16 +195,16 @@ def test_released_files_load_with_their_index_buffer_and_another_window_is_refus
     kwargs = {k: v for k, v in TINY_V2.items() if k != "routing"}
     state = MambaIRv2(2, "pixelshuffle", **TINY_V2).state_dict()
     state["relative_position_index_SA"] = relative_position_index(4)
-    module, mapped = official_mambair_v2(dict(state), upscale=2, upsampler="pixelshuffle", **kwargs)
+    module, mapped = mambair_v2.official(dict(state), upscale=2, upsampler="pixelshuffle", **kwargs)
     module.load_state_dict(mapped)
     state["relative_position_index_SA"] = relative_position_index(4) + 1
     with pytest.raises(ValueError, match="relative_position_index_SA"):
-        official_mambair_v2(dict(state), upscale=2, upsampler="pixelshuffle", **kwargs)
+        mambair_v2.official(dict(state), upscale=2, upsampler="pixelshuffle", **kwargs)
 
 
 def test_squeeze_factor_and_state_sizes_are_read_off_a_unet_checkpoint():
     unet = MambaIRUNet(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, d_state=(2, 3, 4, 5), squeeze_factor=4)
-    module, state = official_mambair(
+    module, state = mambair.official(
         unet.state_dict(), dim=8, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1, mlp_ratio=1.5
     )
     module.load_state_dict(state)

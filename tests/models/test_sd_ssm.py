@@ -13,7 +13,7 @@ from ssmzoo.layers.state import map_state, select_rows
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
 from ssmzoo.models.rnn import RNNModel
 from ssmzoo.models.sd_ssm import SDSSMModel, append_query_token
-from ssmzoo.official import load_official
+from ssmzoo.released.load import load_official
 from ssmzoo.zoo import create_model
 
 MODELS = {

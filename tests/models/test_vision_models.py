@@ -14,8 +14,11 @@ from ssmzoo.models.res_vmamba import ResVMamba
 from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
 from ssmzoo.models.spatial_mamba import SpatialMamba
 from ssmzoo.models.vim import Vim
-from ssmzoo.models.vmamba import VMamba, parse_forward_type
-from ssmzoo.official import CheckpointError, looks_like
+from ssmzoo.models.vmamba import VMamba
+from ssmzoo.released import vim as released_vim
+from ssmzoo.released.family import looks_like
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.vmamba import parse_forward_type
 from ssmzoo.zoo import build_model, read_model_config
 
 PUBLISHED = {  # parameters at 224 pixels with 1000 classes
@@ -210,7 +213,7 @@ def test_positions_are_resized_around_the_class_token():
     assert torch.equal(resized[0, 7], torch.full((16,), 7.0)) and resized.sum() == 7 * 16
     state = model.state_dict()
     larger = Vim(num_classes=5, img_size=48, patch_size=8, embed_dim=16, depth=3, d_state=2)
-    larger.load_state_dict(larger.from_official(state))
+    larger.load_state_dict(released_vim.from_official(larger, state))
     torch.testing.assert_close(larger.pos_embed[0, 18], torch.full((16,), 7.0))
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.golden import relative_error
 from ssmzoo.ops.native import MISSING
+from ssmzoo.released.golden import relative_error
 
 BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 OUT, GRAD = 1e-5, 1e-4

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ssmzoo import ops
-from ssmzoo.golden import relative_error
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.layers.norm import GatedLayerNorm
 from ssmzoo.ops.native import MISSING
+from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = ["torch", pytest.param("native", marks=native)]

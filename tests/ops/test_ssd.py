@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.golden import relative_error
 from ssmzoo.ops.native import MISSING
+from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 BACKENDS = ["torch", pytest.param("native", marks=native)]

@@ -12,8 +12,8 @@ import torch
 from paths import GOLDEN
 
 from ssmzoo import ops
-from ssmzoo.golden import GoldenCase, relative_error
 from ssmzoo.ops.triton import INTERPRETED, MISSING
+from ssmzoo.released.golden import GoldenCase, relative_error
 
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)

@@ -186,13 +186,13 @@ def test_one_s6_layer_learns_a_product_that_one_linear_attention_layer_does_not(
 
 def test_constants_are_those_of_the_released_code():
 
-    from ssmzoo.golden import GoldenCase
+    from ssmzoo.released.golden import GoldenCase
 
     for file in sorted((GOLDEN / "generalization_bound").glob("*.json")):
         case = GoldenCase.load(file)
-        from ssmzoo.models.free_a_ssm import official_generalization_bound
+        from ssmzoo.released import generalization_bound
 
-        model, state = official_generalization_bound(dict(case.params), **case.official_kwargs)
+        model, state = generalization_bound.official(dict(case.params), **case.official_kwargs)
         model.load_state_dict(state)
         assert constants(model.ssm, model.embedding.weight) == pytest.approx(case.meta["constants"], rel=1e-5)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from paths import GOLDEN
 
-from ssmzoo.golden import GoldenCase
+from ssmzoo.released.golden import GoldenCase
 
 CASES = sorted((GOLDEN).glob("*/*.json"))
 

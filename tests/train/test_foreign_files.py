@@ -10,7 +10,7 @@ import pytest
 import torch
 from toy import ToyData, make
 
-from ssmzoo.official import CheckpointError, read_state_dict
+from ssmzoo.released.files import CheckpointError, read_state_dict
 from ssmzoo.train.checkpoint import (
     FolderCheckpointIO,
     find_checkpoint,

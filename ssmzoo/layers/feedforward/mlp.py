@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.official import nearest
+from ssmzoo.suggest import nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # act(x W_gate) * (x W_1)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.official import nearest
 from ssmzoo.ops.moe_dispatch import Groups, group_by_expert
+from ssmzoo.suggest import nearest
 
 
 @dataclass

@@ -73,10 +73,6 @@ class ImageBackbone(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A released (or our own) state dict under our names, position tables resized to this model's grid."""
-        return dict(state)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable

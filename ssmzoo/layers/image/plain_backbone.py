@@ -124,14 +124,6 @@ class PlainBackbone(ImageBackbone):
         """(1 t d)"""
         return self.cls_token
 
-    def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = dict(state)
-        table = state.get("pos_embed")
-        if table is not None and self.pos_embed is not None and table.shape[1] != self.pos_embed.shape[1]:
-            side = round((table.shape[1] - (self.pos_embed.shape[1] - self.grid[0] * self.grid[1])) ** 0.5)
-            state["pos_embed"] = self.positions(table, self.grid, built=(side, side))
-        return state
-
     def forward_features(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x)
         return self.norm_f(self.encode(self.pos_drop(x), grid))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ssmzoo.models.mamba_fscil import ETFHead, MambaNeck, NeckOutput
+from ssmzoo.models.mamba_fscil import NeckOutput
 
 
 def dot_regression(
@@ -77,63 +77,3 @@ def incremental_losses(
                 p = getattr(out, name + suffix)
                 losses[f"loss_sep_{name}s{suffix}"] = weight * separation(p, labels, base, average)
     return losses
-
-
-# ---- released checkpoints ------------------------------------------------------------------------------------------
-
-
-class TrainingStep(nn.Module):
-    """The released `forward_train` on feature maps: losses, then logits of the classes seen so far."""
-
-    def __init__(self, neck: MambaNeck, head: ETFHead, seen: int, with_len: bool, loss_weight: float, weights: dict):
-        super().__init__()
-        self.neck, self.head = neck, head
-        self.seen, self.with_len, self.loss_weight, self.weights = seen, with_len, loss_weight, weights
-
-    def forward(self, x: Tensor, gt_label: Tensor) -> tuple[Tensor, ...]:
-        out = self.neck(x)
-        loss = dot_regression(out.features, gt_label, self.head.etf_vec, self.loss_weight, self.with_len)
-        terms = incremental_losses(out, gt_label, self.seen, **self.weights)
-        return loss, *terms.values(), self.head(out.features, self.seen)
-
-
-class TupleNeck(MambaNeck):
-    """The neck with the released output: a plain tuple, without the new branch's entries if there is none."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value for value in super().forward(x) if value is not None)
-
-
-LOSS_WEIGHTS = {
-    "loss_weight_supp": "weight_supp",
-    "loss_weight_supp_novel": "weight_supp_novel",
-    "loss_weight_sep": "weight_sep",
-    "loss_weight_sep_new": "weight_sep_new",
-}
-
-
-def neck_arguments(version: str = "ssm", ssm_expand_ratio: float = 1, param_avg_dim: str = "0-1-3", **kwargs):
-    """(arguments of `MambaNeck`, arguments of `incremental_losses`) for the released neck's."""
-    if ssm_expand_ratio != 1:
-        raise ValueError(f"ssm_expand_ratio={ssm_expand_ratio}: without an output projection only 1 fits")
-    losses = {ours: kwargs.pop(theirs) for theirs, ours in LOSS_WEIGHTS.items() if theirs in kwargs}
-    return kwargs | {"version": version}, losses | {"average": tuple(int(d) for d in param_avg_dim.split("-"))}
-
-
-def official_mamba_fscil(state: dict[str, Tensor], **official_kwargs):
-    """MambaNeck, or the classifier's training step on feature maps if `neck` and `head` are given."""
-    if "neck" not in official_kwargs:
-        return TupleNeck(**neck_arguments(**official_kwargs)[0]), state
-    arguments, weights = neck_arguments(**official_kwargs["neck"])
-    head, loss = official_kwargs["head"], official_kwargs.get("loss", {})
-    if official_kwargs.get("mixup", 0.0):
-        raise ValueError("mixup draws random partners; the step without it (mixup=0.0) can be reproduced")
-    step = TrainingStep(
-        MambaNeck(**arguments),
-        ETFHead(head["in_channels"], head["num_classes"]),
-        head["eval_classes"],
-        head.get("with_len", False),
-        loss.get("loss_weight", 1.0),
-        weights,
-    )
-    return step, state

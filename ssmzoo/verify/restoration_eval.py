@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def golden_restoration_eval(case) -> dict[str, Tensor]:
+def golden(case) -> dict[str, Tensor]:
     """One case of family restoration_eval; which one is told by its inputs. Tensors there are (y x c) RGB or (y x)."""
     names = set(case.inputs)
     if "gray" in names:

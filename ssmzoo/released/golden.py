@@ -4,9 +4,9 @@ A case is `<family>/<case>.safetensors` with `param/<official key>`, `input/<nam
 `grad/<official key>`, `gradin/<input>`, `lossweight/<output>`, and a `.json` with the official class and arguments.
 The scalar loss is the sum over the outputs with a `lossweight` of (output x lossweight).
 
-Two hooks answer for a family: `official_<family>` (see ssmzoo.official) when a module maps inputs to outputs, or
-`golden_<family>(case) -> {output name: tensor}` when the case is something else (labels, metrics, training steps) or
-one module does not cover it. A `golden_` hook uses `case.params`, `case.inputs` (leaves that require gradients) and
+Two functions of a family's file answer: `official` (see ssmzoo.released) when a module maps inputs to outputs, or
+`golden(case) -> {output name: tensor}` when the case is something else (labels, metrics, training steps) or one module
+does not cover it. `golden` uses `case.params`, `case.inputs` (leaves that require gradients) and
 `case.meta`, and may fall back on `case.run_official()`.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssmzoo.official import find_hook
+from ssmzoo.released.family import find
 
 ABS_FLOOR = 1e-6  # per element, times sqrt(numel): below it a difference is rounding, not an error
 
@@ -79,7 +79,7 @@ class GoldenCase:
 
     def run_official(self) -> dict[str, Tensor]:
         """Outputs by name, from the family's `official_` hook; differentiable in params and inputs."""
-        module, state = find_hook("official", self.family)(dict(self.params), **self.official_kwargs)
+        module, state = find(self.family, "official")(dict(self.params), **self.official_kwargs)
         module.train(not self.meta.get("eval_mode", True))
         order = [n if isinstance(n, str) else n["name"] for n in self.meta.get("inputs") or self.inputs]
         values = [self.inputs[n] for n in order if n in self.inputs]
@@ -93,8 +93,8 @@ class GoldenCase:
 
     def check(self) -> tuple[float, float | None]:
         """(worst relative error of the outputs, of the gradients or None). Raises KeyError without a hook."""
-        own = find_hook("golden", self.family)
-        if own is None and find_hook("official", self.family) is None:
+        own = find(self.family, "golden")
+        if own is None and find(self.family, "official") is None:
             raise KeyError(self.family)
         got = own(self) if own else self.run_official()
         missing = [name for name in self.outputs if name not in got]

@@ -1,0 +1,47 @@
+"""Families by name: `ssmzoo/released/<family>.py`, or `ssmzoo/verify/<family>.py` for what is no released model."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import re
+
+from torch import Tensor
+
+HOMES = ("ssmzoo.verify", "ssmzoo.released")  # the first that has a family's file answers
+
+
+@functools.cache
+def find(family: str, attribute: str):
+    """An attribute of a family's file (`official`, `golden`, `from_official`, ...), imported now; None without one."""
+    for home in HOMES:
+        name = f"{home}.{family}"
+        if family.isidentifier() and importlib.util.find_spec(name) is not None:
+            found = getattr(importlib.import_module(name), attribute, None)
+            if found is not None:
+                return found
+    return None
+
+
+@functools.cache
+def families(attribute: str) -> list[str]:
+    """Names of the families whose files have an attribute."""
+    names = {m.name for home in HOMES for m in pkgutil.iter_modules(importlib.import_module(home).__path__)}
+    return sorted(name for name in names if find(name, attribute) is not None)
+
+
+def telling_key(family: str, state: dict[str, Tensor]) -> str | None:
+    """The first key that a checkpoint of this family has and others lack."""
+    if any(telling_key(other, state) for other in find(family, "YIELDS_TO") or ()):
+        return None
+    return next((key for key in state if re.search(find(family, "TELLING_KEYS"), key)), None)
+
+
+def looks_like(state: dict[str, Tensor]) -> str:
+    """'; by <key> it looks like ...' for an error message; empty when no family is recognised."""
+    for family in families("TELLING_KEYS"):
+        if key := telling_key(family, state):
+            return f"; by {key} it looks like a checkpoint of family {family!r}"
+    return ""

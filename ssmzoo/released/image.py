@@ -1,0 +1,66 @@
+"""What the released image models share: classifier or pyramid, names of norms, position tables of another size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ssmzoo.layers.image.backbone import FeaturePyramid, FourStage
+from ssmzoo.layers.image.patch_embed import resize_map
+from ssmzoo.layers.norm import RMSNorm
+
+
+def official_stages(cls: type[FourStage], arguments, state: dict[str, Tensor], kwargs: dict):
+    """A whole classifier, or its feature pyramid if the checkpoint has `outnorm` keys or out_indices are given."""
+    pyramid = "out_indices" in kwargs or any(key.startswith("outnorm") for key in state)
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    kwargs.pop("pretrained", None)
+    model = cls(**arguments(**kwargs))
+    if "pos_embed" in state and getattr(model, "pos_embed", None) is not None:
+        state["pos_embed"] = resize_map(state["pos_embed"], model.pos_embed.shape[1:3])
+    if not pyramid:
+        return model, state
+    model = FeaturePyramid(model, out_indices, official_norm(kwargs.get("norm_layer", "ln")))
+    kept = model.state_dict()
+    state = {key if key.startswith("outnorm") else f"backbone.{key}": value for key, value in state.items()}
+    cut = ("backbone.layers", "backbone.norm", "backbone.head")  # what no tap needs
+    return model, {key: value for key, value in state.items() if key in kept or not key.startswith(cut)}
+
+
+def act_name(act) -> str:
+    """'silu' from 'silu', nn.SiLU or a description such as 'gelu (class torch.nn.GELU)'."""
+    name = act if isinstance(act, str) else getattr(act, "__name__", type(act).__name__)
+    return name.split()[0].lower()
+
+
+def official_norm(norm_layer) -> str:
+    """'ln' or 'bn' from the released 'ln', 'ln2d', 'bn' or a class."""
+    return "bn" if "bn" in act_name(norm_layer) or "batch" in act_name(norm_layer) else "ln"
+
+
+def set_eps(model: nn.Module, eps: float) -> nn.Module:
+    """Give all norms of a model another epsilon (1e-5 in everything published)."""
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, nn.LayerNorm)):
+            module.eps = eps
+    return model
+
+
+class ChannelsFirst(nn.Module):
+    """A channels-last module for (b d y x) maps."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def resize_plain_positions(model, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a `PlainBackbone` with its position table resized to this model's grid."""
+    state = dict(state)
+    table = state.get("pos_embed")
+    if table is not None and model.pos_embed is not None and table.shape[1] != model.pos_embed.shape[1]:
+        side = round((table.shape[1] - (model.pos_embed.shape[1] - model.grid[0] * model.grid[1])) ** 0.5)
+        state["pos_embed"] = model.positions(table, model.grid, built=(side, side))
+    return state

@@ -1,0 +1,152 @@
+"""llm-random's (Apache-2.0) language models: MoE-Mamba, and the Transformers that its paper compares with."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmzoo.layers.feedforward.mlp import FeedForward
+from ssmzoo.layers.feedforward.moe import build_moe
+from ssmzoo.layers.feedforward.router import TokenChoice
+from ssmzoo.layers.mixers.attention import Attention
+from ssmzoo.layers.mixers.mamba import Mamba
+from ssmzoo.models.moe_mamba import Block, DecoderLM, InnerMoEMamba
+from ssmzoo.released.moe import official_moe_keys, official_options
+from ssmzoo.suggest import nearest
+
+TELLING_KEYS = r"router|expert"
+
+
+def official(
+    state: dict[str, Tensor],
+    *,
+    block_modules,
+    n_blocks: int,
+    dmodel: int,
+    vocab_size: int,
+    mamba_mode: str = "vanilla",
+    mamba_expansion: float = 2,
+    ff_mode: str = "vanilla",
+    n_experts: int = 1,
+    expert_size: int = 1,
+    expert: str = "ff",
+    activation: str = "relu",
+    parallel_blocks: bool = False,
+    n_att_heads: int = 1,
+    dhead: int | None = None,
+    dff: int | None = None,
+    cutoff: int | None = None,
+    batch_size: int | None = None,
+    capacity_factor: float = 1.25,
+    load_balancing_loss_weight: float = 0.01,
+    zloss_weight: float = 0.0,
+    routing_top_k: int = 1,
+    topk_fraction: float = 1.0,
+    softmax_over: str = "tokens",
+    group_by_batch: bool = False,
+    group_size: int = 1,
+    use_layer_norm: bool = True,
+    one_hot_impl: bool = False,
+    use_torch_bmm: bool = False,
+    use_einsum: bool = False,
+    init_type: str | None = None,
+    init_scale: float = 0.1,
+):
+    """llm-random's LLM as its cc_train builds it. Outputs: logits, with Switch layers the sum of their
+    load_balancing_loss (and of z_loss if zloss_weight > 0), and the mean next-token cross entropy in nats.
+
+    dff is 4 dmodel by default. cutoff and batch_size are shapes that the official class fixes; ours takes any.
+    one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
+    initialisation that is overwritten.
+    """
+    switch = dict(
+        capacity_factor=capacity_factor,
+        load_balancing_loss_weight=load_balancing_loss_weight,
+        zloss_weight=zloss_weight,
+        routing_top_k=routing_top_k,
+    )
+    choice = dict(
+        topk_fraction=topk_fraction,
+        softmax_over=softmax_over,
+        group_by_batch=group_by_batch,
+        group_size=group_size,
+        use_layer_norm=use_layer_norm,
+    )
+    modes = ("vanilla", "token_choice", "expert_choice")
+    if ff_mode not in modes:
+        raise ValueError(f"unknown ff_mode {ff_mode!r}{nearest(ff_mode, modes)}; choose one of {', '.join(modes)}")
+    options = official_options(ff_mode, expert, activation, **switch, **choice)
+
+    def moe(d_input: int, d_output: int) -> nn.Module:
+        return build_moe(d_input, n_experts, expert_size, d_output=d_output, **options)
+
+    def inner_moe(d_input: int, d_output: int) -> nn.Module:  # Switch-routed; the paper's are two ReLU layers
+        gated = any(".mamba." in key and key.endswith(".gate_weight") for key in state)
+        kind = (expert, activation) if gated else ("ff", "relu")
+        return build_moe(
+            d_input, n_experts, expert_size, d_output=d_output, **official_options("token_choice", *kind, **switch)
+        )
+
+    def layer(kind: str) -> nn.Module:
+        if kind == "attention":
+            return Attention(dmodel, n_att_heads, d_head=dhead)
+        if kind == "feedforward":
+            biased = any(key.endswith("logging_ff_pre_relu.bias") for key in state)
+            return FeedForward(dmodel, dff or 4 * dmodel, bias=biased) if ff_mode == "vanilla" else moe(dmodel, dmodel)
+        if kind != "mamba":
+            known = ("mamba", "attention", "feedforward")
+            raise ValueError(f"unknown block module {kind!r}{nearest(kind, known)}; choose from {', '.join(known)}")
+        if mamba_mode == "vanilla":
+            return Mamba(dmodel, expand=mamba_expansion)
+        places = {"conv": "conv", "gate": "gate", "out": "output"}
+        words = mamba_mode.removesuffix("_proj_moe").split("_")
+        chosen = tuple(ours for theirs, ours in places.items() if theirs in words)
+        if not mamba_mode.endswith("_proj_moe") or not chosen:
+            raise ValueError(
+                f"unknown mamba_mode {mamba_mode!r}; it is 'vanilla' or names some of conv, gate and out, "
+                "such as 'conv_gate_proj_moe'"
+            )
+        return InnerMoEMamba(dmodel, chosen, inner_moe, expand=mamba_expansion)
+
+    blocks = [Block(dmodel, {kind: layer(kind) for kind in block_modules}, parallel_blocks) for _ in range(n_blocks)]
+    switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
+    losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and zloss_weight > 0)
+    model = _OfficialLM(DecoderLM(vocab_size, dmodel, blocks), losses)
+    return model, {f"model.{_our_key(key, block_modules)}": v for key, v in state.items() if ".rope." not in key}
+
+
+def _our_key(key: str, block_modules) -> str:
+    """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D -> blocks.0.layers.mamba.D, and so on."""
+    key = key.replace("embedding_layer.layers.0.", "embedding.")
+    key = re.sub(r"^encoder\.blocks\.block_(\d+)\.block\.", r"blocks.\1.", key)
+    key = re.sub(
+        r"residual_parallel\.layer\.parallel\.layers\.(\d+)\.", lambda m: f"layers.{block_modules[int(m[1])]}.", key
+    )
+    key = key.replace("residual_parallel.layer.pre_norm.", "norms.shared.")
+    key = re.sub(r"residual_(\w+)\.layer\.pre_norm\.", r"norms.\1.", key)
+    key = re.sub(r"residual_(\w+)\.layer\.\1\.", r"layers.\1.", key)
+    key = key.replace("logging_ff_pre_relu.", "fc1.").replace("logging_ff_post_relu.", "fc2.")
+    return next(iter(official_moe_keys({key: None})))
+
+
+class _OfficialLM(nn.Module):
+    def __init__(self, model: DecoderLM, losses: list[str]):
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, input_ids: Tensor):
+        logits, _, aux = self.model(input_ids)
+        losses = [aux.get(name, logits.new_zeros(())) for name in self.losses]
+        cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+        return logits, *losses, cross_entropy
+
+
+def golden(case) -> dict[str, Tensor]:
+    """Outputs by name: cases with a z-loss need not list it."""
+    module, state = official(dict(case.params), **case.official_kwargs)
+    module.train(not case.meta.get("eval_mode", True))
+    outputs = torch.func.functional_call(module, state, (case.inputs["input_ids"],))
+    return dict(zip(("logits", *module.losses, "cross_entropy"), outputs))
