@@ -175,7 +175,8 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
             steps = torch.arange(first, first + count, device=x.device) + cache_seqlens[:, None]
             return (steps % max(size, 1))[:, None].expand(-1, x.shape[1], -1)
 
-        past = conv_state.gather(2, places(1 - taps, taps - 1)).to(x.dtype)
+        # of a copy: gather's backward keeps its argument, which is overwritten below
+        past = conv_state.clone().gather(2, places(1 - taps, taps - 1)).to(x.dtype)
         conv_state.scatter_(2, places(0, length), tokens.to(conv_state.dtype))
     out = causal_conv1d_fn.reference(tokens, weight, bias, initial_states=past, activation=activation)
     return out if x.ndim == 3 else out[..., 0]

@@ -61,8 +61,8 @@ def why_broken(module: str, name: str):
 
 def _refuses(module: str, name: str, *tensors: Tensor | None) -> str | None:
     """The objections that all adapters share."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return f"{INSTALL[module.partition('.')[0]]} cannot be traced by torch.compile or torch.func"
+    if torch.compiler.is_compiling():
+        return f"{INSTALL[module.partition('.')[0]]} cannot be traced by torch.compile"
     if tensors[0].numel() == 0:
         return "is given nothing to do"
     return why_not_float(*tensors) or load(module, name)[1]

@@ -194,4 +194,4 @@ def scan_with(backend: str):
 KERNELS["torch"] = DenseKernel(
     on_torch.symbols_forward, on_torch.symbols_backward, on_torch.mixture_forward, on_torch.mixture_backward
 )
-dense_scan.register("torch")(scan_with("torch"))
+dense_scan.register("torch", composite=dense_scan.reference)(scan_with("torch"))

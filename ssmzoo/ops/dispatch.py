@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "native", "torch", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -45,6 +46,7 @@ class Backend:
     unsupported  function of the operator's arguments: why it cannot serve this call, None when it can
     broken       function without arguments for the table alone: why an install does not work, None when it does; for
                  what takes too long to find out when ssmzoo is imported, and is found by `unsupported` otherwise
+    composite    the form made of torch's own functions alone, which serves while `transformed()`; None: refuse then
     """
 
     name: str
@@ -53,15 +55,23 @@ class Backend:
     missing: str | None = None
     unsupported: Callable[..., str | None] | None = None
     broken: Callable[[], str | None] | None = None
+    composite: Callable | None = None
 
     def objection(self, args: tuple, kwargs: dict) -> str | None:
         if self.missing is not None:
             return self.missing
+        if self.composite is None and transformed():
+            return "has no rules for torch.func and forward-mode derivatives"
         if self.device is not None:
             given = _device_type(args, kwargs)
             if given != self.device:
                 return f"needs {self.device} tensors, got {given}"
         return self.unsupported(*args, **kwargs) if self.unsupported is not None else None
+
+    @property
+    def serve(self) -> Callable:
+        """What is called: the function itself, or its composite form."""
+        return self.composite if transformed() else self.function
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
             check(*args, **kwargs)
         if _observers:
             return _observed(reference.__name__, backends, parts, args, kwargs)
-        return _choose(reference.__name__, backends, args, kwargs)(*args, **kwargs)
+        return _choose(reference.__name__, backends, args, kwargs).serve(*args, **kwargs)
 
     def register(
         name: str,
@@ -99,13 +109,18 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
         missing: str | None = None,
         unsupported: Callable | None = None,
         broken: Callable[[], str | None] | None = None,
+        composite: Callable | None = None,
     ):
-        """Register an implementation with the operator's signature; see Backend for the arguments."""
+        """Register an implementation with the operator's signature; see Backend for the arguments.
+
+        The torch and reference backends are their own composite form unless another is given.
+        """
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
 
         def keep(function: Callable) -> Callable:
-            backends[name] = Backend(name, function, device, missing, unsupported, broken)
+            plain = composite or (function if name in ("torch", "reference") else None)
+            backends[name] = Backend(name, function, device, missing, unsupported, broken, plain)
             ordered = sorted(backends.values(), key=lambda b: BACKENDS.index(b.name))
             backends.clear()
             backends.update((b.name, b) for b in ordered)
@@ -162,7 +177,7 @@ def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], a
     def call(*args, **kwargs):
         if any(part in _observers for part in parts):
             return backends["torch"].function(*args, **kwargs)
-        return _choose(name, backends, args, kwargs)(*args, **kwargs)
+        return _choose(name, backends, args, kwargs).serve(*args, **kwargs)
 
     for observer in _observers.get(name, ()):
         call = functools.partial(observer, call)
@@ -171,8 +186,7 @@ def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], a
 
 def chosen_backend(function: Callable, *args, **kwargs) -> str:
     """The name of the backend that would serve `function(*args, **kwargs)`."""
-    chosen = _choose(function.__name__, function.backends, args, kwargs)
-    return next(name for name, b in function.backends.items() if b.function is chosen)
+    return _choose(function.__name__, function.backends, args, kwargs).name
 
 
 def backend_table() -> list[BackendRow]:
@@ -228,11 +242,19 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode differentiation is at work.
+
+    Kernels outside torch's functions have no rules for them: a torch.library operator drops the tangents of its
+    arguments without a word. Neither state can be asked for in public: torch.func has no query, and a level is found
+    publicly only from each tensor (unpack_dual), at ten times the cost.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def unobserved(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called directly: nothing traces, transforms or wraps these tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
     return all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
 
@@ -251,14 +273,14 @@ def _device_type(args: tuple, kwargs: dict) -> str | None:
     return None
 
 
-def _choose(operator: str, backends: dict[str, Backend], args: tuple, kwargs: dict) -> Callable:
+def _choose(operator: str, backends: dict[str, Backend], args: tuple, kwargs: dict) -> Backend:
     wanted = _override
     if wanted is None:
         for b in backends.values():
             if b.objection(args, kwargs) is None:
-                return b.function
+                return b
     elif wanted in backends and backends[wanted].objection(args, kwargs) is None:
-        return backends[wanted].function
+        return backends[wanted]
     reasons = []
     for name in BACKENDS:
         why = backends[name].objection(args, kwargs) if name in backends else f"no {name} kernel for this operator"

@@ -140,7 +140,9 @@ def why_not_chunked(u, delta, A, B, C, *args, **kwargs) -> str | None:
 
 
 KERNELS["torch"] = chunked.KERNEL
-selective_scan_fn.register("torch", unsupported=why_not_chunked)(scan_with("torch"))
+selective_scan_fn.register("torch", unsupported=why_not_chunked, composite=selective_scan_fn.reference)(
+    scan_with("torch")
+)
 
 
 def check_selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False) -> None:
@@ -190,7 +192,8 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     B, C = (M.repeat_interleave(x.shape[1] // M.shape[1], dim=1) for M in (B, C))
     if state.ndim == 4:
         B, C = B[:, :, None], C[:, :, None]
-    h = torch.exp(dt[..., None] * A.to(dtype)) * state.to(dtype) + (dt * x_)[..., None] * B
+    before = state.to(dtype, copy=torch.is_grad_enabled())  # the backward wants it, and it is overwritten below
+    h = torch.exp(dt[..., None] * A.to(dtype)) * before + (dt * x_)[..., None] * B
     state.copy_(h)
     y = (h * C).sum(-1)
     if D is not None:

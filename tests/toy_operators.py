@@ -1,0 +1,230 @@
+"""A small call of every operator: what tests over all of them share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssmzoo import ops
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def _positive(*shape: int) -> Tensor:
+    return F.softplus(_normal(*shape))
+
+
+def _scan():
+    b, e, n, l = 2, 4, 3, 5
+    return {
+        "u": _normal(b, e, l),
+        "delta": _normal(b, e, l),
+        "A": -_positive(e, n),
+        "B": _normal(b, 2, n, l),
+        "C": _normal(b, n, l),
+        "D": _normal(e),
+        "z": _normal(b, e, l),
+        "delta_bias": _normal(e),
+        "initial_state": _normal(b, e, n),
+    }
+
+
+def _update():
+    b, h, p, n = 2, 4, 3, 5
+    return {
+        "state": _normal(b, h, p, n),
+        "x": _normal(b, h, p),
+        "dt": _normal(b, h, p),
+        "A": -_positive(h, p, n),
+        "B": _normal(b, 2, n),
+        "C": _normal(b, 2, n),
+        "D": _normal(h, p),
+        "z": _normal(b, h, p),
+        "dt_bias": _normal(h, p),
+    }
+
+
+def _conv():
+    return {"x": _normal(2, 3, 6), "weight": _normal(3, 4), "bias": _normal(3), "initial_states": _normal(2, 3, 3)}
+
+
+def _conv_update():
+    return {"x": _normal(2, 3, 2), "conv_state": _normal(2, 3, 4), "weight": _normal(3, 4), "bias": _normal(3)}
+
+
+def _ssd():
+    return {
+        "X": _normal(2, 5, 4, 3),
+        "a": -_positive(2, 5, 4),
+        "B": _normal(2, 5, 2, 3),
+        "C": _normal(2, 5, 2, 3),
+        "initial_states": _normal(2, 4, 3, 3),
+    }
+
+
+def _combined():
+    return {
+        "x": _normal(2, 5, 4, 3),
+        "dt": _normal(2, 5, 4),
+        "A": -_positive(4),
+        "B": _normal(2, 5, 2, 3),
+        "C": _normal(2, 5, 2, 3),
+        "D": _normal(4, 3),
+        "z": _normal(2, 5, 4, 3),
+        "dt_bias": _normal(4),
+        "initial_states": _normal(2, 4, 3, 3),
+    }
+
+
+def _dense(symbols: bool):
+    n, k, b, l = 3, 2, 2, 5
+    rows = (4,) if symbols else (b, l)
+    return {
+        "A_dict": _normal(n, n, k),
+        "weights": torch.softmax(_normal(*rows, k), -1),
+        "inputs": _normal(*rows, n),
+        "initial_state": _normal(b, n),
+    }
+
+
+def _cross():
+    e, n, r = 2, 2, 1
+    return {
+        "x": _normal(1, e, 2, 3),
+        "x_proj": _normal(4, r + 2 * n, e),
+        "dt_proj": _normal(4, e, r),
+        "dt_bias": _normal(4, e),
+        "A": -_positive(4 * e, n),
+        "D": _normal(4 * e),
+    }
+
+
+def _kernels(d: int):
+    return {f"kernel{i}": _normal(d, 1, 3, 3) for i in range(3)} | {"alpha": _normal(3)}
+
+
+def _spatial():
+    b, h, w, e, r = 1, 2, 3, 2, 2
+    return {
+        "u": _normal(b, h, w, e),
+        "steps": _normal(b, h, w, r + 2),
+        "dt_proj": _normal(e, r),
+        "dt_bias": _normal(e),
+        "A": -_positive(e, 1),
+        "D": _normal(e),
+        **_kernels(e),
+    }
+
+
+def _step():
+    b, d, e, n, r, k = 2, 3, 4, 3, 2, 4
+    return {
+        "u": _normal(b, d),
+        "conv_state": _normal(b, e, k),
+        "ssm_state": _normal(b, e, n),
+        "conv_weight": _normal(e, k),
+        "conv_bias": _normal(e),
+        "x_proj": _normal(r + 2 * n, e),
+        "dt_proj": _normal(e, r),
+        "dt_bias": _normal(e),
+        "A_log": _normal(e, n),
+        "D": _normal(e),
+        "in_proj": _normal(2 * e, d),
+        "out_proj": _normal(d, e),
+    }
+
+
+def _joined(name: str, **tensors):
+    """state_fusion and spatial_scan take their three kernels as one argument."""
+    kernels = tuple(tensors.pop(f"kernel{i}") for i in range(3))
+    return getattr(ops, name)(**tensors, kernels=kernels)
+
+
+def _in_place(name: str, state: str, /, **arguments):
+    """An update as a function: the state given is left alone, the new one returned."""
+    new = arguments.pop(state).clone()
+    return getattr(ops, name)(**{state: new}, **arguments), new
+
+
+SEQ_IDX = torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 3, 4]])
+SYMBOLS = torch.tensor([[0, 3, 1, 1, 2], [2, 0, 0, 3, 1]])
+PADDED = torch.tensor([[-1, 0, 0, 1, 1, 1], [2, 2, 2, 5, -1, -1]])
+
+
+def _example(function, make, **options):
+    """() -> (function of the named tensors, the tensors, the function that makes them)."""
+    return lambda: (functools.partial(function, **options), make)
+
+
+EXAMPLES = {
+    "selective_scan_fn": _example(
+        ops.selective_scan_fn, _scan, delta_softplus=True, return_last_state=True, seq_idx=SEQ_IDX
+    ),
+    "selective_state_update": _example(
+        functools.partial(_in_place, "selective_state_update", "state"), _update, dt_softplus=True
+    ),
+    "causal_conv1d_fn": _example(ops.causal_conv1d_fn, _conv, activation="silu", return_final_states=True),
+    "causal_conv1d_fn: packed, padded": _example(
+        ops.causal_conv1d_fn, _conv, activation="silu", return_final_states=True, seq_idx=PADDED
+    ),
+    "causal_conv1d_update": _example(
+        functools.partial(_in_place, "causal_conv1d_update", "conv_state"), _conv_update, activation="silu"
+    ),
+    "causal_conv1d_update: circular": _example(
+        functools.partial(_in_place, "causal_conv1d_update", "conv_state"),
+        _conv_update,
+        cache_seqlens=torch.tensor([1, 3]),
+    ),
+    "ssd_scan": _example(ops.ssd_scan, _ssd, seq_idx=SEQ_IDX, chunk_size=2),
+    "mamba_chunk_scan_combined": _example(
+        ops.mamba_chunk_scan_combined,
+        _combined,
+        chunk_size=2,
+        dt_softplus=True,
+        dt_limit=(0.1, 1.5),
+        return_final_states=True,
+        seq_idx=SEQ_IDX,
+    ),
+    "dense_scan": _example(ops.dense_scan, functools.partial(_dense, False), p_norm=1.2, seq_idx=SEQ_IDX),
+    "dense_scan: symbols": _example(ops.dense_scan, functools.partial(_dense, True), p_norm=1.2, symbols=SYMBOLS),
+    "cross_scan": _example(ops.cross_scan, lambda: {"x": _normal(1, 2, 2, 3)}),
+    "cross_merge": _example(ops.cross_merge, lambda: {"y": _normal(1, 4, 2, 2, 3)}),
+    "cross_selective_scan": _example(ops.cross_selective_scan, _cross),
+    "state_fusion": _example(
+        functools.partial(_joined, "state_fusion"), lambda: {"x": _normal(1, 2, 3, 4), **_kernels(2)}
+    ),
+    "spatial_scan": _example(functools.partial(_joined, "spatial_scan"), _spatial),
+    "depthwise_conv2d": _example(
+        ops.depthwise_conv2d,
+        lambda: {"x": _normal(1, 3, 3, 2), "weight": _normal(2, 1, 3, 3), "bias": _normal(2)},
+        act="silu",
+        rectify=True,
+    ),
+    "linear_act": _example(
+        ops.linear_act, lambda: {"x": _normal(2, 3), "weight": _normal(4, 3), "bias": _normal(4)}, act="gelu"
+    ),
+    "gated_layer_norm": _example(
+        ops.gated_layer_norm,
+        lambda: {"x": _normal(2, 3), "z": _normal(2, 3), "weight": _normal(3), "bias": _normal(3)},
+    ),
+    "rms_norm": _example(ops.rms_norm, lambda: {"x": _normal(2, 3), "weight": _normal(3)}),
+    "mamba_step": _example(ops.mamba_step, _step),
+}
+
+
+def in_order(function, make):
+    """The example with its tensors given in order: (function, tensors, function that makes others)."""
+    names = list(make())
+
+    def call(*tensors):
+        return function(**dict(zip(names, tensors)))
+
+    def again():
+        return tuple(make().values())
+
+    return call, again(), again
