@@ -276,7 +276,7 @@ def _one_run(name, options, run, whole, seconds, rng, log, tally: Tally) -> Tall
 
 
 def _equal_weights(a: Path, b: Path) -> bool:
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     for which in ("best", "last"):
         first, second = read_weights(a, which), read_weights(b, which)

@@ -57,7 +57,7 @@ def judge(run: Path) -> dict[str, float]:
 
     from ssmzoo.data.images import ImageData, ImageSamples
     from ssmzoo.data.loader import ResumableLoader
-    from ssmzoo.train.checkpoint import load_model
+    from ssmzoo.zoo import load_model
 
     model, manifest = load_model(run, prefer="last")
     arguments = OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ssmzoo.checkpoint_files import find_checkpoint
 from ssmzoo.cli.probe import load_subject
 from ssmzoo.cli.probe_by_name import named_subject
 from ssmzoo.probes.figures import canvas
 from ssmzoo.probes.receptive_field import receptive_field
-from ssmzoo.train.checkpoint import find_checkpoint
 
 NAMES = [
     "spatial_mamba_tiny",

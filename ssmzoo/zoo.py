@@ -10,6 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ssmzoo.checkpoint_files import MANIFEST, find_checkpoint, read_manifest, read_weights, weights_of
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.load import fit_state_dict
 from ssmzoo.suggest import nearest
 
 
@@ -105,8 +108,26 @@ def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn
     node = {k: v for k, v in node.items() if not (isinstance(v, str) and v.startswith("${"))}
     model = build_model(node | overrides)
     if checkpoint is not None:
-        from ssmzoo.released.load import fit_state_dict
-        from ssmzoo.train.checkpoint import read_weights
-
         fit_state_dict(model, read_weights(checkpoint), what=f"model {name!r}")
     return model
+
+
+def load_model(path: str | Path, prefer: str = "best", **overrides) -> tuple[nn.Module, dict]:
+    """(model in eval mode, manifest) of a run folder or checkpoint folder.
+
+    overrides  constructor arguments that replace the recorded ones
+    Only classes of ssmzoo.models are built; raises CheckpointError for anything damaged, foreign or misfitting.
+    """
+    folder = find_checkpoint(path, prefer)
+    manifest = read_manifest(folder)
+    node = manifest.get("config", {}).get("model")
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise CheckpointError(f"{folder / MANIFEST} has no config.model to build the model from")
+    try:
+        model = build_model(node | overrides)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the model of {folder} cannot be built: {error}") from None
+    fit_state_dict(
+        model, weights_of(folder, manifest), what=f"{manifest.get('model', 'the model')} as its manifest describes it"
+    )
+    return model.eval(), manifest

@@ -30,7 +30,7 @@ def run(args) -> None:
 
 
 def show(args) -> None:
-    from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights
+    from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 
     folder = find_checkpoint(args.checkpoint)
     manifest = read_manifest(folder)
@@ -56,8 +56,8 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def diff(args) -> None:
+    from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
     from ssmzoo.released.golden import relative_error
-    from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights
 
     folders = [find_checkpoint(p) for p in (args.first, args.second)]
     a, b = (flatten(read_manifest(f)["config"]) for f in folders)
@@ -108,7 +108,7 @@ def export(args) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     out = Path(args.out)
     if out.exists():

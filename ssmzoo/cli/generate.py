@@ -34,7 +34,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     from ssmzoo.data.text_tokenizer import from_dict
     from ssmzoo.inference.generate import FINISHED, stream
-    from ssmzoo.train.checkpoint import load_model
+    from ssmzoo.zoo import load_model
 
     model, manifest = load_model(args.checkpoint)
     if "tokenizer" not in manifest:

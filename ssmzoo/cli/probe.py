@@ -70,7 +70,7 @@ def numbers(text: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmzoo.train.checkpoint import find_checkpoint
+    from ssmzoo.checkpoint_files import find_checkpoint
 
     command = command_of(args)
     module = importlib.import_module(f"ssmzoo.probes.{args.name}")
@@ -114,7 +114,7 @@ def command_of(args: argparse.Namespace) -> str:
 def expressivity(module, folder: Path, out: Path, command: str) -> int:
     from omegaconf import OmegaConf
 
-    from ssmzoo.train.checkpoint import load_model
+    from ssmzoo.zoo import load_model
 
     model, manifest = load_model(folder)
     found = module.run(model, OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"], out)
@@ -127,7 +127,7 @@ def expressivity(module, folder: Path, out: Path, command: str) -> int:
 def load_subject(folder: Path, args: argparse.Namespace):
     """The model with an input of its kind: text, a picture, or validation data of the run."""
     from ssmzoo.probes.subject import Subject
-    from ssmzoo.train.checkpoint import load_model
+    from ssmzoo.zoo import load_model
 
     model, manifest = load_model(folder)
     chosen = dict(

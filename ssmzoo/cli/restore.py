@@ -110,7 +110,7 @@ def load(args):
     """The model, checked against --task and --scale."""
     import torch
 
-    from ssmzoo.train.checkpoint import load_model
+    from ssmzoo.zoo import load_model
 
     if args.model:
         model, degradation = load_released(args.model, args.ckpt), None

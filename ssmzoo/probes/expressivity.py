@@ -4,7 +4,7 @@ An automaton is followed for ever when every symbol's transition permutes a set 
 eigenvalues that matter then lie on the unit circle, and non-commutative automata need matrices that do not commute.
 Mamba's transitions are diagonal, real and inside (0, 1): they commute and they forget.
 
-    model, manifest = ssmzoo.train.checkpoint.load_model("runs/sd_ssm/<name>")
+    model, manifest = ssmzoo.zoo.load_model("runs/sd_ssm/<name>")
     print(run(model, manifest["config"]["data"], "out").text)
 """
 

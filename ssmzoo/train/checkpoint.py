@@ -11,8 +11,6 @@ points to it. So at every moment what the index names is whole. Loading runs no 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 import shutil
@@ -22,27 +20,28 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssmzoo.released.files import CheckpointError, read_state_dict, refuse_zip_bomb
-from ssmzoo.released.load import fit_state_dict
-from ssmzoo.zoo import build_model
+from ssmzoo.checkpoint_files import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    find_checkpoint,
+    inside,
+    read_json,
+    read_manifest,
+    read_weights,
+    sha256,
+    weights_of,
+)
+from ssmzoo.released.files import CheckpointError, refuse_zip_bomb
+from ssmzoo.zoo import load_model
 
-WEIGHTS, MANIFEST, TRAINER, INDEX = "model.safetensors", "manifest.json", "trainer.ckpt", "index.json"
-FORMAT = 1
-LARGEST_JSON = 64 << 20  # bytes; a manifest holds a configuration and perhaps a tokenizer
+__all__ = ["FolderCheckpointIO", "find_checkpoint", "last_good_checkpoint", "load_model", "read_json", "read_manifest"]
+__all__ += ["read_weights", "remove_leftovers", "write_checkpoint", "write_text"]
 
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
+TRAINER = "trainer.ckpt"
 
 
 def _flush(path: Path) -> None:
@@ -145,7 +144,7 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
     problems = []
     for name in [n for n in (index.get("last"), *sorted(others, reverse=True)) if n is not None]:
         try:
-            folder = _inside(store, name)
+            folder = inside(store, name)
             if TRAINER not in read_manifest(folder).get("files", {}):
                 continue  # weights only
         except CheckpointError as error:
@@ -157,112 +156,6 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
     if problems:
         raise CheckpointError("; ".join(problems))
     return None
-
-
-def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
-    """The checkpoint folder meant by a run folder, a checkpoint folder or a file inside one.
-
-    prefer  "best" or "last", for run folders. Raises CheckpointError.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint or run folder at {path}")
-    if path.is_file():
-        path = path.parent
-    if (path / MANIFEST).exists():
-        return path
-    store = path if (path / INDEX).exists() else path / "checkpoints"
-    if not (store / INDEX).exists():
-        raise CheckpointError(
-            f"{path} is neither a run folder (with checkpoints/{INDEX}) nor a checkpoint ({MANIFEST})"
-        )
-    index = read_json(store / INDEX)
-    name = index["best"][0]["name"] if prefer == "best" and index.get("best") else index.get("last")
-    return _inside(store, name)
-
-
-def _plain(name) -> bool:
-    """Is this the name of a file or folder, and no path to elsewhere?"""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-
-
-def _inside(store: Path, name) -> Path:
-    """The checkpoint that an index names, which must lie beside the index."""
-    if not _plain(name) or not (store / name / MANIFEST).exists():
-        raise CheckpointError(f"{store / INDEX} names the checkpoint {name!r}, which is not a folder beside it")
-    return store / name
-
-
-def read_json(path: Path) -> dict:
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}: refused")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read (cut off or damaged?): {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint folder, with the files it lists checked against their SHA-256."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}")
-    for name, digest in manifest.get("files", {}).items():
-        if not _plain(name):
-            raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, a path outside the checkpoint folder: refused")
-        if not (folder / name).exists():
-            raise CheckpointError(f"{folder} lacks {name}, which its manifest lists")
-        if not _unchanged(folder / name, digest):
-            raise CheckpointError(
-                f"{folder / name} does not match the SHA-256 in the manifest: it is cut off or was changed"
-            )
-    return manifest
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
-
-
-def _unchanged(path: Path, digest: str) -> bool:
-    """Does a file have this SHA-256? Read once per process as long as its size and time of change stay."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns) == digest
-
-
-def read_weights(path: str | Path, prefer: str = "best") -> dict[str, Tensor]:
-    """Weights of a run folder or checkpoint of ours (or of any file of tensors), tied names restored."""
-    path = Path(path).expanduser()
-    if path.is_file() and not (path.parent / MANIFEST).exists():
-        return read_state_dict(path)
-    folder = find_checkpoint(path, prefer)
-    manifest = read_manifest(folder)
-    weights = read_state_dict(folder / WEIGHTS)
-    return weights | {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
-
-
-def load_model(path: str | Path, prefer: str = "best", **overrides) -> tuple[nn.Module, dict]:
-    """(model in eval mode, manifest) of a run folder or checkpoint folder.
-
-    overrides  constructor arguments that replace the recorded ones
-    Only classes of ssmzoo.models are built; raises CheckpointError for anything damaged, foreign or misfitting.
-    """
-    folder = find_checkpoint(path, prefer)
-    manifest = read_manifest(folder)
-    node = manifest.get("config", {}).get("model")
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise CheckpointError(f"{folder / MANIFEST} has no config.model to build the model from")
-    try:
-        model = build_model(node | overrides)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the model of {folder} cannot be built: {error}") from None
-    weights = read_state_dict(folder / WEIGHTS)
-    weights |= {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
-    fit_state_dict(model, weights, what=f"{manifest.get('model', 'the model')} as its manifest describes it")
-    return model.eval(), manifest
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -303,8 +196,7 @@ class FolderCheckpointIO(CheckpointIO):
             state = torch.load(folder / TRAINER, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{folder / TRAINER} was refused: {_first_line(error)}") from None
-        weights = read_state_dict(folder / WEIGHTS)
-        weights |= {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
+        weights = weights_of(folder, manifest)
         return state | {"state_dict": {f"model.{k}": v for k, v in weights.items()} | state.pop("task_state", {})}
 
     def remove_checkpoint(self, path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ssmzoo.checkpoint_files import read_weights
 from ssmzoo.released.files import CheckpointError
-from ssmzoo.train.checkpoint import read_weights
 
 
 def start_from(model: nn.Module, path: str) -> str:

@@ -288,7 +288,7 @@ def test_command_explains_bad_input(checkpoint, capsys, tokenizer, arguments, me
 def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch):
     shown = []
     manifest = {"tokenizer": {"type": "bytes"}}
-    monkeypatch.setattr("ssmzoo.train.checkpoint.load_model", lambda path: (Counter(256), manifest))
+    monkeypatch.setattr("ssmzoo.zoo.load_model", lambda path: (Counter(256), manifest))
     monkeypatch.setattr(command, "_Out", lambda: types.SimpleNamespace(write=shown.append))
     arguments = dict(
         checkpoint="x",

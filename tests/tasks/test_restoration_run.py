@@ -188,7 +188,7 @@ def test_a_released_weight_file_restores_by_the_name_of_its_preset(call, tmp_pat
 def test_another_scale_starts_from_these_weights_as_far_as_they_fit(call, trained, photos, tmp_path):
     import torch
 
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     more = [*TINY, "data.scale=4", f"init_from={trained}", "optim.lr=0", f"data.path={photos}", f"runs_dir={tmp_path}"]
     status, out, err = call("model=mambair", *more)

@@ -68,7 +68,7 @@ def rows(run: Path, prefix: str = "") -> dict[int, dict[str, float]]:
 
 def compare(run: Path, other: Path, tolerance: float) -> None:
     """Every metric of every step, and the weights in the end."""
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     a, b = rows(run), rows(other)
     assert sorted(a) == sorted(b) and len(a) >= 8

@@ -164,7 +164,7 @@ def test_a_manifest_of_any_size_or_depth_is_refused_not_crashed_on(run, monkeypa
     manifest.write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(run)
-    monkeypatch.setattr("ssmzoo.train.checkpoint.LARGEST_JSON", 1000)
+    monkeypatch.setattr("ssmzoo.checkpoint_files.LARGEST_JSON", 1000)
     manifest.write_text(json.dumps({"a": "x" * 2000}))
     with pytest.raises(CheckpointError, match="more than 1,000: refused"):
         load(run)

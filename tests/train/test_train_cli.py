@@ -77,7 +77,7 @@ def test_training_leaves_a_run_folder_that_explains_itself(call, tmp_path, model
 
 
 def test_one_seed_gives_one_result_and_the_resolved_config_recreates_the_run(call, tmp_path):
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     for name in ("a", "b"):
         assert call("model=mamba", "model.n_layer=1", *TINY, f"name={name}")[0] == 0
@@ -145,7 +145,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         "name=a",
     )
     assert status == 1 and "NaN or Inf at step" in err and "learning rate" in err and "gradient norm" in err
-    from ssmzoo.train.checkpoint import read_weights
+    from ssmzoo.checkpoint_files import read_weights
 
     assert all(v.isfinite().all() for k, v in read_weights(tmp_path / "runs/mamba/a", prefer="last").items())
     assert (tmp_path / "runs/mamba/a/bad_batch.pt").exists()
