@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import init_directional_
 from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
+from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")
@@ -49,13 +50,13 @@ class SelectiveScan(nn.Module):
         dt, B, C = F.linear(u, self.x_proj_weight[0]).split(self.split, dim=-1)
         delta = F.linear(dt, self.dt_projs_weight[0])
         y = selective_scan_fn(
-            u.float().mT,
-            delta.float().mT,
-            -torch.exp(self.A_logs.float()),
-            B.float().mT,
-            (C.float() + prompt).mT,
-            self.Ds.float(),
-            delta_bias=self.dt_projs_bias[0].float(),
+            fp32(u).mT,
+            fp32(delta).mT,
+            -torch.exp(fp32(self.A_logs)),
+            fp32(B).mT,
+            (fp32(C) + prompt).mT,
+            fp32(self.Ds),
+            delta_bias=fp32(self.dt_projs_bias[0]),
             delta_softplus=True,
         )
         return y.mT
@@ -98,7 +99,7 @@ class ASSM(nn.Module):
         back = order.argsort(dim=-1)
         u = self.in_proj(x.mT.unflatten(-1, size))  # (b e y x)
         u = (u * torch.sigmoid(self.CPE(u))).flatten(2).mT  # (b n e)
-        y = self.selectiveScan(reorder(u, order), (one_hot @ pool).float())  # the prompt keeps raster order
+        y = self.selectiveScan(reorder(u, order), fp32(one_hot @ pool))  # the prompt keeps raster order
         y = self.out_proj(self.out_norm(y).to(x.dtype))
         return reorder(y, back)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.state import ModelOutput
+from ssmzoo.ops.transforms import transformed
 
 
 class RNNState(NamedTuple):
@@ -61,7 +62,8 @@ class RNNModel(nn.Module):
     ) -> ModelOutput:
         x = input_ids
         if not x.is_floating_point():
-            x = F.one_hot(x.long(), self.input_size).to(self.output_projection.weight.dtype)  # (b l v)
+            units = torch.eye(self.input_size, dtype=self.output_projection.weight.dtype, device=x.device)
+            x = F.embedding(x.long(), units)  # (b l v)
         if mask is None and seq_idx is None:
             y, state = self._run(x, state)
         else:
@@ -69,6 +71,10 @@ class RNNModel(nn.Module):
         return ModelOutput(self.output_projection(y), state, {})
 
     def _run(self, x: Tensor, state: RNNState | None) -> tuple[Tensor, RNNState]:
+        if state is None and transformed():  # vmap wants a first state with the axis of its samples
+            state = RNNState(
+                *(None if s is None else s + 0 * x[:, :1, :1] for s in self.allocate_state(len(x), x.device, x.dtype))
+            )
         if state is None:
             hidden = None
         else:

@@ -33,6 +33,7 @@ from ssmzoo.layers.image.ss2d import init_directional_
 from ssmzoo.layers.norm import GatedLayerNorm, fp32
 from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import linear_act, spatial_scan, state_fusion
+from ssmzoo.ops.transforms import channels_last
 
 
 class StateFusion(nn.Module):
@@ -173,7 +174,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_chans, 1, "Spatial-Mamba")
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(x))
         return self.conv3(self.conv2(x) + x).permute(0, 2, 3, 1)
 
 

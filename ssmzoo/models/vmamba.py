@@ -29,6 +29,7 @@ from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image.mlp import GatedMlp, Mlp
 from ssmzoo.layers.image.patch_embed import PatchEmbed, check_image, map_norm, resize_map
 from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
+from ssmzoo.ops.transforms import channels_last
 
 
 class ConvStem(nn.Module):
@@ -45,7 +46,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_chans, 1, "VMamba")
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(channels_last(x))
         x = F.gelu(self.norm1(x.permute(0, 2, 3, 1)))
         return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 

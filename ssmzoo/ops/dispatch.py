@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ssmzoo.ops.transforms import transformed
 
 BACKENDS = ("cuda", "triton", "native", "torch", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -240,16 +241,6 @@ def gradients_by(function: Callable, tensors: tuple[Tensor | None, ...], wanted:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want the backward of a function of these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is at work.
-
-    Kernels outside torch's functions have no rules for them: a torch.library operator drops the tangents of its
-    arguments without a word. Neither state can be asked for in public: torch.func has no query, and a level is found
-    publicly only from each tensor (unpack_dual), at ten times the cost.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unobserved(*tensors: Tensor | None) -> bool:

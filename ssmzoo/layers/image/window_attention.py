@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 MASKED = -100.0  # added to the logits of pairs from different regions, as in the released models
 
@@ -95,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         scores = (scores.unflatten(0, (-1, m)) + bias).flatten(0, 1)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if m == 1 else bias.repeat(len(q) // m, 1, 1, 1))
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias if m == 1 else bias.repeat(len(q) // m, 1, 1, 1))
 
 
 def shifted_window_attention(qkv: Tensor, attention: WindowAttention, shift: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.state import Padding, call_aligned
+from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
 class KVState(NamedTuple):
@@ -87,7 +88,7 @@ class Attention(nn.Module):
         allowed = None if plain else visible(position, document, state, mask)
         if state is not None:
             k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        y = F.scaled_dot_product_attention(
+        y = scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=plain
         )
         y = self.output_projection(y.transpose(1, 2).flatten(2))

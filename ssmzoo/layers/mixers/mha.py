@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.embed import rope_angles, rotate_halves
 from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window
 from ssmzoo.ops import causal_conv1d_fn
+from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
 class MHAState(NamedTuple):
@@ -98,7 +99,7 @@ class MHA(nn.Module):
         if state is not None:
             k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
         pairs, visible = self._who_sees_whom(b, l, state, mask, seq_idx, x.device)
-        y = F.scaled_dot_product_attention(
+        y = scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
