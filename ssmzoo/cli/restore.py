@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 TASKS = ("sr", "denoise", "jpeg")
-OTHER_PICTURES = (".gif", ".heic", ".avif", ".jp2")  # as --out surely no folder
+OTHER_PICTURES = (".gif", ".pbm", ".heic", ".avif", ".jp2", ".svg")  # as --out surely no folder
+READ_ONLY = (".gif", ".pbm")  # results are PNG: 256 colours, or black and white, would not hold them
 TASK_OF = {"bicubic": "sr", "noise": "denoise", "jpeg": "jpeg", "paired": "denoise"}  # data.degradation -> --task
 
 
@@ -17,9 +18,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "restore",
         help="restore pictures of any size with a trained model",
         description=(
-            "Restore PNG, JPEG, TIFF and WebP pictures (8 or 16 bits, grey, RGB, transparency, orientation and colour "
-            "profile kept) or whole folders. A result that exists is kept, so an interrupted run is continued by the "
-            "same command."
+            "Restore PNG, JPEG, TIFF, WebP, BMP and PNM pictures (8 or 16 bits, grey, RGB, transparency, orientation, "
+            "resolution, camera's notes and colour profile kept; of GIF the first frame, into PNG) or whole folders. A "
+            "result that exists is kept, so an interrupted run is continued by the same command."
         ),
     )
     parser.add_argument("inputs", nargs="+", type=Path, help="picture files or folders")
@@ -44,7 +45,7 @@ def run(args) -> int:
     jobs = plan(args.inputs, args.out)
     model = load(args)
     label = f"_x{model.upscale}" if model.upscale > 1 else "_restored"
-    jobs = [(source, target or source.with_name(f"{source.stem}{label}{source.suffix}")) for source, target in jobs]
+    jobs = [(source, target or result_name(source.with_stem(source.stem + label))) for source, target in jobs]
     done, kept, failed = 0, 0, 0
     for source, target in jobs:
         if target.exists() and not args.overwrite:
@@ -52,7 +53,7 @@ def run(args) -> int:
             print(f"{target} exists and is kept (--overwrite replaces it)")
             continue
         try:
-            restore_file(model, source, target, args)
+            restore_one(model, source, target, args)
             done += 1
         except ImageError as error:
             failed += 1
@@ -74,29 +75,36 @@ def run(args) -> int:
 
 def plan(inputs: list[Path], out: Path | None) -> list[tuple[Path, Path | None]]:
     """[(input file, output file or None for "beside the input")]; ValueError for what cannot be meant."""
-    from ssmzoo.data.image_file import SUFFIXES, find_pictures
+    from ssmzoo.data.image_file import WRITABLE, find_pictures, walk_files
 
     jobs: list[tuple[Path, Path | None]] = []
     suffix = "" if out is None else out.suffix.lower()
-    if suffix in OTHER_PICTURES or (out is not None and out.is_file() and suffix not in SUFFIXES):
-        raise ValueError(f"--out {out} is neither a folder nor a file for a picture ({', '.join(SUFFIXES)})")
+    if suffix in OTHER_PICTURES or (out is not None and out.is_file() and suffix not in WRITABLE):
+        raise ValueError(f"--out {out} is neither a folder nor a file for a picture ({', '.join(WRITABLE)})")
     for given in inputs:
         if given.is_dir():
             if out is None:
                 raise ValueError(f"{given} is a folder: say with --out where its results go")
             results = out.resolve()
             own = results != given.resolve()  # results of an earlier run below the folder are not inputs
-            files = [f for f in find_pictures(given) if not (own and results in f.resolve().parents)]
-            jobs += [(f, out / f.relative_to(given)) for f in files]
+            everything, found = (
+                [f for f in files if not (own and results in f.resolve().parents)]
+                for files in (walk_files(given), find_pictures(given))
+            )
+            others = [f.relative_to(given) for f in everything if f not in set(found)]
+            if others:
+                names = f"{', '.join(map(str, others[:10]))}{' ...' if len(others) > 10 else ''}"
+                print(f"{len(others)} file(s) in {given} are passed over, no pictures by their suffix: {names}")
+            jobs += [(f, result_name(out / f.relative_to(given))) for f in found]
         elif not given.exists():
             raise ValueError(f"no picture or folder at {given}")
         elif out is None:
             jobs.append((given, None))
         else:
-            is_file = suffix in SUFFIXES and not out.is_dir()
+            is_file = suffix in WRITABLE and not out.is_dir()
             if is_file and len(inputs) > 1:
                 raise ValueError(f"--out {out} is one file and there are {len(inputs)} inputs; give a folder")
-            jobs.append((given, out if is_file else out / given.name))
+            jobs.append((given, out if is_file else result_name(out / given.name)))
     for source, target in jobs:
         if target is not None and target.resolve() == source.resolve():
             raise ValueError(f"{target} is the input itself; choose another --out")
@@ -104,6 +112,11 @@ def plan(inputs: list[Path], out: Path | None) -> list[tuple[Path, Path | None]]
     if len(set(targets)) < len(targets):
         raise ValueError("two inputs would be written to the same file; restore them into separate folders")
     return jobs
+
+
+def result_name(path: Path) -> Path:
+    """`path` with a suffix that its picture's restoration can be written under."""
+    return path.with_name(path.name + ".png") if path.suffix.lower() in READ_ONLY else path
 
 
 def load(args):
@@ -151,32 +164,23 @@ def load_released(name: str, file: str):
     return model
 
 
-def restore_file(model, source: Path, target: Path, args) -> None:
-    import torch
-
-    from ssmzoo.data.image_file import Picture, read_picture, write_picture
-    from ssmzoo.inference.restore import enlarge_alpha, restore_levels
+def restore_one(model, source: Path, target: Path, args) -> None:
+    from ssmzoo.inference.restore import restore_file
 
     started = time.monotonic()
-    picture = read_picture(source)
-    levels = torch.from_numpy(picture.levels).permute(2, 0, 1)
-    out = restore_levels(
+    written = restore_file(
         model,
-        levels,
-        picture.top,
+        source,
+        target,
         tile=args.tile,
         overlap=args.overlap,
         ensemble=args.self_ensemble,
         progress=Bar(source.name),
     )
-    alpha = picture.alpha
-    if alpha is not None:
-        alpha = enlarge_alpha(torch.from_numpy(alpha), picture.top, model.upscale).numpy()
-    restored = out.permute(1, 2, 0).numpy()
-    write_picture(target, Picture(restored, alpha, picture.exif, picture.icc))
-    notes = f" ({'; '.join(picture.notes)})" if picture.notes else ""
+    height, width = written.levels.shape[:2]
+    notes = f" ({'; '.join(written.notes)})" if written.notes else ""
     print(
-        f"{source} -> {target}: {restored.shape[1]} x {restored.shape[0]}, {8 * restored.itemsize} bits, "
+        f"{source} -> {target}: {width} x {height}, {8 * written.levels.itemsize} bits, "
         f"{time.monotonic() - started:.1f} s{notes}",
         flush=True,
     )

@@ -87,9 +87,9 @@ class ImageData(LightningDataModule):
     path          folder with one folder per class, or with train/ and val/ above those; where torchvision downloads
     val_path      folder to validate on; None: train/val, the data set's own split, or a share of every class
     val_fraction  that share;  split_seed  decides who is held out
-    broken        "refuse" or "skip" files that are no readable images
+    broken        "refuse" or "skip" files that are no readable images; skip decodes every picture once at the start
     image_size    side in pixels that everything is scaled and cropped to
-    in_chans      1 or 3; None: as the images are
+    in_chans      1 or 3; None: 3 if any image has colour
     augment       arguments of timm's create_transform: scale, ratio, hflip, vflip, color_jitter, auto_augment, re_prob,
                   re_mode, re_count; and three_augment=true (grey, solarise or blur, DeiT III)
     crop_pct      share of the shorter side kept by the centre crop of validation
@@ -179,8 +179,7 @@ class ImageData(LightningDataModule):
     @property
     def channels(self) -> int:
         if self.in_chans is None:
-            first = self._open()[0].read(0)
-            self.in_chans = 1 if first.mode in ("1", "L", "I", "I;16", "F") else 3
+            self.in_chans = self._open()[0].channels
         return self.in_chans
 
     def describe(self) -> dict:
@@ -254,9 +253,10 @@ class ImageData(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         mode = "L" if self.channels == 1 else "RGB"
         samples = ImageSamples(self._open()[which], self._transform(training=shuffle), mode)
+        batch_size = self._filled(len(samples) // world) if shuffle else self.batch_size
         return ResumableLoader(
             samples,
-            self.batch_size,
+            batch_size,
             shuffle=shuffle,
             drop_last=shuffle,
             seed=self.seed,
@@ -265,6 +265,17 @@ class ImageData(LightningDataModule):
             world_size=world,
             repeats=self.repeats,
         )
+
+    def _filled(self, images: int) -> int:
+        """The batch size, or with fewer training images per process, as many as there are (an even number)."""
+        if not 1 < images < self.batch_size:
+            return self.batch_size
+        print(
+            f"warning: {images} training images per process, below data.batch_size={self.batch_size}: batches of "
+            f"{images - images % 2}",
+            flush=True,
+        )
+        return images - images % 2
 
     def _transform(self, training: bool):
         from ssmzoo._torchvision import make_importable

@@ -15,6 +15,7 @@ from ssmzoo.data.photo_patches import Degradation, Patches, Photo, WholePictures
 from ssmzoo.data.staged_loader import StagedLoader
 
 DEGRADATIONS = ("bicubic", "noise", "jpeg", "paired")
+PARTNERS = ("{name}", "{name}x{scale}")  # what a degraded picture is called; the second as in DIV2K and Flickr2K
 EMBEDDED_TRAIN = ("astronaut", "rocket", "motorcycle_left", "motorcycle_right", "hubble", "retina", "ihc", "china")
 EMBEDDED_VAL = ("chelsea", "coffee", "flower")
 
@@ -43,31 +44,44 @@ def embedded(names: tuple[str, ...]) -> list[Photo]:
 
 def read_levels(path: Path) -> np.ndarray:
     """(y x c) uint8 of a file; 16-bit pictures are rounded, transparency is left out."""
-    picture = read_picture(path)
-    return picture.levels if picture.top == 255 else np.round(picture.levels / 257).astype(np.uint8)
+    return read_picture(path).levels8()
 
 
-def folder_photos(folder: str, degraded: str | None = None) -> list[Photo]:
-    """The pictures of a folder, each with the file of the same name under `degraded` (any suffix) if that is given."""
+def folder_photos(folder: str, degraded: str | None = None, template: str | None = None, scale: int = 1) -> list[Photo]:
+    """The pictures of a folder, each with its partner under `degraded` if that is given, by name (any suffix).
+
+    template  the partner's name, of {name} and {scale}, such as DIV2K's "{name}x{scale}"; None: whichever of
+              PARTNERS fits all pictures
+    """
     clean = _by_name(folder)
     if degraded is None:
         return [Photo(name, functools.partial(read_levels, f)) for name, f in clean.items()]
     partners = _by_name(degraded)
-    missing = [name for name in clean if name not in partners]
-    if missing:
+    tried = [template] if template else PARTNERS
+    named = [{name: p.replace("{name}", name).replace("{scale}", str(scale)) for name in clean} for p in tried]
+    whole = next((names for names in named if set(names.values()) <= set(partners)), None)
+    if whole is None:
+        missing = [name for name in clean if not any(names[name] in partners for names in named)] or list(clean)
         raise ValueError(
-            f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the same name in "
-            f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+            f"{len(missing)} of {len(clean)} pictures in {folder} have no partner of the name {' or '.join(tried)} in "
+            f"{degraded}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; data.degraded_name says how "
+            f"partners are called"
         )
     return [
-        Photo(name, *(functools.partial(read_levels, file) for file in (f, partners[name])))
+        Photo(name, functools.partial(read_levels, f), functools.partial(read_levels, partners[whole[name]]))
         for name, f in clean.items()
     ]
 
 
 def _by_name(folder: str) -> dict[str, Path]:
-    """{path below the folder without suffix: file}"""
-    return {f.relative_to(Path(folder).expanduser()).with_suffix("").as_posix(): f for f in find_pictures(folder)}
+    """{path below the folder without suffix: file}; ValueError for two files that differ in nothing else."""
+    found: dict[str, Path] = {}
+    for f in find_pictures(folder):
+        name = f.relative_to(Path(folder).expanduser()).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {f} differ in their suffix only; remove one of them")
+        found[name] = f
+    return found
 
 
 def hold_out(photos: list[Photo], count: int) -> tuple[list[Photo], list[Photo]]:
@@ -104,7 +118,8 @@ class PhotoData(LightningDataModule):
 
     path            folder of clean pictures to train on, any depth (DIV2K layout); None: the embedded photographs
     val_path        folder to validate on; None: `holdout` pictures of `path`, chosen by the hash of their names
-    degraded_path, val_degraded_path   for degradation=paired: the partners, files of the same name
+    degraded_path, val_degraded_path   for degradation=paired: the partners
+    degraded_name   a partner's name, of {name} and {scale}; None: "{name}" or "{name}x{scale}" (DIV2K)
     degradation     bicubic (MATLAB's, by `scale`), noise (Gaussian), jpeg, paired
     scale           clean side over degraded side; None: 2 for bicubic, otherwise 1
     sigma           noise in 8-bit levels, or [from, to] for blind training (evaluated at `from`)
@@ -142,8 +157,14 @@ class PhotoData(LightningDataModule):
         augment: bool = True,
         seed: int = 0,
         num_workers: int = 0,
+        degraded_name: str | None = None,
     ):
         super().__init__()
+        if degraded_name is not None and ("{name}" not in degraded_name or degradation != "paired"):
+            raise ValueError(
+                f"data.degraded_name = '{degraded_name}' goes with data.degradation=paired and holds {{name}}, and "
+                f"{{scale}} if need be, such as '{{name}}x{{scale}}'"
+            )
         if degradation not in DEGRADATIONS:
             raise ValueError(f"data.degradation = '{degradation}'; choose one of {', '.join(DEGRADATIONS)}")
         scale = (2 if degradation == "bicubic" else 1) if scale is None else scale
@@ -167,6 +188,7 @@ class PhotoData(LightningDataModule):
         )
         self.path, self.val_path, self.grey, self.holdout = path, val_path, grey, holdout
         self.degraded_path, self.val_degraded_path = degraded_path, val_degraded_path
+        self.degraded_name = degraded_name
         self.patch_size, self.batch_size, self.repeats, self.val_crop = patch_size, batch_size, repeats, val_crop
         self.augment, self.seed, self.num_workers = augment, seed, num_workers
         self._training: list[Photo] | None = None
@@ -202,12 +224,15 @@ class PhotoData(LightningDataModule):
         """With val_path the training folder need not exist."""
         if self._held_out is None:
             self._held_out = (
-                self._own()[1] if self.val_path is None else folder_photos(self.val_path, self.val_degraded_path)
+                self._own()[1] if self.val_path is None else self._pictures(self.val_path, self.val_degraded_path)
             )
         return self._held_out
 
+    def _pictures(self, folder: str, degraded: str | None) -> list[Photo]:
+        return folder_photos(folder, degraded, self.degraded_name, self.degradation.scale)
+
     def _folder_or_embedded(self) -> list[Photo]:
-        return embedded(EMBEDDED_TRAIN) if self.path is None else folder_photos(self.path, self.degraded_path)
+        return embedded(EMBEDDED_TRAIN) if self.path is None else self._pictures(self.path, self.degraded_path)
 
     def _own(self) -> tuple[list[Photo], list[Photo]]:
         """Without val_path: the embedded split, or the folder less its held-out pictures."""

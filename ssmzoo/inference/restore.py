@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.data.image_file import Picture, check_target, read_picture, write_picture
 from ssmzoo.inference.tiling import run_blended, run_padded, self_ensemble
 from ssmzoo.ops.imresize import imresize
+
+
+def restore_file(model: nn.Module, source: str | Path, target: str | Path, **options) -> Picture:
+    """Restore one picture file into another and return what was written; `options` as of `restore_levels`.
+
+    Raises ImageError, before anything is computed, for a source that cannot be read and a target that cannot hold it.
+    """
+    picture = read_picture(source)
+    check_target(target, picture)
+    restored = restore_picture(model, picture, **options)
+    write_picture(target, restored)
+    return restored
+
+
+def restore_picture(model: nn.Module, picture: Picture, **options) -> Picture:
+    """The picture restored, its transparency enlarged, all that travels with it kept; options of `restore_levels`."""
+    levels = restore_levels(model, torch.from_numpy(picture.levels).permute(2, 0, 1), picture.top, **options)
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = enlarge_alpha(torch.from_numpy(alpha), picture.top, model.upscale).numpy()
+    return dataclasses.replace(picture, levels=levels.permute(1, 2, 0).numpy(), alpha=alpha)
 
 
 def restore_levels(

@@ -84,7 +84,8 @@ def test_linear_baseline_is_that_of_the_digits():
 def test_stratified_split_takes_from_every_class():
     labels = np.array([0] * 10 + [1] * 3 + [2])
     train, val = stratified_split(labels, 0.2, 0)
-    assert sorted([*train, *val]) == list(range(14)) and set(labels[val]) == {0, 1, 2}
+    assert sorted([*train, *val]) == list(range(14)) and set(labels[val]) == {0, 1}
+    assert set(labels[stratified_split(labels, 0.9, 0)[0]]) == {0, 1, 2}  # every class is trained on
     with pytest.raises(ValueError, match="val_fraction"):
         stratified_split(labels, 1.5, 0)
 
@@ -101,6 +102,32 @@ def test_folder_by_class_and_by_side(tmp_path):
     assert next(iter(both.train_dataloader()))["image"].shape == (8, 3, 16, 16)
     grey = ImageData(path=str(make_folder(tmp_path / "c", mode="L")))
     assert grey.sizes["in_chans"] == 1 and ImageData(path=str(tmp_path / "c"), in_chans=3).sizes["in_chans"] == 3
+
+
+@pytest.mark.parametrize("greys", [0, 1, 3, 8])
+def test_one_colour_picture_makes_a_colour_data_set(tmp_path, greys):
+    root = make_folder(tmp_path)
+    for file in sorted(root.rglob("*.png"))[:greys]:
+        Image.open(file).convert("L").save(file)
+    for broken in ("refuse", "skip"):
+        data = ImageData(path=str(root), image_size=8, batch_size=2, broken=broken)
+        assert data.channels == (1 if greys == 8 else 3)
+        assert next(iter(data.train_dataloader()))["image"].shape[1] == data.channels
+
+
+def test_every_class_is_trained_on_and_small_sets_fill_a_batch(tmp_path, capsys):
+    root = make_folder(tmp_path, count=5)
+    make_folder(root, classes=("rare",), count=1)
+    data = ImageData(path=str(root), image_size=8, batch_size=64)
+    train, val = data._open()
+    assert np.bincount(train.labels).tolist() == [4, 4, 1] and np.bincount(val.labels, minlength=3).tolist() == [
+        1,
+        1,
+        0,
+    ]
+    assert next(iter(data.train_dataloader()))["image"].shape[0] == 8
+    printed = capsys.readouterr().out
+    assert "single image, trained on and never validated: rare" in printed and "batches of 8" in printed
 
 
 def test_broken_files_are_named_and_refused_or_skipped(tmp_path, capsys):
@@ -153,7 +180,7 @@ def test_a_file_that_breaks_while_training_is_named(tmp_path):
     data.setup()
     for file in root.rglob("*.png"):
         file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"\.png cannot be decoded .*remove it, or write it anew"):
+    with pytest.raises(ValueError, match=r"\.png cannot be read .*remove it, write it anew, or set data.broken=skip"):
         list(data.train_dataloader())
 
 

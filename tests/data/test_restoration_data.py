@@ -90,7 +90,7 @@ def test_pairs_are_matched_by_name_and_sizes_are_checked(folder, tmp_path):
     with pytest.raises(ValueError, match=r"pair .* the clean picture is \d+ x \d+, the other \d+ x \d+"):
         next(iter(PhotoData(scale=1, **kind).train_dataloader()))
     (tmp_path / "low" / "grey.bmp").unlink()
-    with pytest.raises(ValueError, match="no partner of the same name .* grey"):
+    with pytest.raises(ValueError, match="no partner of the name .*: grey; data.degraded_name"):
         PhotoData(scale=2, **kind).setup()
 
 
@@ -196,9 +196,45 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ssmzoo.data.image_file._encode", full)
+    monkeypatch.setattr("ssmzoo.data.image_write._encode", full)
     with pytest.raises(ImageError, match="No space left"):
         write_picture(target, Picture(np.zeros((2, 2, 3), np.uint8)))
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.png"]
     with pytest.raises(ImageError, match="could not be written"):
         write_picture(target / "y.png", Picture(np.zeros((2, 2, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "scale, pattern, given",
+    [
+        (2, "{}x2", None),
+        (4, "{}x4", None),
+        (1, "{}", None),
+        (4, "{}x4m", "{name}x{scale}m"),
+        (2, "low_{}", "low_{name}"),
+    ],
+)
+def test_partners_by_the_names_of_the_released_sets(tmp_path, scale, pattern, given):
+    generator = np.random.default_rng(0)
+    for i in range(1, 5):
+        picture = Picture(generator.integers(0, 256, (64, 64, 3)).astype(np.uint8))
+        write_picture(tmp_path / "HR" / f"{i:04d}.png", picture)
+        low = Picture(np.ascontiguousarray(picture.levels[::scale, ::scale]))
+        write_picture(tmp_path / "LR" / "X" / f"{pattern.format(f'{i:04d}')}.png", low)
+    arguments = {"path": str(tmp_path / "HR"), "degraded_path": str(tmp_path / "LR" / "X"), "degradation": "paired"}
+    data = PhotoData(**arguments, scale=scale, degraded_name=given, patch_size=32, batch_size=2, holdout=1)
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+        assert torch.equal(batch["lq"], batch["gt"][..., ::scale, ::scale]) or scale > 1 and batch["lq"].shape[1] == 3
+    whole = next(iter(data.val_dataloader()))
+    assert torch.equal(whole["lq"], whole["gt"][..., ::scale, ::scale])
+
+
+def test_names_of_partners_that_cannot_be_meant(tmp_path):
+    with pytest.raises(ValueError, match="data.degraded_name = 'x2' goes with"):
+        PhotoData(path="a", degraded_path="b", degradation="paired", scale=2, degraded_name="x2")
+    with pytest.raises(ValueError, match="goes with data.degradation=paired"):
+        PhotoData(degraded_name="{name}")
+    for suffix in (".png", ".bmp"):
+        write_picture(tmp_path / f"a{suffix}", Picture(np.zeros((64, 64, 3), np.uint8)))
+    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.png differ in their suffix only"):
+        PhotoData(path=str(tmp_path), holdout=1).setup()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssmzoo.data.image_file import Picture, orientation, read_picture, write_picture
+from ssmzoo.data.image_file import SUFFIXES, WRITABLE, Picture, orientation, read_picture, write_picture
 
 TINY = [
     "model.embed_dim=30",
@@ -119,6 +119,38 @@ def test_restoring_a_folder_keeps_depth_alpha_orientation_and_continues(call, tr
     assert status == 0 and "1 restored, 6 kept" in printed and (out / "rgb.png").stat().st_mtime_ns == before
     status, printed, _ = call(*command, "-o", str(out), "--overwrite", entry="ssmzoo")
     assert status == 0 and "7 restored, 0 kept" in printed
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_picture_is_restored_and_the_others_are_named(call, trained, tmp_path, suffix):
+    picture = Image.fromarray(photo((9, 13)))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "linked" / f"a{suffix}", dpi=(300, 300))
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "linked")
+    (tmp_path / "in" / "b.heic").write_bytes(b"other")
+    command = ["restore", str(tmp_path / "in"), "--ckpt", str(trained), "--device", "cpu", "-o", str(tmp_path / "out")]
+    status, printed, err = call(*command, entry="ssmzoo")
+    assert (status, err) == (0, "") and "1 restored" in printed and "passed over" in printed and "b.heic" in printed
+    target = tmp_path / "out" / "folder" / (f"a{suffix}" if suffix in WRITABLE else f"a{suffix}.png")
+    got = read_picture(target)
+    assert got.levels.shape[:2] == (18, 26)
+    if suffix in (".png", ".jpg", ".jpeg", ".jfif", ".tif", ".bmp"):
+        assert np.allclose(got.dpi, 300, rtol=1e-3)
+    assert "0 restored, 1 kept" in call(*command, entry="ssmzoo")[1]
+
+
+def test_what_the_target_cannot_hold_is_said_before_the_work(call, trained, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("ssmzoo.inference.restore.restore_levels", never)
+    write_picture(tmp_path / "deep.png", Picture(photo((9, 9)).astype(np.uint16)))
+    write_picture(tmp_path / "clear.png", Picture(photo((9, 9)), photo((9, 9))[..., 0]))
+    for name, words in (("deep", "cannot hold 16 bits"), ("clear", "cannot hold transparency")):
+        command = ["restore", str(tmp_path / f"{name}.png"), "--ckpt", str(trained), "-o", str(tmp_path / "x.jpg")]
+        status, _, err = call(*command, entry="ssmzoo")
+        assert status == 1 and words in err
 
 
 def test_a_damaged_picture_does_not_stop_the_others(call, trained, tmp_path):
@@ -283,7 +315,7 @@ def test_a_full_disk_keeps_what_is_done_and_leaves_nothing_half_written(call, mo
             raise OSError(28, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr("ssmzoo.data.image_file.os.fsync", fills_up)
+    monkeypatch.setattr("ssmzoo.data.image_write.os.fsync", fills_up)
     command = ["restore", str(tmp_path / "in"), "--ckpt", str(trained), "-o", str(tmp_path / "out"), "--device", "cpu"]
     status, out, err = call(*command, entry="ssmzoo")
     assert status == 1 and "b.png could not be written (No space left on device)" in err
