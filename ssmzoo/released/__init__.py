@@ -7,6 +7,7 @@
             our names. The key map is made of differentiable tensor operations (rename, split, transpose, stack), so
             that gradients with respect to the official tensors can be read off as well.
         from_official(model, state) -> our_state      for a model of ours that exists already (image models)
+        to_official(module, state) -> state           the way back; without it our names are theirs
         golden(case) -> {output name: tensor}         when a golden case is more than one call of the module
         TELLING_KEYS                                  a pattern of keys that only the checkpoints of this family have
         YIELDS_TO                                     (and those of the families named here)

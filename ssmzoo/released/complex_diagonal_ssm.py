@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
+from ssmzoo.released.names import Names
+
+ONE_LAYER = Names(("block.{rest}", "blocks.0.{rest}"), ("readout.{rest}", "mlps.0.{rest}"))
 
 
 def official(
@@ -24,15 +27,12 @@ def official(
     `return_all_outputs` is ignored, as the official models do; num_layers defaults to what the checkpoint holds.
     """
     del return_all_outputs
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("block."):
-            key = "blocks.0." + key.removeprefix("block.")
-        elif key.startswith("readout."):
-            key = "mlps.0." + key.removeprefix("readout.")
-        if key.endswith("init_state") and not value.is_complex():
-            value = torch.view_as_complex(value.contiguous())
-        renamed[key] = value
+    renamed = {
+        key: torch.view_as_complex(value.contiguous())
+        if key.endswith("init_state") and not value.is_complex()
+        else value
+        for key, value in ONE_LAYER.to_ours(state).items()
+    }
     layers = 1 + max(int(key.split(".")[1]) for key in renamed if key.startswith("blocks."))
     model = _OfficialComplexDiagonal(
         input_size,
@@ -52,3 +52,10 @@ class _OfficialComplexDiagonal(ComplexDiagonalModel):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).logits[:, -1]
+
+
+def to_official(
+    module: ComplexDiagonalModel, state: dict[str, Tensor], num_layers: int | None = None
+) -> dict[str, Tensor]:
+    """The names of the class with num_layers layers; without the argument those of the classes of one, if it fits."""
+    return ONE_LAYER.to_theirs(state) if num_layers is None and len(module.blocks) == 1 else dict(state)

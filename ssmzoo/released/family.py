@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssmzoo.suggest import nearest
 
 HOMES = ("ssmzoo.verify", "ssmzoo.released")  # the first that has a family's file answers
 
@@ -45,3 +48,22 @@ def looks_like(state: dict[str, Tensor]) -> str:
         if key := telling_key(family, state):
             return f"; by {key} it looks like a checkpoint of family {family!r}"
     return ""
+
+
+def to_official(family: str, module: nn.Module, state: dict[str, Tensor] | None = None, **official_kwargs):
+    """The weights of a module of ours under the official names of `family`: what its official class loads.
+
+    state            other tensors than the module's own, under its names
+    official_kwargs  the official constructor's arguments, for what the names or tables there depend on them
+
+    Raises ValueError for a family without official weights.
+    """
+    state = module.state_dict() if state is None else state
+    if find(family, "official") is None:
+        known = families("official")
+        raise ValueError(f"unknown family {family!r}{nearest(family, known)}; known: {', '.join(known)}")
+    convert = find(family, "to_official")
+    if convert is None:
+        return dict(state)  # our names are theirs
+    wanted = inspect.signature(convert).parameters
+    return convert(module, state, **{key: value for key, value in official_kwargs.items() if key in wanted})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmzoo.models.free_a_ssm import FreeAClassifier
+from ssmzoo.released.names import Names
 
-OFFICIAL = (("SSM.ssm.", "ssm."), ("SSM.w", "W"))
+BINARY = Names(("SSM.ssm.{rest}", "ssm.{rest}"), ("SSM.w", "W"))
 
 
 def official(
@@ -25,9 +26,13 @@ def official(
     binary = "W" not in state
     if cls not in ("SentimentModel", "MultiClassModel"):
         raise ValueError(f"cls is {cls!r}; expected 'SentimentModel' or 'MultiClassModel'")
-    for old, new in OFFICIAL:
-        state = {key.replace(old, new) if key.startswith(old) else key: value for key, value in state.items()}
+    state = BINARY.to_ours(state) if binary else dict(state)
     model = FreeAClassifier(vocab_size, embedding_size, N, s_A, use_delta, fix_sA, None if binary else num_classes)
     if fix_sA:
         state.setdefault("ssm.A", model.ssm.A)
     return model, state
+
+
+def to_official(module: FreeAClassifier, state: dict[str, Tensor], fix_sA: bool = False) -> dict[str, Tensor]:
+    state = {key: value for key, value in state.items() if not (fix_sA and key == "ssm.A")}
+    return BINARY.to_theirs(state) if module.W.ndim == 1 else state

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.state import ModelOutput
 from ssmzoo.released.family import find
+from ssmzoo.released.names import Names
 
+HF = Names(("backbone.embeddings.{p}", "backbone.embedding.{p}"))
 INERT = {"use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype"}  # which kernel, where: same results
 
 
@@ -85,8 +87,7 @@ def official_hf_lm(
         tie_embeddings=tie_word_embeddings,
         pad_vocab_size_multiple=1,
     )
-    state = {key.replace("backbone.embeddings.", "backbone.embedding."): value for key, value in state.items()}
-    return model, with_head(state, tie_word_embeddings)
+    return model, with_head(HF.to_ours(state), tie_word_embeddings)
 
 
 class StepByStep:
@@ -148,3 +149,9 @@ def greedy(model, ids: Tensor, new_tokens: int, mask: Tensor | None = None) -> T
         ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
         out = model(ids[:, -1:], state=out.state, mask=None)
     return torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+
+
+def to_hf(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names; a head that is the embedding is not written there."""
+    tied = module.lm_head.weight is module.backbone.embedding.weight
+    return HF.to_theirs({key: value for key, value in state.items() if not (tied and key == "lm_head.weight")})

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.released.language import AttentionMask, golden_lm, official_hf_lm
+from ssmzoo.released.language import AttentionMask, golden_lm, official_hf_lm, to_hf
 from ssmzoo.released.mamba2 import unclamped
+
+to_official = to_hf
 
 
 def official(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.released.language import AttentionMask, golden_lm, official_hf_lm
+from ssmzoo.released.language import AttentionMask, golden_lm, official_hf_lm, to_hf
+
+to_official = to_hf
 
 
 def official(

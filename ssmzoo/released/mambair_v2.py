@@ -49,3 +49,8 @@ def official(
             f"relative_position_index_SA of the checkpoint is not that of window_size = {kwargs['window_size']}"
         )
     return MambaIRv2(**kwargs), state
+
+
+def to_official(module: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released names, with the index of relative positions that its state dicts hold."""
+    return {**state, "relative_position_index_SA": relative_position_index(module.window_size)}

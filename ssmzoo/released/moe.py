@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.feedforward.moe import MoE, build_moe
 from ssmzoo.layers.feedforward.router import TokenChoice
+from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
+
+NAMES = Names(("{at}ln.l.{p}", "{at}ln.{p}"))  # the layer norm is wrapped once more there
 
 
 def official(
@@ -55,7 +58,7 @@ def official(
         )
     options = official_options(type, expert, activation, **options)
     moe = build_moe(dmodel, n_experts, expert_size, d_output=doutput, **options)
-    return _OfficialMoE(moe), {f"moe.{key}": value for key, value in official_moe_keys(state).items()}
+    return _OfficialMoE(moe), add_prefix("moe.", NAMES.to_ours(state))
 
 
 def official_options(
@@ -101,9 +104,8 @@ def official_options(
     )
 
 
-def official_moe_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layer norm is wrapped once more there, and a layer inside Mamba calls its router `router`."""
-    return {key.replace("ln.l.", "ln.").replace("router.", "gating."): value for key, value in state.items()}
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return NAMES.to_theirs(cut_prefix("moe.", state))
 
 
 class _OfficialMoE(nn.Module):

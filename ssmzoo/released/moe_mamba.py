@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +12,8 @@ from ssmzoo.layers.feedforward.router import TokenChoice
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.moe_mamba import Block, DecoderLM, InnerMoEMamba
-from ssmzoo.released.moe import official_moe_keys, official_options
+from ssmzoo.released.moe import official_options
+from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
 
 TELLING_KEYS = r"router|expert"
@@ -115,21 +114,50 @@ def official(
     switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
     losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and zloss_weight > 0)
     model = _OfficialLM(DecoderLM(vocab_size, dmodel, blocks), losses)
-    return model, {f"model.{_our_key(key, block_modules)}": v for key, v in state.items() if ".rope." not in key}
+    kept = {key: value for key, value in state.items() if ".rope." not in key}
+    return model, add_prefix("model.", names(block_modules, parallel_blocks).to_ours(kept))
 
 
-def _our_key(key: str, block_modules) -> str:
-    """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D -> blocks.0.layers.mamba.D, and so on."""
-    key = key.replace("embedding_layer.layers.0.", "embedding.")
-    key = re.sub(r"^encoder\.blocks\.block_(\d+)\.block\.", r"blocks.\1.", key)
-    key = re.sub(
-        r"residual_parallel\.layer\.parallel\.layers\.(\d+)\.", lambda m: f"layers.{block_modules[int(m[1])]}.", key
-    )
-    key = key.replace("residual_parallel.layer.pre_norm.", "norms.shared.")
-    key = re.sub(r"residual_(\w+)\.layer\.pre_norm\.", r"norms.\1.", key)
-    key = re.sub(r"residual_(\w+)\.layer\.\1\.", r"layers.\1.", key)
-    key = key.replace("logging_ff_pre_relu.", "fc1.").replace("logging_ff_post_relu.", "fc2.")
-    return next(iter(official_moe_keys({key: None})))
+def names(block_modules, parallel: bool) -> Names:
+    """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D <-> blocks.0.layers.mamba.D, and so on."""
+    block = "encoder.blocks.block_{i}.block."
+    pairs = [("embedding_layer.layers.0.{p}", "embedding.{p}")]
+    if parallel:
+        pairs += [(block + "residual_parallel.layer.pre_norm.{p}", "blocks.{i}.norms.shared.{p}")]
+    for n, kind in enumerate(block_modules):
+        at = block + (f"residual_parallel.layer.parallel.layers.{n}." if parallel else f"residual_{kind}.layer.{kind}.")
+        ours = f"blocks.{{i}}.layers.{kind}."
+        if not parallel:
+            pairs += [(f"{block}residual_{kind}.layer.pre_norm.{{p}}", f"blocks.{{i}}.norms.{kind}.{{p}}")]
+        pairs += [
+            (at + "logging_ff_pre_relu.{p}", ours + "fc1.{p}"),
+            (at + "logging_ff_post_relu.{p}", ours + "fc2.{p}"),
+            (at + "ln.l.{p}", ours + "ln.{p}"),
+            (at + "in_proj.{half}.router.{p}", ours + "in_proj.{half}.gating.{p}"),  # experts inside Mamba
+            (at + "out_proj.router.{p}", ours + "out_proj.gating.{p}"),
+            (at + "{rest}", ours + "{rest}"),
+        ]
+    return Names(*pairs)
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor], cutoff: int | None = None) -> dict[str, Tensor]:
+    """llm-random's names. Its rotary tables are for sequences of `cutoff` tokens; without it they are left out."""
+    model = module.model if isinstance(module, _OfficialLM) else module
+    block = model.blocks[0]
+    theirs = names(list(block.layers), "shared" in block.norms).to_theirs(cut_prefix("model.", state))
+    if cutoff is not None:
+        for key in [key for key in theirs if key.endswith("attention.input_projection.weight")]:
+            attention = model.blocks[int(key.split("block_")[1].split(".")[0])].layers["attention"]
+            cos, sin = rotary_tables(attention.d_head, cutoff)
+            at = key.removesuffix("input_projection.weight")
+            theirs |= {f"{at}rope.cos": cos, f"{at}rope.sin": sin}
+    return theirs
+
+
+def rotary_tables(d: int, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (length d), both halves equal, as llm-random stores them."""
+    angles = torch.pow(1 / 10000, torch.arange(0, d, 2) / d)[None] * torch.arange(length)[:, None]
+    return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
 class _OfficialLM(nn.Module):

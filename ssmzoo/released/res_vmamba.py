@@ -8,15 +8,15 @@ from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.res_vmamba import ResVMamba
 from ssmzoo.models.vmamba import VSSBlock
 from ssmzoo.released.image import act_name, official_norm, official_stages
-from ssmzoo.released.vmamba import from_official, official_mixer, rename_official
+from ssmzoo.released.vmamba import from_official, official_mixer, to_official, to_ours
 
-__all__ = ["TELLING_KEYS", "from_official", "official"]
+__all__ = ["TELLING_KEYS", "from_official", "official", "to_official"]
 TELLING_KEYS = r"(^|\.)fuse\.\d"
 
 
 def official(state: dict[str, Tensor], **official_kwargs):
     """VSSM or VSSBlock of the released project. Without `fuse` keys, as in its checkpoints, no residual path."""
-    state = rename_official(state)
+    state = to_ours(state)
     if "op.x_proj_weight" in state:
         return official_block(**official_kwargs), state
     fuse = "learned" if any(key.startswith("fuse.") for key in state) else "none"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.models.spatial_mamba import SpatialMamba, SpatialMambaBlock, StateFusion, StructureAwareSSM
 from ssmzoo.released.image import official_stages
+from ssmzoo.released.names import cut_prefix
 
 TELLING_KEYS = r"state_fusion\.|patch_embed\.conv1\."
 
@@ -98,3 +99,7 @@ def official_mixer(
 def check_state_size(d_state: int | None) -> None:
     if d_state != 1:
         raise ValueError(f"d_state={d_state}: Spatial-Mamba fuses one state per channel; only d_state=1 exists")
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return cut_prefix("backbone.", state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.models.vim import Vim, VimMixer
 from ssmzoo.released.image import resize_plain_positions, set_eps
@@ -109,3 +109,23 @@ def official_mixer_arguments(
         raise ValueError(f"bimamba_type is {bimamba_type!r}; the released code knows {', '.join(DIRECTIONS)}")
     mamba = {key: value for key, value in mamba.items() if key not in INITIAL}
     return mamba | dict(directions=DIRECTIONS[bimamba_type], halve=if_divide_out, layer_scale=init_layer_scale)
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released names, with the rotary tables that its state dicts hold."""
+    state = dict(state)
+    if getattr(module, "layout", None) == "double":
+        state["cls_token_head"], state["cls_token_tail"] = state.pop("cls_token").split(1, dim=1)
+    if getattr(module, "rope", None):
+        angles = released_angles(module.grid, module.embed_dim, module.rope_reference)
+        state |= {"rope.freqs_cos": angles.cos(), "rope.freqs_sin": angles.sin()}
+    return state
+
+
+def released_angles(grid: tuple[int, int], d: int, reference: int) -> Tensor:
+    """Angles (m d) of the released rotary positions, to the last bit: rows in the first half of d, then columns."""
+    frequencies = 1.0 / 10000 ** (torch.arange(0, d // 2, 2).float() / (d // 2))
+    rows, columns = (
+        (torch.arange(side) / side * reference)[:, None].mul(frequencies).repeat_interleave(2, dim=1) for side in grid
+    )
+    return torch.cat(torch.broadcast_tensors(rows[:, None], columns[None]), dim=-1).flatten(0, 1)

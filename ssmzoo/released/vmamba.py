@@ -5,13 +5,14 @@ The released code encodes the parts of SS2D in strings such as "v05_noz"; ours a
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.layers.image.patch_embed import resize_map
 from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.models.vmamba import VMamba, VSSBlock
 from ssmzoo.ops import cross_merge, cross_scan
 from ssmzoo.released.image import ChannelsFirst, act_name, official_norm, official_stages
+from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.released.operators import FunctionModule
 
 TELLING_KEYS = r"(op|self_attention)\.x_proj_weight|classifier\.norm"
@@ -50,62 +51,83 @@ FORMS = {
 INITS = {"v0": "mamba", "v1": "normal", "v2": "zero"}
 
 
-CONV_STEM = {
-    "patch_embed.0.": "patch_embed.proj.",
-    "patch_embed.2.": "patch_embed.norm1.",
-    "patch_embed.5.": "patch_embed.conv2.",
-    "patch_embed.7.": "patch_embed.norm2.",
+FIRST_RELEASE = Names(("{at}ln_1.{p}", "{at}norm.{p}"), ("{at}self_attention.{rest}", "{at}op.{rest}"))
+STEMS = {
+    "patch": (("patch_embed.0.{p}", "patch_embed.proj.{p}"), ("patch_embed.2.{p}", "patch_embed.norm.{p}")),
+    "conv": (
+        ("patch_embed.0.{p}", "patch_embed.proj.{p}"),
+        ("patch_embed.2.{p}", "patch_embed.norm1.{p}"),
+        ("patch_embed.5.{p}", "patch_embed.conv2.{p}"),
+        ("patch_embed.7.{p}", "patch_embed.norm2.{p}"),
+    ),
 }
-
-
-RENAMED = {
-    "patch_embed.0.": "patch_embed.proj.",
-    "patch_embed.2.": "patch_embed.norm.",
-    "classifier.": "",
-    ".downsample.1.": ".downsample.conv.",
-    ".downsample.3.": ".downsample.norm.",
-    "conv2d.1.": "conv2d.",
-    "ln_1.": "norm.",
-    "self_attention.": "op.",
-}
+HEAD = (("classifier.norm.{p}", "norm.{p}"), ("classifier.head.{p}", "head.{p}"))
+CONV_DOWNSAMPLE = (
+    ("layers.{i}.downsample.1.{p}", "layers.{i}.downsample.conv.{p}"),
+    ("layers.{i}.downsample.3.{p}", "layers.{i}.downsample.norm.{p}"),
+)
+OUT_NORM = (("{at}out_norm.1.{p}", "{at}out_norm.conv.{p}"), ("{at}out_norm.2.{p}", "{at}out_norm.1.conv.{p}"))
+HEADS = (("{at}conv2d.1.{p}", "{at}conv2d.{p}"),)  # Mamba-2's recurrence: the convolution stands between permutations
+FLAT = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")  # or 1x1 convolutions
 
 
 def official(state: dict[str, Tensor], **official_kwargs):
     """VSSM, Backbone_VSSM, VSSBlock, SS2D or (without weights) the scan functions; read off the checkpoint's keys."""
     if not state:
         return FunctionModule(cross_functions, **official_kwargs), {}
-    state = rename_official(state)
+    state = to_ours(state)
     if "x_proj_weight" in state or "op.x_proj_weight" in state:
         build = official_ss2d if "x_proj_weight" in state else official_vss_block
         module = build(**official_kwargs)
-        prefix = "module." if isinstance(module, ChannelsFirst) else ""
-        return module, {prefix + key: value for key, value in state.items()}
+        return module, add_prefix("module.", state) if isinstance(module, ChannelsFirst) else state
     return official_stages(VMamba, official_vssm, state, official_kwargs)
 
 
 def from_official(model: VMamba, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released (or our own) state dict under our names, the position table resized to this model's grid."""
-    state = rename_official(state) if any(key.startswith("classifier.") for key in state) else dict(state)
+    state = to_ours(state) if is_released(state) else dict(state)
     if model.pos_embed is not None:
         state["pos_embed"] = resize_map(state["pos_embed"], model.pos_embed.shape[1:3])
     return state
 
 
-def rename_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released VMamba state dict (either generation) under our names."""
-    renamed = RENAMED | (CONV_STEM if any(key.startswith("patch_embed.5.") for key in state) else {})
-    normed = any(key.endswith("out_norm.0.bias") for key in state)  # LayerNorm, then convolution
-    ours = {}
+def is_released(state: dict[str, Tensor]) -> bool:
+    """Are these the released names of a classifier (of either generation)?"""
+    return any(key.startswith("classifier.") or ".self_attention." in key for key in state)
+
+
+def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict (either generation) under our names."""
+    stem = STEMS["conv" if any(key.startswith("patch_embed.5.") for key in state) else "patch"]
+    names = Names(*HEAD, *stem, *CONV_DOWNSAMPLE, *OUT_NORM, *HEADS)
+    state = names.to_ours(FIRST_RELEASE.to_ours(state))
+    state = {key: value.flatten(1) if key.endswith(FLAT) else value for key, value in ungrouped(state).items()}
+    return state | {key: value.permute(0, 2, 3, 1) for key, value in state.items() if key == "pos_embed"}
+
+
+def ungrouped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Today's one-file code keeps the k scan directions' projections as one grouped layer: x_proj (k (r + 2n), e) and
+    dt_projs (k e, r) become x_proj_weight (k r+2n e) and dt_projs_weight (k e r)."""
+    found = {}
     for key, value in state.items():
-        for old, new in renamed.items():
-            key = key.replace(old, new)
-        parent, found, _ = key.rpartition("out_norm.")
-        if found and value.ndim == 4:
-            key = f"{parent}out_norm.{'1.' if normed else ''}conv.weight"
-        elif key.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")):
-            value = value.flatten(1)  # may be stored as a 1x1 convolution
-        ours[key] = value.permute(0, 2, 3, 1) if key == "pos_embed" else value
-    return ours
+        at, _, name = key.rpartition("op.")
+        if name in ("x_proj.weight", "dt_projs.weight"):
+            k = len(state[f"{at}op.dt_projs_bias"])
+            found[f"{at}op.{name.replace('.', '_')}"] = value.flatten(1).unflatten(0, (k, -1))
+        else:
+            found[key] = value
+    return found
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the current release; linear layers as matrices, which both of its layouts read."""
+    state = cut_prefix("backbone.", cut_prefix("module.", state))
+    stem = STEMS["conv" if "patch_embed.conv2.weight" in state else "patch"]
+    down = CONV_DOWNSAMPLE if any(".downsample.conv." in key for key in state) else ()
+    heads = HEADS if any(isinstance(part, HeadSS2D) for part in module.modules()) else ()
+    head = HEAD if "patch_embed.proj.weight" in state else ()  # a block has a norm of that name, too
+    state = Names(*head, *stem, *down, *OUT_NORM, *heads).to_theirs(state)
+    return state | {key: value.permute(0, 3, 1, 2) for key, value in state.items() if key == "pos_embed"}
 
 
 def official_vssm(
