@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "dev,vision,formal,wandb"
+EXTRAS = "dev,vision,formal,wandb,tensorboard"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

@@ -32,6 +32,9 @@ def run(args) -> None:
     if args.list:
         print("\n".join(case.name for case in cases))
         return
+    blocker = next((p for p in (args.out, *args.out.parents) if p.exists()), None)
+    if blocker is not None and not blocker.is_dir():
+        raise ValueError(f"--out {args.out} needs a folder, but {blocker} is a file")
     module.run(cases, args.repeats, args.out, args.name)
 
 

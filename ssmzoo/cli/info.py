@@ -19,18 +19,20 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides",
         nargs="*",
-        help="constructor arguments, e.g. d_model=512; with --memory any of "
-        "train.py's, e.g. model.d_model=512 data.seq_len=2048 grad_checkpointing=true",
+        help="constructor arguments, e.g. d_model=512; with --memory also any "
+        "of train.py's, e.g. data.seq_len=2048 grad_checkpointing=true",
     )
     parser.add_argument("--memory", action="store_true", help="predict the memory of training")
     parser.add_argument("--batch", type=int, help="samples per step and process (default: the data's)")
-    parser.add_argument("--gpus", type=int, default=1, help="processes that share the work (default 1)")
+    parser.add_argument("--gpus", type=int, help="processes that share the work (default 1)")
     return parser
 
 
 def run(args) -> None:
     if args.memory:
         return memory(args)
+    if args.batch is not None or args.gpus is not None:
+        raise ValueError("--batch and --gpus belong to --memory, the prediction of a training step; give it too")
     import torch
 
     config = read_model_config(args.model)
@@ -63,13 +65,22 @@ def run(args) -> None:
 
 def memory(args) -> None:
     """Bytes of parameters, gradients, optimiser, averaged weights and of a step, on one process, under DDP and FSDP."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ssmzoo.train.config import explain_hydra_error
     from ssmzoo.train.memory import of_run
 
+    args.gpus = 1 if args.gpus is None else args.gpus
     if args.gpus < 1 or (args.batch is not None and args.batch < 1):
         raise ValueError(f"--gpus is {args.gpus} and --batch {args.batch}; both must be at least 1")
-    read_model_config(args.model)  # names the nearest model when there is none of this name
     batch = [] if args.batch is None else [f"data.batch_size={args.batch}"]
-    found, size, shapes = of_run([f"model={args.model}", *batch, *args.overrides])
+    parameters = inspect.signature(model_class(read_model_config(args.model)["model"]["_target_"])).parameters
+    overrides = [f"model.{o}" if o.partition("=")[0] in parameters else o for o in args.overrides]
+    try:
+        found, size, shapes = of_run([f"model={args.model}", *batch, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain_hydra_error(error)) from None
     print(f"{args.model}, {size} samples per process ({shapes}), {args.gpus} process(es)")
     rows = {
         "parameters and buffers": found.parameters,

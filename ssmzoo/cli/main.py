@@ -38,6 +38,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments of a command; `key=value` behind an option belongs to the command's overrides like those before it."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        overrides = [r for r in rest if "=" in r and not r.startswith("-")]
+        if not hasattr(args, "overrides") or len(overrides) < len(rest):
+            wrong = next(r for r in rest if r not in overrides or not hasattr(args, "overrides"))
+            parser.prog = f"ssmzoo {args.command}"
+            parser.error(f"{args.command} takes no argument {wrong!r}")
+        args.overrides += overrides
+    return args
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["train"], ["eval"]):
@@ -45,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
         sys.argv = [f"ssmzoo {argv[0]}", *argv[1:]]
         return entry.train() if argv[0] == "train" else entry.evaluate()
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         sys.exit(args.run(args) or 0)
     except KeyboardInterrupt:

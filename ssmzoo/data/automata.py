@@ -317,7 +317,7 @@ class Automaton:
             from automata.fa.dfa import DFA
             from automata.fa.nfa import NFA
         except ImportError:
-            raise ImportError("regular expressions need automata-lib: pip install 'ssmzoo[formal]'") from None
+            raise ImportError("regular expressions need automata-lib: pip install automata-lib") from None
         if not alphabet:
             raise AutomatonError("alphabet is empty; give the symbols as one string, such as 'ab'")
         try:

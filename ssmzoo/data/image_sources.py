@@ -116,7 +116,7 @@ def digits(val_fraction: float, seed: int) -> tuple[Images, Images]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError(
-            "the embedded digits need scikit-learn: pip install 'ssmzoo[vision]', or give "
+            "the embedded digits need scikit-learn: pip install scikit-learn, or give "
             "data.path=<folder with one folder per class>"
         ) from None
     found = load_digits()
@@ -278,7 +278,7 @@ def hub_images(name: str, cache: Path, val_fraction: float, seed: int) -> tuple[
     try:
         from datasets import ClassLabel, Image, load_dataset
     except ImportError:
-        raise ValueError(f"data.dataset = 'hf/{name}' needs the datasets package: pip install 'ssmzoo[hf]'") from None
+        raise ValueError(f"data.dataset = 'hf/{name}' needs the datasets package: pip install datasets") from None
     repository, _, configuration = name.partition(":")
     try:
         found = load_dataset(repository, configuration or None, cache_dir=str(cache))

@@ -284,7 +284,7 @@ class ImageData(LightningDataModule):
             make_importable()
             from timm.data import create_transform
         except ImportError:
-            raise ValueError("image transforms need timm: pip install 'ssmzoo[vision]'") from None
+            raise ValueError("image transforms need timm: pip install timm") from None
         mean, std = self.normalisation()
         shape = (self.channels, self.image_size, self.image_size)
         if not training:

@@ -28,7 +28,7 @@ def embedded_photo(name: str) -> np.ndarray:
     except ImportError as error:
         raise ValueError(
             f"the embedded photographs need scikit-image and scikit-learn ({error.name} is missing): "
-            f"pip install 'ssmzoo[vision]', or give data.path=<folder of pictures>"
+            f"pip install scikit-image scikit-learn, or give data.path=<folder of pictures>"
         ) from None
     if name in ("china", "flower"):
         return load_sample_image(f"{name}.jpg")

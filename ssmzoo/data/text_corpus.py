@@ -139,7 +139,7 @@ class HuggingFaceCorpus:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError("data=hf_text needs the package `datasets`: pip install 'ssmzoo[hf]'") from error
+            raise ValueError("data=hf_text needs the package `datasets`: pip install datasets") from error
         try:
             rows = load_dataset(
                 self.name,

@@ -289,6 +289,11 @@ def _name(hint) -> str:
     return str(hint).replace("typing.", "") if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
+def plural(group: str) -> str:
+    """The word of `ssmzoo list` for a group of configs."""
+    return group if group == "data" else f"{group}s"
+
+
 def explain_hydra_error(error: Exception) -> str:
     """One line for the errors Hydra raises while composing, with the nearest valid names."""
     text = str(error)
@@ -299,7 +304,7 @@ def explain_hydra_error(error: Exception) -> str:
         choices = (
             f"; choose one of {', '.join(names)}"
             if len(names) <= 12
-            else f"; `ssmzoo list {group}s` prints all {len(names)}"
+            else f"; `ssmzoo list {plural(group)}` prints all {len(names)}"
         )
         return f"unknown {group or 'config'} {name!r}{nearest(name, names)}{choices}"
     key = re.search(r"Could not override '([^']+)'", text)

@@ -143,7 +143,7 @@ def wandb_logger(run_dir: Path, project: str, name: str, mode: str | None = None
     try:
         import wandb  # noqa: F401
     except ImportError:
-        raise ValueError("logger=wandb needs the package wandb: pip install 'ssmzoo[wandb]'") from None
+        raise ValueError("logger=wandb needs the package wandb: pip install wandb") from None
     from lightning.pytorch.loggers import WandbLogger
 
     if mode is None:
@@ -196,6 +196,4 @@ def tensorboard_logger(run_dir: Path):
     try:
         return TensorBoardLogger(save_dir=str(run_dir), name="tensorboard", version="")
     except ModuleNotFoundError:
-        raise ValueError(
-            "logger=tensorboard needs the package tensorboard: pip install 'ssmzoo[tensorboard]'"
-        ) from None
+        raise ValueError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from None

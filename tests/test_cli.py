@@ -1,0 +1,43 @@
+"""Commands of the console script refuse what they would not use, in one line."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["list", "datas"], "nothing is listed as 'datas'; nearest: data"),
+        (["list", "tasks", "nosuch*"], "no name of tasks fits 'nosuch*'"),
+        (["list", "data", "--task", "language"], "--task chooses models"),
+        (["list", "models", "--task", "langage"], "unknown task 'langage'; nearest: language"),
+        (["list", "models", "mamba", "extra"], "list takes no argument 'extra'"),
+        (["backends", "extra"], "backends takes no argument 'extra'"),
+        (["info", "mamba", "--batch", "4"], "belong to --memory"),
+        (["info", "mamba", "--gpus", "2"], "belong to --memory"),
+        (["info", "mamba", "--memory", "d_modell=3"], "d_modell"),
+        (["info", "mamba", "d_modell=3"], "nearest: d_model"),
+        (["info", "mamba", "-x"], "info takes no argument '-x'"),
+        (["bench", "scan", "--out", "FILE"], "needs a folder"),
+        (["bench", "scan", "--out", "FILE/deeper"], "needs a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_refused_in_one_line(call, tmp_path, command, said):
+    (tmp_path / "FILE").write_text("mine")
+    status, out, err = call(*command, entry="ssmzoo")
+    assert status == 2 and said in err and len(err.splitlines()) == 1, err
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_arguments_of_the_model_shape_the_predicted_memory(call):
+    sizes = []
+    for width in (64, 128):
+        status, out, err = call("info", "mamba", "--memory", f"d_model={width}", entry="ssmzoo")
+        assert status == 0, err
+        sizes.append(float(next(line for line in out.splitlines() if "gradients" in line).split()[-2].replace(",", "")))
+    assert sizes[1] > 2 * sizes[0]
+
+
+def test_lists_are_filtered_by_a_glob(call):
+    status, out, err = call("list", "tasks", "lang*", entry="ssmzoo")
+    assert status == 0 and out.startswith("language ") and len(out.splitlines()) == 1
