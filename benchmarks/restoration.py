@@ -105,11 +105,11 @@ def speed(threads: int, loop_rows: int, repeats: int) -> None:
 
 def loop_against(model, x) -> dict:
     """The model as it is and with its scans as a Python loop, on the same picture."""
-    from ssmzoo.probes.interception import operators
+    from ssmzoo.ops import observe
 
     model(x)
     ours, *fast = timed(lambda: model(x))
-    with operators(model, selective_scan_fn=lambda whole, *a, **k: scan_loop(*a, **k)):
+    with observe(selective_scan_fn=lambda whole, *a, **k: scan_loop(*a, **k)):
         theirs, *slow = timed(lambda: model(x))
     return {
         "rows": {"ssmzoo MambaIR-light": fast, "the same model, scans as a Python loop": slow},

@@ -28,6 +28,7 @@ from ssmzoo.layers.image.plain_backbone import PlainBackbone, lecun_normal_
 from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.ops import permute_tokens, prepend_mean
 
 FLIP_RULES = {
     "every_two": lambda n: n // 2 % 2 == 1,
@@ -38,7 +39,7 @@ FLIP_RULES = {
 
 
 class AdventurerBlock(nn.Module):
-    """Mixer and MLP on (b l d); `flip` turns the patches round for the mixer."""
+    """Mixer and MLP on (b l d); `flip` reverses the patches for the mixer."""
 
     def __init__(
         self,
@@ -57,13 +58,16 @@ class AdventurerBlock(nn.Module):
         self.drop_path, self.flip = DropPath(drop_path), flip
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.turn(self.norm(x))
-        w, _ = self.mixer(torch.cat([u.mean(1, keepdim=True), u], dim=1))
-        x = x + self.drop_path(self.turn(w[:, 1:]))
+        w, _ = self.mixer(prepend_mean(self.flip_patches(self.norm(x))))
+        x = x + self.drop_path(self.flip_patches(w[:, 1:], back=True))
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))
 
-    def turn(self, x: Tensor) -> Tensor:
-        return torch.cat([x[:, :-1].flip(1), x[:, -1:]], dim=1) if self.flip else x
+    def flip_patches(self, x: Tensor, back: bool = False) -> Tensor:
+        """The patches reversed, in blocks that do so, and brought back; the class token stays last."""
+        if not self.flip:
+            return x
+        steps = torch.arange(x.shape[1], device=x.device)
+        return permute_tokens(x, torch.cat([steps[:-1].flip(0), steps[-1:]]), inverse=back)
 
 
 class Adventurer(PlainBackbone):

@@ -32,7 +32,7 @@ from ssmzoo.layers.image.backbone import ImageBackbone
 from ssmzoo.layers.image.depthwise_conv import DepthwiseConv
 from ssmzoo.layers.image.ss2d import init_directional_, project_steps, scan_steps
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.ops import causal_conv1d_fn
+from ssmzoo.ops import causal_conv1d_fn, cross_merge, cross_scan
 from ssmzoo.zoo import create_model
 
 
@@ -59,12 +59,6 @@ class BranchOutput(NamedTuple):
     C: Tensor
 
 
-def four_orders(x: Tensor) -> Tensor:
-    """(b e y x) -> (b 4 e l): rows, rows reversed, columns, columns reversed"""
-    rows, columns = x.flatten(2), x.mT.flatten(2)
-    return torch.stack([rows, rows.flip(-1), columns, columns.flip(-1)], dim=1)
-
-
 class SharedScan(nn.Module):
     """One Mamba without output projection that reads the map in four orders with the same weights."""
 
@@ -83,7 +77,7 @@ class SharedScan(nn.Module):
     def forward(self, s: Tensor) -> BranchOutput:
         """s (b y x e)"""
         x, z = self.in_proj(s).permute(0, 3, 1, 2).chunk(2, dim=1)
-        xs, zs = four_orders(x), four_orders(z)
+        xs, zs = cross_scan(x, "paired"), cross_scan(z, "paired")
         u = causal_conv1d_fn(xs.flatten(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
         steps = project_steps(u[:, None], self.x_proj.weight[None], self.A_log.shape[1])  # orders are rows of the batch
         y = scan_steps(
@@ -124,13 +118,11 @@ class CrossScan(nn.Module):
     def forward(self, s: Tensor) -> BranchOutput:
         """s (b y x e)"""
         x, z = self.in_proj(s).chunk(2, dim=-1)
-        xs = four_orders(self.conv2d(x).permute(0, 3, 1, 2))
+        xs = cross_scan(self.conv2d(x).permute(0, 3, 1, 2), "paired")
         steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
-        rows, rows_back, columns, columns_back = scan_steps(
-            xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds
-        ).unbind(1)
-        columns = (columns + columns_back.flip(-1)).unflatten(-1, (s.shape[2], s.shape[1])).mT.flatten(2)
-        y = self.out_norm((rows + rows_back.flip(-1) + columns).transpose(1, 2)).view_as(z)
+        ys = scan_steps(xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)  # (b 4 e l)
+        y = cross_merge(ys.unflatten(-1, s.shape[1:3]), "paired")
+        y = self.out_norm(y.transpose(1, 2)).view_as(z)
         return BranchOutput((y * F.silu(z)).mean((1, 2)), z, *steps)
 
 

@@ -27,7 +27,7 @@ from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, re
 from ssmzoo.layers.image.ss2d import init_directional_
 from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
 from ssmzoo.layers.norm import fp32
-from ssmzoo.ops import selective_scan_fn
+from ssmzoo.ops import permute_tokens, selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")
 
@@ -96,19 +96,11 @@ class ASSM(nn.Module):
         pool = self.embeddingB.weight @ embeddingA.weight  # (t s)
         classes, one_hot = route(self.route(x), noisy=self.routing == "gumbel")  # (b n), (b n t)
         order = classes.argsort(dim=-1, stable=True)  # (b n)
-        back = order.argsort(dim=-1)
         u = self.in_proj(x.mT.unflatten(-1, size))  # (b e y x)
         u = (u * torch.sigmoid(self.CPE(u))).flatten(2).mT  # (b n e)
-        y = self.selectiveScan(reorder(u, order), fp32(one_hot @ pool))  # the prompt keeps raster order
+        y = self.selectiveScan(permute_tokens(u, order), fp32(one_hot @ pool))  # the prompt keeps raster order
         y = self.out_proj(self.out_norm(y).to(x.dtype))
-        return reorder(y, back)
-
-
-def reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Row t of the result is row order[t]; x (b n c), order (b n)."""
-    b, n, _ = x.shape
-    rows = order + n * torch.arange(b, device=order.device)[:, None]  # of (b*n c): whole rows move, which gather cannot
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view_as(x)
+        return permute_tokens(y, order, inverse=True)
 
 
 class DepthwiseConv(nn.Module):

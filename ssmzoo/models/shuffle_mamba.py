@@ -25,6 +25,7 @@ from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import init_linear
+from ssmzoo.ops import permute_tokens
 
 
 class ShuffleMamba(Vim):
@@ -107,7 +108,7 @@ class ShuffleMamba(Vim):
         if orders is None:
             return super().encode(x, grid, taps, stop)
         for order, layer in zip(orders, self.layers):
-            x = x + self.run(layer, x[:, order])[:, order.argsort()]
+            x = x + permute_tokens(self.run(layer, permute_tokens(x, order)), order, inverse=True)
         return x
 
 

@@ -28,7 +28,7 @@ from ssmzoo.layers.image.plain_backbone import PlainBackbone, insert_tokens, lec
 from ssmzoo.layers.image.ss2d import directional_scan
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.ops import causal_conv1d_fn
+from ssmzoo.ops import bidirectional_scan, causal_conv1d_fn, permute_tokens
 
 
 class VimMixer(nn.Module):
@@ -85,10 +85,10 @@ class VimMixer(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).transpose(1, 2).chunk(2, dim=1)  # (b e l)
         both = self.directions == "both"
-        xs = self.convolve(both_ways(x)) if both else self.convolve(x[:, None])  # (b k e l)
+        xs = self.convolve(bidirectional_scan(x)) if both else self.convolve(x[:, None])  # (b k e l)
         if self.directions == "shared":
-            xs = both_ways(xs[:, 0])
-        zs = z[:, None] if self.directions == "forward" else both_ways(z)
+            xs = bidirectional_scan(xs[:, 0])
+        zs = z[:, None] if self.directions == "forward" else bidirectional_scan(z)
         ys = directional_scan(xs, *self.scan_parameters(), z=zs)
         y = ys[:, 0] if self.directions == "forward" else ys[:, 0] + ys[:, 1].flip(-1)
         y = self.out_proj((y / 2 if both and self.halve else y).transpose(1, 2))
@@ -111,11 +111,6 @@ class VimMixer(nn.Module):
             second = [self.x_proj_b.weight, self.dt_proj_b.weight, self.dt_proj_b.bias, None, self.D_b]
         second[3] = self.A_b_log
         return [torch.stack(pair) for pair in zip(first, second)]
-
-
-def both_ways(x: Tensor) -> Tensor:
-    """(b e l) -> (b 2 e l): as it is, and turned round"""
-    return torch.stack([x, x.flip(-1)], dim=1)
 
 
 class VimBlock(nn.Module):
@@ -240,7 +235,9 @@ class Vim(PlainBackbone):
             if taps is not None:
                 taps += [(x + h, h)] * (2 if self.paired else 1)
             if self.paired:
-                x, h = 2 * x, h + self.run(self.layers[i + 1], x.flip(1)).flip(1)
+                back = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+                second = self.run(self.layers[i + 1], permute_tokens(x, back))
+                x, h = 2 * x, h + permute_tokens(second, back, inverse=True)
             if i == stop or i + 1 + self.paired >= len(self.layers):
                 return x + h
             x = self.turn(x + h, angles) if self.rope == "stream" else x + self.turn(h, angles)

@@ -1,6 +1,7 @@
 """Operators: pure functions on tensors, each with a readable reference and the fastest backend that can serve."""
 
 from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from ssmzoo.ops.complex_scan import complex_scan
 from ssmzoo.ops.cross_scan import cross_merge, cross_scan
 from ssmzoo.ops.cross_selective_scan import cross_selective_scan
 from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
@@ -10,6 +11,7 @@ from ssmzoo.ops.dispatch import BACKENDS, OPERATORS, BackendError, backend, back
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
+from ssmzoo.ops.moe_dispatch import router_logits
 from ssmzoo.ops.native import causal_conv1d as _native_causal_conv1d  # noqa: F401
 from ssmzoo.ops.native import cross_selective_scan as _native_cross_selective_scan  # noqa: F401
 from ssmzoo.ops.native import dense_scan as _native_dense_scan  # noqa: F401
@@ -28,6 +30,8 @@ from ssmzoo.ops.selective_scan import selective_scan_fn, selective_state_update
 from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.state_fusion import state_fusion
+from ssmzoo.ops.token_order import bidirectional_scan, mix_tokens, permute_tokens, prepend_mean
+from ssmzoo.ops.trapezoidal_scan import trapezoidal_scan
 from ssmzoo.ops.triton import causal_conv1d as _triton_causal_conv1d  # noqa: F401
 from ssmzoo.ops.triton import selective_scan as _triton_selective_scan  # noqa: F401
 from ssmzoo.ops.triton import ssd as _triton_ssd  # noqa: F401
@@ -38,9 +42,11 @@ __all__ = [
     "OPERATORS",
     "backend",
     "backend_table",
+    "bidirectional_scan",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chosen_backend",
+    "complex_scan",
     "cross_merge",
     "cross_scan",
     "cross_selective_scan",
@@ -50,9 +56,13 @@ __all__ = [
     "linear_act",
     "mamba_chunk_scan_combined",
     "mamba_step",
+    "mix_tokens",
     "mix_transitions",
     "observe",
+    "permute_tokens",
+    "prepend_mean",
     "rms_norm",
+    "router_logits",
     "selective_scan_fn",
     "selective_state_update",
     "spatial_scan",
@@ -60,4 +70,5 @@ __all__ = [
     "ssd_scan",
     "ssd_state_update",
     "state_fusion",
+    "trapezoidal_scan",
 ]

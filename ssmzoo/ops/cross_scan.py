@@ -4,6 +4,7 @@
     "cross"           rows          columns          rows reversed    columns reversed
     "unidirectional"  rows          rows             rows             rows
     "bidirectional"   rows          rows             rows reversed    rows reversed
+    "paired"          rows          rows reversed    columns          columns reversed
 
 `cross_merge` undoes the four orders and adds the results, without a factor 1/4; the two functions are each other's
 transpose, so that the gradient of one is the other.
@@ -20,7 +21,8 @@ from torch import Tensor
 from ssmzoo.ops.checks import expect, expect_floats
 from ssmzoo.ops.dispatch import op
 
-SCANS = ("cross", "unidirectional", "bidirectional")
+SCANS = ("cross", "unidirectional", "bidirectional")  # what `cross_selective_scan` takes
+LAYOUTS = (*SCANS, "paired")
 
 
 def check_cross_scan(x, scans="cross") -> None:
@@ -35,8 +37,8 @@ def check_cross_merge(y, scans="cross") -> None:
 
 def _check(value, name, scans):
     expect_floats(value.device, **{name: value})
-    if scans not in SCANS:
-        raise ValueError(f"scans = {scans!r}, expected one of {', '.join(SCANS)}")
+    if scans not in LAYOUTS:
+        raise ValueError(f"scans = {scans!r}, expected one of {', '.join(LAYOUTS)}")
 
 
 @op(check=check_cross_scan)
@@ -44,7 +46,7 @@ def cross_scan(x: Tensor, scans: str = "cross") -> Tensor:
     """Lay a map out along four scanning orders.
 
     x        (b c h w)   any strides: a permuted channels-last map is read as it is
-    scans                "cross", "unidirectional" or "bidirectional" (table above)
+    scans                "cross", "unidirectional", "bidirectional" or "paired" (table above)
     returns  (b 4 c l)
 
     Raises ValueError for another rank or an unknown `scans`.
@@ -72,7 +74,9 @@ def orders(h: int, w: int, scans: str, device: torch.device | None = None) -> Te
     rows = torch.arange(h * w, device=device)
     if scans == "unidirectional":
         return torch.stack([rows] * 4)
-    second = rows.view(h, w).mT.flatten() if scans == "cross" else rows
+    second = rows if scans == "bidirectional" else rows.view(h, w).mT.flatten()
+    if scans == "paired":
+        return torch.stack([rows, rows.flip(0), second, second.flip(0)])
     return torch.stack([rows, second, rows.flip(0), second.flip(0)])
 
 
@@ -81,7 +85,9 @@ def cross_scan_torch(x, scans="cross"):
     rows = x.flatten(2)
     if scans == "unidirectional":
         return torch.stack([rows] * 4, dim=1)
-    columns = x.mT.flatten(2) if scans == "cross" else rows
+    columns = rows if scans == "bidirectional" else x.mT.flatten(2)
+    if scans == "paired":
+        return torch.stack([rows, rows.flip(-1), columns, columns.flip(-1)], dim=1)
     return torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)], dim=1)
 
 
@@ -91,6 +97,6 @@ def cross_merge_torch(y, scans="cross"):
     y = y.flatten(3)
     if scans == "unidirectional":
         return y.sum(dim=1)
-    both = y[:, :2] + y[:, 2:].flip(-1)
+    both = y[:, ::2] + y[:, 1::2].flip(-1) if scans == "paired" else y[:, :2] + y[:, 2:].flip(-1)
     rows, columns = both.unbind(1)
-    return rows + (columns.unflatten(-1, (w, h)).mT.flatten(2) if scans == "cross" else columns)
+    return rows + (columns if scans == "bidirectional" else columns.unflatten(-1, (w, h)).mT.flatten(2))

@@ -15,7 +15,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.transforms import transformed
+
+
+def check_router_logits(x, gate) -> None:
+    if gate.ndim != 2 or x.ndim < 1 or x.shape[-1] != gate.shape[0]:
+        raise ValueError(f"x has shape {tuple(x.shape)} and gate {tuple(gate.shape)}, expected (... d) and (d e)")
+
+
+@op(check=check_router_logits)
+def router_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """How well every expert suits a token, before the softmax: x (... d), gate (d e) -> x gate (... e)
+
+    In fp32 (float64 for float64 input), also under autocast: in bf16 two experts often tie.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide)[..., None] * gate.to(wide)).sum(-2)
+
+
+@router_logits.register("torch")
+def router_logits_torch(x, gate):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(wide) @ gate.to(wide)
 
 
 class Groups(NamedTuple):

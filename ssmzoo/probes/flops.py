@@ -13,15 +13,15 @@ The model runs on the meta device: nothing is computed, and images of any size c
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm
-from ssmzoo.probes.interception import operators
-
-PER_ELEMENT = {nn.LayerNorm: 5, RMSNorm: 5, GatedRMSNorm: 5, nn.BatchNorm2d: 2}
+from ssmzoo.ops import observe
 
 
 def count_operations(model: nn.Module, *shape: int) -> Counter:
@@ -29,46 +29,56 @@ def count_operations(model: nn.Module, *shape: int) -> Counter:
     from torch.utils.flop_counter import FlopCounterMode
 
     found: Counter = Counter()
-
-    def scan(operator, u, delta, A, B, C, D=None, z=None, *args, return_last_state: bool = False, **kwargs):
-        states_only = C.ndim == 2 and D is None and z is None
-        found["scan"] += u.numel() * ((7 if states_only else 9) * A.shape[1] + (D is not None) + (z is not None))
-        y = torch.empty_like(u)
-        return (y, u.new_empty(u.shape[0], *A.shape)) if return_last_state else y
-
-    def duality(operator, x, dt, A, B, C, *args, D=None, return_final_states: bool = False, **kwargs):
-        found["scan"] += x.numel() * (4 * B.shape[-1] + (D is not None))
-        y = torch.empty_like(x)
-        return (y, x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1])) if return_final_states else y
-
-    def convolution(operator, x, weight, *args, **kwargs):
-        found["convolution of a scan"] += x.numel() * weight.shape[-1]
-        return torch.empty_like(x)
-
-    def fusion(operator, x, kernels, alpha):
-        found["state fusion"] += 27 * x.numel()
-        return torch.empty_like(x)
-
-    def norm(module, inputs, output):
-        kinds = [per for kind, per in PER_ELEMENT.items() if isinstance(module, kind)]
-        found["norm"] += kinds[0] * inputs[0].numel()
-
-    model = copy.deepcopy(model).to("meta").eval()
-    for module in model.modules():
-        if isinstance(module, tuple(PER_ELEMENT)):
-            module.register_forward_hook(norm)
-    served = operators(
-        model,
-        selective_scan_fn=scan,
-        mamba_chunk_scan_combined=duality,
-        causal_conv1d_fn=convolution,
-        state_fusion=fusion,
-    )
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), served, counter:
+    seen = {
+        "selective_scan_fn": selective_scan,
+        "mamba_chunk_scan_combined": duality,
+        "causal_conv1d_fn": convolution,
+        "state_fusion": fusion,
+    }
+    observers = {name: functools.partial(function, found) for name, function in seen.items()}
+    model, counter = copy.deepcopy(model).to("meta").eval(), FlopCounterMode(display=False)
+    with torch.no_grad(), observe(**observers), _Norms(found), counter:
         model(torch.empty(shape, device="meta"))
     found["matrices"] = counter.get_total_flops() // 2
     return found
+
+
+def selective_scan(found, call, u, delta, A, B, C, D=None, z=None, *args, return_last_state: bool = False, **kwargs):
+    states_only = C.ndim == 2 and D is None and z is None
+    found["scan"] += u.numel() * ((7 if states_only else 9) * A.shape[1] + (D is not None) + (z is not None))
+    y = torch.empty_like(u)
+    return (y, u.new_empty(u.shape[0], *A.shape)) if return_last_state else y
+
+
+def duality(found, call, x, dt, A, B, C, *args, D=None, return_final_states: bool = False, **kwargs):
+    found["scan"] += x.numel() * (4 * B.shape[-1] + (D is not None))
+    y = torch.empty_like(x)
+    return (y, x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1])) if return_final_states else y
+
+
+def convolution(found, call, x, weight, *args, **kwargs):
+    found["convolution of a scan"] += x.numel() * weight.shape[-1]
+    return torch.empty_like(x)
+
+
+def fusion(found, call, x, kernels, alpha):
+    found["state fusion"] += 27 * x.numel()
+    return torch.empty_like(x)
+
+
+class _Norms(TorchFunctionMode):
+    """Counts the normalisations that a model, or an operator of ours, takes from torch."""
+
+    PER_ELEMENT = {F.layer_norm: 5, F.rms_norm: 5, F.batch_norm: 2}
+
+    def __init__(self, found: Counter):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.PER_ELEMENT:
+            self.found["norm"] += self.PER_ELEMENT[function] * args[0].numel()
+        return function(*args, **(kwargs or {}))
 
 
 def giga(found: Counter) -> float:

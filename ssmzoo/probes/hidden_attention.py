@@ -84,9 +84,9 @@ def causal_mask(scan: Scan) -> Tensor:
 
 def to_tokens(matrix: Tensor, scan: Scan) -> Tensor:
     """(b e l l) indexed by steps -> by tokens, channel by channel."""
-    places = scan.step_places()
-    if places is not None:
-        step = places.argsort(-1)  # (e l) or (b e l): step of every token
+    tokens = scan.step_tokens()
+    if tokens is not None:
+        step = tokens.argsort(-1)  # (e l) or (b e l): step of every token
         matrix = matrix.gather(2, step[..., :, None].expand_as(matrix))
         matrix = matrix.gather(3, step[..., None, :].expand_as(matrix))
     return matrix if scan.mixture is None else matrix @ scan.mixture[:, None]

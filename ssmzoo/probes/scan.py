@@ -7,6 +7,7 @@ b batch, e channels over all directions, l length, n state size, g groups of B a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
@@ -102,26 +103,33 @@ class Scan:
     positions: Tensor | None = None
     kept: Tensor | None = None
 
-    def places(self, channel: int) -> Tensor:
-        """(l), or (b l), the token on which every kept step of the channel (its place in `channels`) fell."""
-        at = self.step_places()
+    def tokens(self, channel: int) -> Tensor:
+        """(l), or (b l), the token on which every kept step of the channel (its index in `channels`) fell."""
+        at = self.step_tokens()
         if at is not None:
             return at[..., channel, :]
         return torch.arange(self.length, device=self.u.device) if self.positions is None else self.positions
 
-    def step_places(self) -> Tensor | None:
+    def places(self, channel: int) -> Tensor:
+        """Deprecated name of `tokens`."""
+        warnings.warn("Scan.places is called Scan.tokens now", DeprecationWarning, stacklevel=2)
+        return self.tokens(channel)
+
+    def step_tokens(self) -> Tensor | None:
         """The same of every channel, (e l) or (b e l); None: in order."""
-        if self.orders is None:
-            return None
+        return None if self.orders is None else self.by_channel(self.orders)
+
+    def by_channel(self, orders: Tensor) -> Tensor:
+        """Orders (k l) or (b k l) -> (e p) or (b e p): that of every kept channel's direction, at the kept steps."""
         direction = self.channels * self.directions // self.total
-        at = self.orders[..., direction.to(self.orders.device), :]
+        at = orders[..., direction.to(orders.device), :]
         return at if self.positions is None else at[..., self.positions]
 
     def direction(self, channel: int) -> int:
         return int(self.channels[channel]) * self.directions // self.total
 
     def take(self, channels: Iterable[int]) -> Scan:
-        """The same scan with fewer channels, given by their place in `channels`."""
+        """The same scan with fewer channels, given by their index in `channels`."""
         at = torch.as_tensor(list(channels), device=self.u.device)
         if at.numel() and not -len(self.channels) <= int(at.min()) <= int(at.max()) < len(self.channels):
             raise ValueError(
@@ -225,7 +233,7 @@ class Scan:
 
 @dataclass
 class DenseScan:
-    """One scan with dense transitions (SD-SSM), or with turned ones written as dense 2 x 2 blocks (complex diagonal).
+    """One scan with dense transitions (SD-SSM), or with rotations written as dense 2 x 2 blocks (complex diagonal).
 
     h_t = T_t h_{t-1} + x_t: transitions T (b l n n), inputs x (b l n), states h (b l n), initial_state (b n) or None
     """

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.models.vim import VimMixer
-from ssmzoo.probes.mamba_lrp import relevance, rules
+from ssmzoo.probes.lrp_rules import rules
+from ssmzoo.probes.mamba_lrp import relevance
 from ssmzoo.released import mamba_hf
 from ssmzoo.released.vim import official_mixer_arguments
 
@@ -56,5 +57,5 @@ def _golden_mixer(case) -> dict[str, Tensor]:
     block = nn.Sequential()
     block.add_module("norm", RMSNorm(mixer["d_model"]))
     block.add_module("mixer", VimMixer(**official_mixer_arguments(**mixer)))
-    with rules(block, on, detach - {"z"}, kwargs.get("gamma", 0.25)):
+    with rules(on, detach - {"z"}, kwargs.get("gamma", 0.25)):
         return {"y": torch.func.functional_call(block, dict(case.params), (case.inputs["x"],))}

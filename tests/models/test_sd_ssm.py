@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ssmzoo.data.automata_library import BENCHMARK, automaton
-from ssmzoo.layers.mixers.complex_diagonal import complex_scan
 from ssmzoo.layers.state import map_state, select_rows
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
 from ssmzoo.models.rnn import RNNModel
@@ -122,17 +121,6 @@ def test_padding_and_packing(model):
     packed = model(ids, seq_idx=seq_idx).logits
     torch.testing.assert_close(packed[0, 3:7], model(ids[:1, 3:7]).logits[0])
     torch.testing.assert_close(packed[1, 1:], model(ids[1:, 1:]).logits[0])
-
-
-def test_complex_scan_is_the_recurrence():
-    a, b = (torch.randn(2, 7, 3, dtype=torch.complex128) for _ in range(2))
-    h, expected = torch.zeros(2, 3, dtype=torch.complex128), []
-    for t in range(7):
-        h = a[:, t] * h + b[:, t]
-        expected.append(h)
-    products, got = complex_scan(a, b)
-    torch.testing.assert_close(got, torch.stack(expected, 1))
-    torch.testing.assert_close(products, a.cumprod(1))
 
 
 @pytest.mark.parametrize("language", BENCHMARK)

@@ -6,7 +6,7 @@ import torch
 from ssmzoo import ops
 
 BACKENDS = ["reference", "torch"]
-SCANS = ["cross", "unidirectional", "bidirectional"]
+SCANS = ["cross", "unidirectional", "bidirectional", "paired"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -17,6 +17,7 @@ def test_known_orders(backend):
         assert ops.cross_scan(x)[0, :, 0].tolist() == [rows, columns, rows[::-1], columns[::-1]]
         assert ops.cross_scan(x, "unidirectional")[0, :, 0].tolist() == [rows] * 4
         assert ops.cross_scan(x, "bidirectional")[0, :, 0].tolist() == [rows, rows, rows[::-1], rows[::-1]]
+        assert ops.cross_scan(x, "paired")[0, :, 0].tolist() == [rows, rows[::-1], columns, columns[::-1]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +62,7 @@ def test_strides_types_and_compilation(backend):
             ops.cross_scan,
             (2, 3, 4, 5),
             "spiral",
-            "scans = 'spiral', expected one of cross, unidirectional, bidirectional",
+            "scans = 'spiral', expected one of cross, unidirectional, bidirectional, paired",
         ),
     ],
 )

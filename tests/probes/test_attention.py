@@ -20,7 +20,6 @@ from ssmzoo.probes.hidden_attention import (
     implicit_attention,
     scan_output,
 )
-from ssmzoo.probes.interception import operators
 from ssmzoo.probes.tap import DenseScan, Scan, tap
 
 IMAGE = dict(in_chans=3, num_classes=4)
@@ -118,7 +117,7 @@ def test_chosen_positions_hold_what_all_of_them_hold(name):
         for method in ("decay", "write", "read", "states"):
             torch.testing.assert_close(getattr(part, method)(), getattr(scan, method)()[:, :, at])
         torch.testing.assert_close(part.states([-1]), scan.states([-1]))
-        assert torch.equal(part.places(1), scan.places(1)[..., at])
+        assert torch.equal(part.tokens(1), scan.tokens(1)[..., at])
     with pytest.raises(ValueError, match="needs every step of .*tap without positions="):
         attention(part)
     with pytest.raises(ValueError, match="states at .* kept positions"):
@@ -172,9 +171,9 @@ def test_directions_are_brought_back_to_their_tokens():
     scan = scans[0]
     assert scan.directions == 4
     side = int(scan.u.shape[-1] ** 0.5)
-    down = scan.places(scan.total // 4)  # the second direction runs down the columns
+    down = scan.tokens(scan.total // 4)  # the second direction runs down the columns
     assert down[:3].tolist() == [0, side, 2 * side]
-    tokens = scan_output(scan)[0, 0][scan.places(0).argsort()]
+    tokens = scan_output(scan)[0, 0][scan.tokens(0).argsort()]
     by_tokens = attention(scan)[0, 0] @ scan.u[0, 0] + scan.D[0] * scan.u[0, 0]  # the first direction: rows in order
     torch.testing.assert_close(tokens, by_tokens, atol=1e-5, rtol=1e-4)
 
@@ -260,17 +259,6 @@ def test_models_without_scans_and_long_inputs_are_refused():
         attention(scans[0], max_bytes=100)
 
 
-def test_operators_are_restored_after_an_error():
-    import ssmzoo.layers.mixers.mamba as home
-
-    model, x = build("mamba")
-    original = home.selective_scan_fn
-    with pytest.raises(RuntimeError), operators(model, selective_scan_fn=lambda call, *a, **k: call(*a, **k)):
-        assert home.selective_scan_fn is not original
-        raise RuntimeError
-    assert home.selective_scan_fn is original
-
-
 @torch.no_grad()
 def test_dense_transitions_of_sd_ssm():
     model = ssmzoo.create_model("sd_ssm", input_size=4, num_classes=3, state_size=6)
@@ -287,7 +275,7 @@ def test_dense_transitions_of_sd_ssm():
 
 
 @torch.no_grad()
-def test_turning_transitions_of_the_complex_diagonal_ssm():
+def test_rotating_transitions_of_the_complex_diagonal_ssm():
     model = ssmzoo.create_model("complex_diagonal_ssm", input_size=4, num_classes=3, state_size=6)
     ids = torch.randint(0, 4, (2, 7))
     with tap(model) as scans:
@@ -312,7 +300,7 @@ def test_sorted_tokens_are_brought_back():
     with tap(model, layers=[0], rows=1) as scans:
         model(x)
     (scan,) = scans
-    back = scan.places(0)[0].argsort()
+    back = scan.tokens(0)[0].argsort()
     torch.testing.assert_close(attention(scan)[0, 0], attention(scan, False)[0, 0][back][:, back])
 
 
@@ -322,8 +310,8 @@ def test_adventurer_s_steps_are_the_mean_the_patches_and_the_class_token():
     with tap(model, rows=1) as scans:
         model(x)
     l = scans[0].length
-    assert {s.extra for s in scans} == {1} and scans[0].places(0).tolist() == [l - 1, *range(l - 1)]
-    assert [l - 1, *range(l - 3, -1, -1), l - 2] in [s.places(0).tolist() for s in scans]
+    assert {s.extra for s in scans} == {1} and scans[0].tokens(0).tolist() == [l - 1, *range(l - 1)]
+    assert [l - 1, *range(l - 3, -1, -1), l - 2] in [s.tokens(0).tolist() for s in scans]
 
 
 def test_rollout_keeps_row_sums_and_scales():

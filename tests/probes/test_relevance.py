@@ -141,10 +141,10 @@ def test_without_biases_relevances_alone_sum_to_the_logit():
 def test_partial_constants_and_bad_rules():
     model, x = noisy("mamba")
     entry = enter(model, x)
-    with rules(model, constants=("A", "B")):
+    with rules(constants=("A", "B")):
         values = entry.logits(entry.values)
     torch.testing.assert_close(values, entry.logits(entry.values), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="rules are act, scan, gate, norm"), rules(model, on=["skip"]):
+    with pytest.raises(ValueError, match="rules are act, scan, gate, norm"), rules(on=["skip"]):
         pass
     with pytest.raises(ValueError, match="float32 or float64"):
         relevance(entry.logits, model, entry.values.bfloat16(), torch.tensor([0, 0]))

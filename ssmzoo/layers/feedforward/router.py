@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.ops.moe_dispatch import Groups, group_by_expert
+from ssmzoo.ops.moe_dispatch import Groups, group_by_expert, router_logits
 from ssmzoo.suggest import nearest
 
 
@@ -68,13 +68,11 @@ class Router(nn.Module):
         truncated_normal_(self.gate, self.d_model, self.init_scale)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (... d) -> s (... e), fp32 also under autocast: in bf16 two experts often tie."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(wide)
+        """x (... d) -> s (... e), fp32 or fp64"""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.jitter and self.training:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ self.gate.to(wide)
+        return router_logits(x, self.gate)
 
 
 class TokenChoice(Router):

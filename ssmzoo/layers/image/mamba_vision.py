@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.soft_sort import SoftSort
-from ssmzoo.ops import selective_scan_fn
+from ssmzoo.ops import mix_tokens, selective_scan_fn
 
 
 class MambaVisionMixer(nn.Module):
@@ -110,4 +110,4 @@ class MambaVisionMixer(nn.Module):
     def reorder(self, x: Tensor) -> Tensor:
         """Tokens of x (b e/2 l), the most important last."""
         scores = self.importance(self.steps(x)[0].transpose(1, 2)).squeeze(-1)  # (b l)
-        return x @ self.sort(-scores).transpose(1, 2)
+        return mix_tokens(x, self.sort(-scores))

@@ -25,7 +25,14 @@ from ssmzoo.layers.image.depthwise_conv import DepthwiseConv, MapConv
 from ssmzoo.layers.image.mlp import Linear, activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.norm import GatedLayerNorm, fp32
-from ssmzoo.ops import cross_merge, cross_scan, cross_selective_scan, mamba_chunk_scan_combined, selective_scan_fn
+from ssmzoo.ops import (
+    bidirectional_scan,
+    cross_merge,
+    cross_scan,
+    cross_selective_scan,
+    mamba_chunk_scan_combined,
+    selective_scan_fn,
+)
 
 SCANS = ("cross", "unidirectional", "bidirectional", "cascade")
 
@@ -234,7 +241,7 @@ class SS2D(nn.Module):
             x = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],))  # (b y x e), no weights
             lines = x.permute(0, 1, 3, 2) if first == 0 else x.permute(0, 2, 3, 1)  # (b lines e length)
             s = lines.flatten(0, 1)
-            y = self.scan_orders(torch.stack([s, s.flip(-1)], dim=1), first).sum(1).unflatten(0, lines.shape[:2])
+            y = self.scan_orders(bidirectional_scan(s), first).sum(1).unflatten(0, lines.shape[:2])
             x = y.permute(0, 2, 1, 3) if first == 0 else y.permute(0, 2, 3, 1)  # (b e y x)
         return x.permute(0, 2, 3, 1)
 

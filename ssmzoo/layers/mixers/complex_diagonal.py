@@ -9,25 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.ops import complex_scan
+
 
 class ComplexState(NamedTuple):
     """h (b n 2): real and imaginary part after the last real token."""
 
     h: Tensor
-
-
-def complex_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """h_t = a_t h_{t-1} + b_t from h_0 = 0, and the products a_1 ... a_t, along axis 1 in log2(l) vectorised rounds.
-
-    a, b (b l n) complex -> products (b l n), h (b l n). Only products of a are formed, so nothing overflows for |a|
-    <= 1.
-    """
-    step, l = 1, a.shape[1]
-    while step < l:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], dim=1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], dim=1)
-        step *= 2
-    return a, b
 
 
 class ComplexDiagonalSSM(nn.Module):
@@ -97,7 +85,6 @@ class ComplexDiagonalSSM(nn.Module):
             new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[..., None]
             b = torch.where(new, a * start[:, None] + b, b)
             a = torch.where(new, 0.0, a)
-        products, h = complex_scan(a, b)
-        h = h + products * h0[:, None]
+        h = complex_scan(a, b, h0)
         last = h[:, -1] if h.shape[1] else h0
         return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), ComplexState(torch.view_as_real(last))

@@ -11,10 +11,6 @@ lam weighs the two ends of a time step: lam = 1 is Mamba-2, other values stand i
 rotation is a complex diagonal A in real arithmetic. With rank r > 1 (MIMO) every head writes r outer products and
 reads r outputs per token, x and z entering and y leaving through the weights mimo_x, mimo_z, mimo_o.
 
-Term by term, x_s k_s^T enters at s with lam_s dt_s and at s+1 with (1-lam_{s+1}) dt_{s+1}, both decayed alike from s
-on: so the scan is Mamba-2's with the weight w_s = lam_s dt_s + (1-lam_{s+1}) dt_{s+1}, except that y_s itself must
-not see the second part yet.
-
 b batch, l length, d d_model, h heads of p channels, n state size, g groups of B and C, r rank, m angles.
 Source: arXiv 2603.15569; equations and parameter names of state-spaces/mamba modules/mamba3.py (Apache-2.0). SISO is
 held to that code's own step reference; no reference values exist for MIMO outside of GPUs.
@@ -33,7 +29,7 @@ from ssmzoo.layers.embed import rotate_halves, rotate_pairs
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
 from ssmzoo.layers.state import Padding, call_aligned
-from ssmzoo.ops.ssd import ssd_scan
+from ssmzoo.ops import trapezoidal_scan
 
 PHASE_CHUNK = 64  # tokens whose phases are summed before the sum is brought back into [0, 2 pi)
 
@@ -140,38 +136,16 @@ class Mamba3(nn.Module):
         k = self._rotate(self._heads(B, self.B_norm, self.B_bias), phase)  # (b l r h n)
         q = self._rotate(self._heads(C, self.C_norm, self.C_bias), phase)
         v, z = (u.unflatten(-1, (self.nheads, self.headdim)) for u in (x, z))  # (b l h p)
-        y, S = self._scan(v, k, q, a, lam * dt, (1 - lam) * dt, state, seq_idx)
+        gamma, beta, start = lam * dt, (1 - lam) * dt, None
+        if state is not None:  # with what the last token of the previous call adds in the first step of this one
+            past = self._spread(fp32(state.x)[:, None]) * beta[:, 0, None, :, None]  # (b r h p)
+            start = state.ssm + torch.einsum("brhp,brhn->bhpn", past, fp32(state.k))
+        mimo = self.mimo_x if self.is_mimo else None
+        y, S = trapezoidal_scan(v, k, q, a, gamma, beta, self.D, mimo, start, seq_idx, self.chunk_size)
         y = self._merge(y, z).to(x.dtype)
         if mask is not None:
             y = y * mask.mask[..., None]
         return self.out_proj(y), self._last(phase, S, k, v, state, mask)
-
-    def _scan(self, v, k, q, a, now, later, state, seq_idx) -> tuple[Tensor, Tensor]:
-        """The recurrence. now, later (b l h): weight of a token in its own step and the next -> y (b l r h p), S."""
-        r = self.rank
-        v = fp32(v).unsqueeze(2)  # (b l 1 h p)
-        S = None
-        if state is not None:  # what the last token of the previous call adds in the first step of this one
-            past = self._spread(fp32(state.x)[:, None]) * later[:, 0, None, :, None]  # (b r h p)
-            S = state.ssm + torch.einsum("brhp,brhn->bhpn", past, fp32(state.k))
-        w = now + F.pad(later[:, 1:], (0, 0, 0, 1))
-        ranks = self._spread(v)  # (b l r h p)
-        decay = F.pad(a[:, :, None], (0, 0, 0, r - 1))  # (b l r h): a token decays once, before its first rank
-        documents = None if seq_idx is None else seq_idx.repeat_interleave(r, dim=1)
-        y, S = ssd_scan(
-            (ranks * w[:, :, None, :, None]).flatten(1, 2),
-            decay.flatten(1, 2),
-            k.flatten(1, 2),
-            q.flatten(1, 2),
-            S,
-            documents,
-            self.chunk_size,
-        )
-        # inside a token, rank i has seen ranks j <= i with weight w; all ranks should count, with weight `now`
-        seen = torch.ones(r, r, device=v.device, dtype=v.dtype).tril()
-        own = torch.einsum("blihn,bljhn->blhij", q, k) * (now[..., None, None] - w[..., None, None] * seen)
-        y = y.unflatten(1, (-1, r)) + torch.einsum("blhij,bljhp->blihp", own, ranks)
-        return y + ranks * fp32(self.D)[:, None], S
 
     def _merge(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate, norm and, for MIMO, the weighted sum over ranks. y (b l r h p), z (b l h p) -> (b l hp)"""

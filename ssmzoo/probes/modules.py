@@ -1,0 +1,52 @@
+"""The module of a model whose forward is running, for whoever watches operators: they know no module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass
+class Call:
+    """One running forward: module and its name in the model; notes are the observer's own and end with the call."""
+
+    name: str
+    module: nn.Module
+    notes: dict = field(default_factory=dict)
+
+
+class ModuleTracker:
+    """`with ModuleTracker(model) as modules: ... modules.current.name` is the innermost module at work.
+
+    calls  the running forwards, from the model itself to the innermost one
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.calls, self.hooks = model, [Call("", model)], []
+
+    def __enter__(self) -> ModuleTracker:
+        for name, module in self.model.named_modules():
+            self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self._enter(name, m)))
+            self.hooks.append(module.register_forward_hook(lambda m, x, y: self._leave(), always_call=True))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.calls, self.hooks = self.calls[:1], []
+
+    def _enter(self, name: str, module: nn.Module) -> None:
+        self.calls.append(Call(name, module))
+
+    def _leave(self) -> None:
+        self.calls.pop()
+
+    @property
+    def current(self) -> Call:
+        return self.calls[-1]
+
+    @property
+    def caller(self) -> Call:
+        """The forward that called the current one."""
+        return self.calls[max(0, len(self.calls) - 2)]
