@@ -36,11 +36,11 @@ TEXT = [
 IMAGES = ["model=mamba_reorder", "trainer.max_steps=330", "trainer.val_check_interval=33"]
 ARMS = {
     "free": TEXT,
-    **{s: [*TEXT, f"+model.ssm_cfg.scenario={s}"] for s in ("divergent", "mixed", "convergent")},
+    **{s: ["model=mamba_scenario", *TEXT[1:], f"+model.scenario={s}"] for s in ("divergent", "mixed", "convergent")},
     "in order": [*IMAGES, "model.reorder=false"],
     "reordered": [*IMAGES, "model.reorder=true"],
 }
-METRIC = {arm: "val/loss" if "model=mamba" in overrides else "val/top1" for arm, overrides in ARMS.items()}
+METRIC = {arm: "val/top1" if overrides[0] == IMAGES[0] else "val/loss" for arm, overrides in ARMS.items()}
 
 
 def folder_of(arm: str, seed: int, runs: Path) -> Path:
@@ -84,7 +84,7 @@ def page(curves: dict[str, list[list[tuple[int, float]]]], seeds: dict[str, list
         "",
         "## Which scenario x_proj may take (text)",
         "",
-        f"`python train.py {' '.join(TEXT)} [+model.ssm_cfg.scenario=...]`",
+        f"`python train.py {' '.join(TEXT)}` and `model=mamba_scenario ... +model.scenario=...`",
         "",
         "| x_proj | validation loss (nats per byte), end | half-way | seeds |",
         "|---|---|---|---|",

@@ -1,6 +1,7 @@
 """What models carry along a sequence, and padding that must not touch it.
 
-Every causal mixer is `forward(x, state=None, *, mask=None, seq_idx=None) -> (y, state)`. Its state is a NamedTuple of
+Every causal mixer is `forward(x, state=None, *, mask=None, seq_idx=None) -> (y, state)`, with `prefix=None` as well if
+it can read leading positions in both directions. Its state is a NamedTuple of
 tensors with the batch first; a model's state is a tuple of its layers' states. Nothing is hidden in modules, so a state
 can be kept, copied, reordered or differentiated through like any other value.
 
@@ -46,7 +47,7 @@ class Padding(NamedTuple):
         return _take(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
-        """(b l ...) with the real tokens in front -> (b l ...) at their places."""
+        """(b l ...) with the real tokens in front -> (b l ...) at their positions."""
         return _take(x, self.inverse)
 
     def align_seq_idx(self, seq_idx: Tensor | None) -> Tensor | None:
@@ -79,12 +80,14 @@ def is_step(x: Tensor, state, padding, seq_idx) -> bool:
     return state is not None and x.shape[1] == 1 and padding is None and seq_idx is None and not torch.is_grad_enabled()
 
 
-def call_aligned(forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
+def call_aligned(
+    forward: Callable, x: Tensor, state, mask: Tensor, seq_idx: Tensor | None, **more
+) -> tuple[Tensor, Any]:
     """Run a mixer whose `forward` understands a Padding on inputs with a bool mask. x (b l d) -> y (b l d), state."""
     if mask.shape != x.shape[:2]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the input wants {tuple(x.shape[:2])}")
     padding = left_align(mask)
-    y, state = forward(padding.align(x), state, mask=padding, seq_idx=padding.align_seq_idx(seq_idx))
+    y, state = forward(padding.align(x), state, mask=padding, seq_idx=padding.align_seq_idx(seq_idx), **more)
     return padding.restore(y), state
 
 
@@ -103,22 +106,23 @@ def conv_window(
             window = torch.cat([head[..., length:], window], dim=-1)
         if seq_idx is None:
             return window
-        first = length - width + torch.arange(width, device=x.device)  # place of each window slot, < 0: before x
-        places = first.expand(b, width)
+        first = length - width + torch.arange(width, device=x.device)  # index of each window slot, < 0: before x
+        index = first.expand(b, width)
     else:
         head = x.new_zeros(b, x.shape[1], width) if previous is None else previous.to(x.dtype)
         slots = padding.lengths[:, None] + torch.arange(width, device=x.device)  # (b width) into [head, x]
         window = torch.cat([head, x], dim=-1).gather(2, slots[:, None].expand(b, x.shape[1], width))
         if seq_idx is None:
             return window
-        places = slots - width
-    same = seq_idx.gather(1, places.clamp(min=0)) == seq_idx[:, -1:]
+        index = slots - width
+    same = seq_idx.gather(1, index.clamp(min=0)) == seq_idx[:, -1:]
     return window * same[:, None]
 
 
-def conv_history(previous: Tensor | None, width: int) -> Tensor | None:
-    """Window (b c width) -> the width-1 inputs before the next token: `initial_states` of `causal_conv1d_fn`."""
-    return None if previous is None or width == 1 else previous[..., 1 - width :]
+def refuse_prefix(prefix: Any, model: str) -> None:
+    """For models that read in one direction only. Raises ValueError for any prefix but None and 0."""
+    if prefix is not None and bool(torch.as_tensor(prefix).any()):
+        raise ValueError(f"prefix: {model} reads in one direction only; leave prefix out")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:

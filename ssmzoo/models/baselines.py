@@ -8,9 +8,10 @@ Source: arXiv 2401.04081; llm-random (Apache-2.0), lizrd/core/llm.py.
 
 from __future__ import annotations
 
+from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.mlp import FeedForward
 from ssmzoo.layers.mixers.attention import Attention
-from ssmzoo.models.moe_mamba import Block, DecoderLM, check_sizes, moe_factory
+from ssmzoo.models.moe_mamba import DecoderLM, check_sizes, moe_factory
 
 
 class TransformerLM(DecoderLM):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.mixers.complex_diagonal import ComplexDiagonalSSM, ComplexState
-from ssmzoo.layers.state import ModelOutput
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import ModelOutput, refuse_prefix
 
 
 class ComplexDiagonalModel(nn.Module):
@@ -73,11 +74,17 @@ class ComplexDiagonalModel(nn.Module):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
     ) -> ModelOutput:
+        refuse_prefix(prefix, type(self).__name__)
         if input_ids.is_floating_point():
             x = self.embedding(input_ids)  # (b l e)
-        else:
+        elif is_plain(self.embedding):
             x = F.embedding(input_ids, self.embedding.weight.T)
+        else:
+            x = self.embedding(
+                F.one_hot(input_ids.long(), self.input_size).to(next(self.parameters(), torch.empty(0)).dtype)
+            )
         states = []
         for i, (block, mlp) in enumerate(zip(self.blocks, self.mlps)):
             x, after = block(x, None if state is None else state[i], mask=mask, seq_idx=seq_idx)

@@ -2,8 +2,8 @@
 
     x <- x + Mamba(RMSNorm(x)) for every layer;   logits = W_head RMSNorm(x), W_head tied to the embedding
 
-The mixer and its equations are in layers/mixers/mamba.py, the residual container in ssmzoo/layers/stack.py. Layers
-listed in `attn_layer_idx` carry multi-head attention instead of the SSM; `d_intermediate` adds a gated MLP per block.
+The mixer and its equations are in layers/mixers/mamba.py, the skeleton in layers/decoder.py. A layer pattern puts
+multi-head attention in the place of some SSMs; `d_intermediate` adds a gated MLP per block.
 Paper and code differ in B: the paper's formula discretises it exactly (ZOH), the code and we use dt B.
 Source: Gu & Dao 2023 (arXiv 2312.00752); state-spaces/mamba models/mixer_seq_simple.py (Apache-2.0) for names, the
 initialisation and the checkpoints; Hugging Face transformers models/mamba (Apache-2.0) for the second naming.
@@ -11,27 +11,52 @@ initialisation and the checkpoints; Hugging Face transformers models/mamba (Apac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ssmzoo.layers.embed import padded_vocab_size
-from ssmzoo.layers.heads import CausalLM
+from ssmzoo.layers.decoder import Block, Decoder, layer_pattern, padded_vocab_size
+from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.layers.mixers.mha import MHA
-from ssmzoo.layers.stack import Stack
+from ssmzoo.layers.norm import LayerNorm, RMSNorm
+from ssmzoo.layers.state import ModelOutput
 
 
-class MambaLM(CausalLM):
+class MambaBlock(Block):
+    """A mixer and, if d_intermediate > 0, a gated MLP, under the names of the released checkpoints."""
+
+    def __init__(self, mixer: nn.Module, d_model: int, d_intermediate: int, norm):
+        nn.Module.__init__(self)
+        self.mixer, self.norm = mixer, norm(d_model)
+        self.mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
+        self.norm2 = norm(d_model) if d_intermediate else None
+        self.set_kinds({"mixer": mixer} | ({"mlp": self.mlp} if d_intermediate else {}))
+
+    def sublayers(self):
+        first = ("mixer", self.norm, self.mixer)
+        return [first] if self.mlp is None else [first, ("mlp", self.norm2, self.mlp)]
+
+
+class MambaBackbone(Decoder):
+    """The decoder under the names of the released checkpoints."""
+
+    blocks_name, norm_name = "layers", "norm_f"
+
+
+class MambaLM(nn.Module):
     """ids (b l) -> ModelOutput(logits (b l v), state, {}); the defaults are the paper's 130M model.
 
     vocab_size, pad_vocab_size_multiple   v is vocab_size rounded up to a multiple
     d_model, n_layer      width and number of blocks
     d_intermediate        hidden width of a gated MLP in every block (rounded up to 128); 0: none
     ssm_cfg               arguments of the mixer (ssmzoo.layers.mixers.mamba.Mamba), e.g. {"d_state": 32}
-    attn_layer_idx, attn_cfg              layers that carry attention, and the arguments of ssmzoo.layers.mixers.mha.MHA
+    layer_pattern         one letter per layer, M for the mixer and A for attention; a shorter pattern repeats
+    attn_layer_idx        the same by the numbers of the layers that carry attention
+    attn_cfg              arguments of the attention (ssmzoo.layers.mixers.attention.MHA)
     rms_norm, norm_eps    RMSNorm, or LayerNorm
     residual_in_fp32      keep the residual stream in fp32 when the model computes in lower precision
     tie_embeddings        the head's weight is the embedding's
@@ -53,26 +78,32 @@ class MambaLM(CausalLM):
         residual_in_fp32: bool = True,
         tie_embeddings: bool = True,
         pad_vocab_size_multiple: int = 8,
+        layer_pattern: str | None = None,
     ):
+        super().__init__()
         if d_model < 1 or n_layer < 1 or d_intermediate < 0:
             raise ValueError(
                 f"need d_model and n_layer >= 1 and d_intermediate >= 0, got d_model={d_model}, "
                 f"n_layer={n_layer}, d_intermediate={d_intermediate}"
             )
-        attention = set(attn_layer_idx)
-        if not attention <= set(range(n_layer)) or (attention and not attn_cfg):
-            raise ValueError(
-                f"attn_layer_idx={list(attn_layer_idx)} must lie in 0..{n_layer - 1} and needs attn_cfg "
-                f"with at least num_heads, got attn_cfg={attn_cfg}"
+        kinds = letters(layer_pattern, attn_layer_idx, n_layer)
+        if "A" in kinds and not attn_cfg:
+            raise ValueError(f"layers with attention need attn_cfg with at least num_heads, got attn_cfg={attn_cfg}")
+        norm = functools.partial(RMSNorm if rms_norm else LayerNorm, eps=norm_eps)
+        blocks = (
+            MambaBlock(
+                MHA(d_model, **attn_cfg) if kind == "A" else self.mixer(d_model, **(ssm_cfg or {})),
+                d_model,
+                d_intermediate,
+                norm,
             )
-        mixers = (
-            MHA(d_model, **attn_cfg) if i in attention else self.mixer(d_model, **(ssm_cfg or {}))
-            for i in range(n_layer)
+            for kind in kinds
         )
         rows = padded_vocab_size(vocab_size, pad_vocab_size_multiple)
-        super().__init__(
-            Stack(rows, d_model, mixers, d_intermediate, rms_norm, norm_eps, residual_in_fp32), tie_embeddings
-        )
+        self.backbone = MambaBackbone(nn.Embedding(rows, d_model), blocks, norm(d_model), residual_in_fp32)
+        self.lm_head = nn.Linear(d_model, rows, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
         self.vocab_size = vocab_size
         self.reset_parameters()
 
@@ -89,3 +120,32 @@ class MambaLM(CausalLM):
                 scaled_output_(module.weight, len(self.backbone.layers))
             if isinstance(module, nn.Linear) and module.bias is not None and leaf != "dt_proj":
                 nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """As `ssmzoo.layers.decoder.CausalLM`."""
+        hidden, state, aux = self.backbone(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix)
+        return ModelOutput(self.lm_head(hidden[:, -logits_to_keep:]), state, aux)
+
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+
+def letters(pattern: str | None, attn_layer_idx: Sequence[int], n_layer: int) -> list[str]:
+    """M or A for every layer, from a pattern or from the numbers of the attention layers."""
+    attention = set(attn_layer_idx)
+    if pattern is not None:
+        if attention:
+            raise ValueError(f"give layer_pattern or attn_layer_idx, not both; got {pattern!r} and {sorted(attention)}")
+        return layer_pattern(pattern, n_layer, {"M": "M", "A": "A"})
+    if not attention <= set(range(n_layer)):
+        raise ValueError(f"attn_layer_idx={list(attn_layer_idx)} must lie in 0..{n_layer - 1}")
+    return ["A" if i in attention else "M" for i in range(n_layer)]

@@ -18,17 +18,14 @@ Source: arXiv 2401.04081; llm-random (Apache-2.0): lizrd/core/llm.py, research/c
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ssmzoo.layers.feedforward.moe import MoE, build_moe, merge_aux
+from ssmzoo.layers.decoder import Block, CausalLM
+from ssmzoo.layers.feedforward.moe import MoE, build_moe
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.layers.state import ModelOutput, Padding, left_align
+from ssmzoo.layers.state import ModelOutput, Padding
 from ssmzoo.suggest import nearest
 
 ARRANGEMENTS = ("interleaved", "parallel", "inner", "none")
@@ -67,83 +64,16 @@ def _project(projection: nn.Module, x: Tensor, padding: Padding | None, aux: lis
     return y
 
 
-class Block(nn.Module):
-    """Pre-norm residual sublayers by name, one after the other, or side by side behind one shared norm.
-
-    layers  causal mixers (Mamba, Attention), MoE layers, or dense modules (b l d) -> (b l d)
-    """
-
-    def __init__(self, d_model: int, layers: dict[str, nn.Module], parallel: bool = False):
-        super().__init__()
-        self.parallel = parallel
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(d_model) for name in (["shared"] if parallel else layers)})
-        self.layers = nn.ModuleDict(layers)
-
-    def forward(self, x: Tensor, state: dict | None, padding: Padding | None, seq_idx: Tensor | None):
-        """x (b l d) -> x, state {mixer's name: its state}, aux of every MoE layer."""
-        new, aux = {}, []
-        h = self.norms["shared"](x) if self.parallel else None
-        for name, layer in self.layers.items():
-            u = h if self.parallel else self.norms[name](x)
-            if isinstance(layer, MoE):
-                y = _project(layer, u, padding, aux)
-            elif isinstance(layer, (Mamba, Attention)):
-                y, new[name], *inner = layer(u, None if state is None else state[name], mask=padding, seq_idx=seq_idx)
-                aux += inner[0] if inner else []
-            else:
-                y = layer(u)
-            x = x + y
-        return x, new, aux
-
-
-class DecoderLM(nn.Module):
-    """Embedding, blocks, head: a causal language model without final norm, tying, or input positions.
+class DecoderLM(CausalLM):
+    """A decoder without final norm and tying, initialised as llm-random's.
 
     Embedding and head are truncated normal with scale `init_scale` and fan-in 1 and d.
-    forward(input_ids (b l), state, mask=, seq_idx=) -> ModelOutput(logits (b l v), state, aux)
     """
 
     def __init__(self, vocab_size: int, d_model: int, blocks: list[Block], init_scale: float = 0.1):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        super().__init__(nn.Embedding(vocab_size, d_model), blocks, nn.Linear(d_model, vocab_size, bias=False))
         truncated_normal_(self.embedding.weight, 1, init_scale)
         truncated_normal_(self.head.weight, d_model, init_scale)
-        self.grad_checkpointing = False
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: tuple | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> ModelOutput:
-        padding = left_align(mask)
-        if padding is not None:
-            if mask.shape != input_ids.shape:
-                raise ValueError(f"mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}")
-            input_ids, seq_idx = padding.align(input_ids), padding.align_seq_idx(seq_idx)
-        x = self.embedding(input_ids)  # (b l d); stays in fp32 under autocast
-        states, aux = [], []
-        for i, block in enumerate(self.blocks):
-            x, new, layer_aux = self._run(block, x, None if state is None else state[i], padding, seq_idx)
-            states.append(new)
-            aux += layer_aux
-        logits = self.head(x if padding is None else padding.restore(x))
-        return ModelOutput(logits, tuple(states), merge_aux(aux))
-
-    def _run(self, block: Block, *args: Any):
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return block(*args)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _CHOICES)
-        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass. The choice of experts is kept, not recomputed: a rounding
-        difference between the two passes could send a token elsewhere."""
-        self.grad_checkpointing = enable
 
     def num_parameters(self, embeddings: bool = True) -> tuple[int, int]:
         """(total, active per token); without embedding and head when `embeddings` is False, as papers count."""
@@ -151,9 +81,6 @@ class DecoderLM(nn.Module):
         if not embeddings:
             total -= self.embedding.weight.numel() + self.head.weight.numel()
         return total, total - sum(m.inactive_parameters() for m in self.modules() if isinstance(m, MoE))
-
-
-_CHOICES = [torch.ops.aten.topk.default]  # saved under gradient checkpointing
 
 
 class MoEMambaLM(DecoderLM):
@@ -168,7 +95,7 @@ class MoEMambaLM(DecoderLM):
     router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; or
                      expert_choice, every expert taking top_k / n_experts of the tokens at each time step over the
                      batch: for training and scoring in batches, not for decoding
-    d_state, expand, scenario        of Mamba (ssmzoo.layers.mixers.mamba.Mamba)
+    d_state, expand  of Mamba (ssmzoo.layers.mixers.mamba.Mamba)
 
     Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
     """
@@ -192,7 +119,6 @@ class MoEMambaLM(DecoderLM):
         z_loss_weight: float = 0.0,
         d_state: int = 16,
         expand: float = 2,
-        scenario: str | None = None,
     ):
         check_sizes(
             vocab_size=vocab_size,
@@ -222,7 +148,7 @@ class MoEMambaLM(DecoderLM):
             balance_weight,
             z_loss_weight,
         )
-        mamba = dict(d_state=d_state, expand=expand, scenario=scenario)
+        mamba = dict(d_state=d_state, expand=expand)
 
         def block(i: int) -> Block:
             experts_here = arrangement != "none" and (i + 1) % moe_every == 0
@@ -243,13 +169,18 @@ class MoEMambaLM(DecoderLM):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
+        """As `ssmzoo.layers.decoder.CausalLM`."""
         if state is not None and not self.causal:
             raise ValueError(
                 "expert choice compares the tokens of a batch, so it cannot continue from a state; "
                 "use router=token_choice for a model that generates"
             )
-        return super().forward(input_ids, state, mask=mask, seq_idx=seq_idx)
+        return super().forward(
+            input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, logits_to_keep=logits_to_keep
+        )
 
 
 def check_sizes(**sizes: int) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.state import ModelOutput
+from ssmzoo.layers.state import ModelOutput, refuse_prefix
 from ssmzoo.ops.transforms import transformed
 
 
@@ -59,10 +59,12 @@ class RNNModel(nn.Module):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
     ) -> ModelOutput:
+        refuse_prefix(prefix, type(self).__name__)
         x = input_ids
         if not x.is_floating_point():
-            units = torch.eye(self.input_size, dtype=self.output_projection.weight.dtype, device=x.device)
+            units = torch.eye(self.input_size, dtype=next(self.parameters(), torch.empty(0)).dtype, device=x.device)
             x = F.embedding(x.long(), units)  # (b l v)
         if mask is None and seq_idx is None:
             y, state = self._run(x, state)

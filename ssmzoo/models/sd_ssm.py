@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.layers.mixers.sd_ssm import SDSSM, SDSSMState
-from ssmzoo.layers.state import ModelOutput
+from ssmzoo.layers.state import ModelOutput, refuse_prefix
 
 
 class SDSSMModel(nn.Module):
@@ -69,7 +69,9 @@ class SDSSMModel(nn.Module):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
     ) -> ModelOutput:
+        refuse_prefix(prefix, type(self).__name__)
         h, state = self.block(input_ids, state, mask=mask, seq_idx=seq_idx)  # (b l n)
         aux = {}
         if self.training and self.state_penalty:

@@ -45,7 +45,18 @@ def official(
     block. fused_add_norm, use_fast_path and layer_idx choose kernels and caches; the results are the same."""
     if "A_log" in state:
         block = OfficialMamba(
-            d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, conv_bias, bias
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            conv_bias,
+            bias,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
         )
         return block, state
     return official_lm(

@@ -85,7 +85,7 @@ def official(
         ngroups,
         d_ssm,
         rmsnorm,
-        norm_before_gate,
+        norm_before_gate=norm_before_gate,
         norm_groups=1 if simple else None,
         D_has_hdim=D_has_hdim,
         bias=bias,

@@ -70,10 +70,10 @@ def official(
         is_mimo,
         mimo_rank,
         A_floor,
-        dt_min,
-        dt_max,
-        dt_init_floor,
         chunk_size,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        dt_init_floor=dt_init_floor,
     )
     return block, state
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.mlp import FeedForward
 from ssmzoo.layers.feedforward.moe import build_moe
 from ssmzoo.layers.feedforward.router import TokenChoice
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.models.moe_mamba import Block, DecoderLM, InnerMoEMamba
+from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba
 from ssmzoo.released.moe import official_options
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest

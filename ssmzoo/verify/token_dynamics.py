@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
-from ssmzoo.layers.scenario import Scenario
 from ssmzoo.layers.soft_sort import soft_sort
+from ssmzoo.models.token_dynamics import Scenario
 
 NAMES = {"pos": "divergent", "neg": "convergent", "real": "mixed"}
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from toy import assert_checkpointing_changes_nothing
 
 import ssmzoo
+from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.mixers.mamba3 import Mamba3, phase_sums
-from ssmzoo.layers.mixers.mha import MHA
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.mamba2 import Mamba2LM
 from ssmzoo.models.mamba3 import Mamba3LM

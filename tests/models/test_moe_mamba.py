@@ -8,11 +8,13 @@ from torch.nn import functional as F
 from toy import assert_checkpointing_changes_nothing
 
 import ssmzoo
+from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.moe import MoE
-from ssmzoo.layers.mixers.attention import Attention, rope_table, rotate
+from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
+from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.models.baselines import TransformerLM
-from ssmzoo.models.moe_mamba import Block, InnerMoEMamba, MoEMambaLM
+from ssmzoo.models.moe_mamba import InnerMoEMamba, MoEMambaLM
 
 V = 31
 SMALL = {
@@ -151,14 +153,14 @@ def test_wiring_of_the_arrangements():
     block, x = model.blocks[0], model.embedding(ids)
     h = block.norms["shared"](x)
     expected = x + block.layers["mamba"](h)[0] + block.layers["feedforward"](h)[0]
-    torch.testing.assert_close(block(x, None, None, None)[0], expected)
+    torch.testing.assert_close(block(x)[0], expected)
 
     model = SMALL["interleaved"]().eval()
     block, x = model.blocks[0], model.embedding(ids)
     y = x + block.layers["mamba"](block.norms["mamba"](x))[0]
     expected = y + block.layers["feedforward"](block.norms["feedforward"](y))[0]
-    torch.testing.assert_close(block(x, None, None, None)[0], expected)
-    last = model.blocks[1](expected, None, None, None)[0]
+    torch.testing.assert_close(block(x)[0], expected)
+    last = model.blocks[1](expected)[0]
     torch.testing.assert_close(model(ids).logits, last @ model.head.weight.T)  # no norm before the head
 
     every_other = SMALL["inner"]()
@@ -292,5 +294,5 @@ def test_bad_input_is_refused_in_words(build, message):
 
 def test_block_of_any_official_list():
     block = Block(8, {"mamba": Mamba(8), "attention": Attention(8, 2)})
-    y, state, aux = block(torch.randn(2, 5, 8), None, None, None)
+    y, state, aux = block(torch.randn(2, 5, 8))
     assert y.shape == (2, 5, 8) and set(state) == {"mamba", "attention"} and aux == []

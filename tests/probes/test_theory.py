@@ -10,9 +10,9 @@ from test_attention import build
 
 import ssmzoo
 from ssmzoo.layers.dsf import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
-from ssmzoo.layers.scenario import SCENARIOS, Scenario
 from ssmzoo.layers.soft_sort import soft_sort
 from ssmzoo.models.free_a_ssm import FreeAClassifier, FreeASSM
+from ssmzoo.models.token_dynamics import SCENARIOS, Scenario
 from ssmzoo.probes import dsf, polynomial, recall
 from ssmzoo.probes.entry import enter
 from ssmzoo.probes.generalization_bound import (
@@ -68,9 +68,9 @@ def test_mu_of_a_channel_is_the_diagonal_and_mamba2_has_a_criterion():
     assert len(found) == 4 and all(len(c.eigenvalues) == 8 and len(c.channels) == 16 for c in found)
 
 
-def test_scenario_is_an_argument_of_mamba_and_keeps_its_promise_in_steps():
+def test_a_model_keeps_its_scenario_in_steps():
     torch.manual_seed(0)
-    model = ssmzoo.create_model("moe_mamba", vocab_size=16, d_model=16, n_blocks=1, n_experts=2, scenario="divergent")
+    model = ssmzoo.create_model("mamba_scenario", vocab_size=16, d_model=16, n_layer=1, scenario="divergent")
     assert {c.scenario for c in criterion(model)} == {"divergent"}
     ids = torch.randint(0, 16, (2, 7))
     with torch.no_grad():

@@ -1,10 +1,16 @@
 """Causal multi-head attention with rotary positions, carrying its keys and values from chunk to chunk.
 
-    q, k, v = split(W_qkv x) per head;   q, k turned by their position
-    y = W_o concat_heads( softmax(q k^T / sqrt(p), over s <= t of the same document) v )
+    q, k, v = split(W_in x) per head;   q, k rotated by their position in the document
+    y = W_out concat_heads( softmax(scale q k^T, over s <= t of the same document) v )
 
-b batch, l length, s keys (old and new), d width, h heads, p width of a head.
-Source: llm-random (Apache-2.0), lizrd/core/llm.py (AttentionRoPE): rows of W_qkv laid out per head as [q | k | v].
+A prefix is read in both directions: its tokens attend to all of it. `attend` is the one implementation; around it stand
+two layers whose projections follow two families of checkpoints: `Attention` (llm-random: rows of W_in per head as
+[q | k | v]) and `MHA` (Mamba hybrids: [all q | all k | all v], a short convolution over them, a gated MLP beside).
+
+b batch, l length, s keys (old and new), d width, h heads, j key/value heads, p width of a head.
+Source: llm-random lizrd/core/llm.py (AttentionRoPE), state-spaces/mamba modules/mha.py (both Apache-2.0) for names and
+layouts. The released MHA decodes wrongly (its convolution cache holds outputs, and one query sees key 0 only); here
+carried state gives what the whole sequence gives.
 """
 
 from __future__ import annotations
@@ -16,14 +22,56 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.layers.mixers.short_conv import short_conv
+from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
 class KVState(NamedTuple):
-    k: Tensor  # (b s h p) turned by its position already
-    v: Tensor  # (b s h p)
-    position: Tensor  # (b s) place in its document, -1 for keys that no later token may see
+    k: Tensor  # (b s j p) rotated by its position already
+    v: Tensor  # (b s j p)
+    position: Tensor  # (b s) position in its document, -1 for keys that no later token may see
+    conv: Tensor | None = None  # (b c k) the last inputs of a short convolution before the attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: KVState | None,
+    *,
+    mask: Padding | None = None,
+    seq_idx: Tensor | None = None,
+    prefix: Tensor | None = None,
+    rope_dim: int = 0,
+    rope_base: float = 10000.0,
+    scale: float | None = None,
+) -> tuple[Tensor, KVState]:
+    """q (b l h p), k and v (b l j p), not yet rotated -> y (b l hp), state.
+
+    rope_dim   channels of each head that rotate; 0: no positions | scale: default 1 / sqrt(p)
+    prefix     (b) leading positions that see each other in both directions
+    """
+    b, l = q.shape[:2]
+    position, document = positions(b, l, q.device, state, seq_idx)
+    if rope_dim:
+        cos, sin = (t[:, :, None] for t in rope_table(position, rope_dim, rope_base, q.dtype))  # (b l 1 p/2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    plain = state is None and mask is None and seq_idx is None and prefix is None  # a causal kernel needs no mask
+    allowed = None if plain else visible(position, document, state, mask, prefix)
+    if state is not None:
+        k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
+    y = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=allowed,
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2).flatten(2), KVState(k, v, remembered(position, document, state, mask))
 
 
 class Attention(nn.Module):
@@ -76,27 +124,86 @@ class Attention(nn.Module):
         *,
         mask: Tensor | Padding | None = None,
         seq_idx: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, KVState]:
         if isinstance(mask, Tensor):
-            return call_aligned(self.forward, x, state, mask, seq_idx)
-        b, l, _ = x.shape
-        position, document = positions(b, l, x.device, state, seq_idx)
-        q, k, v = self.input_projection(x).view(b, l, self.n_heads, 3 * self.d_head).chunk(3, dim=-1)  # (b l h p)
-        cos, sin = rope_table(position, self.d_head, self.rope_base, x.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        plain = state is None and mask is None and seq_idx is None  # then a causal kernel needs no mask at all
-        allowed = None if plain else visible(position, document, state, mask)
-        if state is not None:
-            k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
-        y = scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=plain
-        )
-        y = self.output_projection(y.transpose(1, 2).flatten(2))
-        return y, KVState(k, v, remembered(position, document, state, mask))
+            return call_aligned(self.forward, x, state, mask, seq_idx, prefix=prefix)
+        q, k, v = self.input_projection(x).unflatten(-1, (self.n_heads, 3 * self.d_head)).chunk(3, dim=-1)  # (b l h p)
+        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix)
+        y, state = attend(q, k, v, state, rope_dim=self.d_head, rope_base=self.rope_base, **more)
+        return self.output_projection(y), state
+
+
+class MHA(nn.Module):
+    """Causal mixer (b l d) -> (b l d); its state grows with the sequence.
+
+    embed_dim, num_heads, num_heads_kv, head_dim   d, h, j (default h; must divide h), p (default d / h)
+    mlp_dim              width of the gated MLP beside the attention, up and gate together, rounded up to 256; 0: none
+    d_conv               taps of the convolution over q, k and v; 0: none
+    rotary_emb_dim       channels of each head that rotate; 0: no positions
+    softmax_scale        default 1 / sqrt(p)
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_heads_kv: int | None = None,
+        head_dim: int | None = None,
+        mlp_dim: int = 0,
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        softmax_scale: float | None = None,
+        d_conv: int = 0,
+        rotary_emb_dim: int = 0,
+        rotary_emb_base: float = 10000.0,
+    ):
+        super().__init__()
+        self.num_heads, self.num_heads_kv = num_heads, num_heads_kv or num_heads
+        if num_heads < 1 or num_heads % self.num_heads_kv:
+            raise ValueError(f"num_heads_kv must divide num_heads, got {num_heads_kv} and {num_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}; or give head_dim")
+        self.head_dim = head_dim or embed_dim // num_heads
+        if rotary_emb_dim % 2 or not 0 <= rotary_emb_dim <= self.head_dim:
+            raise ValueError(f"rotary_emb_dim must be even and at most head_dim={self.head_dim}, got {rotary_emb_dim}")
+        self.mlp_dim, self.d_conv = -(-mlp_dim // 256) * 256, d_conv
+        self.rope = dict(rope_dim=rotary_emb_dim, rope_base=rotary_emb_base, scale=softmax_scale)
+        self.heads = [num_heads, self.num_heads_kv, self.num_heads_kv]
+        self.qkv_dim = self.head_dim * sum(self.heads)
+        out_dim = self.head_dim * num_heads
+        self.in_proj = nn.Linear(embed_dim, self.qkv_dim + self.mlp_dim, bias=qkv_proj_bias)
+        if d_conv:
+            self.conv1d = nn.Conv1d(self.qkv_dim, self.qkv_dim, d_conv, groups=self.qkv_dim)
+        self.out_proj = nn.Linear(out_dim + self.mlp_dim // 2, embed_dim, bias=out_proj_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: KVState | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, KVState]:
+        if isinstance(mask, Tensor):
+            return call_aligned(self.forward, x, state, mask, seq_idx, prefix=prefix)
+        qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
+        conv = None
+        if self.d_conv:
+            past = None if state is None else state.conv
+            qkv, conv = short_conv(self.conv1d, qkv.transpose(1, 2), past, self.d_conv, mask, seq_idx, activation=None)
+            qkv = qkv.transpose(1, 2)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # (b l h p), (b l j p)
+        y, state = attend(q, k, v, state, mask=mask, seq_idx=seq_idx, prefix=prefix, **self.rope)
+        if self.mlp_dim:
+            up, gate = mlp.chunk(2, dim=-1)
+            y = torch.cat([y, up * F.silu(gate)], dim=-1)
+        return self.out_proj(y), state._replace(conv=conv)
 
 
 def positions(b: int, l: int, device, state: KVState | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(b l): place of every token in its document, and the document's number in the chunk (0 continues the state)."""
+    """(b l): position of every token in its document, and the document's number in the chunk (0 continues state)."""
     slot = torch.arange(l, device=device).expand(b, l)
     done = 0 if state is None else state.position.amax(1, keepdim=True) + 1  # (b 1) tokens of the open document
     if seq_idx is None:
@@ -107,11 +214,16 @@ def positions(b: int, l: int, device, state: KVState | None, seq_idx: Tensor | N
     return torch.where(document == 0, slot + done, slot - start), document
 
 
-def visible(position: Tensor, document: Tensor, state: KVState | None, padding: Padding | None) -> Tensor:
+def visible(
+    position: Tensor, document: Tensor, state: KVState | None, padding: Padding | None, prefix: Tensor | None
+) -> Tensor:
     """Which keys (old, then new) every new token may see: (b 1 l s) bool. A token always sees itself, so that padding
     has something to attend to."""
     l = position.shape[1]
     allowed = (document[:, :, None] == document[:, None, :]).tril()
+    if prefix is not None:
+        inside = torch.arange(l, device=position.device) < prefix[:, None]  # (b l)
+        allowed = allowed | inside[:, :, None] & inside[:, None, :]
     if padding is not None:
         itself = torch.eye(l, dtype=torch.bool, device=position.device)
         allowed = allowed & padding.mask[:, None, :] | itself
@@ -129,17 +241,3 @@ def remembered(position: Tensor, document: Tensor, state: KVState | None, paddin
     if state is None:
         return position
     return torch.cat([torch.where(last == 0, state.position, -1), position], dim=1)
-
-
-def rope_table(position: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (b l 1 width/2) of position / base^(2 i / width), at least in fp32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    frequency = base ** (-torch.arange(0, width, 2, device=position.device, dtype=wide) / width)
-    angle = (position.to(wide)[..., None] * frequency)[:, :, None]
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (channel i, channel i + width/2) of x (b l h width) by their angle; same dtype."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

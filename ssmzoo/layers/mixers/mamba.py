@@ -14,6 +14,7 @@ Source: Gu & Dao 2023 (arXiv 2312.00752), section 3; parameter names of state-sp
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
-from ssmzoo.layers.scenario import choose_scenario
-from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
-from ssmzoo.ops import causal_conv1d_fn, mamba_step, selective_scan_fn
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step
+from ssmzoo.ops import mamba_step, selective_scan_fn
 
-CLOSED = -1e4  # before the softplus: dt = 0 exactly, so that a padding slot neither decays nor feeds the state
+NO_STEP = -1e4  # before the softplus: dt = 0 exactly, so that padding neither decays nor feeds the state
 
 
 class MambaState(NamedTuple):
@@ -34,17 +36,33 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (b e n) fp32
 
 
+@dataclass
+class MambaInit:
+    """Initial values of the time step.
+
+    dt_min, dt_max, dt_init_floor      its range, in tokens
+    dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
+    """
+
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: str = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+
+    def __post_init__(self):
+        if self.dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
+
+
 class Mamba(nn.Module):
     """Causal mixer (b l d) -> (b l d).
 
     d_model, d_state, d_conv, expand   d, n, k and e / d; e = int(expand d)
     dt_rank              r, or "auto" = ceil(d / 16)
-    dt_min, dt_max, dt_init_floor      range of the initial time step, in tokens
-    dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
     conv_bias, bias      biases of the convolution and of the input and output projections
-    scenario             what tokens do along depth, by a parametrised x_proj (see ssmzoo.layers.scenario): "divergent"
-                         excludes their convergence to the origin; None leaves it free
     in_proj, out_proj    modules to use instead of the linear projections (d -> 2e, x before z; e -> d)
+    init                 fields of MambaInit, by name
 
     A layer whose projections return more than a tensor (experts and their losses) subclasses, passes its own modules
     as in_proj and out_proj, and writes its own three-line forward around `mix`.
@@ -57,16 +75,11 @@ class Mamba(nn.Module):
         d_conv: int = 4,
         expand: float = 2,
         dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
-        scenario: str | None = None,
         in_proj: nn.Module | None = None,
         out_proj: nn.Module | None = None,
+        **init,
     ):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
@@ -75,12 +88,8 @@ class Mamba(nn.Module):
                 f"Mamba needs positive sizes, got d_model={d_model}, d_state={d_state}, d_conv={d_conv}, "
                 f"expand={expand}"
             )
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        self.dt_start = (dt_min, dt_max, dt_init_floor)
-        self.dt_init, self.dt_scale = dt_init, dt_scale
-        e = self.d_inner
+        self.init, e = MambaInit(**init), self.d_inner
         self.in_proj = in_proj or nn.Linear(d_model, 2 * e, bias=bias)
         self.conv1d = nn.Conv1d(e, e, d_conv, groups=e, bias=conv_bias)
         self.x_proj = nn.Linear(e, self.dt_rank + 2 * d_state, bias=False)
@@ -89,14 +98,12 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = out_proj or nn.Linear(e, d_model, bias=bias)
         self.reset_parameters()
-        if scenario is not None:
-            choose_scenario(self, scenario)
 
     def reset_parameters(self) -> None:
         """W_dt and b_dt as above, A = -1 .. -n, D = 1; other projections and the convolution keep torch's default."""
-        s = self.dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, s if self.dt_init == "constant" else -s, s)
-        dt_bias_(self.dt_proj.bias, *self.dt_start)
+        init, s = self.init, self.init.dt_scale * self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, s if init.dt_init == "constant" else -s, s)
+        dt_bias_(self.dt_proj.bias, init.dt_min, init.dt_max, init.dt_init_floor)
         A_log_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
 
@@ -110,11 +117,9 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
-        if is_step(x, state, mask, seq_idx) and type(self.in_proj) is type(self.out_proj) is nn.Linear:
-            y, state = self._step(
-                x[:, 0], state, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias
-            )
-            return y[:, None], state
+        if is_step(x, state, mask, seq_idx) and is_plain(self.in_proj, self.out_proj) and self._fused():
+            i, o = self.in_proj, self.out_proj
+            return self._step(x, state, i.weight, i.bias, o.weight, o.bias)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = self.mix(x, z, state, mask, seq_idx)
         return self.out_proj(y), state
@@ -128,33 +133,26 @@ class Mamba(nn.Module):
         seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """What stands between the projections. x, z (b l e) -> y (b l e), gated, zero in padding slots; state."""
-        if is_step(x, state, padding, seq_idx):
-            y, state = self._step(torch.cat([x, z], dim=-1)[:, 0], state)
-            return y[:, None], state
-        x = x.transpose(1, 2)  # (b e l)
+        if is_step(x, state, padding, seq_idx) and self._fused():
+            return self._step(torch.cat([x, z], dim=-1), state)
         past, h = state if state is not None else (None, None)
-        window = conv_window(x, past, self.d_conv, padding, seq_idx)
-        x = causal_conv1d_fn(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            seq_idx=seq_idx,
-            initial_states=conv_history(past, self.d_conv),
-            activation="silu",
-        )
+        x, window = short_conv(self.conv1d, x.transpose(1, 2), past, self.d_conv, padding, seq_idx)  # (b e l)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)  # (b l e); its bias is added in fp32, by the scan
+        if is_plain(self.dt_proj) and self.dt_proj.bias is not None:  # the scan adds the bias, in fp32
+            dt, dt_bias = F.linear(dt, self.dt_proj.weight), fp32(self.dt_proj.bias)  # (b l e), (e)
+        else:
+            dt, dt_bias = self.dt_proj(dt), None
         if padding is not None:
-            dt = dt.masked_fill(~padding.mask[..., None], CLOSED)
+            dt = dt.masked_fill(~padding.mask[..., None], NO_STEP)
         y, h = selective_scan_fn(
             x,
             dt.transpose(1, 2),
-            self.A,
+            -torch.exp(fp32(self.A_log)),
             B.transpose(1, 2),
             C.transpose(1, 2),
             fp32(self.D),
             z=z.transpose(1, 2),
-            delta_bias=fp32(self.dt_proj.bias),
+            delta_bias=dt_bias,
             delta_softplus=True,
             return_last_state=True,
             initial_state=h,
@@ -168,10 +166,16 @@ class Mamba(nn.Module):
         """(e n) negative, fp32: in half precision slow decays would round to none."""
         return -torch.exp(fp32(self.A_log))
 
+    def _fused(self) -> bool:
+        """Whether one token may go through the operator that takes the weights of the inner modules."""
+        if not is_plain(self.conv1d, self.x_proj, self.dt_proj):
+            return False
+        return self.x_proj.bias is None and self.dt_proj.bias is not None
+
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
-        """One token (b d), or (b 2e) when called without the projections' weights and biases."""
+        """One token (b 1 d), or (b 1 2e) when called without the projections' weights and biases."""
         out, conv, h = mamba_step(
-            u,
+            u[:, 0],
             *state,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -182,4 +186,4 @@ class Mamba(nn.Module):
             self.D,
             *projections,
         )
-        return out, MambaState(conv, h)
+        return out[:, None], MambaState(conv, h)

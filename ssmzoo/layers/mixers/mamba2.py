@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_uniform_, dt_bias_
+from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
-from ssmzoo.layers.state import Padding, call_aligned, conv_history, conv_window, is_step
-from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step
+from ssmzoo.ops import causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
 
 
 class Mamba2State(NamedTuple):
     conv: Tensor  # (b d_ssm+2gn k) the last k inputs of the convolution, oldest first
     ssm: Tensor  # (b h p n) fp32
+
+
+@dataclass
+class Mamba2Options:
+    """What is rarely changed.
+
+    norm_before_gate, norm_groups, norm_eps      the output norm: in which order, over how many groups (default g)
+    D_has_hdim           a skip weight per channel instead of per head
+    dt_limit             the time step is clamped to this range, in tokens
+    clamp_steps          False repeats the released decoding, whose single-token steps forget dt_limit
+    dt_min, dt_max, dt_init_floor, A_init_range, conv_init   initial values, see `Mamba2.reset_parameters`
+    learnable_init_states              S_0 is a parameter (zero at first) instead of zero; not with packed documents
+    """
+
+    norm_before_gate: bool = False
+    norm_groups: int | None = None
+    norm_eps: float = 1e-5
+    D_has_hdim: bool = False
+    dt_limit: Sequence[float] = (0.0, math.inf)
+    clamp_steps: bool = True
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    A_init_range: Sequence[float] = (1, 16)
+    conv_init: float | None = None
+    learnable_init_states: bool = False
 
 
 class Mamba2(nn.Module):
@@ -40,14 +69,10 @@ class Mamba2(nn.Module):
     d_model, d_state, d_conv, expand   d, n, k and d_inner / d
     headdim, ngroups     p and g
     d_ssm                channels that go through the SSM (default all d_inner); the rest is a gated MLP
-    rmsnorm, norm_before_gate, norm_groups, norm_eps      the output norm: whether, in which order, over how many groups
-                         (default g)
-    D_has_hdim           a skip weight per channel instead of per head
-    dt_limit             the time step is clamped to this range, in tokens
-    dt_min, dt_max, dt_init_floor, A_init_range, conv_init   initial values, see `reset_parameters`
+    rmsnorm              whether there is an output norm
+    bias, conv_bias      biases of the projections and of the convolution
     chunk_size           tokens per chunk of the scan; changes the speed, not the result
-    learnable_init_states              S_0 is a parameter (zero at first) instead of zero; not with packed documents
-    clamp_steps          False repeats the released decoding, whose single-token steps forget dt_limit
+    options              fields of Mamba2Options, by name
     """
 
     def __init__(
@@ -60,23 +85,13 @@ class Mamba2(nn.Module):
         ngroups: int = 1,
         d_ssm: int | None = None,
         rmsnorm: bool = True,
-        norm_before_gate: bool = False,
-        norm_groups: int | None = None,
-        norm_eps: float = 1e-5,
-        D_has_hdim: bool = False,
         bias: bool = False,
         conv_bias: bool = True,
-        dt_limit: Sequence[float] = (0.0, math.inf),
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
-        A_init_range: Sequence[float] = (1, 16),
-        conv_init: float | None = None,
         chunk_size: int = 256,
-        learnable_init_states: bool = False,
-        clamp_steps: bool = True,
+        **options,
     ):
         super().__init__()
+        o = self.options = Mamba2Options(**options)
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         self.headdim, self.ngroups, self.chunk_size = headdim, ngroups, chunk_size
@@ -92,40 +107,29 @@ class Mamba2(nn.Module):
         if self.nheads % ngroups:
             raise ValueError(f"ngroups must divide the {self.nheads} heads, got {ngroups}")
         self.d_mlp = self.d_inner - self.d_ssm
-        self.dt_limit, self.dt_start = tuple(float(v) for v in dt_limit), (dt_min, dt_max, dt_init_floor)
-        self.clamp_steps = clamp_steps
-        self.A_init_range, self.conv_init, self.D_has_hdim = tuple(A_init_range), conv_init, D_has_hdim
+        self.dt_limit = tuple(float(v) for v in o.dt_limit)
         channels = self.d_ssm + 2 * ngroups * d_state
         self.widths = [self.d_mlp, self.d_mlp, self.d_ssm, channels, self.nheads]
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads))
         self.A_log = nn.Parameter(torch.empty(self.nheads))
-        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads))
-        if learnable_init_states:
-            self.init_states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state))
-        else:
-            self.register_parameter("init_states", None)
-        self.norm = (
-            GatedRMSNorm(
-                self.d_ssm,
-                norm_eps,
-                group_size=self.d_ssm // (norm_groups or ngroups),
-                norm_before_gate=norm_before_gate,
-            )
-            if rmsnorm
-            else None
-        )
+        self.D = nn.Parameter(torch.empty(self.d_ssm if o.D_has_hdim else self.nheads))
+        states = nn.Parameter(torch.zeros(self.nheads, headdim, d_state)) if o.learnable_init_states else None
+        self.register_parameter("init_states", states)
+        group = self.d_ssm // (o.norm_groups or ngroups)
+        self.norm = GatedRMSNorm(self.d_ssm, o.norm_eps, group, o.norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """dt log-uniform in [dt_min, dt_max], -A ~ U(A_init_range), D = 1; conv weights ~ U(-c, c) for conv_init c."""
-        dt_bias_(self.dt_bias, *self.dt_start)
-        A_log_uniform_(self.A_log, *self.A_init_range)
+        o = self.options
+        dt_bias_(self.dt_bias, o.dt_min, o.dt_max, o.dt_init_floor)
+        A_log_uniform_(self.A_log, *o.A_init_range)
         nn.init.ones_(self.D)
-        if self.conv_init is not None:
-            nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
+        if o.conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -o.conv_init, o.conv_init)
 
     def forward(
         self,
@@ -139,9 +143,9 @@ class Mamba2(nn.Module):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         dt = F.softplus(fp32(dt) + fp32(self.dt_bias))  # (b l h)
-        if self.clamp_steps or state is None or x.shape[1] > 1:
+        if self.options.clamp_steps or state is None or x.shape[1] > 1:
             dt = dt.clamp(*self.dt_limit)
-        if is_step(x, state, mask, seq_idx):
+        if is_step(x, state, mask, seq_idx) and is_plain(self.conv1d):
             y, state = self._mix_one(xBC, dt, state)
         else:
             y, state = self._mix(xBC, dt, state, mask, seq_idx)
@@ -155,19 +159,10 @@ class Mamba2(nn.Module):
     def _mix(self, xBC: Tensor, dt: Tensor, state, padding, seq_idx) -> tuple[Tensor, Mamba2State]:
         """Convolution and scan of whole sequences. xBC (b l d_ssm+2gn), dt (b l h) -> (b l d_ssm)"""
         past, S = state if state is not None else (None, self._start(xBC, seq_idx))
-        xBC = xBC.transpose(1, 2)  # (b c l)
-        window = conv_window(xBC, past, self.d_conv, padding, seq_idx)
-        xBC = causal_conv1d_fn(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            seq_idx=seq_idx,
-            initial_states=conv_history(past, self.d_conv),
-            activation="silu",
-        ).transpose(1, 2)
+        xBC, window = short_conv(self.conv1d, xBC.transpose(1, 2), past, self.d_conv, padding, seq_idx)
         if padding is not None:
             dt = dt * padding.mask[..., None]  # dt = 0: no decay, no input
-        x, B, C = self._split(xBC)
+        x, B, C = self._split(xBC.transpose(1, 2))
         y, S = mamba_chunk_scan_combined(
             x,
             dt,
@@ -206,7 +201,7 @@ class Mamba2(nn.Module):
 
     def _skip(self) -> Tensor:
         """D (h), or (h p) with a weight per channel."""
-        return fp32(self.D).reshape(self.nheads, self.headdim) if self.D_has_hdim else fp32(self.D)
+        return fp32(self.D).reshape(self.nheads, self.headdim) if self.options.D_has_hdim else fp32(self.D)
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(... d_ssm+2gn) -> x (... h p), B (... g n), C (... g n)"""

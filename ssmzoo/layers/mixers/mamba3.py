@@ -19,15 +19,16 @@ held to that code's own step reference; no reference values exist for MIMO outsi
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.embed import rotate_halves, rotate_pairs
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
+from ssmzoo.layers.rope import rotate
 from ssmzoo.layers.state import Padding, call_aligned
 from ssmzoo.ops import trapezoidal_scan
 
@@ -41,6 +42,15 @@ class Mamba3State(NamedTuple):
     x: Tensor  # (b h p) the last value
 
 
+@dataclass
+class Mamba3Init:
+    """Range of the initial time step, in tokens."""
+
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+
+
 class Mamba3(nn.Module):
     """Causal mixer (b l d) -> (b l d).
 
@@ -49,8 +59,8 @@ class Mamba3(nn.Module):
     is_outproj_norm      RMSNorm per head before the gate
     is_mimo, mimo_rank   r inputs and outputs per head instead of one
     A_floor              -A is at least this
-    dt_min, dt_max, dt_init_floor      range of the initial time step, in tokens
     chunk_size           tokens per chunk of the scan; changes the speed, not the result
+    init                 fields of Mamba3Init, by name
     """
 
     def __init__(
@@ -65,10 +75,8 @@ class Mamba3(nn.Module):
         is_mimo: bool = False,
         mimo_rank: int = 4,
         A_floor: float = 1e-4,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
         chunk_size: int = 64,
+        **init,
     ):
         super().__init__()
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
@@ -86,7 +94,7 @@ class Mamba3(nn.Module):
                 f"headdim must divide the {self.d_inner} inner channels and ngroups the number of heads, "
                 f"got headdim={headdim}, ngroups={ngroups}"
             )
-        self.is_mimo, self.A_floor, self.dt_start = is_mimo, A_floor, (dt_min, dt_max, dt_init_floor)
+        self.is_mimo, self.A_floor, self.init = is_mimo, A_floor, Mamba3Init(**init)
         self.n_angles = int(d_state * rope_fraction) // 2
         h, p, r, e = self.nheads, headdim, self.rank, self.d_inner
         self.widths = [e, e, r * ngroups * d_state, r * ngroups * d_state, h, h, h, self.n_angles]
@@ -107,7 +115,7 @@ class Mamba3(nn.Module):
 
     def reset_parameters(self) -> None:
         """dt log-uniform in [dt_min, dt_max]; biases of B and C, norms, D and mimo_z 1; mimo_x and mimo_o 1/r."""
-        dt_bias_(self.dt_bias, *self.dt_start)
+        dt_bias_(self.dt_bias, *astuple(self.init))
         for weight in (self.B_bias, self.C_bias, self.D):
             nn.init.ones_(weight)
         if self.is_mimo:
@@ -174,10 +182,9 @@ class Mamba3(nn.Module):
     def _rotate(self, k: Tensor, phase: Tensor) -> Tensor:
         """k (b l r h n) by phase (b l h m): neighbouring channels are a pair; for MIMO channels i and i + n/2."""
         phase = phase[:, :, None]
-        if not self.is_mimo:
-            return rotate_pairs(k, phase)
-        half = self.d_state // 2
-        return rotate_halves(k, F.pad(phase, (0, half - self.n_angles)))
+        if self.is_mimo:
+            phase = F.pad(phase, (0, self.d_state // 2 - self.n_angles))
+        return rotate(k, phase.cos(), phase.sin(), interleaved=not self.is_mimo)
 
     def _phases(self, dt: Tensor, ang: Tensor, state: Mamba3State | None, seq_idx: Tensor | None) -> Tensor:
         """Running sum of the rotations within each document, (b l h m) in [0, 2 pi)."""

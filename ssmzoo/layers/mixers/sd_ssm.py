@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import dense_scan
 
 
@@ -77,8 +78,10 @@ class SDSSM(nn.Module):
 
     def symbols(self) -> tuple[Tensor, Tensor]:
         """Mixture (d_input k) and input (d_input n) of every token id."""
-        weights = F.softmax(self.A_selector.weight.T + self.A_selector.bias, dim=-1)
-        return weights, self.B.weight.T
+        if is_plain(self.A_selector, self.B) and self.A_selector.bias is not None and self.B.bias is None:
+            return F.softmax(self.A_selector.weight.T + self.A_selector.bias, dim=-1), self.B.weight.T
+        one_hot = torch.eye(self.d_input, device=self.A_dict.device, dtype=self.A_dict.dtype)
+        return self.mixture(one_hot), self.B(one_hot)
 
     def forward(
         self,

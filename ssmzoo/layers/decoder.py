@@ -1,0 +1,254 @@
+"""The skeleton of every language model: embedding, blocks of residual sublayers, norm, head.
+
+    x = embed(ids);   x <- x + f(norm(x)) for every sublayer of every block;   logits = W_head norm(x)
+
+A sublayer is a slot. Its kind is read off the parameters of its `forward`, once, when the block is built:
+
+    mixer          forward(x, state=None, *, mask, seq_idx) -> (y, state), or (y, state, aux); one that also takes
+                   `prefix` may read that many leading positions in both directions
+    experts        forward(x, mask) -> (y, aux)
+    feed-forward   forward(x) -> y
+
+Padding, packing, recomputation and the states are handled here and nowhere else. A model whose checkpoints use other
+names for the parts overrides `Block.sublayers` and the two names on top of `Decoder`.
+
+b batch, l length, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ssmzoo.layers.feedforward.moe import merge_aux
+from ssmzoo.layers.feedforward.router import Router
+from ssmzoo.layers.state import ModelOutput, Padding, left_align
+
+_aten = torch.ops.aten
+ROUTING = [_aten.topk.default]  # kept, not recomputed: a rounding difference could send a token to another expert
+KEPT = {"full": ROUTING, "selective": [*ROUTING, _aten.mm.default, _aten.addmm.default, _aten.bmm.default]}
+
+
+class Block(nn.Module):
+    """Pre-norm residual sublayers by name, in series, or in parallel behind one shared norm.
+
+    layers     the sublayers in order | norm: class of the norms, called with d_model
+    forward    x (b l d) -> x (b l d); the mixer's state, {name: state} when there are several mixers; aux of sublayers
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        layers: Mapping[str, nn.Module],
+        parallel: bool = False,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+    ):
+        super().__init__()
+        self.parallel = parallel
+        self.norms = nn.ModuleDict({name: norm(d_model) for name in (["shared"] if parallel else layers)})
+        self.layers = nn.ModuleDict(layers)
+        self.set_kinds(layers)
+
+    def set_kinds(self, layers: Mapping[str, nn.Module]) -> None:
+        """Remember what each sublayer takes: a wrapper that replaces one later is called like the original."""
+        self.takes = {name: frozenset(inspect.signature(m.forward).parameters) for name, m in layers.items()}
+        self.mixers = [name for name, takes in self.takes.items() if "state" in takes]
+
+    def sublayers(self) -> list[tuple[str, nn.Module | None, nn.Module]]:
+        """(name, norm, layer) in order; the norm is None where the last norm's output is used again."""
+        if self.parallel:
+            norms = [self.norms["shared"]] + [None] * (len(self.layers) - 1)
+        else:
+            norms = self.norms.values()
+        return list(zip(self.layers, norms, self.layers.values()))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Padding | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Any, list[dict[str, Tensor]]]:
+        u, states, aux = None, {}, []
+        single, more = len(self.mixers) == 1, {} if prefix is None else {"prefix": prefix}
+        for name, norm, layer in self.sublayers():
+            u = u if norm is None else norm(x)
+            takes = self.takes[name]
+            if "state" in takes:
+                before = state if single or state is None else state[name]
+                y, states[name], *extra = layer(u, before, mask=mask, seq_idx=seq_idx, **more)
+                aux += extra[0] if extra else ()
+            elif "mask" in takes:
+                y, extra = layer(u, None if mask is None else mask.mask)
+                aux.append(extra)
+            else:
+                y = layer(u)
+            x = x + y
+        return x, states[self.mixers[0]] if single else states, aux
+
+
+class Decoder(nn.Module):
+    """embedding -> blocks -> norm: ids (b l), or vectors (b l d), -> hidden (b l d), state, aux.
+
+    blocks             made after the embedding, in order | norm: None for none
+    residual_in_fp32   keep the residual stream in fp32 when the model computes in lower precision
+    """
+
+    blocks_name, norm_name = "blocks", "norm"  # attributes under which they are registered
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        blocks: Iterable[Block],
+        norm: nn.Module | None = None,
+        residual_in_fp32: bool = False,
+    ):
+        super().__init__()
+        self.embedding = embedding
+        self.add_module(self.blocks_name, nn.ModuleList(blocks))
+        self.add_module(self.norm_name, norm)
+        self.residual_in_fp32, self.grad_checkpointing = residual_in_fp32, False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
+    ) -> tuple[Tensor, tuple, dict[str, Tensor]]:
+        """mask (b l) True = real token; seq_idx (b l) numbers packed documents; prefix: see `leading_positions`."""
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids is empty: a sequence model needs at least one token per call")
+        blocks, norm = getattr(self, self.blocks_name), getattr(self, self.norm_name)
+        padding = None
+        if mask is not None:
+            if mask.shape != input_ids.shape[:2]:
+                raise ValueError(f"mask has shape {tuple(mask.shape)}, input_ids want {tuple(input_ids.shape[:2])}")
+            padding = left_align(mask)
+            input_ids, seq_idx = padding.align(input_ids), padding.align_seq_idx(seq_idx)
+        if prefix is not None:
+            prefix = leading_positions(prefix, input_ids, state, padding, seq_idx, blocks)
+        x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)  # (b l d)
+        if self.residual_in_fp32 and x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        states, aux = [], []
+        for block, before in zip(blocks, state or (None,) * len(blocks), strict=True):
+            run = functools.partial(checkpoint, block, use_reentrant=False, **self._kept()) if recompute else block
+            x, after, extra = run(x, before, mask=padding, seq_idx=seq_idx, prefix=prefix)
+            states.append(after)
+            aux += extra
+        if norm is not None:
+            x = norm(x)
+        x = x if padding is None else padding.restore(x)
+        return x, tuple(states), merge_aux(aux) if aux else {}
+
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
+        """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or all
+        of a block but its products of matrices ("selective"). The choice of experts is always kept."""
+        if enable not in (True, False, *KEPT):
+            raise ValueError(f"grad_checkpointing is {enable!r}; expected True, False, 'full' or 'selective'")
+        self.grad_checkpointing = "full" if enable is True else enable
+
+    def _kept(self) -> dict:
+        """`checkpoint`'s argument that names the operators whose results are kept."""
+        if self.grad_checkpointing == "full" and not any(isinstance(m, Router) for m in self.modules()):
+            return {}
+        return {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT[self.grad_checkpointing])}
+
+
+class CausalLM(Decoder):
+    """A decoder and a head over the vocabulary."""
+
+    def __init__(self, embedding: nn.Module, blocks: Iterable[Block], head: nn.Module, **decoder):
+        super().__init__(embedding, blocks, **decoder)
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: tuple | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """As `Decoder`; logits_to_keep: only those of the last so many positions (0: all), to save memory."""
+        hidden, state, aux = super().forward(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix)
+        return ModelOutput(self.head(hidden[:, -logits_to_keep:]), state, aux)
+
+
+def leading_positions(
+    prefix: int | Tensor,
+    input_ids: Tensor,
+    state: Any,
+    padding: Padding | None,
+    seq_idx: Tensor | None,
+    blocks: Iterable[Block],
+) -> Tensor | None:
+    """How many leading real tokens of every row may be read in both directions, (b) int64; None for none at all.
+
+    Raises ValueError unless the prefix lies whole in the first call, every row is one document, and every mixer reads
+    prefixes.
+    """
+    b, length = input_ids.shape[:2]
+    prefix = torch.as_tensor(prefix, device=input_ids.device)
+    if prefix.ndim > 1 or prefix.is_floating_point() or prefix.dtype == torch.bool or prefix.numel() not in (1, b):
+        raise ValueError(f"prefix must be an integer or {b} of them, got {prefix.dtype} {tuple(prefix.shape)}")
+    if not torch.compiler.is_compiling():
+        most = torch.full((b,), length, device=prefix.device) if padding is None else padding.lengths
+        if bool((prefix < 0).any() | (prefix > most).any()):
+            raise ValueError(
+                f"prefix = {prefix.tolist()} must lie in 0..{most.tolist()}, the lengths of the rows: it is read "
+                "whole, in the first call"
+            )
+        if not prefix.any():
+            return None
+    if state is not None or seq_idx is not None:
+        which = "state" if state is not None else "seq_idx"
+        raise ValueError(f"prefix belongs to the beginning of one sequence per row and does not go with {which}")
+    for i, block in enumerate(blocks):
+        for name in block.mixers:
+            if "prefix" not in block.takes[name]:
+                layer = type(dict((n, m) for n, _, m in block.sublayers())[name]).__name__
+                raise ValueError(
+                    f"prefix: {layer} (block {i}, {name}) reads in one direction only; leave prefix out, or use a "
+                    "model all of whose mixers read prefixes"
+                )
+    return prefix.expand(b).long()
+
+
+def layer_pattern(pattern: str, n_layer: int, kinds: Mapping[str, Any]) -> list:
+    """Which layer stands where: "MMMMMMA" with kinds {"M": ..., "A": ...} -> the kinds in order, n_layer of them.
+
+    A shorter pattern repeats when it divides n_layer. Raises ValueError for unknown letters and other lengths.
+    """
+    known = ", ".join(kinds)
+    unknown = sorted(set(pattern) - set(kinds))
+    if unknown:
+        raise ValueError(f"layer_pattern {pattern!r} has unknown letters {', '.join(unknown)}; known are {known}")
+    if not pattern or n_layer % len(pattern):
+        raise ValueError(
+            f"layer_pattern {pattern!r} has {len(pattern)} letters; expected {n_layer}, one per layer, or a divisor"
+        )
+    return [kinds[letter] for letter in pattern * (n_layer // len(pattern))]
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """`vocab_size` rounded up to a multiple; the extra rows are never targets."""
+    if vocab_size < 1 or multiple < 1:
+        raise ValueError(
+            f"need a positive vocabulary and multiple, got vocab_size={vocab_size}, pad_vocab_size_multiple={multiple}"
+        )
+    return -(-vocab_size // multiple) * multiple
