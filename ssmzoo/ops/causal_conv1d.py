@@ -64,16 +64,19 @@ def causal_conv1d_fn(
 
     x               (b c l)    any strides
     weight, bias    (c k), (c) any k >= 1
-    seq_idx         (b l)      integers; no tap reaches back across a change of the value
+    seq_idx         (b l)      integers; no tap reaches back across a change of the value; a negative one marks padding,
+                               where y is 0 whatever x holds
     initial_states  (b c k-1)  the inputs before x, oldest first; zeros by default
     activation      None, "silu" or "swish" (the same)
     returns         (b c l) in x's dtype; with return_final_states also the last k-1 inputs (b c k-1), those before the
-                    last change of seq_idx as zeros, written into final_states_out when that is given
+                    last change of seq_idx and padding as zeros, written into final_states_out when that is given
 
     Raises ValueError when shapes, dtypes or devices disagree, naming the argument. The signature is causal-conv1d's;
     sequence index and initial states may be combined. Source: Dao-AILab/causal-conv1d.
     """
     dtype, length, taps = compute_dtype(x, weight), x.shape[2], weight.shape[1]
+    padding = None if seq_idx is None else (seq_idx < 0)[:, None]
+    x = x if padding is None else x.masked_fill(padding, 0)
     padded = _with_past(x, initial_states, taps)
     segment = None if seq_idx is None else F.pad(resets(seq_idx).cumsum(1), (taps - 1, 0))[:, None]  # b 1 k-1+l
     y = torch.zeros(x.shape, dtype=dtype, device=x.device)
@@ -83,6 +86,8 @@ def causal_conv1d_fn(
             term = torch.where(segment[..., j : j + length] == segment[..., taps - 1 :], term, torch.zeros_like(term))
         y = y + term
     y = y if bias is None else y + bias.to(dtype)[:, None]
+    if seq_idx is not None:
+        y = y.masked_fill(padding, 0)
     out = (y if activation is None else F.silu(y)).to(x.dtype)
     if not return_final_states:
         return out
@@ -97,13 +102,13 @@ def _with_past(x: Tensor, initial_states: Tensor | None, taps: int) -> Tensor:
 
 
 def last_inputs(x: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None, count: int) -> Tensor:
-    """The final states (b c count): the last inputs, those before the last change of seq_idx as zeros."""
+    """The final states (b c count): the last inputs, those before the last change of seq_idx and padding as zeros."""
     states = x[..., max(0, x.shape[2] - count) :]
     if states.shape[2] < count:
         states = _with_past(states, initial_states, count + 1)[..., states.shape[2] :]
     if seq_idx is not None and x.shape[2] > 0:
         segment = F.pad(resets(seq_idx).cumsum(1), (count, 0))[:, None]  # b 1 count+l
-        same = segment[..., segment.shape[2] - count :] == segment[..., -1:]
+        same = (segment[..., segment.shape[2] - count :] == segment[..., -1:]) & (seq_idx[:, None, -1:] >= 0)
         states = torch.where(same, states, torch.zeros_like(states))
     return states.clone()  # never a view of x
 

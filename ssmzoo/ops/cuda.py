@@ -271,6 +271,8 @@ def causal_conv1d_cuda(
     if first is not None:
         first = first.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     out = load(*CONV)[0](x, weight, bias, _segments(seq_idx), first, activation=activation)
+    if seq_idx is not None:  # padding; their backward would carry its gradients on
+        out = out.masked_fill((seq_idx < 0)[:, None], 0)
     if not return_final_states:
         return out
     states = last_inputs(x, seq_idx, initial_states, weight.shape[1] - 1)

@@ -22,7 +22,10 @@ def inputs(seed, b, c, l, k, channels_last=False, bias=True, initial=True, packe
     if initial:
         leaves["initial_states"] = torch.randn(b, c, k - 1, generator=g)
     leaves = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
-    return leaves, (torch.rand(b, l, generator=g) < 0.2).cumsum(1) if packed else None
+    if not packed:
+        return leaves, None
+    seq_idx, padding = (torch.rand(b, l, generator=g) < 0.2 for _ in range(2))
+    return leaves, seq_idx.cumsum(1).masked_fill(padding, -1)
 
 
 def run(backend, leaves, seq_idx, activation, dtype=None):
@@ -112,6 +115,35 @@ def test_packed_documents_do_not_see_each_other(backend):
     torch.testing.assert_close(states, leaves["x"][..., -3:])
     (grad,) = torch.autograd.grad(out[..., 5:].sum(), leaves["x"])
     assert (grad[..., :5] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8])
+def test_padding_is_zero_and_takes_no_part(backend, activation, dtype):
+    """Negative sequence indices: y = 0 there, whatever x and its gradient hold; all else as without."""
+    leaves, _ = inputs(9, 2, 37, 150, 4)
+    start, end = 3, 131  # of the one sequence; both sides are padding
+    seq_idx = torch.full((2, 150), -1, dtype=dtype)
+    seq_idx[:, start:end] = 7
+    seq_idx[1, end:] = -2
+    dout = torch.randn(2, 37, 150)
+
+    def run(x, dout, **options):
+        given = [t.detach().requires_grad_() for t in (x, leaves["weight"], leaves["bias"])]
+        with ops.backend(backend):
+            out, states = ops.causal_conv1d_fn(*given, return_final_states=True, activation=activation, **options)
+        return out, states, *torch.autograd.grad(out, given, dout)
+
+    inside = (seq_idx >= 0)[:, None]
+    x, dout = (torch.where(inside, t.detach(), torch.nan) for t in (leaves["x"], dout))
+    out, states, dx, *grads = run(x, dout, seq_idx=seq_idx)
+    alone, _, dx_alone, *expected = run(x[..., start:end], dout[..., start:end])
+    for whole, part in ((out, alone), (dx, dx_alone)):
+        torch.testing.assert_close(whole[..., start:end], part)
+        assert (whole[..., :start] == 0).all() and (whole[..., end:] == 0).all()
+    torch.testing.assert_close(grads, expected)
+    assert (states == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -81,6 +81,10 @@ def packed(b, l):
     return (torch.rand(b, l) < 0.2).cumsum(1)
 
 
+def padded(b, l):
+    return packed(b, l).masked_fill(torch.rand(b, l) < 0.3, -1)
+
+
 def scan_call(b=1, e=3, l=6, n=2, g=1, B="", C="", options="", channels_last=False, packs=False, dtype=torch.float32):
     def sequence():
         return torch.randn(b, l, e).transpose(1, 2) if channels_last else torch.randn(b, e, l)
@@ -181,7 +185,7 @@ def test_convolution_against_reference(b, c, l, k, channels_last, packs, first, 
             x=x,
             weight=torch.randn(c, k),
             bias=torch.randn(c) if bias else None,
-            seq_idx=packed(b, l) if packs else None,
+            seq_idx=padded(b, l) if packs else None,
             initial_states=torch.randn(b, c, k - 1) if first else None,
             return_final_states=True,
             activation=activation,

@@ -33,10 +33,11 @@ static task_info make_task(const conv_args *a, int64_t index) {
     return t;
 }
 
-// How many inputs before step s belong to the same sequence, at most k - 1.
+// How many inputs before step s belong to the same sequence, at most k - 1; -1 for padding, which has a negative index.
 static int64_t reach(const conv_args *a, int64_t batch, int64_t s) {
     int64_t row = batch * a->seq_idx.stride[0], step = a->seq_idx.stride[1], d = 0;
     if (!a->seq_idx.data) return a->k - 1;
+    if (get_index(&a->seq_idx, row + s * step) < 0) return -1;
     for (; d < a->k - 1; d++)
         if (s - d > 0 && get_index(&a->seq_idx, row + (s - d) * step) != get_index(&a->seq_idx, row + (s - d - 1) * step))
             break;
@@ -83,7 +84,7 @@ INLINE void forward_rows(int64_t k, const float *x, const float *taps, const flo
                          int64_t silu, float *y, int64_t steps) {
     vf shift = v_load(bias);
     for (int64_t s = 0; s < steps; s++) {
-        vf sum = convolve_at(k, x + s * VL, taps, shift, reaches[s]);
+        vf sum = reaches[s] < 0 ? (vf){0} : convolve_at(k, x + s * VL, taps, shift, reaches[s]);
         v_store(y + s * VL, silu ? sum * v_sigmoid(sum) : sum);
     }
 }
@@ -119,6 +120,8 @@ static void tiles_forward(task_info t) {
 INLINE void backward_rows(int64_t k, const float *x, const float *taps, const float *bias, const int64_t *reaches,
                           int64_t silu, float *dy, float *dx, float *dtaps, float *dbias, int64_t steps) {
     vf shift = v_load(bias), sum_bias = v_load(dbias);
+    for (int64_t s = 0; s < steps + k - 1; s++)
+        if (reaches[s] < 0) v_store(dy + s * VL, (vf){0});
     if (silu)
         for (int64_t s = 0; s < steps + k - 1; s++) {
             vf y = convolve_at(k, x + s * VL, taps, shift, reaches[s]), sigma = v_sigmoid(y);
@@ -168,7 +171,7 @@ static void tiles_backward(task_info t) {
         load_steps(&t, rows, gap, &a->x, &a->initial, start - past, start + steps + past);
         load_steps(&t, dy, gap, &a->dout, NULL, start, start + steps + past);
         for (int64_t s = 0; s < steps + past; s++)
-            reaches[s] = start + s < a->l ? reach(a, t.batch, start + s) : past;  // dy is 0 behind the end
+            reaches[s] = start + s < a->l ? reach(a, t.batch, start + s) : -1;  // nothing behind the end
         for (int64_t i = 0; i < t.tiles; i++) {
 #define ROWS(width) \
     backward_rows(width, rows + i * gap, taps + i * k * VL, bias + i * VL, reaches, a->silu, dy + i * gap, dx + i * gap, \

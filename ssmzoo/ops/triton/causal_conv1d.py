@@ -24,7 +24,10 @@ def _tiles(x, length: int) -> tuple[tuple[int], int, dict]:
 
 
 def _segments(seq_idx):
-    return None if seq_idx is None else resets(seq_idx).cumsum(1, dtype=torch.int32)
+    """The number of resets up to each position, -1 for padding."""
+    if seq_idx is None:
+        return None
+    return resets(seq_idx).cumsum(1, dtype=torch.int32).masked_fill(seq_idx < 0, -1)
 
 
 def forward(x, weight, bias, seq_idx, initial_states, silu):

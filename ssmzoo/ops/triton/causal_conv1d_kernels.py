@@ -1,7 +1,8 @@
 """The causal depthwise convolution on a GPU: every program one tile of channels and time (C T) of one sequence.
 
 Positions count from the first token; -(k-1) to -1 are the initial states. `segment` (b l) counts the resets so far: no
-tap reaches across a change of it, and what comes before the first token has segment 0.
+tap reaches across a change of it, and what comes before the first token has segment 0. Padding has -1 and
+outputs of 0.
 """
 
 import triton
@@ -26,7 +27,7 @@ def _tap(x, x_stride, first, first_stride, segment, b, c, t, p, inside, channels
     seen = inside & (p >= 0)
     if segment is not None:
         here = tl.load(segment + b * length + t, inside, 0)
-        seen = seen & (tl.load(segment + b * length + p, seen, 0) == here)
+        seen = seen & (here >= 0) & (tl.load(segment + b * length + p, seen, 0) == here)
     value = tl.load(x + b * x_stride[0] + c[:, None] * x_stride[1] + p[None, :] * x_stride[2], own & seen[None, :], 0.0)
     value = value.to(tl.float32)
     if first is not None:
@@ -58,7 +59,7 @@ def _convolve(
     C: tl.constexpr,
     T: tl.constexpr,
 ):
-    """(C T), before the activation."""
+    """(C T), before the activation; 0 for padding."""
     own, inside = c < channels, t < length
     y = tl.zeros([C, T], tl.float32)
     for j in range(K):
@@ -66,6 +67,8 @@ def _convolve(
         y += tap * tl.load(weight + c * K + j, own, 0.0)[:, None]
     if bias is not None:
         y += tl.load(bias + c, own, 0.0)[:, None]
+    if segment is not None:
+        y = tl.where((tl.load(segment + b * length + t, inside, 0) >= 0)[None, :], y, 0.0)
     return y
 
 
@@ -123,8 +126,11 @@ def backward_weights(
     b, c, t = _place(channels, tiles, C, T)
     own, inside = c < channels, t < length
     mask = own[:, None] & inside[None, :]
+    read = mask
+    if segment is not None:
+        read = mask & (tl.load(segment + b * length + t, inside, 0) >= 0)[None, :]
     place = b * dout_stride[0] + c[:, None] * dout_stride[1] + t[None, :] * dout_stride[2]
-    grad = tl.load(dout + place, mask, 0.0).to(tl.float32)
+    grad = tl.load(dout + place, read, 0.0).to(tl.float32)
     if SILU:
         y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
         grad = grad * silu_slope(y)
