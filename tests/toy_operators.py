@@ -139,6 +139,26 @@ def _step():
     }
 
 
+def _trapezoidal():
+    b, l, r, h, p, n = 2, 4, 2, 2, 3, 2
+    return {
+        "v": _normal(b, l, h, p),
+        "k": _normal(b, l, r, h, n),
+        "q": _normal(b, l, r, h, n),
+        "a": -_positive(b, l, h),
+        "gamma": _normal(b, l, h),
+        "beta": _normal(b, l, h),
+        "D": _normal(h),
+        "mimo": _normal(h, r, p),
+        "initial_state": _normal(b, h, p, n),
+    }
+
+
+def _complex_scan(a, b, initial_state):
+    """Pairs (... 2) of real and imaginary parts in and out."""
+    return torch.view_as_real(ops.OPERATORS["complex_scan"](*map(torch.view_as_complex, (a, b, initial_state))))
+
+
 def _joined(name: str, **tensors):
     """state_fusion and spatial_scan take their three kernels as one argument."""
     kernels = tuple(tensors.pop(f"kernel{i}") for i in range(3))
@@ -214,6 +234,21 @@ EXAMPLES = {
     ),
     "rms_norm": _example(ops.rms_norm, lambda: {"x": _normal(2, 3), "weight": _normal(3)}),
     "mamba_step": _example(ops.mamba_step, _step),
+    "complex_scan": _example(
+        _complex_scan,
+        lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},
+    ),
+    "trapezoidal_scan": _example(ops.OPERATORS["trapezoidal_scan"], _trapezoidal, seq_idx=SEQ_IDX[:, :4], chunk_size=2),
+    "permute_tokens": _example(
+        ops.OPERATORS["permute_tokens"],
+        lambda: {"x": _normal(2, 3, 2)},
+        order=torch.tensor([[2, 0, 1], [0, 2, 1]]),
+        inverse=True,
+    ),
+    "bidirectional_scan": _example(ops.OPERATORS["bidirectional_scan"], lambda: {"x": _normal(2, 2, 3)}),
+    "prepend_mean": _example(ops.OPERATORS["prepend_mean"], lambda: {"x": _normal(2, 3, 2)}),
+    "mix_tokens": _example(ops.OPERATORS["mix_tokens"], lambda: {"x": _normal(2, 3, 4), "weights": _normal(2, 2, 4)}),
+    "router_logits": _example(ops.OPERATORS["router_logits"], lambda: {"x": _normal(2, 3), "gate": _normal(3, 2)}),
 }
 
 
