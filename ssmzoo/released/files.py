@@ -2,53 +2,148 @@
 
 from __future__ import annotations
 
+import json
+import re
 import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ssmzoo.released.unpickle import Record, Refused, read_archive
+
+WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "model_ema")  # what scripts put around
+STANDARD = ("model.safetensors", "pytorch_model.bin")  # what transformers and mamba_ssm call the one file of a folder
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+BESIDE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer)[\w.-]*$")  # no weights
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)$")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or does not fit; the message says which and what to do."""
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pth, .pt, .bin or .ckpt file, or of a folder that holds such files.
+class WeightFile(NamedTuple):
+    """Tensors by name, the wrapper they stood in ("" without one), and what else the file holds, by name."""
 
-    Pickles are read with `weights_only=True`: no code from the file runs. Nested containers that training scripts use
-    (`state_dict`, `model`, `model_state_dict`, `params_ema`, `params`) are opened. Raises CheckpointError.
+    state: dict[str, Tensor]
+    wrapper: str
+    beside: dict[str, Any]
+
+
+def read_state_dict(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, .pth, .pt, .bin or .ckpt file, or of a folder that holds one checkpoint.
+
+    wrappers  the containers that training scripts put around a state dict, the one to take first. They may be nested;
+              `module.` of torch's DataParallel is cut off.
+
+    No code from the file runs. Raises CheckpointError.
     """
+    return read_weight_file(path, wrappers).state
+
+
+def read_weight_file(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> WeightFile:
+    """As `read_state_dict`, with what stood around the tensors."""
     path = Path(path).expanduser()
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {path}{_hub_hint(path)}")
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(
-            p for e in ("bin", "pth", "pt") for p in path.glob(f"*.{e}")
-        )
-        if not files:
-            raise CheckpointError(f"{path} holds no .safetensors, .bin, .pth or .pt file")
-        return {key: value for file in files for key, value in read_state_dict(file).items()}
+        parts = [read_weight_file(file, wrappers) for file in weight_files(path)]
+        state = {key: value for part in parts for key, value in part.state.items()}
+        return WeightFile(state, parts[0].wrapper, parts[0].beside)
+    content, opened = read_content(path), []
+    while key := next((k for k in wrappers if isinstance(content, dict) and isinstance(content.get(k), dict)), None):
+        beside = {name: value for name, value in content.items() if name != key}
+        content, opened = content[key], [*opened, (key, beside)]
+    if type(content) not in (dict, OrderedDict) or not content:
+        raise CheckpointError(f"{path} does not hold a plain mapping from names to tensors{_holds(content)}")
+    odd = next((key for key, value in content.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise CheckpointError(f"{path} does not hold a plain mapping from names to tensors: {odd!r} is none")
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return WeightFile(state, ".".join(key for key, _ in opened), opened[0][1] if opened else {})
+
+
+def _holds(content: Any) -> str:
+    if isinstance(content, Record):
+        return f": it holds an object of {content.name}; save its state_dict() instead"
+    if isinstance(content, dict):
+        return f": it holds {', '.join(map(str, list(content)[:6])) or 'nothing'}"
+    return f": it holds a {type(content).__name__}"
+
+
+def _hub_hint(path: Path) -> str:
+    """A name such as state-spaces/mamba-130m is one of the hub's, not a path here."""
+    return " (the name of a repository? download it first)" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+
+
+def read_content(path: Path) -> Any:
+    """What a file of weights holds, before any wrapper is opened."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         refuse_zip_bomb(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            return read_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)  # the form before torch 1.6, or damaged
     except CheckpointError:
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Refused as error:
+        raise CheckpointError(f"{path} was refused: {error}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {error}") from None
-    except Exception as error:  # safetensors and pickle raise types of their own
+    except UnpicklingError:
+        raise CheckpointError(f"{path} was refused: it is no file of weights that torch.save wrote") from None
+    except Exception as error:  # safetensors has types of its own, a damaged pickle raises any
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
-    for key in ("params_ema", "params", "state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} does not hold a plain mapping from names to tensors")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the one checkpoint in a folder: the standard name, the shards of an index, or the only one there."""
+    for name in STANDARD:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return _all_there(folder, sorted(_index(folder / f"{name}.index.json")))
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES and p.is_file() and not BESIDE.match(p.name)]
+    if not found:
+        raise CheckpointError(f"{folder} holds no .safetensors, .bin, .pth or .pt file of weights")
+    shards = {m.group(1, 3, 4) for p in found if (m := SHARD.fullmatch(p.name))}
+    if len(shards) == 1 and all(SHARD.fullmatch(p.name) for p in found):
+        (stem, count, suffix) = shards.pop()
+        names = [f"{stem}-{i:0{len(count)}d}-of-{count}{suffix}" for i in range(1, min(int(count), 10_000) + 1)]
+        return _all_there(folder, names)
+    if len(found) == 1:
+        return found
+    names = ", ".join(p.name for p in found[:8])
+    raise CheckpointError(f"{folder} holds {len(found)} checkpoints; name the file that is meant: {names}")
+
+
+def _index(path: Path) -> set[str]:
+    """The files, beside it, that a transformers' index.json spreads a checkpoint over."""
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        plain = all(Path(name).name == name for name in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of shards: {error!r}") from None
+    if not plain or not files:
+        raise CheckpointError(f"{path} names files outside its folder, or none: refused")
+    return files
+
+
+def _all_there(folder: Path, names: list[str]) -> list[Path]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing[:4])}{more} of {len(names)} shards")
+    return [folder / name for name in names]
 
 
 def refuse_zip_bomb(path: Path) -> None:
