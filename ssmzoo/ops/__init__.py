@@ -8,6 +8,12 @@ from ssmzoo.ops.cuda import load as _cuda_load  # noqa: F401
 from ssmzoo.ops.dense_scan import dense_scan, mix_transitions
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d
 from ssmzoo.ops.dispatch import BACKENDS, OPERATORS, BackendError, backend, backend_table, chosen_backend, observe
+from ssmzoo.ops.drop_in import (
+    causal_conv1d_varlen_states,
+    mamba_chunk_scan,
+    mamba_inner_fn,
+    mamba_split_conv1d_scan_combined,
+)
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
@@ -45,6 +51,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "chosen_backend",
     "complex_scan",
     "cross_merge",
@@ -54,7 +61,10 @@ __all__ = [
     "depthwise_conv2d",
     "gated_layer_norm",
     "linear_act",
+    "mamba_chunk_scan",
     "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
     "mamba_step",
     "mix_tokens",
     "mix_transitions",
