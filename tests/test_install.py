@@ -1,0 +1,67 @@
+"""What `make setup` leaves works from every folder, in any order of imports; a wheel works without a checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from paths import ROOT
+
+SHOW = "import ssmzoo; print(len(ssmzoo.list_models()), ssmzoo.create_model('rnn').__class__.__name__)"
+
+
+def python(code, cwd, **environment):
+    plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=plain, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("place", ["above", "inside", "beside", "with a folder of the same name", "notebooks"])
+def test_found_from_every_folder(tmp_path, place):
+    (tmp_path / "ssmzoo").mkdir()  # what a clone of the default name looks like from above: an empty namespace
+    folders = {"above": ROOT.parent, "inside": ROOT, "beside": tmp_path / "ssmzoo", "notebooks": ROOT / "notebooks"}
+    found = python(SHOW, folders.get(place, tmp_path))
+    assert found.returncode == 0, found.stderr
+    count, name = found.stdout.split()
+    assert int(count) >= 100 and name == "RNNModel"
+
+
+@pytest.mark.parametrize(
+    "first", ["timm", "torchvision", "torchmetrics", "lightning", "ssmzoo.timm", "ssmzoo.data.images"]
+)
+def test_any_library_may_be_imported_first(tmp_path, first):
+    code = f"import {first}, timm, ssmzoo.timm; print(len(timm.list_models('vmamba_*')))"
+    found = python(code, tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) >= 8
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_configs_benchmarks_sources_and_kernels(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        str(ROOT),
+        "-w",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("ssmzoo-*.whl")
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    names = {str(f.relative_to(target)) for f in target.rglob("*") if f.is_file()}
+    sources = {
+        str(f.relative_to(ROOT)) for f in (ROOT / "ssmzoo").rglob("*") if f.suffix in (".py", ".c", ".h", ".cpp")
+    }
+    assert sources <= names
+    configs = {f"ssmzoo/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.yaml")}
+    assert configs <= names and "ssmzoo/benchmarks/ops.py" in names
+    code = f"{SHOW}; print(ssmzoo.__file__); from ssmzoo.ops.native import MISSING; print(MISSING)"
+    found = python(code, tmp_path, PYTHONPATH=str(target))
+    assert str(target) in found.stdout and found.stdout.splitlines()[-1] == "None", found.stdout + found.stderr
