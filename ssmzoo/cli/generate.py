@@ -25,7 +25,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the most likely")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: tokens already seen are rarer")
     add("--seed", type=int, metavar="S", help="the same seed draws the same text")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end at this text, one token long; several times")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up; several times")
+    add("--ignore-eos", action="store_true", help="go on after the tokenizer's end-of-text token")
     add("--prefill-chunk", type=int, metavar="L", help="read the prompts in pieces of L tokens to save memory")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     return parser
@@ -47,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
     for text, ids in zip(args.prompt, prompts):
         if not ids:
             raise ValueError(f"--prompt {text!r} has no token; give at least one character to continue from")
+    stops = [_stop_text(text) for text in args.stop]
     steps = stream(
         model.to(_device(args.device)),
         prompts,
         args.max_new_tokens,
         prefill_chunk=args.prefill_chunk,
-        stop_tokens={_one_token(tokenizer, text) for text in args.stop},
+        stop_tokens=set() if args.ignore_eos or tokenizer.end_token is None else {tokenizer.end_token},
         vocab_size=tokenizer.vocab_size,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -62,20 +64,52 @@ def run(args: argparse.Namespace) -> int:
         greedy=args.greedy,
         seed=args.seed,
     )
-    decoders, texts = [tokenizer.decoder() for _ in prompts], ["" for _ in prompts]
+    texts = [_Continuation(tokenizer.decoder(), stops) for _ in prompts]
     out = _Out()
     first = list(islice(steps, 1))  # errors come before any text
     out.write((_heading(0) if len(prompts) > 1 else "") + args.prompt[0])
     for tokens in chain(first, steps):
         for i, token in enumerate(tokens.tolist()):
-            new = decoders[i].push([token]) if token != FINISHED else ""
-            texts[i] += new
+            new = texts[i].push(token) if token != FINISHED else ""
             if i == 0:
                 out.write(new)
-    out.write(decoders[0].flush() + "\n")
+        if all(text.stopped for text in texts):
+            break
+    out.write(texts[0].flush() + "\n")
     for i in range(1, len(prompts)):
-        out.write(f"\n{_heading(i)}{args.prompt[i]}{texts[i]}{decoders[i].flush()}\n")
+        texts[i].flush()
+        out.write(f"\n{_heading(i)}{args.prompt[i]}{texts[i].text}\n")
     return 0
+
+
+class _Continuation:
+    """The text of one sequence up to the first stop text, which may span tokens; what may begin one is held back."""
+
+    def __init__(self, decoder, stops: list[str]):
+        self.decoder, self.stops = decoder, stops
+        self.text, self.held, self.stopped = "", "", False
+
+    def push(self, token: int) -> str:
+        return "" if self.stopped else self._take(self.decoder.push([token]), whole=False)
+
+    def flush(self) -> str:
+        return "" if self.stopped else self._take(self.decoder.flush(), whole=True)
+
+    def _take(self, new: str, whole: bool) -> str:
+        """Text that is certain by now."""
+        pending = self.held + new
+        at = min((found for stop in self.stops if (found := pending.find(stop)) >= 0), default=-1)
+        self.stopped = at >= 0
+        cut = at if self.stopped else len(pending) if whole else self._certain(pending)
+        self.held = pending[cut:]
+        self.text += pending[:cut]
+        return pending[:cut]
+
+    def _certain(self, pending: str) -> int:
+        """How much of `pending` cannot be part of a stop text that is still to be completed."""
+        longest = max(map(len, self.stops), default=1) - 1
+        starts = range(max(0, len(pending) - longest), len(pending))
+        return next((i for i in starts if any(stop.startswith(pending[i:]) for stop in self.stops)), len(pending))
 
 
 class _Out:
@@ -92,11 +126,10 @@ def _heading(i: int) -> str:
     return f"--- prompt {i + 1} ---\n"
 
 
-def _one_token(tokenizer, text: str) -> int:
-    ids = tokenizer.encode(text.replace("\\n", "\n").replace("\\t", "\t"))
-    if len(ids) != 1:
-        raise ValueError(f"--stop {text!r} is {len(ids)} tokens of this model; give one token, such as '\\n'")
-    return ids[0]
+def _stop_text(text: str) -> str:
+    if not text:
+        raise ValueError("--stop is empty; give the text to end at, such as '\\n'")
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _device(name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from ssmzoo.data.loader import ResumableLoader
-from ssmzoo.data.text_corpus import FileCorpus, HuggingFaceCorpus
+from ssmzoo.data.text_corpus import FileCorpus
+from ssmzoo.data.text_hub import HuggingFaceCorpus
 from ssmzoo.data.text_store import FORMAT, Split, Store, build_store, cache_folder, open_store
 from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, digest, from_dict, train_bpe
 from ssmzoo.data.text_windows import Windows
@@ -25,10 +27,14 @@ BPE_SAMPLE = 1 << 30  # characters a BPE is trained on at most
 class TextData(LightningDataModule):
     """Packed windows of text with the next token as label, a held-out split, and the tokenizer.
 
-    path            text file, folder or glob; None: the running Python's standard library (see FileCorpus)
+    path            text file, folder or glob, by suffix also .jsonl, .csv, .tsv, .parquet and compressed ones; None:
+                    the running Python's standard library (see FileCorpus)
+    text_field      field or column of the text in such files of records; None: "text"
     corpus          in place of path: the arguments of a HuggingFaceCorpus as a dict, or any corpus object
     tokenizer       "bytes"; "bpe", learnt on the training split; the path of a tokenizer.json; or what a tokenizer's
                     `to_dict` gave, to read other text with a trained model's vocabulary
+    end_token       what every document ends with: "auto" (the tokenizer's end token where it has one), "none", or a
+                    token of the vocabulary (of a BPE to be learnt: made for it)
     bpe_vocab_size  tokens of a learnt BPE, 4096 if not given (a small corpus may give fewer)
     seq_len         tokens per window; batch_size: windows per step and process
     val_fraction    share of the text that is held out, by document
@@ -58,10 +64,17 @@ class TextData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        text_field: str | None = None,
+        end_token: str | None = "auto",
     ):
         super().__init__()
         if path is not None and corpus is not None:
             raise ValueError(f"data.path = '{path}' and data.corpus are both given; data=text goes with data.path")
+        if text_field is not None and corpus is not None:
+            raise ValueError(
+                f"data.text_field = '{text_field}' goes with data.path; a Hugging Face dataset has "
+                f"data.corpus.text_column"
+            )
         if bpe_vocab_size is not None and tokenizer != "bpe":
             raise ValueError(
                 f"data.bpe_vocab_size = {bpe_vocab_size} does nothing for data.tokenizer = '{tokenizer}'; "
@@ -72,11 +85,14 @@ class TextData(LightningDataModule):
         )
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction = {val_fraction}; give a share between 0 and 1, such as 0.05")
-        self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path)
+        self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path, text_field)
         self.seq_len, self.batch_size, self.shuffle, self.seed = seq_len, batch_size, shuffle, seed
         self.val_fraction, self.val_tokens, self.num_workers = val_fraction, val_tokens, num_workers
         self.cache_dir = cache_folder(cache_dir)
         self._given: Tokenizer | None = _named_tokenizer(tokenizer)
+        if self._given is not None and end_token != "auto":
+            self._given.ending(end_token)
+        self._end_of_bpe = None if end_token in ("auto", "none") else end_token
         self._bpe_vocab_size = bpe_vocab_size or 4096
         self._store: Store | None = None
 
@@ -103,11 +119,15 @@ class TextData(LightningDataModule):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "val_fraction": self.val_fraction,
+            "end_token": self.tokenizer.end_token,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Refuse to continue a run on other data than it began with."""
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and "end_token" not in state and self._given is not None:  # from before documents had one
+            self._given.ending(None)
+            self._store = None
         for key, value in self.state_dict().items() if fitting else ():
             if state.get(key) != value:
                 raise ValueError(
@@ -164,6 +184,7 @@ class TextData(LightningDataModule):
             "fingerprint": meta["fingerprint"],
             "tokenizer": meta["tokenizer"],
             "vocab_size": meta["vocab_size"],
+            "end_token": meta["end_token"],
         } | {
             f"{split}_{what}": meta["splits"][split][what]
             for split in ("train", "val")
@@ -211,6 +232,9 @@ class TextData(LightningDataModule):
             ) from error
         identity = self.corpus.identity(self.cache_dir, self.val_fraction)
         kind = f"bpe-{self._bpe_vocab_size}" if self._given is None else digest(self._given)[:12]
+        end = self._end_of_bpe if self._given is None else self._given.end_token
+        if end is not None:
+            kind += f"-end-{hashlib.sha256(str(end).encode()).hexdigest()[:8]}"
         folder = root / f"{identity[:16]}-{kind}-{self.val_fraction:g}-v{FORMAT}"
         store = open_store(folder)
         if store is None:
@@ -231,7 +255,7 @@ class TextData(LightningDataModule):
                         return
 
         log.info("learning a BPE of %d tokens on '%s'", self._bpe_vocab_size, self.corpus.name)
-        return train_bpe(sample(), self._bpe_vocab_size)
+        return train_bpe(sample(), self._bpe_vocab_size, self._end_of_bpe)
 
     def _check_length(self, store: Store, folder: Path) -> None:
         n, held_out = len(store.train.tokens), len(store.val.tokens)

@@ -1,4 +1,4 @@
-"""Where text comes from: files, the running Python's standard library, or Hugging Face `datasets`.
+"""Where text comes from: files, or the running Python's standard library (`text_hub`: Hugging Face `datasets`).
 
 A corpus hands out documents one after another, each in pieces of about a megabyte, so that nothing depends on how large
 it is; it decides which documents are held out, and knows a fingerprint of its content.
@@ -6,18 +6,20 @@ it is; it decides which documents are held out, and knows a fingerprint of its c
 
 from __future__ import annotations
 
-import codecs
 import glob
 import hashlib
 import json
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-PIECE = 1 << 20  # bytes read at a time
+from ssmzoo.data.text_files import RECORDS, Scan, is_records, open_content, read_pieces, read_records, scan
+
+FEW_RECORDS = 10_000  # below it, what is held out is checked against the share wanted
 REMEMBER_SCANS_ABOVE = 1 << 30  # bytes; smaller corpora are hashed anew at every start
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _OF_THE_MACHINE = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
@@ -28,34 +30,37 @@ class Document(NamedTuple):
 
     split: str  # "train" or "val"
     pieces: Iterator[str]
+    ends: bool = True  # False: the first part of a document that was cut in two
 
 
 class Source(NamedTuple):
-    """Bytes [start, stop) of a file."""
+    """Bytes [start, stop) of a file's text, or all records of one."""
 
     name: str
     path: str
     start: int
     stop: int
-    split: str
+    split: str  # "train", "val" or "records"
+    ends: bool = True  # at its document's end
 
 
 class FileCorpus:
     """Text files: one file, all files below a folder (names that start with a dot are left out), or a glob.
 
     path None stands for the `.py` files of the running Python's standard library, without tests and installed
-    packages. Files are read as UTF-8 in the order of their names; of identical files the first counts.
+    packages. Files are read as UTF-8 in the order of their names, by suffix (see `text_files`): a document per file,
+    or per record, whose text is in `text_field` (None: "text"). Of identical files the first counts.
 
     Held out are the files whose SHA-256, read as a fraction of its range, lies below `val_fraction`: a file does not
     change sides when others come or go. If that gives less than a fifth or more than three times the share wanted, as
     with few files, files are taken in the order of their hashes as far as the share allows, and if each of them is too
-    large, the tail of the largest.
+    large, the tail of the largest. Records are held out by the same rule, one at a time.
 
     Raises ValueError for a path that does not exist, no text at all, and a file that is not text (naming it).
     """
 
-    def __init__(self, path: str | None = None):
-        self.path = path
+    def __init__(self, path: str | None = None, text_field: str | None = None):
+        self.path, self.text_field = path, text_field
         self.name = f"Python {platform.python_version()} standard library" if path is None else str(path)
         self.fingerprint: str | None = None  # SHA-256 over names and contents, after `scan`
         self._sources: list[Source] = []
@@ -63,131 +68,64 @@ class FileCorpus:
     def identity(self, cache_dir: Path, val_fraction: float) -> str:
         """Read and check every file; afterwards `documents` and `fingerprint` are known."""
         files = _stdlib_files() if self.path is None else _files(self.path)
-        digests = _digests(files, cache_dir)
-        lines = "".join(f"{name}\0{digests[path]}\n" for name, path in files)
+        scans = _scans(files, cache_dir)
+        lines = "".join(f"{name}\0{scans[path].digest}\n" for name, path in files)
+        records = [(name, path) for name, path in files if is_records(path)]
+        if records:
+            lines += f"text_field\0{self._field}\n"
+        elif self.text_field is not None:
+            raise ValueError(
+                f"data.text_field = '{self.text_field}' does nothing: '{self.name}' holds no file of records "
+                f"({', '.join(RECORDS)})"
+            )
         self.fingerprint = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
-        self._sources = _hold_out(files, digests, val_fraction)
+        plain = [file for file in files if not is_records(file[1])]
+        sources = _hold_out(plain, scans, val_fraction) + [Source(*file, 0, 0, "records") for file in records]
+        self._sources = sorted(sources, key=lambda source: source[:3])
         if not self._sources:
             raise ValueError(f"data.path = '{self.path}' holds {len(files)} file(s) but no text; give files with text")
         return self.fingerprint
 
     def documents(self, val_fraction: float) -> Iterator[Document]:
         """Call `identity` with the same val_fraction first."""
+        held_out = _held_out_records(self._records(), val_fraction)
         for source in self._sources:
-            yield Document(source.split, read_pieces(source.path, source.start, source.stop))
+            if source.split != "records":
+                yield Document(source.split, read_pieces(source.path, source.start, source.stop), source.ends)
+                continue
+            for text in read_records(source.path, self._field):
+                yield Document("val" if held_out(_sha(text)) else "train", iter([text]))
+
+    @property
+    def _field(self) -> str:
+        return self.text_field or "text"
+
+    def _records(self) -> Iterator[str]:
+        for source in self._sources:
+            if source.split == "records":
+                yield from read_records(source.path, self._field)
 
 
-class HuggingFaceCorpus:
-    """A dataset of the Hugging Face hub, or anything else that `datasets.load_dataset(name, ...)` reads.
-
-    name, subset, split, data_files, revision  as in `load_dataset` (name="json" with data_files reads local files)
-    text_column    column that holds the text; every row is a document
-    streaming      read over the network while tokenising instead of downloading everything first
-    val_split      split to hold out, such as "validation"; None: rows by the SHA-256 of their text
-    max_documents  stop after so many rows of a split
-
-    The tokenised copy is found again by these arguments alone, without network: give a `revision` to pin the content.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        subset: str | None = None,
-        split: str = "train",
-        val_split: str | None = None,
-        text_column: str = "text",
-        streaming: bool = False,
-        data_files: str | list[str] | None = None,
-        revision: str | None = None,
-        max_documents: int | None = None,
-    ):
-        if max_documents is not None and max_documents < 1:
-            raise ValueError(f"data.corpus.max_documents = {max_documents}; give at least 1, or null for all rows")
-        self.name, self.subset, self.split, self.val_split = name, subset, split, val_split
-        self.text_column, self.streaming, self.revision = text_column, streaming, revision
-        self.data_files = [data_files] if isinstance(data_files, str) else data_files and list(data_files)
-        self.max_documents = max_documents
-        self.fingerprint: str | None = None  # SHA-256 over the texts, after `documents` has run to its end
-
-    def identity(self, cache_dir: Path, val_fraction: float) -> str:
-        files = [f for pattern in self.data_files or () for f in sorted(glob.glob(os.path.expanduser(pattern)))]
-        local = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-        what = [
-            self.name,
-            self.subset,
-            self.split,
-            self.val_split,
-            self.text_column,
-            self.revision,
-            self.max_documents,
-            self.data_files,
-            local,
-        ]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-    def documents(self, val_fraction: float) -> Iterator[Document]:
-        everything = hashlib.sha256()
-        for split in [self.split] + ([self.val_split] if self.val_split else []):
-            for text in self._texts(split):
-                digest = hashlib.sha256(text.encode("utf-8", "replace"))
-                everything.update(digest.digest())
-                held_out = split == self.val_split if self.val_split else _fraction(digest.hexdigest()) < val_fraction
-                yield Document("val" if held_out else "train", iter([text]))
-        self.fingerprint = everything.hexdigest()
-
-    def _texts(self, split: str) -> Iterator[str]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("data=hf_text needs the package `datasets`: pip install datasets") from error
-        try:
-            rows = load_dataset(
-                self.name,
-                self.subset,
-                split=split,
-                data_files=self.data_files,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
-        except Exception as error:  # network, hub, unknown name, unknown split: dozens of classes
-            raise ValueError(
-                f"data.corpus: Hugging Face datasets could not load '{self.name}' (subset {self.subset}, "
-                f"split {split}): {type(error).__name__}: {(str(error).splitlines() or [''])[0]}; check "
-                f"name, split and network, or use data.path=<file, folder or glob>"
-            ) from error
-        for i, row in enumerate(rows):
-            if i == self.max_documents:
-                return
-            if self.text_column not in row:
-                raise ValueError(
-                    f"data.corpus.text_column = '{self.text_column}' is no column of '{self.name}'; "
-                    f"it has {', '.join(row)}"
-                )
-            text = row[self.text_column]
-            if text is not None and not isinstance(text, str):
-                raise ValueError(
-                    f"data.corpus.text_column = '{self.text_column}' of '{self.name}' holds "
-                    f"{type(text).__name__}, not text; choose another of {', '.join(row)}"
-                )
-            if text:
-                yield text
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_pieces(path: str, start: int, stop: int) -> Iterator[str]:
-    """The text of bytes [start, stop) in pieces of about a megabyte that end at a line's end, or else after a space."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest = ""
-    with open(path, "rb") as file:
-        file.seek(start)
-        while start < stop and (data := file.read(min(PIECE, stop - start))):
-            start += len(data)
-            text = rest + decoder.decode(data)
-            cut = (text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)) if start < stop else len(text)
-            if cut:
-                yield text[:cut]
-            rest = text[cut:]
-    if start < stop:
-        raise ValueError(f"'{path}' became shorter while it was read; start again when nobody writes to it")
+def _held_out_records(texts: Iterator[str], val_fraction: float) -> Callable[[str], bool]:
+    """Which records, by the SHA-256 of their text, are held out; see FileCorpus for the rule. With many records the
+    hashes alone give the share."""
+    size = {_sha(text): len(text) for text in islice(texts, FEW_RECORDS)}
+    wanted = val_fraction * sum(size.values())
+    share = sum(n for digest, n in size.items() if fraction(digest) < val_fraction)
+    if len(size) >= FEW_RECORDS or wanted / 5 <= share <= wanted * 3:
+        return lambda digest: fraction(digest) < val_fraction
+    chosen, room = set(), wanted
+    for digest in sorted(size):
+        if size[digest] <= room:
+            chosen.add(digest)
+            room -= size[digest]
+    if not chosen and len(size) > 1:
+        chosen = {min(size)}
+    return chosen.__contains__
 
 
 def _stdlib_files() -> list[tuple[str, str]]:
@@ -230,56 +168,33 @@ def _walk(root: str, without: set[str]) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _digests(files: list[tuple[str, str]], cache_dir: Path) -> dict[str, str]:
-    """SHA-256 of every file by path. For large corpora remembered by (path, size, time of change)."""
+def _scans(files: list[tuple[str, str]], cache_dir: Path) -> dict[str, Scan]:
+    """SHA-256 and size of every file by path. For large corpora remembered by (path, size, time of change)."""
     stats = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for _, path in files]
     remember = sum(size for _, size, _ in stats) > REMEMBER_SCANS_ABOVE
-    memory = cache_dir / "scans" / f"{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]}.json"
+    memory = cache_dir / "scans-v2" / f"{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]}.json"
     if remember and memory.is_file():
-        return dict(zip((path for _, path in files), json.loads(memory.read_text())))
-    digests = {path: _digest(path) for _, path in files}
+        return dict(zip((path for _, path in files), (Scan(*found) for found in json.loads(memory.read_text()))))
+    scans = {path: scan(path) for _, path in files}
     if remember:
         memory.parent.mkdir(parents=True, exist_ok=True)
         temporary = memory.with_suffix(f".tmp{os.getpid()}")
-        temporary.write_text(json.dumps(list(digests.values())))
+        temporary.write_text(json.dumps(list(scans.values())))
         os.replace(temporary, memory)
-    return digests
+    return scans
 
 
-def _digest(path: str) -> str:
-    """SHA-256 of a file; ValueError unless it is UTF-8 text without NUL."""
-    remedy = "give only text, for instance by a glob such as data.path='folder/**/*.txt'"
-    digest, decoder, seen = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
-    try:
-        with open(path, "rb") as file:
-            while data := file.read(PIECE):
-                if (nul := data.find(b"\0")) >= 0:
-                    raise ValueError(f"data.path: '{path}' is not text: NUL at byte {seen + nul}; {remedy}")
-                decoder.decode(data)
-                digest.update(data)
-                seen += len(data)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.path: '{path}' is not UTF-8 text: {error.reason} near byte {seen + error.start}; "
-            f"convert it to UTF-8, or {remedy}"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"data.path: '{path}' cannot be read: {error.strerror}; {remedy}") from error
-    return digest.hexdigest()
-
-
-def _fraction(digest: str) -> float:
+def fraction(digest: str) -> float:
     """A SHA-256 as a number in [0, 1)."""
     return int(digest[:12], 16) / 16**12
 
 
-def _hold_out(files: list[tuple[str, str]], digests: dict[str, str], val_fraction: float) -> list[Source]:
+def _hold_out(files: list[tuple[str, str]], scans: dict[str, Scan], val_fraction: float) -> list[Source]:
     """Decide for every file, identical and empty ones left out; see FileCorpus for the rule."""
-    unique = {digests[path]: (name, path) for name, path in reversed(files) if os.path.getsize(path)}
-    size = {digest: os.path.getsize(path) for digest, (_, path) in unique.items()}
+    unique = {scans[path].digest: (name, path) for name, path in reversed(files) if scans[path].size}
+    size = {digest: scans[path].size for digest, (_, path) in unique.items()}
     wanted = val_fraction * sum(size.values())
-    held_out = {digest for digest in unique if _fraction(digest) < val_fraction}
+    held_out = {digest for digest in unique if fraction(digest) < val_fraction}
     if not wanted / 5 <= sum(size[d] for d in held_out) <= wanted * 3:
         held_out, room = set(), wanted
         for digest in sorted(unique):
@@ -291,7 +206,7 @@ def _hold_out(files: list[tuple[str, str]], digests: dict[str, str], val_fractio
     for digest, (name, path) in sorted(unique.items(), key=lambda item: item[1]):
         if not held_out and digest == largest:
             cut = _line_start(path, int(size[digest] * (1 - val_fraction)), size[digest])
-            sources += [Source(name, path, 0, cut, "train"), Source(name, path, cut, size[digest], "val")]
+            sources += [Source(name, path, 0, cut, "train", ends=False), Source(name, path, cut, size[digest], "val")]
         else:
             sources.append(Source(name, path, 0, size[digest], "val" if digest in held_out else "train"))
     return [source for source in sources if source.start < source.stop]
@@ -299,7 +214,7 @@ def _hold_out(files: list[tuple[str, str]], digests: dict[str, str], val_fractio
 
 def _line_start(path: str, place: int, stop: int) -> int:
     """The first start of a line at or after `place`, if one comes soon and before the end; else of a character."""
-    with open(path, "rb") as file:
+    with open_content(path) as file:
         file.seek(place)
         ahead = file.read(min(1 << 16, (stop - place) // 2))
     if (newline := ahead.find(b"\n")) >= 0:

@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssmzoo.data.text_corpus import FileCorpus, HuggingFaceCorpus
+from ssmzoo.data.text_corpus import FileCorpus
+from ssmzoo.data.text_hub import HuggingFaceCorpus
 from ssmzoo.data.text_tokenizer import Tokenizer, digest, from_dict
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when what is written changes
+FORMAT = 2  # raise it when what is written changes
 _BATCH = 1 << 22  # characters tokenised at a time
 _REPORT_EVERY = 15.0  # seconds
 
@@ -74,7 +75,7 @@ def build_store(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     temporary.mkdir()
     try:
-        writers = {split: _Writer(temporary, split, tokenizer.vocab_size) for split in ("train", "val")}
+        writers = {split: _Writer(temporary, split, tokenizer) for split in ("train", "val")}
         try:
             _tokenise(corpus.documents(val_fraction), tokenizer, writers)
         finally:
@@ -87,6 +88,7 @@ def build_store(
             "tokenizer": tokenizer.name,
             "tokenizer_sha256": digest(tokenizer),
             "vocab_size": tokenizer.vocab_size,
+            "end_token": tokenizer.end_token,
             "val_fraction": val_fraction,
             "splits": {split: writer.summary() for split, writer in writers.items()},
         }
@@ -113,38 +115,41 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def _tokenise(documents, tokenizer: Tokenizer, writers: dict[str, _Writer]) -> None:
     begun = reported = time.monotonic()
     for batch in _batches(documents):
-        for (split, text, last), ids in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch])):
-            writers[split].write(ids, len(text.encode("utf-8", "replace")), last)
+        for (split, text, last, ends), ids in zip(batch, tokenizer.encode_batch([text for _, text, *_ in batch])):
+            writers[split].write(ids, len(text.encode("utf-8", "replace")), last, ends)
         if time.monotonic() - reported > _REPORT_EVERY:
             reported = time.monotonic()
             done = sum(writer.n_bytes for writer in writers.values()) / 1e6
             log.info("tokenised %.0f MB, %.1f MB/s", done, done / (reported - begun))
 
 
-def _batches(documents) -> Iterator[list[tuple[str, str, bool]]]:
-    """Lists of (split, piece, is the document's last) with about _BATCH characters each."""
+def _batches(documents) -> Iterator[list[tuple[str, str, bool, bool]]]:
+    """Lists of (split, piece, is the document's last, and the document ends there) of about _BATCH characters each."""
     batch, size = [], 0
     for document in documents:
         for piece in document.pieces:
-            batch.append((document.split, piece, False))
+            batch.append((document.split, piece, False, False))
             size += len(piece)
             if size >= _BATCH:
                 yield batch
                 batch, size = [], 0
-        batch.append((document.split, "", True))
+        batch.append((document.split, "", True, document.ends))
     yield batch
 
 
 class _Writer:
     """Appends tokens and document starts of one split to its files."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int):
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
+        vocab_size, self.end_token = tokenizer.vocab_size, tokenizer.end_token
         self.dtype = np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.tokens, self.starts = open(folder / f"{split}.tokens", "wb"), open(folder / f"{split}.starts", "wb")
         self.counts, self.counts_path = np.zeros(vocab_size, dtype=np.int64), folder / f"{split}.counts"
         self.n_tokens, self.n_bytes, self.n_documents, self.begin = 0, 0, 0, 0
 
-    def write(self, ids: np.ndarray, n_bytes: int, last: bool) -> None:
+    def write(self, ids: np.ndarray, n_bytes: int, last: bool, ends: bool) -> None:
+        if ends and self.end_token is not None and self.n_tokens > self.begin:
+            ids = np.append(ids, self.end_token)
         self.tokens.write(ids.astype(self.dtype).tobytes())
         self.counts += np.bincount(ids, minlength=len(self.counts))
         self.n_tokens += len(ids)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+END_TOKENS = (  # what tokenizers call the end of a text, the most telling first
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<|im_end|>",
+)  # fmt: skip
 _LONGEST_CHARACTER = 16  # tokens; an invalid byte sequence is given up after as many
 
 
@@ -22,6 +26,13 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = 256
+    end_token = None
+
+    def ending(self, token: str | None) -> ByteTokenizer:
+        """Without an end token, the only way there is; ValueError for another."""
+        if token not in (None, "auto", "none"):
+            raise ValueError(f"data.end_token = '{token}': the 256 bytes have no such token; use data.tokenizer=bpe")
+        return self
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "surrogateescape"))  # a command line may hold bytes that are not UTF-8
@@ -42,15 +53,18 @@ class ByteTokenizer:
 class JsonTokenizer:
     """A tokenizer of the `tokenizers` library, given as the text of its json file.
 
+    end_token  the token that ends a document or its id; "auto": the first of END_TOKENS that it has; None: none. As an
+               attribute, the id or None
+
     No special tokens are added around a text, nothing is truncated or padded. `name` is what messages call it.
     Raises ValueError when the text does not parse.
     """
 
-    def __init__(self, json: str, name: str = "tokenizer"):
+    def __init__(self, text: str, name: str = "tokenizer", end_token: str | int | None = "auto"):
         from tokenizers import Tokenizer  # 50 ms that byte-level runs do not pay
 
         try:
-            self.tokenizer = Tokenizer.from_str(json)
+            self.tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(
                 f"data.tokenizer: '{name}' is not a tokenizer file of the `tokenizers` library ({error}); "
@@ -63,6 +77,23 @@ class JsonTokenizer:
         self.vocab_size = max(ids, default=-1) + 1  # ids may have holes
         if self.vocab_size < 1:
             raise ValueError(f"data.tokenizer: the vocabulary of '{name}' is empty; give a trained tokenizer.json")
+        self.end_token: int | None = None
+        self.ending(end_token)
+
+    def ending(self, token: str | int | None) -> JsonTokenizer:
+        """Choose the end token: a token or its id, "auto" for the one it has, "none" or None for none."""
+        if token in (None, "none"):
+            self.end_token = None
+        elif token == "auto":
+            special = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+            found = next((t for t in END_TOKENS if t in special), None)
+            self.end_token = None if found is None else self.tokenizer.token_to_id(found)
+        else:
+            found = token if isinstance(token, int) else self.tokenizer.token_to_id(token)
+            if found is None or not 0 <= found < self.vocab_size:
+                raise ValueError(f"data.end_token = '{token}' is no token of '{self.name}'; choose one, auto or none")
+            self.end_token = found
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> JsonTokenizer:
@@ -76,7 +107,7 @@ class JsonTokenizer:
                 f"data.tokenizer: '{path}' is not a json file ({error}); give a tokenizer.json of the "
                 f"`tokenizers` library, or data.tokenizer=bytes"
             ) from error
-        return cls(text, str(path))
+        return cls(text, str(path), _configured_end(path.with_name("tokenizer_config.json")))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -92,7 +123,18 @@ class JsonTokenizer:
         return _PieceDecoder(self.decode)
 
     def to_dict(self) -> dict[str, str]:
-        return {"type": "json", "name": self.name, "json": self.tokenizer.to_str()}
+        about = {"type": "json", "name": self.name, "json": self.tokenizer.to_str()}
+        return about if self.end_token is None else about | {"end_token": self.end_token}
+
+
+def _configured_end(file: Path) -> str:
+    """The end token that a tokenizer_config.json beside a tokenizer.json names, or "auto"."""
+    try:
+        found = json.loads(file.read_text("utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return "auto"
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else "auto"
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer
@@ -104,7 +146,7 @@ def from_dict(description: dict[str, str]) -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "json" and isinstance(description.get("json"), str):
-        return JsonTokenizer(description["json"], description.get("name", "tokenizer"))
+        return JsonTokenizer(description["json"], description.get("name", "tokenizer"), description.get("end_token"))
     raise ValueError(f"tokenizer type {kind!r} is unknown; expected 'bytes', or 'json' with the tokenizer in 'json'")
 
 
@@ -114,8 +156,9 @@ def digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(f"{description['type']}\0{description.get('json', '')}".encode()).hexdigest()
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """Learn a byte-level BPE (GPT-2's pre-tokenisation, no unknown token, lossless) of at most `vocab_size` tokens."""
+def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str | None = None) -> JsonTokenizer:
+    """Learn a byte-level BPE (GPT-2's pre-tokenisation, no unknown token, lossless) of at most `vocab_size` tokens,
+    among them `end_token` if one is named."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
@@ -127,9 +170,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    special = [end_token] if end_token else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, special_tokens=special
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return JsonTokenizer(tokenizer.to_str(), f"bpe-{tokenizer.get_vocab_size()}")
+    return JsonTokenizer(tokenizer.to_str(), f"bpe-{tokenizer.get_vocab_size()}", end_token)
 
 
 class StreamDecoder(ABC):

@@ -113,9 +113,15 @@ class LanguageModeling(Task):
             first = next(iter(data.val_dataloader()))["input_ids"][0, : self.prompt_tokens].tolist()
         else:
             first = data.encode(self.prompt)
-        was_training = self.model.training
+        was_training, end = self.model.training, data.tokenizer.end_token
         new = generate(
-            self.model.eval(), [first], max_new_tokens=self.sample_tokens, temperature=0.8, top_p=0.95, seed=0
+            self.model.eval(),
+            [first],
+            max_new_tokens=self.sample_tokens,
+            stop_tokens=() if end is None else (end,),
+            temperature=0.8,
+            top_p=0.95,
+            seed=0,
         )[0]
         self.model.train(was_training)
         return f"{data.decode(first)}▶{data.decode(new)}"

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ssmzoo.data import text_corpus, text_store
+from ssmzoo.data import text_corpus, text_files, text_store
 from ssmzoo.data.loader import Draw
 from ssmzoo.data.shuffle import Permutation
 from ssmzoo.data.text import TextData
-from ssmzoo.data.text_corpus import FileCorpus, HuggingFaceCorpus, read_pieces
+from ssmzoo.data.text_corpus import FileCorpus
+from ssmzoo.data.text_files import read_pieces
+from ssmzoo.data.text_hub import HuggingFaceCorpus
 from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, from_dict, train_bpe
 from ssmzoo.data.text_windows import Windows
 from ssmzoo.tasks.metrics.ngram import unigram_bits_per_byte, unigram_bits_per_token
@@ -109,7 +111,7 @@ def test_glob_and_folder_and_names_do_not_depend_on_where_they_stand(folder, tmp
 
 
 def test_pieces_of_a_large_file_end_at_lines_and_keep_every_character(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_corpus, "PIECE", 101)
+    monkeypatch.setattr(text_files, "PIECE", 101)
     text = "".join(f"zeile {i} mit grüßen und €\n" for i in range(100)) + "x" * 300 + "ü"
     (tmp_path / "t").write_text(text)
     pieces = list(read_pieces(str(tmp_path / "t"), 0, len(text.encode())))
@@ -120,7 +122,7 @@ def test_pieces_of_a_large_file_end_at_lines_and_keep_every_character(tmp_path, 
 def test_scans_of_large_corpora_are_remembered(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(text_corpus, "REMEMBER_SCANS_ABOVE", 100)
     first = FileCorpus(str(folder)).identity(tmp_path, 0.2)
-    monkeypatch.setattr(text_corpus, "_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(text_corpus, "scan", lambda path: pytest.fail("read again"))
     assert FileCorpus(str(folder)).identity(tmp_path, 0.2) == first
 
 

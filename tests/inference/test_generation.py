@@ -275,7 +275,7 @@ def test_command_reads_a_learnt_vocabulary(checkpoint, capsys):
     [
         (None, ["--prompt", "a"], "without a tokenizer"),
         ({"type": "bytes"}, ["--prompt", ""], "--prompt '' has no token"),
-        ({"type": "bytes"}, ["--prompt", "a", "--stop", "ab"], "--stop 'ab' is 2 tokens"),
+        ({"type": "bytes"}, ["--prompt", "a", "--stop", ""], "--stop is empty"),
         ({"type": "bytes"}, ["--prompt", "a", "--top-k", "999"], "top_k = 999 exceeds the vocabulary of 256"),
         ({"type": "bytes"}, ["--prompt", "a", "--device", "nonsense"], "--device nonsense is not usable"),
     ],
@@ -285,7 +285,18 @@ def test_command_explains_bad_input(checkpoint, capsys, tokenizer, arguments, me
         run(capsys, checkpoint(tokenizer), *arguments)
 
 
-def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    "stops, written",
+    [
+        (["f"], "abcde"),
+        (["fgh"], "abcde"),
+        (["efx", "ghi"], "abcdef"),
+        (["xyz"], "abcdefghijk"),
+        (["k\\n", "jz"], "abcdefghijk"),
+        (["hi", "cde"], "ab"),
+    ],
+)
+def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch, stops, written):
     shown = []
     manifest = {"tokenizer": {"type": "bytes"}}
     monkeypatch.setattr("ssmzoo.zoo.load_model", lambda path: (Counter(256), manifest))
@@ -301,9 +312,24 @@ def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch):
         min_p=None,
         repetition_penalty=1.0,
         seed=None,
-        stop=["f"],
+        stop=stops,
+        ignore_eos=False,
         prefill_chunk=None,
         device="cpu",
     )
     command.run(types.SimpleNamespace(**arguments))
-    assert shown == ["a", "b", "c", "d", "e", "\n"]
+    assert "".join(shown) == written + "\n"
+    assert shown[:2] == ["a", "b"]  # at once, not at the end
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_command_stops_at_the_end_token_that_documents_had(checkpoint, monkeypatch, ignore, capsys):
+    tokenizer = train_bpe(["ab cd"] * 3, 262, "<|endoftext|>")
+    assert tokenizer.end_token == 0
+    after = tokenizer.encode("z")[0]
+    monkeypatch.setattr(
+        "ssmzoo.zoo.load_model",
+        lambda path: (Counter(tokenizer.vocab_size), {"tokenizer": tokenizer.ending(after + 2).to_dict()}),
+    )
+    out = run(capsys, "x", "--prompt", "z", "--greedy", "--max-new-tokens", "6", *(["--ignore-eos"] if ignore else []))
+    assert out.startswith("z{|}~") if ignore else out == "z{\n"
