@@ -45,9 +45,9 @@ def measure(model: str, overrides: list[str]) -> dict:
     import torch
     from hydra import compose, initialize_config_dir
 
+    from ssmzoo.presets import config_dir
     from ssmzoo.train import config, memory, run
     from ssmzoo.train.freed_memory import keep_freed_memory
-    from ssmzoo.zoo import config_dir
 
     run._quiet()
     keep_freed_memory()  # as the trainer does; not where MALLOC_* is set

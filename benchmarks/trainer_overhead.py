@@ -98,10 +98,10 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from ssmzoo.presets import config_dir
     from ssmzoo.train import run
     from ssmzoo.train.config import register_resolvers
     from ssmzoo.train.freed_memory import keep_freed_memory
-    from ssmzoo.zoo import config_dir
 
     register_resolvers()
     run._quiet()

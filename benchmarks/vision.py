@@ -13,8 +13,8 @@ import time
 import torch
 
 import ssmzoo.timm
+from ssmzoo.presets import build_model
 from ssmzoo.probes.flops import count_operations, giga
-from ssmzoo.zoo import build_model
 
 PAPER = {  # parameters and 10^9 operations at 224 pixels (None: not published)
     "spatial_mamba_tiny": (26_748_862, 4.5),

@@ -13,7 +13,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "list_models", "load_official", "ops"]
 
-_HOMES = {"create_model": "ssmzoo.zoo", "list_models": "ssmzoo.zoo", "load_official": "ssmzoo.released.load"}
+_HOMES = {"create_model": "ssmzoo.zoo", "list_models": "ssmzoo.presets", "load_official": "ssmzoo.released.load"}
 
 
 def __getattr__(name: str):

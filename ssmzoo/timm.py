@@ -19,9 +19,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn  # noqa: E402
 
 from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
+from ssmzoo.presets import config_dir, list_models, model_class, read_model_config  # noqa: E402
 from ssmzoo.released.family import find  # noqa: E402
 from ssmzoo.suggest import nearest  # noqa: E402
-from ssmzoo.zoo import config_dir, list_models, model_class, read_model_config  # noqa: E402
 
 IMAGENET = dict(
     num_classes=1000, crop_pct=0.875, interpolation="bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)

@@ -1,103 +1,24 @@
-"""Models by name. The files of configs/model are the only list there is: a new file there is a new model."""
+"""Models by name, with weights: fresh ones, or those of a run folder or checkpoint of ours."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import importlib
-import inspect
 from pathlib import Path
 
 from torch import nn
 
 from ssmzoo.checkpoint_files import MANIFEST, find_checkpoint, read_manifest, read_weights, weights_of
+from ssmzoo.presets import (  # noqa: F401
+    build_model,
+    build_preset,
+    config_dir,
+    config_names,
+    describe_config,
+    list_models,
+    model_class,
+    read_model_config,
+)
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.load import fit_state_dict
-from ssmzoo.suggest import nearest
-
-
-@functools.cache
-def config_dir() -> Path:
-    """The configs folder: inside the package when installed from a wheel, beside it in a checkout."""
-    here = Path(__file__).parent
-    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
-
-
-def config_names(group: str) -> list[str]:
-    """Names that may be chosen in a config group, nested ones as `folder/name`."""
-    root = config_dir() / group
-    return sorted(f.relative_to(root).with_suffix("").as_posix() for f in root.rglob("*.yaml"))
-
-
-@functools.cache
-def describe_config(group: str, name: str) -> str:
-    """The first comment line of a config that is not a package directive."""
-    for line in (config_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and "@package" not in line:
-            return line.lstrip("# ").rstrip()
-    return ""
-
-
-def read_model_config(name: str) -> dict:
-    """{"model": constructor arguments with `_target_`, "task": ..., "data": ...} of configs/model/<name>.yaml.
-
-    Inheritance between model files (a plain name in `defaults`) is followed. Raises ValueError for an unknown name.
-    """
-    import yaml
-
-    names = config_names("model")
-    if name not in names:
-        raise ValueError(f"unknown model {name!r}{nearest(name, names)}; `ssmzoo list models` prints all {len(names)}")
-    content = yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
-    result: dict = {"model": {}}
-    for entry in content.get("defaults", []):
-        if isinstance(entry, str) and entry != "_self_":
-            parent = read_model_config(entry)
-            result = parent | result | {"model": parent["model"] | result["model"]}
-        elif isinstance(entry, dict):
-            for key, value in entry.items():
-                result[key.removeprefix("override ").strip().strip("/").split("@")[0]] = value
-    result["model"] = result["model"] | content.get("model", {})
-    return result
-
-
-def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
-    """Names of the zoo's models and presets, filtered by a glob and by the task they call home."""
-    names = [n for n in config_names("model") if fnmatch.fnmatch(n, pattern)]
-    return names if task is None else [n for n in names if read_model_config(n).get("task") == task]
-
-
-MOVED = {  # classes that checkpoints written before know under another name
-    "ssmzoo.models.mamba_scenario.ScenarioMambaLM": "ssmzoo.models.token_dynamics.ScenarioMambaLM",
-}
-
-
-def model_class(target: str) -> type[nn.Module]:
-    """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run others."""
-    target = MOVED.get(str(target), target)
-    module, _, name = str(target).rpartition(".")
-    if not module.startswith("ssmzoo.models."):
-        raise ValueError(f"model._target_ is {target!r}: only classes inside ssmzoo.models can be built")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model._target_ is {target!r}, which cannot be imported: {error}") from None
-    if not (inspect.isclass(found) and issubclass(found, nn.Module) and found.__module__.startswith("ssmzoo.")):
-        raise ValueError(f"model._target_ is {target!r}, which is no model of ssmzoo")
-    return found
-
-
-def build_model(node: dict) -> nn.Module:
-    """Instantiate `{"_target_": ..., **arguments}`; TypeError names an unknown argument and the nearest known one."""
-    arguments = {k: v for k, v in node.items() if k != "_target_"}
-    cls = model_class(node["_target_"])
-    known = [p for p in inspect.signature(cls).parameters]
-    for key in arguments:
-        if key not in known:
-            raise TypeError(
-                f"{cls.__name__} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
-            )
-    return cls(**arguments)
 
 
 def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn.Module:
@@ -110,9 +31,7 @@ def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn
     Sizes that a data set decides when training (vocab_size, num_classes) take the constructor's default unless given.
     Raises ValueError for an unknown name, TypeError for an unknown argument.
     """
-    node = read_model_config(name)["model"]
-    node = {k: v for k, v in node.items() if not (isinstance(v, str) and v.startswith("${"))}
-    model = build_model(node | overrides)
+    model = build_preset(name, **overrides)
     if checkpoint is not None:
         fit_state_dict(model, read_weights(checkpoint), what=f"model {name!r}")
     return model

@@ -1,42 +1,66 @@
 """The shape of the package: imports point one way, importing is light, configs and models agree."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
+import house
 import pytest
 from paths import ROOT
 
-ORDER = ["ops", "layers", "models", "tasks", "train", "cli"]  # a part may import itself and what stands left of it
-FORBIDDEN = {"data": ["models", "layers", "tasks", "train", "cli"], "probes": ["train", "cli", "tasks"]}
-FILES = sorted((ROOT / "ssmzoo").rglob("*.py"))
+LEAVES = ("suggest", "terminal", "safe_yaml", "_torchvision", "_torchmetrics")  # they import nothing of ours
+ORDER = ("ops", "layers", "presets", "models", "adapt", "released", "checkpoint_files", "zoo", "inference", "tasks")
+ORDER += ("train", "verify", "cli")  # a part imports itself, leaves, and what stands left of it
+BESIDE = {  # these stand beside the order: what they import
+    "data": ("ops",),
+    "probes": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo", "inference", "data"),
+    "timm": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo"),
+    "__init__": (),
+}
+KNOW_DATA = ("inference", "train", "verify", "cli", "probes")
+KNOW_PROBES = ("verify", "cli")
+IMPORTS = house.imports(ROOT)
 
 
-def top_level_imports(file: Path):
-    """(line, imported part of ssmzoo) of every import statement, inside functions too."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = (
-            [node.module]
-            if isinstance(node, ast.ImportFrom) and node.level == 0
-            else [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else []
-        )
-        for name in names:
-            if name and name.startswith("ssmzoo."):
-                yield node.lineno, name.split(".")[1]
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(ROOT)) for f in FILES])
-def test_imports_point_one_way(file):
-    here = file.relative_to(ROOT / "ssmzoo").parts[0]
-    for line, there in top_level_imports(file):
-        if here in ORDER and there in ORDER:
-            assert ORDER.index(there) <= ORDER.index(here), f"{file}:{line}: {here} imports {there}"
-        assert there not in FORBIDDEN.get(here, []), f"{file}:{line}: {here} imports {there}"
-        if here in ("ops", "layers", "models"):
-            assert there != "data", f"{file}:{line}: {here} imports data"
+def allowed(here: str) -> set[str]:
+    if here in LEAVES:
+        return set()
+    left = BESIDE[here] if here in BESIDE else ORDER[: ORDER.index(here)]
+    more = ("data",) * (here in KNOW_DATA) + ("probes",) * (here in KNOW_PROBES)
+    return {here, *left, *more, *LEAVES}
+
+
+@pytest.mark.parametrize("module", sorted(IMPORTS))
+def test_imports_point_one_way(module):
+    """Imports within functions count like those at the top."""
+    wrong = {there for there in IMPORTS[module] if part(there) not in allowed(part(module)) and there != "ssmzoo"}
+    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_files_import_each_other():
+    assert house.circles(ROOT) == []
+
+
+def test_models_hold_nothing_of_other_repositories():
+    assert house.foreign_lines(ROOT)[0] == 0
+
+
+def test_few_private_members_of_torch_and_lightning():
+    found = house.private_members(ROOT)
+    assert len(found) <= 8, "\n".join(found)
+
+
+def test_a_pass_walks_through_few_of_our_functions():
+    (language, *_), (image, *_) = house.frames(ROOT)
+    assert language <= 40 and image <= 250
+
+
+def test_constructors_are_short():
+    blocks, models = house.constructors(ROOT)
+    assert blocks <= 12 and models <= 18
 
 
 def test_import_is_light():

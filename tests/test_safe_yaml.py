@@ -5,9 +5,9 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from ssmzoo.presets import config_dir
 from ssmzoo.safe_yaml import parse_yaml, read_yaml
 from ssmzoo.terminal import plain_output, printable
-from ssmzoo.zoo import config_dir
 
 LINES = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
 BOMB = "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *LINES])

@@ -9,8 +9,8 @@ import argparse
 import ast
 import inspect
 
+from ssmzoo.presets import build_model, describe_config, model_class, read_model_config
 from ssmzoo.suggest import nearest
-from ssmzoo.zoo import build_model, describe_config, model_class, read_model_config
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import fnmatch
 
+from ssmzoo.presets import config_names, describe_config, list_models
 from ssmzoo.suggest import nearest
-from ssmzoo.zoo import config_names, describe_config, list_models
 
 GROUPS = {
     "models": "model",

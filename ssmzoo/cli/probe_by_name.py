@@ -16,9 +16,9 @@ def named_subject(name: str, args: argparse.Namespace):
     """
     import torch
 
+    from ssmzoo.presets import build_model, list_models, read_model_config
     from ssmzoo.probes.subject import Subject
     from ssmzoo.suggest import nearest
-    from ssmzoo.zoo import build_model, list_models, read_model_config
 
     torch.manual_seed(0)
     if name.startswith("timm/"):

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ssmzoo.zoo import config_dir
+from ssmzoo.presets import config_dir
 
 USER_ERROR, FAILED = 2, 1
 

@@ -33,7 +33,7 @@ from ssmzoo.layers.image.depthwise_conv import DepthwiseConv
 from ssmzoo.layers.image.ss2d import init_directional_, project_steps, scan_steps
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.ops import causal_conv1d_fn, cross_merge, cross_scan
-from ssmzoo.zoo import create_model
+from ssmzoo.presets import build_preset
 
 
 class NeckOutput(NamedTuple):
@@ -257,7 +257,7 @@ class MambaFSCIL(nn.Module):
     ):
         super().__init__()
         sizes = {"in_chans": in_chans, "num_classes": 0, "global_pool": ""}
-        self.backbone = create_model(backbone, **(sizes | dict(backbone_args or {})))
+        self.backbone = build_preset(backbone, **(sizes | dict(backbone_args or {})))
         if not isinstance(self.backbone, ImageBackbone):
             raise ValueError(
                 f"backbone {backbone!r} is no image model; choose one of `ssmzoo list models --task classification`"

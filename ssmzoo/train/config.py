@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from ssmzoo.presets import config_dir, config_names, model_class
 from ssmzoo.suggest import nearest
 from ssmzoo.train import sweep
-from ssmzoo.zoo import config_dir, config_names, model_class
 
 
 class ConfigError(ValueError):

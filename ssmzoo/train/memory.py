@@ -163,9 +163,9 @@ def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
 
     from hydra import compose, initialize_config_dir
 
+    from ssmzoo.presets import build_model, config_dir
     from ssmzoo.train import config as configuration
     from ssmzoo.train import optim, run
-    from ssmzoo.zoo import build_model, config_dir
 
     configuration.register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ssmzoo.presets import build_model
 from ssmzoo.tasks.micro_batch import is_out_of_memory
 from ssmzoo.train import config as configuration
 from ssmzoo.train import ledger, optim
@@ -42,7 +43,6 @@ from ssmzoo.train.logger import CSVFile, ending_wandb, start_after, tensorboard_
 from ssmzoo.train.progress import NoProfiler, Progress, clock
 from ssmzoo.train.report import draw_curves, table, write_report
 from ssmzoo.train.watchdog import Watchdog
-from ssmzoo.zoo import build_model
 
 
 def train(cfg: DictConfig) -> float:

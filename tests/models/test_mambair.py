@@ -10,8 +10,8 @@ from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.swinir import SwinIR
+from ssmzoo.presets import list_models
 from ssmzoo.released import mambair, mambair_v2
-from ssmzoo.zoo import list_models
 
 PUBLISHED = {  # preset -> parameters, from the papers' code
     "mambair_classic_x2": 20_421_863,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import ssmzoo
 from ssmzoo.layers.state import map_state, select_rows
-from ssmzoo.zoo import build_model, model_class, read_model_config
+from ssmzoo.presets import build_model, model_class, read_model_config
 
 VOCAB, BATCH, LENGTH = 29, 3, 12
 # Whatever the constructor calls its sizes, they become small.

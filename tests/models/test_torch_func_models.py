@@ -15,7 +15,7 @@ from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.swinir import SwinIR
-from ssmzoo.zoo import build_model, model_class, read_model_config
+from ssmzoo.presets import build_model, model_class, read_model_config
 
 SAMPLES = 2
 MORE = {  # beyond the language models of the state contract and the classifiers of the vision tests

@@ -15,11 +15,11 @@ from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
 from ssmzoo.models.spatial_mamba import SpatialMamba
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba
+from ssmzoo.presets import build_model, read_model_config
 from ssmzoo.released import vim as released_vim
 from ssmzoo.released.family import looks_like
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.vmamba import parse_forward_type
-from ssmzoo.zoo import build_model, read_model_config
 
 PUBLISHED = {  # parameters at 224 pixels with 1000 classes
     "spatial_mamba_tiny": 26_748_862,

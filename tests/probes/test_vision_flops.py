@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ssmzoo.models.vmamba import VMamba
+from ssmzoo.presets import build_model, read_model_config
 from ssmzoo.probes.flops import count_operations, giga
-from ssmzoo.zoo import build_model, read_model_config
 
 PUBLISHED = {
     "vmamba_tiny": 4.9,

@@ -8,11 +8,11 @@ from hydra import compose, initialize_config_dir
 from toy import assert_checkpointing_changes_nothing
 
 from ssmzoo.models.mambair_unet import MambaIRUNet
+from ssmzoo.presets import config_dir
 from ssmzoo.tasks.metrics.image import gaussian_blur_volume, ssim_volume
 from ssmzoo.tasks.restoration import Restoration, mixed
 from ssmzoo.train.config import check, register_resolvers
 from ssmzoo.train.optim import build, schedule
-from ssmzoo.zoo import config_dir
 
 THOUSANDS = {
     500: [250, 400, 450, 475],

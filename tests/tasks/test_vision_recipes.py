@@ -7,9 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from ssmzoo.presets import config_dir, config_names
 from ssmzoo.train.config import check, register_resolvers
 from ssmzoo.train.optim import build, parameter_roles, schedule
-from ssmzoo.zoo import config_dir, config_names, create_model
+from ssmzoo.zoo import create_model
 
 EPOCH = 1_281_167  # training images of ImageNet
 RECIPES = {  # images per step, learning rate, weight decay, warm-up epochs, epochs, clip, decay of the average

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from ssmzoo.cli.main import main
+from ssmzoo.presets import build_model
 from ssmzoo.train.checkpoint import load_model, read_weights, write_checkpoint
-from ssmzoo.zoo import build_model
 
 NODE = {"_target_": "ssmzoo.models.mamba.MambaLM", "d_model": 16, "n_layer": 1, "vocab_size": 32}
 

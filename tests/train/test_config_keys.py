@@ -11,8 +11,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from ssmzoo.presets import config_dir, config_names, model_class
 from ssmzoo.train.config import CALLED, LOGGER_KEYS, TOP_LEVEL, check, locate, register_resolvers
-from ssmzoo.zoo import config_dir, config_names, model_class
 
 GROUPS = ("callbacks", "data", "logger", "model", "optim", "task", "trainer")
 
@@ -222,7 +222,7 @@ def test_a_wrong_key_in_a_file_is_refused_with_the_file(file, text, choice, word
     (copy / "model/small.yaml").write_text("# @package _global_\ndefaults: [mamba, _self_]\nmodel: {widht: 8}\n")
     (copy / file).parent.mkdir(exist_ok=True)
     (copy / file).write_text(f"# @package _global_\n{text}\n" if not file.startswith("optim") else text)
-    for module in ("ssmzoo.zoo", "ssmzoo.train.config", "ssmzoo.cli.train"):
+    for module in ("ssmzoo.presets", "ssmzoo.train.config", "ssmzoo.cli.train"):
         monkeypatch.setattr(f"{module}.config_dir", lambda: copy)
     status, _, error = call(*([] if choice.startswith("model") else ["model=mamba"]), choice)
     assert status == 2 and not (tmp_path / "runs").exists()

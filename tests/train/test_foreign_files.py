@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import ToyData, make
 
+from ssmzoo.presets import build_model
 from ssmzoo.released.files import CheckpointError, read_state_dict
 from ssmzoo.train.checkpoint import (
     FolderCheckpointIO,
@@ -19,7 +20,7 @@ from ssmzoo.train.checkpoint import (
     sha256,
     write_checkpoint,
 )
-from ssmzoo.zoo import build_model, create_model
+from ssmzoo.zoo import create_model
 
 
 class Harm:
