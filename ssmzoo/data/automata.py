@@ -9,12 +9,17 @@ A language is its automaton; everything else (groups, word problems, benchmark t
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from ssmzoo.data.automata_regex import regex_table
+from ssmzoo.safe_yaml import read_yaml
+
+LARGEST_FILE = 16 << 20  # bytes of a file with a transition table
+MOST_NUMBERS = 2_000_000  # entries of it
 
 
 class AutomatonError(ValueError):
@@ -294,16 +299,10 @@ class Automaton:
         path = Path(path).expanduser()
         if not path.is_file():
             raise AutomatonError(f"no automaton file at {path}")
-        text = path.read_text(encoding="utf-8")
         try:
-            if path.suffix.lower() == ".json":
-                table = json.loads(text)
-            else:
-                import yaml
-
-                table = yaml.safe_load(text)
-        except Exception as error:
-            raise AutomatonError(f"{path} cannot be read as YAML or JSON: {str(error).splitlines()[0]}") from None
+            table = read_yaml(path, largest=LARGEST_FILE, most_nodes=MOST_NUMBERS)  # JSON is YAML
+        except (ValueError, OSError) as error:
+            raise AutomatonError(f"{path} cannot be read as YAML or JSON: {error}") from None
         return cls.from_dict(table, name=path.stem)
 
     @classmethod
@@ -312,39 +311,16 @@ class Automaton:
 
         regex     `*` `+` `?` `|` `&` `()` `{n,m}`, e.g. "(ab)*"
         alphabet  the symbols as one string, e.g. "ab"
+
+        Raises AutomatonError for what does not parse or needs too many states (see `automata_regex`).
         """
-        try:
-            from automata.fa.dfa import DFA
-            from automata.fa.nfa import NFA
-        except ImportError:
-            raise ImportError("regular expressions need automata-lib: pip install automata-lib") from None
         if not alphabet:
             raise AutomatonError("alphabet is empty; give the symbols as one string, such as 'ab'")
         try:
-            dfa = DFA.from_nfa(NFA.from_regex(regex, input_symbols=set(alphabet))).minify().to_complete()
-        except Exception as error:  # automata-lib and its lexer raise types of their own
-            raise AutomatonError(
-                f"regex {regex!r} over alphabet {alphabet!r} does not parse: {type(error).__name__}: {error}"
-            ) from None
-        symbols = list(dict.fromkeys(alphabet))
-        order = {dfa.initial_state: 0}
-        for state in order_of_visit(dfa, symbols):
-            order.setdefault(state, len(order))
-        delta = [[order[dfa.transitions[s][a]] for a in symbols] for s in order]
-        return cls(delta, [int(s in dfa.final_states) for s in order], 0, f"regex {regex}", tuple(symbols))
-
-
-def order_of_visit(dfa, symbols: list[str]) -> list:
-    """States in breadth-first order from the start: the same numbers on every run."""
-    order, frontier = [dfa.initial_state], [dfa.initial_state]
-    while frontier:
-        state = frontier.pop(0)
-        for symbol in symbols:
-            after = dfa.transitions[state][symbol]
-            if after not in order:
-                order.append(after)
-                frontier.append(after)
-    return order
+            delta, accepting = regex_table(regex, alphabet)
+        except ValueError as error:
+            raise AutomatonError(str(error)) from None
+        return cls(delta, accepting.astype(int), 0, f"regex {regex}", tuple(dict.fromkeys(alphabet)))
 
 
 def _table(delta, name: str) -> np.ndarray:

@@ -148,7 +148,7 @@ def test_hugging_face_dataset_streamed_or_not(tmp_path, cache, monkeypatch):
 
 def test_missing_datasets_package_names_the_extra(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'ssmzoo\[hf\]'"):
+    with pytest.raises(ValueError, match="pip install datasets"):
         TextData(corpus={"name": "anything"}, cache_dir=cache).setup()
 
 
