@@ -30,7 +30,7 @@ lint: setup
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt tools/setup_venv.py $(wildcard ssmzoo/ops/native/*.c ssmzoo/ops/native/*.h)
+$(STAMP): pyproject.toml setup.py constraints.txt tools/setup_venv.py $(wildcard ssmzoo/ops/*/*.c ssmzoo/ops/*/*.h)
 	$(PYTHON) tools/setup_venv.py $(VENV)
 	@touch $(STAMP)
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ssmzoo import ops  # noqa: E402
 from ssmzoo.released.golden import relative_error  # noqa: E402
 
-BACKENDS = ("triton", "cuda", "torch")
+BACKENDS = ("triton", "mamba_ssm", "torch")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # relative errors allowed (outputs, gradients); with 16 bits the gradient that comes in is rounded, too, and sums cancel
 TOLERANCE = {"bf16": (1e-2, 5e-2), "fp16": (2e-3, 1e-2), "fp32": (1e-5, 1e-4)}
@@ -98,7 +98,7 @@ OPERATORS = {
 def objection(function, backend: str, call: dict) -> str | None:
     if backend not in function.backends:
         return f"no {backend} kernel for this operator"
-    return function.backends[backend].objection((), call)
+    return function.backends[backend].objection(function.Arguments(**call))
 
 
 def gradients(function, backend: str, call: dict, dtype=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

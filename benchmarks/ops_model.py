@@ -147,7 +147,7 @@ def scan_into_fresh_memory(at_once: bool):
 CASES = [
     Case(
         f"rms_norm forward + backward, (4, 256, {WIDTH})",
-        {"ssmzoo": normalise("native"), "eight operations of torch": normalise("torch")},
+        {"ssmzoo": normalise("c"), "eight operations of torch": normalise("torch")},
     ),
     Case(
         "scan forward (1, 1536, 8192, 16) into fresh memory",

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-def expect(name: str, tensor: Tensor, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """Check that `tensor` has these axes; sizes of axes seen for the first time are entered into `sizes`."""
+
+def expect(name: str, tensor: Tensor | None, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
+    """Check that `tensor`, unless None, has these axes; sizes of axes seen for the first time go into `sizes`."""
+    if tensor is None:
+        return
     shape = tensor.shape
     if len(shape) == len(axes):
         for axis, size in zip(axes, shape):
@@ -52,3 +56,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any tensor is, otherwise float32: the precision in which recurrences run and states are kept."""
     doubles = (torch.float64, torch.complex128)
     return torch.float64 if any(t is not None and t.dtype in doubles for t in tensors) else torch.float32
+
+
+def why_not_float(*tensors: Tensor | None) -> str | None:
+    """The reason when a tensor is not one of the floating-point kinds that compiled kernels read and write."""
+    for t in tensors:
+        if t is not None and t.dtype not in FLOATS:
+            return f"computes in float32 from float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
+    return None

@@ -1,23 +1,32 @@
 """Choose the backend of an operator, and say in words why not another.
 
-    @op(check=check_arguments)                      # the body below is the reference, i.e. the definition
-    def my_operator(x, weight): ...
+    def check(a): ...                               # ValueError for bad input; `a` is the call's tuple of arguments
 
-    @my_operator.register("native", device="cpu", missing=why_no_library, unsupported=why_not_native)
-    def my_operator_native(x, weight): ...          # same signature
+    @op(check=check)                                # the body below is the reference, i.e. the definition
+    def my_operator(x: Tensor, weight: Tensor): ... # its signature is the only list of arguments
+
+    @my_operator.register("c", device="cpu", missing=why_no_library, unsupported=why_not)
+    def my_operator_c(a): ...                       # a.x, a.weight; why_not(a) answers None or the reason
 
     with ssmzoo.ops.backend("torch"): ...           # or the environment variable SSMZOO_BACKEND=torch
     with ssmzoo.ops.observe(my_operator=look): ...  # look(call, *args, **kwargs) sees every call and returns its result
 
 The first backend of BACKENDS without an objection serves the call. Objections rest on static facts (device, dtype,
-shape, needs a gradient), so that `torch.compile(fullgraph=True)` traces through the choice.
+shape, needs a gradient), so that `torch.compile(fullgraph=True)` traces through the choice. An operator is a folder,
+`ssmzoo/ops/<operator>/`, whose file `<backend>.py` registers that backend; `load_backends` finds and imports them.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import importlib
+import inspect
 import os
+import pkgutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,12 +35,9 @@ from torch import Tensor
 
 from ssmzoo.ops.transforms import transformed
 
-BACKENDS = ("cuda", "triton", "native", "torch", "reference")
-PLAIN = (Tensor, torch.nn.Parameter)
+BACKENDS = ("mamba_ssm", "triton", "c", "torch", "reference")
+FORMER_NAMES = {"cuda": "mamba_ssm", "native": "c"}
 OPERATORS: dict[str, Callable] = {}  # public function by name, in order of definition
-
-_observers: dict[str, tuple[Callable, ...]] = {}  # operator: functions that see its calls, the innermost last
-_override: str | None = os.environ.get("SSMZOO_BACKEND") or None
 
 
 class BackendError(ValueError):
@@ -42,9 +48,10 @@ class BackendError(ValueError):
 class Backend:
     """One implementation of an operator.
 
+    function     of the operator's tuple of arguments
     device       "cpu" or "cuda" when it serves only that, None for any
     missing      why it cannot run on this machine at all ("triton is not installed"), None when it can
-    unsupported  function of the operator's arguments: why it cannot serve this call, None when it can
+    unsupported  function of the tuple of arguments: why it cannot serve this call, None when it can
     broken       function without arguments for the table alone: why an install does not work, None when it does; for
                  what takes too long to find out when ssmzoo is imported, and is found by `unsupported` otherwise
     composite    the form made of torch's own functions alone, which serves while `transformed()`; None: refuse then
@@ -54,25 +61,22 @@ class Backend:
     function: Callable
     device: str | None = None
     missing: str | None = None
-    unsupported: Callable[..., str | None] | None = None
+    unsupported: Callable[[tuple], str | None] | None = None
     broken: Callable[[], str | None] | None = None
     composite: Callable | None = None
 
-    def objection(self, args: tuple, kwargs: dict) -> str | None:
+    def objection(self, a: tuple) -> str | None:
         if self.missing is not None:
             return self.missing
         if self.composite is None and transformed():
             return "has no rules for torch.func and forward-mode derivatives"
-        if self.device is not None:
-            given = _device_type(args, kwargs)
-            if given != self.device:
-                return f"needs {self.device} tensors, got {given}"
-        return self.unsupported(*args, **kwargs) if self.unsupported is not None else None
+        if self.device is not None and self.device != (given := _device_type(a)):
+            return f"needs {self.device} tensors, got {given}"
+        return self.unsupported(a) if self.unsupported is not None else None
 
-    @property
-    def serve(self) -> Callable:
-        """What is called: the function itself, or its composite form."""
-        return self.composite if transformed() else self.function
+    def serve(self, a: tuple):
+        """The result, by the function itself or its composite form."""
+        return self.composite(a) if transformed() else self.function(a)
 
 
 @dataclass(frozen=True)
@@ -88,53 +92,70 @@ class BackendRow:
 def op(reference: Callable | None = None, *, check: Callable | None = None, parts: tuple[str, ...] = ()):
     """Make a public operator of its reference implementation.
 
-    check  function of the same arguments that raises ValueError for bad input; called once, before the choice
+    check  function of the tuple of arguments that raises ValueError for bad input; called once, before the choice
     parts  operators that this one joins; while one of them is observed, the torch backend, which calls them, serves
+
+    The operator has the attributes `reference`, `Arguments` (the named tuple of its arguments, with its defaults),
+    `backends` (Backend by name, in order of preference) and `register`.
     """
     if reference is None:
         return functools.partial(op, check=check, parts=parts)
-    backends: dict[str, Backend] = {}
+    name, backends, bind = reference.__name__, {}, _binder(reference)
+    positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(reference).parameters.values())
 
     @functools.wraps(reference)
     def call(*args, **kwargs):
+        if len(args) > positional:
+            raise TypeError(f"{name}() takes {positional} positional arguments but {len(args)} were given")
+        a = bind(*args, **kwargs)
         if check is not None:
-            check(*args, **kwargs)
+            check(a)
         if _observers:
-            return _observed(reference.__name__, backends, parts, args, kwargs)
-        return _choose(reference.__name__, backends, args, kwargs).serve(*args, **kwargs)
+            return _observed(name, backends, parts, args, kwargs)
+        return _choose(name, backends, a).serve(a)
 
     def register(
-        name: str,
+        backend: str,
         *,
         device: str | None = None,
         missing: str | None = None,
-        unsupported: Callable | None = None,
+        unsupported: Callable[[tuple], str | None] | None = None,
         broken: Callable[[], str | None] | None = None,
         composite: Callable | None = None,
     ):
-        """Register an implementation with the operator's signature; see Backend for the arguments.
+        """Register a function of the tuple of arguments; see Backend for the keywords.
 
         The torch and reference backends are their own composite form unless another is given.
         """
-        if name not in BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
 
         def keep(function: Callable) -> Callable:
-            plain = composite or (function if name in ("torch", "reference") else None)
-            backends[name] = Backend(name, function, device, missing, unsupported, broken, plain)
-            ordered = sorted(backends.values(), key=lambda b: BACKENDS.index(b.name))
+            plain = composite or (function if backend in ("torch", "reference") else None)
+            backends[backend] = Backend(backend, function, device, missing, unsupported, broken, plain)
+            ordered = sorted(backends.items(), key=lambda item: BACKENDS.index(item[0]))
             backends.clear()
-            backends.update((b.name, b) for b in ordered)
+            backends.update(ordered)
             return function
 
         return keep
 
-    if check is not None:  # a misspelt keyword is reported under the operator's own name
-        check.__name__, check.__qualname__ = reference.__name__, reference.__qualname__
-    register("reference")(reference)
-    call.register, call.backends, call.reference = register, backends, reference
-    OPERATORS[reference.__name__] = call
+    register("reference")(lambda a: reference(*a[:positional], **dict(zip(a._fields[positional:], a[positional:]))))
+    call.register, call.backends, call.reference, call.Arguments = register, backends, reference, bind
+    OPERATORS[name] = call
     return call
+
+
+def load_backends(package: str) -> None:
+    """Import every file `<operator>/<backend>.py` of a package, so that it registers its backend."""
+    for operator in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}."):
+        if not operator.ispkg:
+            continue
+        home = importlib.import_module(operator.name)
+        for file in pkgutil.iter_modules(home.__path__):
+            if file.name in BACKENDS:
+                importlib.import_module(f"{operator.name}.{file.name}")
+        home.torch = torch  # PyTorch again, which the import of a submodule of this name has hidden from its package
 
 
 @contextlib.contextmanager
@@ -144,6 +165,7 @@ def backend(name: str | None) -> Iterator[None]:
     The choice holds for the process, not for one thread. A backward pass runs on the backend of its forward pass.
     """
     global _override
+    name = _present_name(name)
     if name is not None and name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
     previous, _override = _override, name
@@ -174,20 +196,9 @@ def observe(**observers: Callable) -> Iterator[None]:
         _observers = previous
 
 
-def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], args: tuple, kwargs: dict):
-    def call(*args, **kwargs):
-        if any(part in _observers for part in parts):
-            return backends["torch"].function(*args, **kwargs)
-        return _choose(name, backends, args, kwargs).serve(*args, **kwargs)
-
-    for observer in _observers.get(name, ()):
-        call = functools.partial(observer, call)
-    return call(*args, **kwargs)
-
-
 def chosen_backend(function: Callable, *args, **kwargs) -> str:
     """The name of the backend that would serve `function(*args, **kwargs)`."""
-    return _choose(function.__name__, function.backends, args, kwargs).name
+    return _choose(function.__name__, function.backends, function.Arguments(*args, **kwargs)).name
 
 
 def backend_table() -> list[BackendRow]:
@@ -205,76 +216,59 @@ def backend_table() -> list[BackendRow]:
     return rows
 
 
-def no_double_backward(operator: str, backend: str = "torch") -> Callable:
-    """The autograd function of a backward kernel: it refuses and names the `backend` that has second derivatives."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{operator} has no double backward on its fast backends; compute second derivatives within "
-            f"`with ssmzoo.ops.backend('{backend}'):`"
-        )
-
-    return refuse
-
-
-def differentiate(operator: str, library: torch.library.Library) -> None:
-    """Autograd for ssmzoo::<operator>(*tensors), one result: ssmzoo::<operator>_backward(dy, *tensors), once."""
-    backward = getattr(torch.ops.ssmzoo, f"{operator}_backward")
-
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    torch.library.register_autograd(
-        f"ssmzoo::{operator}", lambda ctx, dy: backward(dy, *ctx.saved_tensors), setup_context=setup, lib=library
-    )
-    torch.library.register_autograd(f"ssmzoo::{operator}_backward", no_double_backward(operator), lib=library)
+def _binder(function: Callable) -> type[tuple]:
+    """The named tuple of a function's arguments with its defaults; called like the function, it binds a call."""
+    parameters = inspect.signature(function).parameters.values()
+    defaults = [p.default for p in parameters if p.default is not p.empty]
+    bind = collections.namedtuple("Arguments", [p.name for p in parameters], defaults=defaults)
+    bind.__annotations__ = {p.name: p.annotation for p in parameters}
+    bind.__module__, bind.__qualname__ = function.__module__, f"{function.__qualname__}.Arguments"
+    bind.__new__.__name__ = bind.__new__.__qualname__ = function.__name__  # in the TypeError for a misspelt keyword
+    return bind
 
 
-def gradients_by(function: Callable, tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dy: Tensor) -> tuple:
-    """For a backward whose results are to be differentiated again: autograd's gradients of `function(*tensors)`
-    times dy, as many as `wanted` (which goes on for arguments that are no tensors), None where that is False."""
-    given = [t for t, want in zip(tensors, wanted) if want]
-    found = iter(torch.autograd.grad(function(*tensors), given, dy, create_graph=True))
-    return tuple(next(found) if want else None for want in wanted)
+def _present_name(name: str | None) -> str | None:
+    if name not in FORMER_NAMES:
+        return name or None
+    now = FORMER_NAMES[name]
+    warnings.warn(f"the backend {name!r} is called {now!r} now", DeprecationWarning, stacklevel=4)
+    return now
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want the backward of a function of these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], args: tuple, kwargs: dict):
+    def call(*args, **kwargs):
+        a = OPERATORS[name].Arguments(*args, **kwargs)
+        if any(part in _observers for part in parts):
+            return backends["torch"].serve(a)
+        return _choose(name, backends, a).serve(a)
+
+    for observer in _observers.get(name, ()):
+        call = functools.partial(observer, call)
+    return call(*args, **kwargs)
 
 
-def unobserved(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may be called directly: nothing traces, transforms or wraps these tensors."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
-        return False
-    return all(t is None or (type(t) in PLAIN and not t.is_meta) for t in tensors)
-
-
-def watched() -> str | None:
-    """The reason not to take a shortcut past torch's functions while a mode watches them (the probes' rules do)."""
-    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
-        return "a mode that watches torch's functions is active"
-    return None
-
-
-def _device_type(args: tuple, kwargs: dict) -> str | None:
-    for value in (*args, *kwargs.values()):
+def _device_type(a: tuple) -> str | None:
+    for value in a:
         if isinstance(value, Tensor):
             return value.device.type
     return None
 
 
-def _choose(operator: str, backends: dict[str, Backend], args: tuple, kwargs: dict) -> Backend:
+def _choose(operator: str, backends: dict[str, Backend], a: tuple) -> Backend:
     wanted = _override
     if wanted is None:
         for b in backends.values():
-            if b.objection(args, kwargs) is None:
+            if b.objection(a) is None:
                 return b
-    elif wanted in backends and backends[wanted].objection(args, kwargs) is None:
+    elif wanted in backends and backends[wanted].objection(a) is None:
         return backends[wanted]
     reasons = []
     for name in BACKENDS:
-        why = backends[name].objection(args, kwargs) if name in backends else f"no {name} kernel for this operator"
+        why = backends[name].objection(a) if name in backends else f"no {name} kernel for this operator"
         reasons.append(f"\n  {name}: {why or 'available'}")
     asked = f"backend {wanted!r} was asked for" if wanted else "no backend is willing"
     raise BackendError(f"{operator}: {asked}, but it cannot serve this call." + "".join(reasons))
+
+
+_observers: dict[str, tuple[Callable, ...]] = {}  # operator: functions that see its calls, the innermost last
+_override: str | None = _present_name(os.environ.get("SSMZOO_BACKEND"))

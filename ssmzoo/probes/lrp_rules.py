@@ -136,7 +136,9 @@ class _Operators:
     def rule(self, name: str, operator: Callable) -> Callable:
         method, on_torch = getattr(self, name, None), operator.backends.get("torch")
         if method is None:
-            return lambda call, *args, **kwargs: (on_torch.serve if on_torch else call)(*args, **kwargs)
+            return lambda call, *args, **kwargs: (
+                on_torch.serve(operator.Arguments(*args, **kwargs)) if on_torch else call(*args, **kwargs)
+            )
 
         def serve(call, *args, **kwargs):
             with self.torch_rules.switched(False):

@@ -9,7 +9,7 @@ from ssmzoo import ops
 from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+BACKENDS = ["torch", pytest.param("c", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 OUT, GRAD = 1e-5, 1e-4
 
 
@@ -181,16 +181,16 @@ def test_final_states_go_where_they_are_asked_to():
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-def test_native_traces_and_repeats_exactly():
+def test_c_traces_and_repeats_exactly():
     leaves, seq_idx = inputs(8, 2, 50, 90, 4, packed=True)
-    first, second = (run("native", leaves, seq_idx, "silu") for _ in range(2))
+    first, second = (run("c", leaves, seq_idx, "silu") for _ in range(2))
     assert all(torch.equal(x, y) for a, b in zip(first, second) for x, y in zip(a, b))
-    args = (leaves["x"], leaves["weight"], leaves["bias"], seq_idx, leaves["initial_states"], True)
+    args = (leaves["x"], leaves["weight"], leaves["bias"], seq_idx, leaves["initial_states"], "silu", True, "c")
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d.default, args)
     grad = torch.autograd.grad(torch.ops.ssmzoo.causal_conv1d(*args).sum(), leaves["x"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no double backward"):
         grad.sum().backward()
-    step = (torch.randn(2, 50), torch.randn(2, 50, 3), leaves["weight"].detach(), None, True)
+    step = (torch.randn(2, 50), torch.randn(2, 50, 3), leaves["weight"].detach(), None, "silu")
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d_update.default, step)
 
 

@@ -6,7 +6,7 @@ import torch
 from ssmzoo.ops import backend, chosen_backend, cross_selective_scan
 from ssmzoo.ops.native import KERNELS
 
-needs_kernels = pytest.mark.skipif(KERNELS is None, reason="the native kernels are not compiled")
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="the kernels are not compiled")
 SHAPES = [(2, 38, 5, 7, 8, 2), (1, 72, 9, 14, 10, 4), (2, 16, 7, 3, 1, 1), (1, 5, 1, 1, 3, 2), (3, 130, 6, 6, 16, 5)]
 
 
@@ -46,10 +46,10 @@ def close(found, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_equals_the_operators_in_float64(shape, scans):
     expected = value_and_gradients("torch", arguments(*shape), scans)
-    close(value_and_gradients("native", arguments(*shape, dtype=torch.float32), scans), expected)
+    close(value_and_gradients("c", arguments(*shape, dtype=torch.float32), scans), expected)
 
 
-@pytest.mark.parametrize("name", ["torch", pytest.param("native", marks=needs_kernels)])
+@pytest.mark.parametrize("name", ["torch", pytest.param("c", marks=needs_kernels)])
 def test_every_backend_equals_the_definition(name):
     given = arguments(1, 6, 3, 4, 2, 1, torch.float32)
     close(value_and_gradients(name, given, "cross"), value_and_gradients("reference", given, "cross"))
@@ -58,7 +58,7 @@ def test_every_backend_equals_the_definition(name):
 @needs_kernels
 def test_layout_threads_and_saved_states_change_nothing():
     given = arguments(2, 40, 9, 8, 4, 3, torch.float32)
-    assert chosen_backend(cross_selective_scan, *given) == "native"
+    assert chosen_backend(cross_selective_scan, *given) == "c"
     with torch.no_grad():
         first = cross_selective_scan(*given)
         last = cross_selective_scan(given[0].to(memory_format=torch.channels_last), *given[1:])
@@ -67,7 +67,7 @@ def test_layout_threads_and_saved_states_change_nothing():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        close(value_and_gradients("native", given, "cross"), value_and_gradients("torch", given, "cross"))
+        close(value_and_gradients("c", given, "cross"), value_and_gradients("torch", given, "cross"))
     finally:
         torch.set_num_threads(threads)
 

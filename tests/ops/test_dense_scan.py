@@ -1,17 +1,18 @@
 """The dense scan of SD-SSM on every backend against the float64 reference and the definition."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops import dense_scan_torch
 from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("native", marks=native)]
+BACKENDS = ["torch", pytest.param("c", marks=native)]
 OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
@@ -91,7 +92,7 @@ def test_reference_is_the_papers_definition():
 @given(data=st.data())
 def test_against_reference(backend, data):
     draw = data.draw
-    symbols = backend == "native" or draw(st.booleans())
+    symbols = backend == "c" or draw(st.booleans())
     call = inputs(
         seed=draw(st.integers(0, 999)),
         b=draw(st.sampled_from([1, 3])),
@@ -114,13 +115,13 @@ def test_against_reference(backend, data):
 
 @native
 def test_more_steps_than_are_sorted_at_once():
-    assert_close(inputs(b=400, l=43, n=5, masked=True), "native")  # 17,200 steps
+    assert_close(inputs(b=400, l=43, n=5, masked=True), "c")  # 17,200 steps
 
 
 @pytest.mark.parametrize("symbols", [True, False])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_slices_of_time_fit_together(monkeypatch, symbols, parallel):
-    monkeypatch.setattr(dense_scan_torch, "SLICE_ELEMENTS", 12 * 3 * 36)  # 12 steps of the 45
+    monkeypatch.setattr(sys.modules["ssmzoo.ops.dense_scan.torch"], "SLICE_ELEMENTS", 12 * 3 * 36)  # 12 steps of the 45
     call = inputs(l=45, symbols=symbols, masked=True, packed=True) | {"parallel": parallel}
     assert_close(call, "torch")
 
@@ -218,22 +219,22 @@ def test_poisoned_memory_is_written_over(monkeypatch):
     make, make_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: make(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: make_like(*a, **k).fill_(float("nan")))
-    for backend in ("native", "torch"):
+    for backend in ("c", "torch"):
         assert_close(inputs(n=17, masked=True, packed=True), backend)
 
 
 @pytest.mark.parametrize("symbols", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_sees_a_proper_operator(backend, symbols):
-    if backend == "native" and not symbols:
+    if backend == "c" and not symbols:
         pytest.skip("mixtures that differ at every step run in PyTorch")
     call = inputs(symbols=symbols, l=9)
     codes, h0 = torch.randint(0, 4, (3, 9), dtype=torch.int32), torch.randn(3, 6, requires_grad=True)
     if symbols:
-        args = (torch.randn(4, 6, 6, requires_grad=True), call["inputs"], codes, h0, True, False, backend)
+        args = (torch.randn(4, 6, 6, requires_grad=True), call["inputs"], codes, h0, True, False, True, backend)
         torch.library.opcheck(torch.ops.ssmzoo.dense_scan_symbols.default, args)
     else:
-        args = (call["A_dict"], call["weights"], call["inputs"], codes * 0, h0, 1.3, True, False, backend)
+        args = (call["A_dict"], call["weights"], call["inputs"], codes * 0, h0, 1.3, True, False, True, backend)
         torch.library.opcheck(torch.ops.ssmzoo.dense_scan_mixture.default, args)
 
     def function(x):

@@ -11,7 +11,7 @@ from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("native", marks=native)]
+BACKENDS = ["torch", pytest.param("c", marks=native)]
 KINDS = [
     {},
     {"residual": True},
@@ -60,13 +60,13 @@ def test_other_kernels_and_activations(kernel, act):
 
 @native
 def test_threads_and_splits_change_nothing(monkeypatch):
-    from ssmzoo.ops.native import depthwise_conv2d as module
+    from ssmzoo.ops.depthwise_conv2d import c as module
 
     values = inputs(2, 7, 6, 100)
-    one = run("native", values, act="silu")
+    one = run("c", values, act="silu")
     monkeypatch.setattr(module, "CACHE", 1)  # one tile of channels per task
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert all(torch.equal(a, b) for a, b in zip(run("native", values, act="silu"), one))
+    assert all(torch.equal(a, b) for a, b in zip(run("c", values, act="silu"), one))
 
 
 @native
@@ -76,14 +76,14 @@ def test_poisoned_memory_is_written_over(monkeypatch, kind):
     expected = run("reference", values, torch.float64, **kind)
     make = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: make(*a, **k).fill_(float("nan")))
-    assert max(relative_error(a, b) for a, b in zip(run("native", values, **kind), expected)) < 1e-5
+    assert max(relative_error(a, b) for a, b in zip(run("c", values, **kind), expected)) < 1e-5
 
 
 @native
 def test_nan_stays_where_it_can_reach():
     x, weight, bias = inputs(1, 6, 6, 20)
     x[0, 2, 3, 7] = float("nan")
-    with ops.backend("native"):
+    with ops.backend("c"):
         y = ops.depthwise_conv2d(x, weight, bias, "silu")
     reached = torch.zeros(1, 6, 6, 20, dtype=torch.bool)
     reached[0, 1:4, 2:5, 7] = True
@@ -100,8 +100,8 @@ def test_second_derivatives_and_frozen_weights():
         (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), [x, weight])
 
-    assert max(relative_error(a, b) for a, b in zip(penalty("native"), penalty("torch"))) < 1e-5
-    with ops.backend("native"):
+    assert max(relative_error(a, b) for a, b in zip(penalty("c"), penalty("torch"))) < 1e-5
+    with ops.backend("c"):
         ops.depthwise_conv2d(x.detach(), weight.detach(), bias).sum().backward()
     assert x.grad is None and weight.grad is None and bias.grad is not None
 

@@ -11,33 +11,33 @@ from ssmzoo.ops import BACKENDS, BackendError, backend, backend_table, chosen_ba
 from ssmzoo.ops.dispatch import OPERATORS, op
 
 
-def why_not_fast(x, times=1):
-    return "only twice" if times != 2 else None
+def why_not_fast(a):
+    return "only twice" if a.times != 2 else None
 
 
 @pytest.fixture
 def double():
     """An operator with a reference, a picky backend, one for CUDA and one whose library is missing."""
 
-    def check(x, times=1):
-        if times < 0:
-            raise ValueError(f"times is {times}, expected 0 or more")
+    def check(a):
+        if a.times < 0:
+            raise ValueError(f"times is {a.times}, expected 0 or more")
 
     @op(check=check)
     def double(x, times=1):
         """x 2^times"""
         return x * 2**times
 
-    double.register("native", unsupported=why_not_fast)(lambda x, times=1: x * 4)
-    double.register("triton", device="cuda")(lambda x, times=1: x)
-    double.register("cuda", device="cuda", missing="mamba-ssm is not installed")(lambda x, times=1: x)
+    double.register("c", unsupported=why_not_fast)(lambda a: a.x * 4)
+    double.register("triton", device="cuda")(lambda a: a.x)
+    double.register("mamba_ssm", device="cuda", missing="mamba-ssm is not installed")(lambda a: a.x)
     yield double
     del OPERATORS["double"]
 
 
 def test_first_willing_backend_serves(double):
     x = torch.ones(2)
-    assert chosen_backend(double, x, times=2) == "native"
+    assert chosen_backend(double, x, times=2) == "c"
     assert chosen_backend(double, x, 3) == "reference"
     assert double(x, 3).tolist() == [8, 8]
     assert double.__doc__ == "x 2^times"
@@ -45,7 +45,7 @@ def test_first_willing_backend_serves(double):
 
 def test_override_is_honoured_or_explained(double):
     x = torch.ones(2)
-    with backend("native"):
+    with backend("c"):
         assert double(x, 2).tolist() == [4, 4]
         with pytest.raises(BackendError) as error, backend("triton"):
             double(x)
@@ -53,14 +53,14 @@ def test_override_is_honoured_or_explained(double):
             assert double(x).tolist() == [2, 2]
     for line in (
         "'triton' was asked for",
-        "cuda: mamba-ssm is not installed",
+        "mamba_ssm: mamba-ssm is not installed",
         "triton: needs cuda tensors, got cpu",
-        "native: only twice",
+        "c: only twice",
         "torch: no torch kernel",
         "reference: available",
     ):
         assert line in str(error.value)
-    with pytest.raises(BackendError, match="unknown backend 'nativ'"), backend("nativ"):
+    with pytest.raises(BackendError, match="unknown backend 'torhc'"), backend("torhc"):
         pass
     assert chosen_backend(double, x) == "reference"  # the choice ended with its block
 
@@ -72,6 +72,15 @@ def test_bad_arguments_are_refused_before_the_choice(double):
         double(torch.ones(1), tims=2)
     with pytest.raises(ValueError, match="unknown backend 'gpu'"):
         double.register("gpu")
+    with pytest.raises(TypeError, match=r"double\(\) takes 2 positional arguments but 3 were given"):
+        double(torch.ones(1), 2, 3)
+
+
+@pytest.mark.parametrize("former, name", [("native", "c"), ("cuda", "mamba_ssm")])
+def test_former_names_are_understood(double, former, name):
+    with pytest.warns(DeprecationWarning, match=f"'{former}' is called '{name}' now"), backend(former):
+        with pytest.raises(BackendError, match=f"'{name}' was asked for"):
+            double(torch.ones(2), 1)
 
 
 def test_choice_is_traced_through(double):
@@ -85,7 +94,9 @@ def test_choice_is_traced_through(double):
 def test_table_lists_every_operator_on_every_backend(double):
     rows = {(r.operator, r.backend): r for r in backend_table()}
     assert len(rows) == len(OPERATORS) * len(BACKENDS)
-    assert rows["double", "cuda"].reason == "mamba-ssm is not installed" and not rows["double", "cuda"].available
+    assert (
+        rows["double", "mamba_ssm"].reason == "mamba-ssm is not installed" and not rows["double", "mamba_ssm"].available
+    )
     assert rows["double", "torch"].reason == "no torch kernel for this operator"
     assert all(rows[name, "reference"].available for name in OPERATORS)
     assert torch.cuda.is_available() or rows["double", "triton"].reason == "no CUDA device"

@@ -30,7 +30,7 @@ def test_spatial_scan(sizes):
     arguments = scan_arguments(*sizes)
     expected = ops.spatial_scan.reference(*arguments)
     with torch.no_grad():
-        assert ops.chosen_backend(ops.spatial_scan, *arguments) in ("native", "torch")
+        assert ops.chosen_backend(ops.spatial_scan, *arguments) in ("c", "torch")
         torch.testing.assert_close(ops.spatial_scan(*arguments), expected, rtol=1e-4, atol=1e-5)
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -74,7 +74,7 @@ def test_spatial_scan_traced_twice_derived_unfused_or_misused():
     y = torch.compile(lambda u: ops.spatial_scan(u, *arguments[1:]), fullgraph=True, backend="aot_eager")(arguments[0])
     torch.testing.assert_close(y, ops.spatial_scan.reference(*arguments), rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(ops.spatial_scan(*arguments).square().sum(), arguments[0], create_graph=True)
-    if ops.chosen_backend(ops.spatial_scan, *arguments) == "native":
+    if ops.chosen_backend(ops.spatial_scan, *arguments) == "c":
         with pytest.raises(RuntimeError, match="spatial_scan has no double backward"):
             grad.sum().backward()
     unfused = (*arguments[:6], None, None)

@@ -6,8 +6,9 @@ import torch
 import ssmzoo.ops as ops
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.ops.dispatch import BackendError
+from ssmzoo.ops.mamba_step.torch import by_updates
 
-native = pytest.mark.skipif(ops.mamba_step.backends["native"].missing is not None, reason="kernels are not compiled")
+native = pytest.mark.skipif(ops.mamba_step.backends["c"].missing is not None, reason="kernels are not compiled")
 SHAPES = [
     dict(d_model=20, d_state=4, d_conv=3, bias=True),
     dict(d_model=33, conv_bias=False),
@@ -49,11 +50,11 @@ def poison(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("projections", [True, False])
-def test_native_is_the_definition(shape, projections, monkeypatch):
+def test_c_is_the_definition(shape, projections, monkeypatch):
     _, args = arguments(projections=projections, **shape)
     expected = ops.mamba_step.reference(*args)
     poison(monkeypatch)
-    with ops.backend("native"):
+    with ops.backend("c"):
         for got, e in zip(ops.mamba_step(*args), expected):
             torch.testing.assert_close(got, e, rtol=1e-5, atol=1e-5)
 
@@ -63,7 +64,7 @@ def test_native_is_the_definition(shape, projections, monkeypatch):
 def test_the_two_update_operators_are_the_definition(shape):
     _, args = arguments(**shape)
     before = [a.clone() for a in args if a is not None]
-    for got, e in zip(ops.mamba_step.backends["cuda"].function(*args), ops.mamba_step.reference(*args)):
+    for got, e in zip(by_updates(ops.mamba_step.Arguments(*args)), ops.mamba_step.reference(*args)):
         torch.testing.assert_close(got, e, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip([a for a in args if a is not None], before))
 
@@ -84,9 +85,9 @@ def test_steps_are_the_sequence(shape):
 
 
 @native
-def test_native_says_what_it_does_not_serve():
+def test_c_says_what_it_does_not_serve():
     _, args = arguments(d_model=16)
-    with ops.backend("native"):
+    with ops.backend("c"):
         with pytest.raises(BackendError, match="without gradients"):
             ops.mamba_step(*args)
         with torch.no_grad(), pytest.raises(BackendError, match="float32"):

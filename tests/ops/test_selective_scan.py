@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from ssmzoo import ops
 from ssmzoo.ops.native import MISSING
+from ssmzoo.ops.selective_scan import SCAN
 from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("native", marks=native)]
+BACKENDS = ["torch", pytest.param("c", marks=native)]
 OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
@@ -246,12 +247,12 @@ def test_nan_and_infinity_are_passed_on(backend):
 @native
 def test_repeats_are_identical_also_from_many_threads():
     call = inputs(b=3, e=100, l=150, n=16, optional="D z delta_bias initial_state")
-    first = run("native", call)
+    first = run("c", call)
     results = []
-    with ops.backend("native"):
+    with ops.backend("c"):
 
         def work():
-            results.extend(run("native", call) for _ in range(4))
+            results.extend(run("c", call) for _ in range(4))
 
         threads = [threading.Thread(target=work) for _ in range(6)]
         [t.start() for t in threads]
@@ -290,7 +291,7 @@ def test_poisoned_memory_is_written_over(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    for backend in ("native", "torch"):
+    for backend in ("c", "torch"):
         for kinds in (("last", "last"), ("constant", "first")):
             assert_close(
                 inputs(
@@ -304,8 +305,8 @@ def test_poisoned_memory_is_written_over(monkeypatch):
 def test_torch_sees_a_proper_operator(backend):
     """Schema, fake kernel, autograd registration, compile, export, autocast, checkpointing, meta tensors."""
     call = inputs(b=1, e=8, l=20, n=4, g=2, optional="D z delta_bias initial_state")
-    args = [call[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")]
-    torch.library.opcheck(torch.ops.ssmzoo.selective_scan.default, (*args, None, True, True, backend))
+    args = SCAN.Inputs(**{name: call[name] for name in SCAN.Inputs._fields} | {"delta_softplus": True, "seq_idx": None})
+    torch.library.opcheck(torch.ops.ssmzoo.selective_scan.default, (*args, True, backend))
 
     def function(u):
         return ops.selective_scan_fn(**call | {"u": u, "seq_idx": None})

@@ -12,7 +12,7 @@ from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("native", marks=native)]
+BACKENDS = ["torch", pytest.param("c", marks=native)]
 OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 ALL = "D z dt_bias initial_states"
 
@@ -202,7 +202,7 @@ def test_packed_documents_do_not_see_each_other(backend):
         assert g[:, 40:].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=native)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("c", marks=native)])
 def test_steps_equal_the_whole(backend):
     call = {k: v.detach() if torch.is_tensor(v) else v for k, v in inputs(l=6).items() if k != "seq_idx"}
     state, steps = call["initial_states"].clone(), []
@@ -218,9 +218,9 @@ def test_steps_equal_the_whole(backend):
 @native
 def test_repeats_are_identical_also_from_many_threads():
     call = inputs(b=2, l=130, h=6, p=16, n=16)
-    first, results = run("native", call), []
-    threads = [threading.Thread(target=lambda: results.extend(run("native", call) for _ in range(3))) for _ in range(4)]
-    with ops.backend("native"):
+    first, results = run("c", call), []
+    threads = [threading.Thread(target=lambda: results.extend(run("c", call) for _ in range(3))) for _ in range(4)]
+    with ops.backend("c"):
         [t.start() for t in threads]
         [t.join() for t in threads]
     assert len(results) == 12
@@ -231,13 +231,13 @@ def test_repeats_are_identical_also_from_many_threads():
 def test_poisoned_memory_is_written_over(monkeypatch):
     make = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: make(*a, **k).fill_(float("nan")))
-    assert_close(inputs(l=70, p=17, packed=True), "native")
+    assert_close(inputs(l=70, p=17, packed=True), "c")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_sees_a_proper_operator(backend):
     call = inputs(b=1, l=20, h=2, p=4, g=1, n=4)
-    if backend == "native":
+    if backend == "c":
         args = [
             call["x"],
             call["dt"],
@@ -267,7 +267,7 @@ def test_torch_sees_a_proper_operator(backend):
 
         exported = torch.export.export(Module(), (plain["x"],))
         torch.testing.assert_close(exported.module()(plain["x"]), expected)
-        if backend == "native":
+        if backend == "c":
             grad = torch.autograd.grad(function(call["x"]).sum(), call["x"], create_graph=True)[0]
             with pytest.raises(RuntimeError, match="no double backward"):
                 grad.sum().backward()

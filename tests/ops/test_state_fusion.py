@@ -8,7 +8,7 @@ from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
 native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("native", marks=native)]
+BACKENDS = ["torch", pytest.param("c", marks=native)]
 SIZES = [
     (2, 6, 13, 8),
     (1, 3, 1, 1),
@@ -78,19 +78,20 @@ def test_poisoned_memory_is_written_over(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: make(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: make_like(*a, **k).fill_(float("nan")))
     values = inputs(2, 3, 10, 5)
-    got, expected = run("native", values), run("reference", values, torch.float64)
+    got, expected = run("c", values), run("reference", values, torch.float64)
     assert max(relative_error(a, b) for a, b in zip(got, expected)) < 1e-5
 
 
 @native
 def test_torch_sees_a_proper_operator():
     x, *kernels, alpha = (v.requires_grad_() for v in inputs(1, 2, 6, 5))
-    torch.library.opcheck(torch.ops.ssmzoo.state_fusion.default, (x, torch.randn(2, 3, 3, 3, requires_grad=True)))
+    taps = torch.randn(2, 3, 3, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.ssmzoo.state_fusion.default, (x, taps, True, "c"))
 
     def function(x):
         return ops.state_fusion(x, kernels, alpha)
 
-    with ops.backend("native"):
+    with ops.backend("c"):
         expected = function(x)
         torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), expected)
         grad = torch.autograd.grad(expected.sum(), x, create_graph=True)[0]

@@ -41,7 +41,9 @@ def test_all_of_this_file_through_the_interpreter():
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles and chunks at sizes that an interpreter can do."""
-    from ssmzoo.ops.triton import causal_conv1d, selective_scan, ssd
+    from ssmzoo.ops.causal_conv1d import triton as causal_conv1d
+    from ssmzoo.ops.selective_scan import triton as selective_scan
+    from ssmzoo.ops.ssd import triton as ssd
 
     for module, sizes in (
         (selective_scan, dict(CHANNELS=2, STEPS=4)),

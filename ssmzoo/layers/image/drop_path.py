@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.ops.dispatch import unobserved
+from ssmzoo.ops.eager import eager
 
 
 class DropPath(nn.Module):
@@ -33,7 +33,7 @@ class DropPath(nn.Module):
         if not self.active():
             return x + branch(x)
         factors = self.factors(x)
-        if not (self.apart and x.device.type == "cpu" and unobserved(x)):
+        if not (self.apart and x.device.type == "cpu" and eager(x)):
             return torch.addcmul(x, branch(x), factors)
         order = factors.flatten().argsort(descending=True, stable=True)
         kept, step = int(factors.count_nonzero()), -(-len(x) // 8)

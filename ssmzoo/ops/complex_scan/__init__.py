@@ -14,17 +14,16 @@ from ssmzoo.ops.checks import expect
 from ssmzoo.ops.dispatch import op
 
 
-def check_complex_scan(a, b, initial_state=None) -> None:
+def check_complex_scan(given) -> None:
     sizes: dict[str, int] = {}
-    expect("a", a, ("b", "l", "n"), sizes)
-    expect("b", b, ("b", "l", "n"), sizes)
-    if initial_state is not None:
-        expect("initial_state", initial_state, ("b", "n"), sizes)
-    for name, value in (("a", a), ("b", b), ("initial_state", initial_state)):
+    expect("a", given.a, ("b", "l", "n"), sizes)
+    expect("b", given.b, ("b", "l", "n"), sizes)
+    expect("initial_state", given.initial_state, ("b", "n"), sizes)
+    for name, value in given._asdict().items():
         if value is None:
             continue
-        if value.device != a.device:
-            raise ValueError(f"{name} is on {value.device}, expected {a.device}, where the first argument lies")
+        if value.device != given.a.device:
+            raise ValueError(f"{name} is on {value.device}, expected {given.a.device}, where the first argument lies")
         if not value.is_complex():
             raise ValueError(f"{name} has dtype {value.dtype}, expected complex64 or complex128")
 
@@ -45,14 +44,3 @@ def complex_scan(a: Tensor, b: Tensor, initial_state: Tensor | None = None) -> T
         h = a[:, t] * h + b[:, t]
         states.append(h)
     return torch.stack(states, dim=1) if states else b
-
-
-@complex_scan.register("torch")
-def complex_scan_torch(a, b, initial_state=None):
-    """log2(l) vectorised rounds. Only products of a are formed, so that nothing overflows for |a| <= 1."""
-    step, l = 1, a.shape[1]
-    while step < l:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], dim=1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], dim=1)
-        step *= 2
-    return b if initial_state is None else b + a * initial_state[:, None]

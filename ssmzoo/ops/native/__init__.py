@@ -1,5 +1,7 @@
 """Our compiled CPU kernels, reached through ctypes: raw pointers, dtypes and strides, nothing of torch's C++.
 
+An operator's kernels lie in its own folder, `<operator>/<operator>.c` beside `<operator>/c.py`; here is the rest.
+
 `KERNELS` is the library for the best instruction set of this machine, or None; `MISSING` then says why and what to do.
 SSMZOO_NATIVE=avx2 (or plain, neon, off) asks for a lower one.
 """
@@ -15,14 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.dispatch import unobserved, watched
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
 PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())  # to four strides
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REBUILD = "python -m ssmzoo.ops.native.build"
-
-
 LEVELS = ("avx512", "avx2", "neon", "plain")  # best first
 
 
@@ -99,24 +96,3 @@ def pack(tensors: list[Tensor | None], *numbers: int) -> bytes:
             values += (t.data_ptr(), DTYPES[t.dtype], *strides, *PADDING[len(strides)])
     values += numbers
     return struct.pack(f"{len(values)}q", *values)
-
-
-def why_not_float(*tensors: Tensor | None) -> str | None:
-    """The reason when a tensor is not one of the floating-point kinds that the kernels compute with."""
-    for t in tensors:
-        if t is not None and t.dtype not in FLOATS:
-            return f"computes in float32 from float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
-    return None
-
-
-def why_not_eager(*tensors: Tensor | None) -> str | None:
-    """The reason when a kernel called outside of torch's dispatcher, in float32, must leave these tensors to torch."""
-    if any(t is not None and t.dtype != torch.float32 for t in tensors):
-        return "computes in float32 only"
-    if torch.is_autocast_enabled("cpu"):
-        return "leaves autocast to torch"
-    if not unobserved(*tensors):
-        return "is not traced: compilers fuse by themselves"
-    if any(t is not None and not t.numel() for t in tensors):
-        return "has nothing to do for empty tensors"
-    return watched()

@@ -1,4 +1,4 @@
-"""Compile the CPU kernels: every *.c beside this file, once per instruction set, into one shared library each.
+"""Compile the CPU kernels: every *.c of the operators and of this folder, one library per instruction set.
 
     python -m ssmzoo.ops.native.build
 
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+OPERATORS = HERE.parent
 FLAGS = [
     "-std=gnu11",
     "-O3",
@@ -68,13 +69,13 @@ def build(target: Path = HERE) -> list[Path]:
     cache = HERE / "__pycache__"
     cache.mkdir(exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(h.read_bytes() for h in sorted(HERE.glob("*.h")))
+    headers = b"".join(h.read_bytes() for h in sorted(OPERATORS.glob("*/*.h")))
     objects: dict[str, list[Path]] = {level: [] for level in levels()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
-        for source in sorted(HERE.glob("*.c")):
+        for source in sorted(OPERATORS.glob("*/*.c")):
             for level, flags in levels().items():
-                command = [*cc, *FLAGS, *flags, "-c", str(source)]
+                command = [*cc, *FLAGS, *flags, f"-I{HERE}", "-c", str(source)]
                 content = source.read_bytes() + headers + " ".join(command).encode()
                 obj = cache / f"{source.stem}.{level}.{hashlib.sha256(content).hexdigest()[:16]}.o"
                 objects[level].append(obj)

@@ -20,28 +20,28 @@ from ssmzoo.ops.checks import expect, expect_floats
 from ssmzoo.ops.dispatch import op
 
 
-def check_permute_tokens(x, order, inverse=False) -> None:
+def check_permute_tokens(a) -> None:
     sizes: dict[str, int] = {}
-    expect("x", x, ("b", "l", "d"), sizes)
-    expect("order", order, ("l",) if order.ndim == 1 else ("b", "l"), sizes)
-    if order.dtype not in (torch.int64, torch.int32) or order.device != x.device:
-        raise ValueError(f"order is {order.dtype} on {order.device}, expected int64 or int32 on {x.device}")
+    expect("x", a.x, ("b", "l", "d"), sizes)
+    expect("order", a.order, ("l",) if a.order.ndim == 1 else ("b", "l"), sizes)
+    if a.order.dtype not in (torch.int64, torch.int32) or a.order.device != a.x.device:
+        raise ValueError(f"order is {a.order.dtype} on {a.order.device}, expected int64 or int32 on {a.x.device}")
 
 
-def check_bidirectional_scan(x) -> None:
-    expect("x", x, ("b", "e", "l"), {})
+def check_bidirectional_scan(a) -> None:
+    expect("x", a.x, ("b", "e", "l"), {})
 
 
-def check_prepend_mean(x) -> None:
-    expect("x", x, ("b", "l", "d"), {})
-    expect_floats(x.device, x=x)
+def check_prepend_mean(a) -> None:
+    expect("x", a.x, ("b", "l", "d"), {})
+    expect_floats(a.x.device, x=a.x)
 
 
-def check_mix_tokens(x, weights) -> None:
+def check_mix_tokens(a) -> None:
     sizes: dict[str, int] = {}
-    expect("x", x, ("b", "e", "l"), sizes)
-    expect("weights", weights, ("b", "m", "l"), sizes)
-    expect_floats(x.device, x=x, weights=weights)
+    expect("x", a.x, ("b", "e", "l"), sizes)
+    expect("weights", a.weights, ("b", "m", "l"), sizes)
+    expect_floats(a.x.device, x=a.x, weights=a.weights)
 
 
 @op(check=check_permute_tokens)
@@ -58,26 +58,11 @@ def permute_tokens(x: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
     return x.gather(1, order[..., None].expand_as(x))
 
 
-@permute_tokens.register("torch")
-def permute_tokens_torch(x, order, inverse=False):
-    order = order.argsort(-1) if inverse else order
-    if order.ndim == 1:
-        return x.index_select(1, order)
-    b, l, _ = x.shape
-    rows = order + l * torch.arange(b, device=order.device)[:, None]  # of (b*l d): whole rows move, as gather cannot
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view(x.shape)
-
-
 @op(check=check_bidirectional_scan)
 def bidirectional_scan(x: Tensor) -> Tensor:
     """x (b e l) -> (b 2 e l): the sequence as it is, and reversed."""
     steps = torch.arange(x.shape[-1], device=x.device)
     return x[..., torch.stack([steps, steps.flip(0)])].movedim(-2, 1)
-
-
-@bidirectional_scan.register("torch")
-def bidirectional_scan_torch(x):
-    return torch.stack([x, x.flip(-1)], dim=1)
 
 
 @op(check=check_prepend_mean)
@@ -86,17 +71,7 @@ def prepend_mean(x: Tensor) -> Tensor:
     return torch.cat([x.sum(1, keepdim=True) / x.shape[1], x], dim=1)
 
 
-@prepend_mean.register("torch")
-def prepend_mean_torch(x):
-    return torch.cat([x.mean(1, keepdim=True), x], dim=1)
-
-
 @op(check=check_mix_tokens)
 def mix_tokens(x: Tensor, weights: Tensor) -> Tensor:
     """x (b e l), weights (b m l) -> (b e m): token i is the sum of weights[:, i, j] x[:, :, j] over j."""
     return (x[:, :, None] * weights[:, None]).sum(-1)
-
-
-@mix_tokens.register("torch")
-def mix_tokens_torch(x, weights):
-    return x @ weights.transpose(1, 2)

@@ -13,35 +13,30 @@ Source: arXiv 2603.15569; state-spaces/mamba modules/mamba3.py (Apache-2.0).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
-from ssmzoo.ops.ssd import ssd_scan
 
 
-def check_trapezoidal_scan(
-    v, k, q, a, gamma, beta, D, mimo=None, initial_state=None, seq_idx=None, chunk_size=64
-) -> None:
-    sizes: dict[str, int] = {} if mimo is not None else {"r": 1}
-    expect("v", v, ("b", "l", "h", "p"), sizes)
-    expect("k", k, ("b", "l", "r", "h", "n"), sizes)
-    expect("q", q, ("b", "l", "r", "h", "n"), sizes)
-    for name, value in (("a", a), ("gamma", gamma), ("beta", beta)):
-        expect(name, value, ("b", "l", "h"), sizes)
-    expect("D", D, ("h",), sizes)
-    if mimo is not None:
-        expect("mimo", mimo, ("h", "r", "p"), sizes)
-    if initial_state is not None:
-        expect("initial_state", initial_state, ("b", "h", "p", "n"), sizes)
-    expect_floats(v.device, v=v, k=k, q=q, a=a, gamma=gamma, beta=beta, D=D, mimo=mimo, initial_state=initial_state)
-    expect_seq_idx(seq_idx, v.device, sizes)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size = {chunk_size}, expected a positive number of tokens")
+def check_trapezoidal_scan(given) -> None:
+    g, sizes = given, {} if given.mimo is not None else {"r": 1}
+    expect("v", g.v, ("b", "l", "h", "p"), sizes)
+    expect("k", g.k, ("b", "l", "r", "h", "n"), sizes)
+    expect("q", g.q, ("b", "l", "r", "h", "n"), sizes)
+    for name in ("a", "gamma", "beta"):
+        expect(name, getattr(g, name), ("b", "l", "h"), sizes)
+    expect("D", g.D, ("h",), sizes)
+    expect("mimo", g.mimo, ("h", "r", "p"), sizes)
+    expect("initial_state", g.initial_state, ("b", "h", "p", "n"), sizes)
+    floats = {name: value for name, value in g._asdict().items() if name not in ("seq_idx", "chunk_size")}
+    expect_floats(g.v.device, **floats)
+    expect_seq_idx(g.seq_idx, g.v.device, sizes)
+    if g.chunk_size < 1:
+        raise ValueError(f"chunk_size = {g.chunk_size}, expected a positive number of tokens")
 
 
-def _inputs(v: Tensor, mimo: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rank_inputs(v: Tensor, mimo: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x (b l r h p): every rank's share of v (b l h p)."""
     x = v.to(dtype).unsqueeze(2)
     return x if mimo is None else x * mimo.to(dtype).transpose(0, 1)
@@ -76,7 +71,7 @@ def trapezoidal_scan(
     Raises ValueError naming the argument, its shape and the one expected.
     """
     dtype = compute_dtype(v, k, q, a)
-    x, k, q = _inputs(v, mimo, dtype), k.to(dtype), q.to(dtype)
+    x, k, q = rank_inputs(v, mimo, dtype), k.to(dtype), q.to(dtype)
     b, l, r, h, n = k.shape
     S = x.new_zeros(b, h, x.shape[-1], n) if initial_state is None else initial_state.to(dtype)
     reset = None if seq_idx is None else resets(seq_idx)
@@ -90,27 +85,3 @@ def trapezoidal_scan(
         S = S + gamma[:, t, :, None, None] * torch.einsum("brhp,brhn->bhpn", x[:, t], k[:, t])
         ys.append(torch.einsum("bhpn,brhn->brhp", S, q[:, t]) + x[:, t] * D.to(dtype)[:, None])
     return (torch.stack(ys, dim=1) if ys else x.expand(b, 0, r, h, x.shape[-1])), S
-
-
-@trapezoidal_scan.register("torch")
-def trapezoidal_scan_torch(v, k, q, a, gamma, beta, D, mimo=None, initial_state=None, seq_idx=None, chunk_size=64):
-    """Mamba-2's scan, in which the ranks of a token are so many tokens, and what a token must not see of itself."""
-    dtype = compute_dtype(v, k, q, a)
-    x, k, q, r = _inputs(v, mimo, dtype), k.to(dtype), q.to(dtype), k.shape[2]
-    w = gamma + F.pad(beta[:, 1:], (0, 0, 0, 1))
-    decay = F.pad(a[:, :, None], (0, 0, 0, r - 1))  # (b l r h): a token decays once, before its first rank
-    documents = None if seq_idx is None else seq_idx.repeat_interleave(r, dim=1)
-    y, S = ssd_scan(
-        (x * w[:, :, None, :, None]).flatten(1, 2),
-        decay.flatten(1, 2),
-        k.flatten(1, 2),
-        q.flatten(1, 2),
-        initial_state,
-        documents,
-        chunk_size,
-    )
-    # inside a token, rank i has seen ranks j <= i with weight w; all ranks should count, with weight gamma
-    seen = torch.ones(r, r, device=v.device, dtype=dtype).tril()
-    own = torch.einsum("blihn,bljhn->blhij", q, k) * (gamma[..., None, None] - w[..., None, None] * seen)
-    y = y.unflatten(1, (-1, r)) + torch.einsum("blhij,bljhp->blihp", own, x)
-    return y + x * D.to(dtype)[:, None], S

@@ -1,7 +1,8 @@
-"""Our GPU kernels in Triton: no compiler to install, nothing tied to a version of PyTorch.
+"""What our GPU kernels in Triton share: no compiler to install, nothing tied to a version of PyTorch.
 
-`<operator>.py` registers the backend and launches, `<operator>_kernels.py` holds the kernels and is imported with the
-first call. With TRITON_INTERPRET=1 Triton runs them in Python on CPU tensors, slowly: that is how they are tested.
+`<operator>/triton.py` registers the backend and launches, `<operator>/triton_kernels.py` holds the kernels and is
+imported with the first call. With TRITON_INTERPRET=1 Triton runs them in Python on CPU tensors, slowly: that is how
+they are tested.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 OLDEST = (3, 2)  # the first with tuples among a kernel's arguments
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_missing() -> str | None:
@@ -35,14 +35,6 @@ def _why_missing() -> str | None:
 
 
 MISSING = _why_missing()
-
-
-def why_not_float(*tensors: Tensor | None) -> str | None:
-    """The reason when a tensor is not one of the floating-point kinds that the kernels read and write."""
-    for t in tensors:
-        if t is not None and t.dtype not in FLOATS:
-            return f"computes in float32 from float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}"
-    return None
 
 
 def on_device_of(t: Tensor):

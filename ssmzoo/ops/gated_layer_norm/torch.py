@@ -1,0 +1,13 @@
+"""gated_layer_norm by torch's layer norm."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.ops.gated_layer_norm import gated_layer_norm
+
+
+@gated_layer_norm.register("torch")
+def gated_layer_norm_torch(a) -> Tensor:
+    return F.layer_norm(a.x, a.weight.shape, a.weight, a.bias, a.eps) * F.silu(a.z)

@@ -1,0 +1,80 @@
+"""linear_act on a CPU: oneDNN's products with the activation behind them, and our kernels (linear_act.c) for training.
+
+Torch takes three further passes over memory for a linear map with an activation: one forwards, two backwards.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ssmzoo.ops.eager import why_not_eager
+from ssmzoo.ops.library import Differentiable, Kernel
+from ssmzoo.ops.linear_act import linear_act
+from ssmzoo.ops.linear_act.torch import linear_act_torch
+from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+
+FORWARD, MISSING = kernel("ssmzoo_act")
+BACKWARD, _ = kernel("ssmzoo_linear_backward")
+if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    MISSING = "this torch has no oneDNN"
+CODES = {None: 0, "gelu": 1, "relu": 2, "silu": 3}
+ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}  # gelu: exact
+ROWS = 1024  # at least, for a thread of its own; fewer rows are shared by columns
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
+    attribute, algorithm = ONEDNN[act]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+
+
+def _act(h: Tensor, act: str) -> Tensor:
+    y = torch.empty_like(h)
+    FORWARD(struct.pack("5q", h.data_ptr(), y.data_ptr(), h.numel(), CODES[act], torch.get_num_threads()))
+    return y
+
+
+def forward(a, save: bool):
+    """What the slope of the activation is found from is kept: y of a ReLU, otherwise what goes in."""
+    if not save or a.act in (None, "relu"):
+        y = _onednn(a.x, a.weight, a.bias, a.act)
+        return (y,), y if a.act is not None and save else None
+    h = _onednn(a.x, a.weight, a.bias)
+    return (_act(h, a.act),), h
+
+
+def backward(a, saved: Tensor | None, dy: Tensor) -> dict[str, Tensor]:
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (dy, saved, a.x)]
+    dh, dweight, dbias = _parameters(*flat, a.act)
+    grads = {"weight": dweight, "bias": dbias}
+    return grads | {"x": _onednn(dh, a.weight.t(), None).view_as(a.x)} if a.x.requires_grad else grads
+
+
+def _parameters(dy: Tensor, saved: Tensor | None, x: Tensor, act: str | None):
+    """dy, saved (rows e), x (rows d), contiguous -> gradients before the activation (rows e), of weight and bias"""
+    (rows, e), d, threads = dy.shape, x.shape[1], torch.get_num_threads()
+    parts = max(1, min(threads, rows // ROWS))
+    columns = -(-e // -(-threads // parts) // VECTOR_LENGTH) * VECTOR_LENGTH
+    dh = dy if act is None else torch.empty_like(dy)
+    dweight = dy.new_empty(parts, e, d) if d % VECTOR_LENGTH == 0 else None
+    dbias = dy.new_empty(parts, e)
+    pointers = (0 if t is None else t.data_ptr() for t in (dy, saved, x, dh, dweight, dbias))
+    BACKWARD(struct.pack("13q", *pointers, rows, e, d, CODES[act], parts, columns, threads))
+    return dh, dh.t() @ x if dweight is None else _total(dweight), _total(dbias)
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts.sum(0) if len(parts) > 1 else parts[0]
+
+
+LINEAR = Differentiable("linear_act", linear_act.Arguments, saved="h", twice=linear_act_torch)
+LINEAR.kernels["c"] = Kernel(forward, backward)
+
+
+def why_not(a) -> str | None:
+    return why_not_eager(a.x, a.weight, a.bias)
+
+
+linear_act.register("c", device="cpu", missing=MISSING, unsupported=why_not)(lambda a: LINEAR(a, "c"))

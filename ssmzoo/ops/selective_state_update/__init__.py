@@ -1,0 +1,76 @@
+"""The selective scan's decoding step: the state is advanced by one token, in place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.ops.checks import compute_dtype, expect, expect_floats
+from ssmzoo.ops.dispatch import op
+
+
+def check_selective_state_update(a) -> None:
+    sizes: dict[str, int] = {}
+    heads = ("h",) if a.state.ndim == 4 else ()
+    channels = (*heads, "e")
+    expect("state", a.state, ("b", *channels, "n"), sizes)
+    expect("x", a.x, ("b", *channels), sizes)
+    expect("dt", a.dt, ("b", *channels), sizes)
+    expect("A", a.A, (*channels, "n"), sizes)
+    for name, value in (("B", a.B), ("C", a.C)):
+        expect(name, value, ("b", "g", "n") if value.ndim == 3 else ("b", "n"), sizes)
+    outer = heads[0] if heads else "e"
+    if sizes.get("g", 1) == 0 or sizes[outer] % sizes.get("g", 1):
+        raise ValueError(f"B, C have {sizes['g']} groups, which do not divide {outer}={sizes[outer]} of state")
+    expect("D", a.D, channels, sizes)
+    expect("z", a.z, ("b", *channels), sizes)
+    expect("dt_bias", a.dt_bias, channels, sizes)
+    expect_floats(a.state.device, state=a.state, x=a.x, dt=a.dt, A=a.A, B=a.B, C=a.C, D=a.D, z=a.z, dt_bias=a.dt_bias)
+
+
+@op(check=check_selective_state_update)
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Advance the selective scan by one token, in place on `state`.
+
+        h <- exp(dt A) h + dt B x        y = (<h, C> + D x) * SiLU(z)
+
+    state        (b e n) or (b h e n)  updated in place
+    x, dt, z     (b e) or (b h e)      input, time step, optional gate
+    A            (e n) or (h e n)      real and negative, fp32
+    B, C         (b n) or (b g n)      channel (or head) i uses group i // (e/g)
+    D, dt_bias   (e) or (h e)
+    returns      (b e) or (b h e) in x's dtype
+
+    Raises ValueError when shapes disagree. The signature is mamba-ssm's. Source: Gu & Dao 2023, section 3.
+    """
+    dtype = compute_dtype(state, x, dt, A)
+    x_, dt = x.to(dtype), dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    B, C = (M.to(dtype).reshape(M.shape[0], -1, M.shape[-1]) for M in (B, C))  # b g n
+    B, C = (M.repeat_interleave(x.shape[1] // M.shape[1], dim=1) for M in (B, C))
+    if state.ndim == 4:
+        B, C = B[:, :, None], C[:, :, None]
+    before = state.to(dtype, copy=torch.is_grad_enabled())  # the backward wants it, and it is overwritten below
+    h = torch.exp(dt[..., None] * A.to(dtype)) * before + (dt * x_)[..., None] * B
+    state.copy_(h)
+    y = (h * C).sum(-1)
+    if D is not None:
+        y = y + D.to(dtype) * x_
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype)
