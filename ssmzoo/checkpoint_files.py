@@ -50,6 +50,8 @@ def read_weights(path: str | Path, prefer: str = "best") -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if path.is_file() and not (path.parent / MANIFEST).exists():
         return read_state_dict(path)
+    if path.is_dir() and not any((path / name).exists() for name in (MANIFEST, INDEX, "checkpoints", "config.yaml")):
+        return read_state_dict(path)  # a released checkpoint's folder
     folder = find_checkpoint(path, prefer)
     return weights_of(folder, read_manifest(folder))
 

@@ -18,7 +18,7 @@ from ssmzoo.presets import (  # noqa: F401
     read_model_config,
 )
 from ssmzoo.released.files import CheckpointError
-from ssmzoo.released.load import fit_state_dict
+from ssmzoo.released.fit import fit_state_dict
 
 
 def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn.Module:

@@ -152,7 +152,7 @@ def load(args):
 def load_released(name: str, file: str):
     """A preset with the weights of a released .pth or .safetensors file."""
     from ssmzoo.released.files import read_state_dict
-    from ssmzoo.released.load import fit_state_dict
+    from ssmzoo.released.fit import fit_state_dict
     from ssmzoo.zoo import create_model
 
     model = create_model(name)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ssmzoo.models.adventurer import Adventurer, AdventurerBlock
 from ssmzoo.released.image import resize_plain_positions, set_eps
 
+MODELS = (Adventurer,)
 TELLING_KEYS = r"norm_mlp\.|mlp\.w3\."
 from_official = resize_plain_positions
 

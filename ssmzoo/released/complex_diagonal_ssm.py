@@ -8,6 +8,7 @@ from torch import Tensor
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
 from ssmzoo.released.names import Names
 
+MODELS = (ComplexDiagonalModel,)
 ONE_LAYER = Names(("block.{rest}", "blocks.0.{rest}"), ("readout.{rest}", "mlps.0.{rest}"))
 
 

@@ -36,10 +36,13 @@ def families(attribute: str) -> list[str]:
 
 
 def telling_key(family: str, state: dict[str, Tensor]) -> str | None:
-    """The first key that a checkpoint of this family has and others lack."""
+    """The first key that a checkpoint of this family has and others lack; each of its patterns must fit some key."""
     if any(telling_key(other, state) for other in find(family, "YIELDS_TO") or ()):
         return None
-    return next((key for key in state if re.search(find(family, "TELLING_KEYS"), key)), None)
+    patterns = find(family, "TELLING_KEYS")
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    keys = [next((key for key in state if re.search(pattern, key)), None) for pattern in patterns]
+    return None if None in keys else keys[0]
 
 
 def looks_like(state: dict[str, Tensor]) -> str:
@@ -48,6 +51,20 @@ def looks_like(state: dict[str, Tensor]) -> str:
         if key := telling_key(family, state):
             return f"; by {key} it looks like a checkpoint of family {family!r}"
     return ""
+
+
+def family_of(state: dict[str, Tensor]) -> str | None:
+    """The family whose telling keys a state dict in official names has."""
+    return next((family for family in families("TELLING_KEYS") if telling_key(family, state)), None)
+
+
+def to_ours(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in our names or in those of any family that has this model's weights -> in our names."""
+    for family in families("MODELS"):
+        convert = find(family, "from_official")
+        if convert is not None and type(model) in find(family, "MODELS") and family_of(state) == family:
+            return convert(model, state)
+    return dict(state)
 
 
 def to_official(family: str, module: nn.Module, state: dict[str, Tensor] | None = None, **official_kwargs):

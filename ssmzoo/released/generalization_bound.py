@@ -7,6 +7,7 @@ from torch import Tensor
 from ssmzoo.models.free_a_ssm import FreeAClassifier
 from ssmzoo.released.names import Names
 
+MODELS = (FreeAClassifier,)
 BINARY = Names(("SSM.ssm.{rest}", "ssm.{rest}"), ("SSM.w", "W"))
 
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.released.family import find
+from ssmzoo.released.load import build
 
 ABS_FLOOR = 1e-6  # per element, times sqrt(numel): below it a difference is rounding, not an error
 
@@ -77,9 +78,13 @@ class GoldenCase:
     def official_kwargs(self) -> dict:
         return dict(self.meta.get("official_kwargs") or {})
 
+    def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The official module and its tensors, differentiable in the official ones."""
+        return build(self.family, self.params, self.official_kwargs)
+
     def run_official(self) -> dict[str, Tensor]:
         """Outputs by name, from the family's `official_` hook; differentiable in params and inputs."""
-        module, state = find(self.family, "official")(dict(self.params), **self.official_kwargs)
+        module, state = self.build()
         module.train(not self.meta.get("eval_mode", True))
         order = [n if isinstance(n, str) else n["name"] for n in self.meta.get("inputs") or self.inputs]
         values = [self.inputs[n] for n in order if n in self.inputs]

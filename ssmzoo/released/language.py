@@ -2,59 +2,85 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.state import ModelOutput
-from ssmzoo.released.family import find
-from ssmzoo.released.names import Names
+from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.fit import same_head
+from ssmzoo.released.infer import count
+from ssmzoo.released.names import Names, add_prefix, cut_prefix
 
 HF = Names(("backbone.embeddings.{p}", "backbone.embedding.{p}"))
-INERT = {"use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype"}  # which kernel, where: same results
+MODEL = {"ssm_cfg": None, "attn_layer_idx": None, "attn_cfg": None}
+LM = Arguments(  # the class itself takes a MambaConfig; these are its fields
+    "MambaLMHeadModel",
+    {"d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277}
+    | MODEL
+    | {"rms_norm": True, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": None},
+    {"fused_add_norm": (True, KERNEL), "initializer_cfg": (None, "sets initial values"), **PLACE},
+)
+BACKBONE = Arguments(
+    "MixerModel",
+    MODEL | {"norm_epsilon": 1e-5, "rms_norm": False, "residual_in_fp32": False},
+    {"fused_add_norm": (False, KERNEL), "initializer_cfg": (None, "sets initial values"), **PLACE},
+    required=("d_model", "n_layer", "d_intermediate", "vocab_size"),
+)
+INERT = {"use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype", "process_group", "sequence_parallel"}
 
 
-def official_lm(
-    cls,
-    layer: str,
-    state: dict,
-    d_model,
-    n_layer,
-    d_intermediate,
-    vocab_size,
-    ssm_cfg,
-    attn_layer_idx,
-    attn_cfg,
-    rms_norm,
-    residual_in_fp32,
-    pad_vocab_size_multiple,
-    tie_embeddings,
-):
-    """MambaConfig's fields -> (our language model, state under our names), for any of the three mixers."""
-    ssm_cfg, attn_cfg = dict(ssm_cfg or {}), dict(attn_cfg or {})
+def official_lm(cls, layer: str, state: dict, given: dict) -> tuple[nn.Module, dict]:
+    """MambaConfig's fields -> (our language model, state under our names), for any of the mixers. A file without the
+    prefix `backbone.` is the backbone alone: its outputs are the hidden states."""
+    alone = "embedding.weight" in state
+    config = (BACKBONE if alone else LM).complete(given)
+    ssm_cfg, attn_cfg = dict(config["ssm_cfg"] or {}), dict(config["attn_cfg"] or {})
     found = ssm_cfg.pop("layer", layer)
     if found != layer:
         raise ValueError(f"ssm_cfg.layer is {found!r}: load this checkpoint with family {found.lower().rstrip('1')!r}")
-    if attn_layer_idx and (not attn_cfg.pop("causal", False) or attn_cfg.pop("rotary_emb_interleaved", False)):
+    if config["attn_layer_idx"] and (
+        not attn_cfg.pop("causal", False) or attn_cfg.pop("rotary_emb_interleaved", False)
+    ):
         raise ValueError(
             "attn_cfg: only causal attention with rotary halves (not interleaved) exists in a causal "
             "language model; set causal=True and rotary_emb_interleaved=False"
         )
-    ssm_cfg, attn_cfg = ({k: v for k, v in cfg.items() if k not in INERT} for cfg in (ssm_cfg, attn_cfg))
+    state = add_prefix("backbone.", state) if alone else state
+    tied = alone or is_tied(state, config["tie_embeddings"], "tie_embeddings", True)
     model = cls(
-        vocab_size,
-        d_model,
-        n_layer,
-        d_intermediate,
-        ssm_cfg,
-        attn_layer_idx or (),
-        attn_cfg,
-        rms_norm,
-        residual_in_fp32=residual_in_fp32,
-        tie_embeddings=tie_embeddings,
-        pad_vocab_size_multiple=pad_vocab_size_multiple,
+        config["vocab_size"],
+        config["d_model"],
+        config["n_layer"],
+        config["d_intermediate"],
+        {k: v for k, v in ssm_cfg.items() if k not in INERT},
+        config["attn_layer_idx"] or (),
+        {k: v for k, v in attn_cfg.items() if k not in INERT},
+        config["rms_norm"],
+        config.get("norm_epsilon", 1e-5),
+        residual_in_fp32=config["residual_in_fp32"],
+        tie_embeddings=tied,
+        pad_vocab_size_multiple=config.get("pad_vocab_size_multiple", 1),
     )
-    return model, with_head(state, tie_embeddings)
+    return (HiddenStates(model), state) if alone else (model, with_head(state, tied))
+
+
+def is_tied(state: dict, asked: bool | None, argument: str, default: bool) -> bool:
+    """Is the head the embedding? The file decides; `argument` may say so too, but not the contrary.
+
+    A file without a head has a tied one where that is the class's default or asked for.
+    """
+    if "lm_head.weight" not in state:
+        return default if asked is None else asked
+    same = same_head(state, "lm_head.weight", "backbone.embedding.weight")
+    if asked and not same:
+        raise CheckpointError(
+            f"{argument} is True, but lm_head.weight of the file is not its embedding; with {argument}=False both load"
+        )
+    return same and (default if asked is None else asked)
 
 
 def with_head(state: dict, tied: bool) -> dict:
@@ -62,32 +88,58 @@ def with_head(state: dict, tied: bool) -> dict:
     return {**state, "lm_head.weight": state["backbone.embedding.weight"]} if tied else state
 
 
-def official_hf_lm(
-    cls,
-    state: dict,
-    vocab_size,
-    hidden_size,
-    num_hidden_layers,
-    mixer: dict,
-    layer_norm_epsilon,
-    hidden_act,
-    residual_in_fp32,
-    tie_word_embeddings,
-):
-    """The fields that transformers' two Mamba configs share -> (our language model, state under our names)."""
-    if hidden_act != "silu":
-        raise ValueError(f"hidden_act must be 'silu', as in all released checkpoints; got {hidden_act!r}")
-    model = cls(
-        vocab_size,
-        hidden_size,
-        num_hidden_layers,
-        ssm_cfg=mixer,
-        norm_eps=layer_norm_epsilon,
-        residual_in_fp32=residual_in_fp32,
-        tie_embeddings=tie_word_embeddings,
-        pad_vocab_size_multiple=1,
-    )
-    return model, with_head(HF.to_ours(state), tie_word_embeddings)
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """mamba_ssm's names; those of a backbone alone have no prefix there."""
+    return cut_prefix("backbone.", state) if isinstance(module, HiddenStates) else dict(state)
+
+
+def from_official(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of mamba_ssm or transformers, with or without head and `backbone.` -> those of a language model of ours."""
+    if "embedding.weight" in state or "embeddings.weight" in state:
+        state = add_prefix("backbone.", state)
+    state = HF.to_ours(state)
+    tied = model.lm_head.weight is model.backbone.embedding.weight
+    return with_head(state, tied and same_head(state, "lm_head.weight", "backbone.embedding.weight"))
+
+
+def infer_lm(state: dict[str, Tensor], mixer) -> dict[str, Any]:
+    """MambaConfig's fields that the tensors tell; `mixer(state of one mixer, d_model)` tells ssm_cfg."""
+    at = "backbone." if "backbone.embedding.weight" in state else ""
+    if f"{at}embedding.weight" not in state:
+        return {}
+    rows, d = state[f"{at}embedding.weight"].shape
+    layers = range(count(state, f"{at}layers.#."))
+    attention = [i for i in layers if f"{at}layers.{i}.mixer.A_log" not in state and not _ssm(state, at, i)]
+    mixers = [i for i in layers if i not in attention]
+    told: dict[str, Any] = {"d_model": d, "n_layer": len(layers), "vocab_size": rows, "attn_layer_idx": attention}
+    hidden = state.get(f"{at}layers.0.mlp.fc2.weight")
+    told |= {"d_intermediate": 0 if hidden is None else hidden.shape[1], "rms_norm": f"{at}norm_f.bias" not in state}
+    if at and rows % LM.default("pad_vocab_size_multiple"):
+        told["pad_vocab_size_multiple"] = 1
+    if mixers:
+        told["ssm_cfg"] = mixer(part(state, f"{at}layers.{mixers[0]}.mixer."), d)
+    return told
+
+
+def _ssm(state: dict, at: str, i: int) -> bool:
+    return f"{at}layers.{i}.mixer.dt_bias" in state
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one module, under its own names."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+class HiddenStates(nn.Module):
+    """The backbone of a language model: ids (b l) -> hidden states after the last norm (b l d)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone = model.backbone
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.backbone(input_ids, None, mask=mask)[0]
 
 
 class StepByStep:
@@ -127,7 +179,7 @@ class AttentionMask:
 
 def golden_lm(case) -> dict[str, Tensor]:
     """logits, mean next-token loss in nats over the whole (padded) vocabulary, greedy continuation."""
-    module, state = find(case.family, "official")(dict(case.params), **case.official_kwargs)
+    module, state = case.build()
     ids, mask = case.inputs["input_ids"], case.inputs.get("attention_mask")
     mask = None if mask is None else mask.bool()
 
@@ -149,9 +201,3 @@ def greedy(model, ids: Tensor, new_tokens: int, mask: Tensor | None = None) -> T
         ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
         out = model(ids[:, -1:], state=out.state, mask=None)
     return torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
-
-
-def to_hf(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names; a head that is the embedding is not written there."""
-    tied = module.lm_head.weight is module.backbone.embedding.weight
-    return HF.to_theirs({key: value for key, value in state.items() if not (tied and key == "lm_head.weight")})

@@ -1,80 +1,66 @@
-"""Mamba as released by state-spaces/mamba (Apache-2.0): MambaLMHeadModel, and the Mamba block alone."""
+"""Mamba as released by state-spaces/mamba (Apache-2.0): MambaLMHeadModel, its backbone, and the Mamba block alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.released.language import StepByStep, golden_lm, official_lm
+from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.infer import ratio
+from ssmzoo.released.language import (
+    BACKBONE,
+    LM,
+    StepByStep,
+    from_official,
+    golden_lm,
+    infer_lm,
+    official_lm,
+    to_official,
+)
 
-TELLING_KEYS = r"^backbone\.layers\.\d+\.mixer\.x_proj\.weight"
+__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+MODELS = (MambaLM,)
+TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.x_proj\.weight")
+DT = {"dt_min": (0.001, INITIAL), "dt_max": (0.1, INITIAL), "dt_init_floor": (1e-4, INITIAL)}
+BLOCK = Arguments(
+    "Mamba",
+    {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
+    DT
+    | {
+        **{"dt_init": ("random", INITIAL), "dt_scale": (1.0, INITIAL), "use_fast_path": (True, KERNEL)},
+        **{"layer_idx": (None, "names the block in a cache"), **PLACE},
+    },
+    required=("d_model",),
+)
+TABLES = (LM, BACKBONE, BLOCK)
 
 
-def official(
-    state: dict,
-    d_model: int = 2560,
-    n_layer: int = 64,
-    d_intermediate: int = 0,
-    vocab_size: int = 50277,
-    ssm_cfg: dict | None = None,
-    attn_layer_idx: Sequence[int] | None = None,
-    attn_cfg: dict | None = None,
-    rms_norm: bool = True,
-    residual_in_fp32: bool = True,
-    fused_add_norm: bool = True,
-    pad_vocab_size_multiple: int = 8,
-    tie_embeddings: bool = True,
-    d_state: int = 16,
-    d_conv: int = 4,
-    expand: float = 2,
-    dt_rank: int | str = "auto",
-    dt_min: float = 0.001,
-    dt_max: float = 0.1,
-    dt_init: str = "random",
-    dt_scale: float = 1.0,
-    dt_init_floor: float = 1e-4,
-    conv_bias: bool = True,
-    bias: bool = False,
-    use_fast_path: bool = True,
-    layer_idx: int | None = None,
-):
-    """mamba_ssm's MambaLMHeadModel (first two lines: MambaConfig), or, for a checkpoint without a backbone, its Mamba
-    block. fused_add_norm, use_fast_path and layer_idx choose kernels and caches; the results are the same."""
+def official(state: dict, **given):
+    """MambaLMHeadModel with the fields of MambaConfig, MixerModel for a file without head, or the block alone."""
     if "A_log" in state:
-        block = OfficialMamba(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            conv_bias,
-            bias,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_init=dt_init,
-            dt_scale=dt_scale,
-            dt_init_floor=dt_init_floor,
-        )
-        return block, state
-    return official_lm(
-        MambaLM,
-        "Mamba1",
-        state,
-        d_model,
-        n_layer,
-        d_intermediate,
-        vocab_size,
-        ssm_cfg,
-        attn_layer_idx,
-        attn_cfg,
-        rms_norm,
-        residual_in_fp32,
-        pad_vocab_size_multiple,
-        tie_embeddings,
-    )
+        return OfficialMamba(**BLOCK.complete(given)), state
+    return official_lm(MambaLM, "Mamba1", state, given)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments but those of attention layers follow from the tensors."""
+    if "A_log" in state:
+        d = state["out_proj.weight"].shape[0]
+        return {"d_model": d} | mixer(state, d)
+    return infer_lm(state, mixer)
+
+
+def mixer(state: dict[str, Tensor], d: int) -> dict[str, Any]:
+    e, n = state["A_log"].shape
+    return {
+        **{"d_state": n, "d_conv": state["conv1d.weight"].shape[-1], "expand": ratio(e, d)},
+        **{"dt_rank": state["dt_proj.weight"].shape[1]},
+        **{"conv_bias": "conv1d.bias" in state, "bias": "in_proj.bias" in state},
+    }
 
 
 class OfficialMamba(StepByStep, Mamba):

@@ -1,106 +1,105 @@
-"""Mamba-2 as released by state-spaces/mamba (Apache-2.0): MambaLMHeadModel, Mamba2 and Mamba2Simple."""
+"""Mamba-2 as released by state-spaces/mamba (Apache-2.0): MambaLMHeadModel, its backbone, Mamba2 and Mamba2Simple."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.released.language import StepByStep, golden_lm, official_lm
+from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.infer import ratio
+from ssmzoo.released.language import (
+    BACKBONE,
+    LM,
+    StepByStep,
+    from_official,
+    golden_lm,
+    infer_lm,
+    official_lm,
+    to_official,
+)
+from ssmzoo.released.mamba import DT
 
-TELLING_KEYS = r"^backbone\.layers\.\d+\.mixer\.dt_bias"
+__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+MODELS = (Mamba2LM,)
+TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.dt_bias", r"mixer\.conv1d")
+SHARED = {"d_conv": 4, "expand": 2, "ngroups": 1, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True}
+WITHOUT = DT | {
+    **{"conv_init": (None, INITIAL), "A_init_range": ((1, 16), INITIAL), "chunk_size": (256, KERNEL)},
+    **{"use_mem_eff_path": (True, KERNEL), "layer_idx": (None, "names the block in a cache"), **PLACE},
+}
+ONE_PROCESS = "the weights of one process; tensor-parallel shards must be joined first"
+BLOCK = Arguments(
+    "Mamba2",
+    SHARED
+    | {"d_state": 128, "headdim": 64, "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+    | {"clamp_steps": True},  # ours: False repeats the official single-token steps, which forget dt_limit
+    WITHOUT | {"sequence_parallel": (True, "how processes share a sequence")},
+    {"process_group": (None, ONE_PROCESS)},
+    required=("d_model",),
+)
+SIMPLE = Arguments(
+    "Mamba2Simple",
+    SHARED | {"d_state": 64, "headdim": 128, "learnable_init_states": False, "activation": "swish"},
+    WITHOUT,
+    required=("d_model",),
+)
+TABLES = (LM, BACKBONE, BLOCK, SIMPLE)
 
 
-def official(
-    state: dict,
-    d_model: int = 2560,
-    n_layer: int = 64,
-    d_intermediate: int = 0,
-    vocab_size: int = 50277,
-    ssm_cfg: dict | None = None,
-    attn_layer_idx: Sequence[int] | None = None,
-    attn_cfg: dict | None = None,
-    rms_norm: bool = True,
-    residual_in_fp32: bool = True,
-    fused_add_norm: bool = True,
-    pad_vocab_size_multiple: int = 8,
-    tie_embeddings: bool = True,
-    d_state: int | None = None,
-    d_conv: int = 4,
-    conv_init: float | None = None,
-    expand: float = 2,
-    headdim: int | None = None,
-    d_ssm: int | None = None,
-    ngroups: int = 1,
-    A_init_range: Sequence[float] = (1, 16),
-    D_has_hdim: bool = False,
-    rmsnorm: bool = True,
-    norm_before_gate: bool = False,
-    dt_min: float = 0.001,
-    dt_max: float = 0.1,
-    dt_init_floor: float = 1e-4,
-    dt_limit: Sequence[float] = (0.0, math.inf),
-    bias: bool = False,
-    conv_bias: bool = True,
-    chunk_size: int = 256,
-    learnable_init_states: bool | None = None,
-    activation: str = "swish",
-    clamp_steps: bool = True,
-    use_mem_eff_path: bool = True,
-    layer_idx: int | None = None,
-):
-    """mamba_ssm's MambaLMHeadModel over Mamba2 layers (first four lines: MambaConfig), or, for a checkpoint without a
-    backbone, its Mamba2 block; with `learnable_init_states` True or False its Mamba2Simple, whose d_state, headdim and
-    norm groups default differently. clamp_steps=False repeats the official single-token steps, which forget dt_limit.
-    fused_add_norm, use_mem_eff_path and layer_idx choose kernels and caches only."""
+def official(state: dict, **given):
+    """MambaLMHeadModel with the fields of MambaConfig, MixerModel for a file without head, or a block alone:
+    Mamba2Simple when it is given one of that class's own arguments or holds initial states, else Mamba2."""
     if "A_log" not in state:
-        return official_lm(
-            Mamba2LM,
-            "Mamba2",
-            state,
-            d_model,
-            n_layer,
-            d_intermediate,
-            vocab_size,
-            ssm_cfg,
-            attn_layer_idx,
-            attn_cfg,
-            rms_norm,
-            residual_in_fp32,
-            pad_vocab_size_multiple,
-            tie_embeddings,
-        )
-    if activation not in ("swish", "silu"):
+        return official_lm(Mamba2LM, "Mamba2", state, given)
+    if not is_simple(state, given):
+        return OfficialMamba2(**BLOCK.complete(given)), state
+    arguments = SIMPLE.complete(given)
+    if (activation := arguments.pop("activation")) not in ("swish", "silu"):
         raise ValueError(f"activation must be 'swish' or its other name 'silu', got {activation!r}")
-    simple = learnable_init_states is not None
-    block = OfficialMamba2(
-        d_model,
-        d_state or (64 if simple else 128),
-        d_conv,
-        expand,
-        headdim or (128 if simple else 64),
-        ngroups,
-        d_ssm,
-        rmsnorm,
-        norm_before_gate=norm_before_gate,
-        norm_groups=1 if simple else None,
-        D_has_hdim=D_has_hdim,
-        bias=bias,
-        conv_bias=conv_bias,
-        dt_limit=dt_limit,
-        dt_min=dt_min,
-        dt_max=dt_max,
-        dt_init_floor=dt_init_floor,
-        A_init_range=A_init_range,
-        conv_init=conv_init,
-        chunk_size=chunk_size,
-        learnable_init_states=bool(learnable_init_states),
-        clamp_steps=clamp_steps,
-    )
-    return block, state
+    return OfficialMamba2(**arguments, norm_groups=1), state
+
+
+def is_simple(state: dict[str, Tensor], given: Mapping[str, Any]) -> bool:
+    return "init_states" in state or bool({"learnable_init_states", "activation"} & given.keys())
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments but those of attention layers follow from the tensors; of ngroups and d_state only the product."""
+    if "A_log" not in state:
+        return infer_lm(state, functools.partial(mixer, given.get("ssm_cfg") or {}))
+    d = state["out_proj.weight"].shape[0]
+    told = {"d_model": d} | mixer(given, state, d)
+    if is_simple(state, given):
+        told = {k: v for k, v in told.items() if k in SIMPLE.names}
+        told |= {"learnable_init_states": "init_states" in state}
+    return told
+
+
+def mixer(given: Mapping[str, Any], state: dict[str, Tensor], d: int) -> dict[str, Any]:
+    h, e = len(state["A_log"]), state["out_proj.weight"].shape[1]
+    product = (state["in_proj.weight"].shape[0] - 2 * e - h) // 2  # ngroups d_state
+    channels = state["conv1d.weight"].shape[0] - 2 * product  # that go through the SSM
+    groups, n = groups_and_states(product, given.get("ngroups"), given.get("d_state"), BLOCK.default("ngroups"))
+    return {
+        **{"d_state": n, "ngroups": groups, "d_conv": state["conv1d.weight"].shape[-1], "expand": ratio(e, d)},
+        **{"headdim": channels // h, "d_ssm": None if channels == e else channels},
+        **{"D_has_hdim": len(state["D"]) != h, "rmsnorm": "norm.weight" in state},
+        **{"conv_bias": "conv1d.bias" in state, "bias": "in_proj.bias" in state},
+    }
+
+
+def groups_and_states(product: int, groups: int | None, states: int | None, default: int) -> tuple[int, int]:
+    """Groups and states per group, of which the tensors tell the product: from the one that is given, or the class's
+    default number of groups."""
+    if groups is None:
+        groups = max(1, product // states) if states else default
+    return groups, product // groups
 
 
 class OfficialMamba2(StepByStep, Mamba2):
@@ -117,4 +116,5 @@ def unclamped(case) -> dict:
     kwargs = case.official_kwargs
     if "ssm_cfg" in kwargs:
         return kwargs | {"ssm_cfg": dict(kwargs["ssm_cfg"]) | {"clamp_steps": False}}
-    return kwargs | {"clamp_steps": False}
+    simple = is_simple(case.params, kwargs) or "embeddings.weight" in case.params
+    return kwargs if simple else kwargs | {"clamp_steps": False}

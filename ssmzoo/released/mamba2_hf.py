@@ -1,86 +1,90 @@
-"""Mamba-2 in the naming of Hugging Face transformers (Apache-2.0): Mamba2ForCausalLM."""
+"""Mamba-2 in the naming of Hugging Face transformers (Apache-2.0): Mamba2ForCausalLM, Mamba2Model without head."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.released.language import AttentionMask, golden_lm, official_hf_lm, to_hf
-from ssmzoo.released.mamba2 import unclamped
+from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
+from ssmzoo.released.hugging_face import INERT, TOKENS, infer_hf, official_hf_lm, to_hf
+from ssmzoo.released.infer import ratio
+from ssmzoo.released.language import AttentionMask, from_official, golden_lm
+from ssmzoo.released.mamba2 import groups_and_states, unclamped
 
+__all__ = [
+    "MODELS",
+    "MODEL_TYPE",
+    "TABLES",
+    "TELLING_KEYS",
+    "from_official",
+    "golden",
+    "infer",
+    "official",
+    "to_official",
+]
+MODEL_TYPE = "mamba2"
+MODELS = (Mamba2LM,)
+TELLING_KEYS = (r"^(backbone\.)?embeddings\.weight", r"mixer\.dt_bias")
+MAMBA2 = Arguments(
+    "Mamba2ForCausalLM",
+    {
+        **{"num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128},
+        **{"num_hidden_layers": 64, "layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "n_groups": 8},
+        **{"use_bias": False, "use_conv_bias": True, "hidden_act": "silu", "residual_in_fp32": True},
+        **{"time_step_limit": (0.0, math.inf), "tie_word_embeddings": None},
+        **{"clamp_steps": True},  # ours: False repeats the official single-token steps, which forget time_step_limit
+    },
+    INERT
+    | {
+        **{"pad_token_id": (1, TOKENS), "bos_token_id": (0, TOKENS), "eos_token_id": (2, TOKENS)},
+        **{"chunk_size": (256, KERNEL), "time_step_rank": ("auto", "read by no code")},
+        **{"time_step_min": (0.001, INITIAL), "time_step_max": (0.1, INITIAL), "time_step_floor": (1e-4, INITIAL)},
+    },
+)
+TABLES = (MAMBA2,)
 to_official = to_hf
 
 
-def official(
-    state: dict,
-    num_heads: int = 128,
-    head_dim: int = 64,
-    vocab_size: int = 32768,
-    hidden_size: int = 4096,
-    state_size: int = 128,
-    num_hidden_layers: int = 64,
-    layer_norm_epsilon: float = 1e-5,
-    expand: float = 2,
-    conv_kernel: int = 4,
-    n_groups: int = 8,
-    use_bias: bool = False,
-    use_conv_bias: bool = True,
-    hidden_act: str = "silu",
-    residual_in_fp32: bool = True,
-    time_step_limit: Sequence[float] = (0.0, math.inf),
-    chunk_size: int = 256,
-    tie_word_embeddings: bool = False,
-    time_step_min: float = 0.001,
-    time_step_max: float = 0.1,
-    time_step_floor: float = 1e-4,
-    time_step_rank: int | str = "auto",
-    clamp_steps: bool = True,
-    initializer_range: float = 0.1,
-    rescale_prenorm_residual: bool = False,
-    use_cache: bool = True,
-    pad_token_id: int | None = 1,
-    bos_token_id: int | None = 0,
-    eos_token_id: int | list | None = 2,
-):
-    """transformers' Mamba2ForCausalLM; the arguments are Mamba2Config's, plus clamp_steps: False repeats the official
-    single-token steps, which forget time_step_limit. What stands after it has no part in what a trained checkpoint
-    computes, nor have chunk_size, time_step_min, time_step_max, time_step_floor and time_step_rank."""
-    if hidden_size * expand != num_heads * head_dim:
-        raise ValueError(
-            f"hidden_size * expand must equal num_heads * head_dim, got {hidden_size} * {expand} and "
-            f"{num_heads} * {head_dim}"
-        )
+def official(state: dict, **given):
+    """The arguments are Mamba2Config's, and clamp_steps. Without a head the outputs are the hidden states."""
+    config = MAMBA2.complete(given)
+    h, p, d, expand = (config[key] for key in ("num_heads", "head_dim", "hidden_size", "expand"))
+    if int(d * expand) != h * p:
+        raise ValueError(f"hidden_size * expand must equal num_heads * head_dim, got {d} * {expand} and {h} * {p}")
     mixer = {
-        "d_state": state_size,
-        "d_conv": conv_kernel,
+        "d_state": config["state_size"],
+        "d_conv": config["conv_kernel"],
         "expand": expand,
-        "headdim": head_dim,
-        "ngroups": n_groups,
-        "norm_eps": layer_norm_epsilon,
-        "bias": use_bias,
-        "conv_bias": use_conv_bias,
-        "chunk_size": chunk_size,
-        "dt_limit": time_step_limit,
-        "dt_min": time_step_min,
-        "dt_max": time_step_max,
-        "dt_init_floor": time_step_floor,
-        "clamp_steps": clamp_steps,
+        "headdim": p,
+        "ngroups": config["n_groups"],
+        "norm_eps": config["layer_norm_epsilon"],
+        "bias": config["use_bias"],
+        "conv_bias": config["use_conv_bias"],
+        "dt_limit": config["time_step_limit"],
+        "clamp_steps": config["clamp_steps"],
     }
-    return official_hf_lm(
-        Mamba2HF,
-        state,
-        vocab_size,
-        hidden_size,
-        num_hidden_layers,
-        mixer,
-        layer_norm_epsilon,
-        hidden_act,
-        residual_in_fp32,
-        tie_word_embeddings,
-    )
+    return official_hf_lm(Mamba2HF, state, config, mixer, tied=False)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Mamba2Config that the tensors tell: of n_groups and state_size only the product."""
+    return infer_hf(state, functools.partial(_mixer, given))
+
+
+def _mixer(given: Mapping[str, Any], state: dict[str, Tensor], d: int) -> dict[str, Any]:
+    h, e = len(state["A_log"]), state["out_proj.weight"].shape[1]
+    product = (state["conv1d.weight"].shape[0] - e) // 2
+    groups, n = groups_and_states(product, given.get("n_groups"), given.get("state_size"), MAMBA2.default("n_groups"))
+    return {
+        **{"num_heads": h, "head_dim": e // h, "expand": ratio(e, d), "conv_kernel": state["conv1d.weight"].shape[-1]},
+        **{"n_groups": groups, "state_size": n, "use_bias": "in_proj.bias" in state},
+        **{"use_conv_bias": "conv1d.bias" in state},
+    }
 
 
 class Mamba2HF(AttentionMask, Mamba2LM):
@@ -89,4 +93,4 @@ class Mamba2HF(AttentionMask, Mamba2LM):
 
 def golden(case) -> dict[str, Tensor]:
     case.meta["official_kwargs"] = unclamped(case)
-    return golden_lm(case)
+    return golden_lm(case) if "logits" in case.outputs else case.run_official()

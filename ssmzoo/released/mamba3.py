@@ -2,80 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba3 import Mamba3
 from ssmzoo.models.mamba3 import Mamba3LM
-from ssmzoo.released.language import StepByStep, golden_lm, official_lm
+from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.infer import ratio
+from ssmzoo.released.language import (
+    BACKBONE,
+    LM,
+    StepByStep,
+    from_official,
+    golden_lm,
+    infer_lm,
+    official_lm,
+    to_official,
+)
+from ssmzoo.released.mamba import DT
+
+__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+MODELS = (Mamba3LM,)
+TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.B_bias")
+BLOCK = Arguments(
+    "Mamba3",
+    {
+        **{"d_state": 128, "expand": 2, "headdim": 64, "ngroups": 1, "rope_fraction": 0.5, "A_floor": 1e-4},
+        **{"is_outproj_norm": False, "is_mimo": False, "mimo_rank": 4},
+    },
+    DT | {"chunk_size": (64, KERNEL), "layer_idx": (None, "names the block in a cache"), **PLACE},
+    required=("d_model",),
+)
+TABLES = (LM, BACKBONE, BLOCK)
 
 
-def official(
-    state: dict,
-    d_model: int = 2560,
-    n_layer: int = 64,
-    d_intermediate: int = 0,
-    vocab_size: int = 50277,
-    ssm_cfg: dict | None = None,
-    attn_layer_idx: Sequence[int] | None = None,
-    attn_cfg: dict | None = None,
-    rms_norm: bool = True,
-    residual_in_fp32: bool = True,
-    fused_add_norm: bool = True,
-    pad_vocab_size_multiple: int = 8,
-    tie_embeddings: bool = True,
-    d_state: int = 128,
-    expand: float = 2,
-    headdim: int = 64,
-    ngroups: int = 1,
-    rope_fraction: float = 0.5,
-    dt_min: float = 0.001,
-    dt_max: float = 0.1,
-    dt_init_floor: float = 1e-4,
-    A_floor: float = 1e-4,
-    is_outproj_norm: bool = False,
-    is_mimo: bool = False,
-    mimo_rank: int = 4,
-    chunk_size: int = 64,
-    layer_idx: int | None = None,
-):
-    """mamba_ssm's MambaLMHeadModel over Mamba3 layers (first four lines: MambaConfig), or, for a checkpoint without a
-    backbone, its Mamba3 block. fused_add_norm and layer_idx choose kernels and caches only."""
+def official(state: dict, **given):
+    """MambaLMHeadModel with the fields of MambaConfig, MixerModel for a file without head, or the block alone."""
+    if "dt_bias" in state:
+        return OfficialMamba3(**BLOCK.complete(given)), state
+    return official_lm(Mamba3LM, "Mamba3", state, given)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments but A_floor and those of attention layers follow from the tensors."""
     if "dt_bias" not in state:
-        return official_lm(
-            Mamba3LM,
-            "Mamba3",
-            state,
-            d_model,
-            n_layer,
-            d_intermediate,
-            vocab_size,
-            ssm_cfg,
-            attn_layer_idx,
-            attn_cfg,
-            rms_norm,
-            residual_in_fp32,
-            pad_vocab_size_multiple,
-            tie_embeddings,
-        )
-    block = OfficialMamba3(
-        d_model,
-        d_state,
-        expand,
-        headdim,
-        ngroups,
-        rope_fraction,
-        is_outproj_norm,
-        is_mimo,
-        mimo_rank,
-        A_floor,
-        chunk_size,
-        dt_min=dt_min,
-        dt_max=dt_max,
-        dt_init_floor=dt_init_floor,
-    )
-    return block, state
+        return infer_lm(state, mixer)
+    d = state["out_proj.weight"].shape[0]
+    return {"d_model": d} | mixer(state, d)
+
+
+def mixer(state: dict[str, Tensor], d: int) -> dict[str, Any]:
+    """in_proj has 2 e + 2 r g n + 3 h + angles rows, where angles are a quarter or half of n."""
+    h, r, n = state["B_bias"].shape
+    e = state["out_proj.weight"].shape[1]
+    rest = state["in_proj.weight"].shape[0] - 2 * e - 3 * h
+    fraction = 0.5 if (rest - n // 4) % (2 * r * n) == 0 else 1.0
+    product = (rest - int(n * fraction) // 2) // (2 * r)
+    told = {"d_state": n, "ngroups": max(1, product // n), "expand": ratio(e, d), "headdim": e // h}
+    told |= {"rope_fraction": fraction, "is_outproj_norm": "norm.weight" in state, "is_mimo": "mimo_x" in state}
+    return told | ({"mimo_rank": r} if "mimo_x" in state else {})
 
 
 class OfficialMamba3(StepByStep, Mamba3):

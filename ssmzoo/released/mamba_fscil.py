@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ssmzoo.models.mamba_fscil import MambaNeck
 
+MODELS = (MambaNeck,)
 TELLING_KEYS = r"etf_vec|block_new\.|mlp_proj\."
 LOSS_WEIGHTS = {
     "loss_weight_supp": "weight_supp",

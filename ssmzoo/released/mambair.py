@@ -8,6 +8,7 @@ from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.mambair import RSSB, MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 
+MODELS = (MambaIR, MambaIRUNet)
 TELLING_KEYS = r"layers\.\d+\.residual_group"
 YIELDS_TO = ("mambair_v2",)
 BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result

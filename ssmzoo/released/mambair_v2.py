@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ssmzoo.layers.image.window_attention import relative_position_index
 from ssmzoo.models.mambair_v2 import MambaIRv2
+from ssmzoo.released.files import CheckpointError
 
+MODELS = (MambaIRv2,)
 TELLING_KEYS = r"embeddingA|\.assm\.|\.win_mhsa\."
 
 
@@ -43,12 +45,18 @@ def official(
         kwargs |= {"upsampler": "", "upscale": 1}
     if light:
         kwargs.pop("convffn_kernel_size", None)  # the released light model accepts and ignores it
-    index = state.pop("relative_position_index_SA", None)  # a constant; ours is rebuilt, a different one is refused
-    if index is not None and not torch.equal(index.cpu(), relative_position_index(kwargs["window_size"])):
-        raise ValueError(
-            f"relative_position_index_SA of the checkpoint is not that of window_size = {kwargs['window_size']}"
+    model = MambaIRv2(**kwargs)
+    return model, from_official(model, state)
+
+
+def from_official(model: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the index of relative positions: ours is rebuilt, a different one is refused."""
+    index = state.get("relative_position_index_SA")
+    if index is not None and not torch.equal(index.cpu(), relative_position_index(model.window_size)):
+        raise CheckpointError(
+            f"relative_position_index_SA of the checkpoint is not that of window_size = {model.window_size}"
         )
-    return MambaIRv2(**kwargs), state
+    return {key: value for key, value in state.items() if key != "relative_position_index_SA"}
 
 
 def to_official(module: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,13 @@ from ssmzoo.layers.feedforward.moe import build_moe
 from ssmzoo.layers.feedforward.router import TokenChoice
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba
+from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba, MoEMambaLM
 from ssmzoo.released.moe import official_options
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
 
+MODELS = (MoEMambaLM, TransformerLM)
 TELLING_KEYS = r"router|expert"
 
 
@@ -139,6 +141,12 @@ def names(block_modules, parallel: bool) -> Names:
             (at + "{rest}", ours + "{rest}"),
         ]
     return Names(*pairs)
+
+
+def from_official(model: DecoderLM, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = {key: value for key, value in state.items() if ".rope." not in key}
+    block = model.blocks[0]
+    return names(list(block.layers), "shared" in block.norms).to_ours(kept)
 
 
 def to_official(module: nn.Module, state: dict[str, Tensor], cutoff: int | None = None) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ssmzoo.models.rnn import RNNModel
 
+MODELS = (RNNModel,)
+
 
 def official(
     state: dict[str, Tensor],

@@ -10,7 +10,8 @@ from ssmzoo.models.vmamba import VSSBlock
 from ssmzoo.released.image import act_name, official_norm, official_stages
 from ssmzoo.released.vmamba import from_official, official_mixer, to_official, to_ours
 
-__all__ = ["TELLING_KEYS", "from_official", "official", "to_official"]
+__all__ = ["MODELS", "TELLING_KEYS", "from_official", "official", "to_official"]
+MODELS = (ResVMamba,)
 TELLING_KEYS = r"(^|\.)fuse\.\d"
 
 

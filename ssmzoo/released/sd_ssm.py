@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ssmzoo.models.sd_ssm import SDSSMModel, append_query_token
 
+MODELS = (SDSSMModel,)
+
 
 def official(
     state: dict[str, Tensor],

@@ -8,7 +8,8 @@ from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
 from ssmzoo.released.image import set_eps
 from ssmzoo.released.vim import from_official, official_mixer_arguments
 
-__all__ = ["TELLING_KEYS", "from_official", "official"]
+__all__ = ["MODELS", "TELLING_KEYS", "from_official", "official"]
+MODELS = (ShuffleMamba, ShuffleMambaReg)
 TELLING_KEYS = r"pos_embed_cls|norm_neck"
 
 

@@ -8,6 +8,7 @@ from ssmzoo.models.spatial_mamba import SpatialMamba, SpatialMambaBlock, StateFu
 from ssmzoo.released.image import official_stages
 from ssmzoo.released.names import cut_prefix
 
+MODELS = (SpatialMamba,)
 TELLING_KEYS = r"state_fusion\.|patch_embed\.conv1\."
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ssmzoo.models.vim import Vim, VimMixer
 from ssmzoo.released.image import resize_plain_positions, set_eps
 
+MODELS = (Vim,)
 TELLING_KEYS = r"A_b_log"
 YIELDS_TO = ("shuffle_mamba",)
 

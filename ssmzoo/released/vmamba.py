@@ -15,6 +15,7 @@ from ssmzoo.released.image import ChannelsFirst, act_name, official_norm, offici
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.released.operators import FunctionModule
 
+MODELS = (VMamba,)
 TELLING_KEYS = r"(op|self_attention)\.x_proj_weight|classifier\.norm"
 YIELDS_TO = (
     "mambair",

@@ -5,25 +5,43 @@ from __future__ import annotations
 from torch import nn
 
 from ssmzoo.checkpoint_files import read_weights
+from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.fit import Taken, compare, role, share
 
 
 def start_from(model: nn.Module, path: str) -> str:
-    """Copy every tensor of a run folder, checkpoint or released file that fits by name and shape; the rest stays new.
+    """Copy the weights of a run folder, checkpoint or released file into a model; returns a sentence on what was taken.
 
-    Released files are read by their own names, which are ours for most models, `params` and `params_ema` included.
-    Returns a sentence on what was taken. Raises CheckpointError when less than half of the model's values are there.
+    Official names are translated. A head or another layer of another shape (classes, scale) stays new and is listed
+    with its share of the parameters, as is a layer that the file lacks. Raises CheckpointError when an embedding or a
+    norm would stay new, when a head is not in the file, or when less than half of the model's values are there.
     """
-    found = {key.removeprefix("module."): value for key, value in read_weights(path).items()}
-    own = model.state_dict()
-    fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
-    new = [k for k in own if k not in fits]
-    taken, total = (sum(own[k].numel() for k in keys) for keys in (fits, own))
-    if 2 * taken < total:
+    found = to_ours(model, read_weights(path))
+    own, taken = model.state_dict(), compare(model, found)
+    values, total = (sum(own[k].numel() for k in keys) for keys in (taken.fits, own))
+    if 2 * values < total:
         raise CheckpointError(
-            f"init_from={path}: only {len(fits)} of the model's {len(own)} tensors are there with "
-            f"the same shape ({taken:,} of {total:,} values); are these weights of another model?"
+            f"init_from={path}: only {len(taken.fits)} of the model's {len(own)} tensors are there with "
+            f"the same shape ({values:,} of {total:,} values); are these weights of another model?"
         )
-    model.load_state_dict(fits, strict=False)
-    more = f"; new: {', '.join(new[:4])}{' ...' if len(new) > 4 else ''}" if new else ""
-    return f"starting from {path}: {len(fits)} of {len(own)} tensors{more}"
+    if problem := _missing(model, found, taken):
+        raise CheckpointError(f"init_from={path}: {problem}")
+    model.load_state_dict(taken.fits, strict=False)
+    new = taken.reshaped + taken.absent
+    more = f"; new: {', '.join(new[:4])}{' ...' if len(new) > 4 else ''} ({share(model, new)})" if new else ""
+    left = [k for k in found if k not in own]
+    more += f"; not used: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
+    return f"starting from {path}: {len(taken.fits)} of {len(own)} tensors{more}"
+
+
+def _missing(model: nn.Module, found: dict, taken: Taken) -> str:
+    """What must not be left at its random start, in words; '' when nothing of that kind would be."""
+    for name in taken.absent:
+        if kind := role(model, name):
+            return f"{name} ({kind}) is not in the file, so it would start from random values"
+    for name in taken.reshaped:
+        if (kind := role(model, name)) in ("embedding", "norm"):
+            here, there = (tuple(s[name].shape) for s in (model.state_dict(), found))
+            return f"{name} ({kind}) is {there} in the file and {here} in the model: it would start from random values"
+    return ""

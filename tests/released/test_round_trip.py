@@ -5,8 +5,8 @@ import torch
 from paths import GOLDEN
 
 from ssmzoo.released.family import find, to_official
+from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.golden import GoldenCase
-from ssmzoo.released.load import fit_state_dict
 
 CASES = sorted(GOLDEN.glob("*/*.json"))
 CASES = [f for f in CASES if find(f.parent.name, "official") and GoldenCase.load(f).params]
