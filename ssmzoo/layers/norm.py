@@ -24,7 +24,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        return rms_norm(fp32(x), fp32(weight), self.eps).to(weight.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x.to(wide), weight.to(wide), self.eps).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"

@@ -117,7 +117,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
-        if is_step(x, state, mask, seq_idx) and is_plain(self.in_proj, self.out_proj) and self._fused():
+        if state is not None and is_step(x, state, mask, seq_idx) and is_plain(self.in_proj, self.out_proj) and self._fused():
             i, o = self.in_proj, self.out_proj
             return self._step(x, state, i.weight, i.bias, o.weight, o.bias)
         x, z = self.in_proj(x).chunk(2, dim=-1)
@@ -133,13 +133,14 @@ class Mamba(nn.Module):
         seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, MambaState]:
         """What stands between the projections. x, z (b l e) -> y (b l e), gated, zero in padding slots; state."""
-        if is_step(x, state, padding, seq_idx) and self._fused():
+        if state is not None and is_step(x, state, padding, seq_idx) and self._fused():
             return self._step(torch.cat([x, z], dim=-1), state)
         past, h = state if state is not None else (None, None)
         x, window = short_conv(self.conv1d, x.transpose(1, 2), past, self.d_conv, padding, seq_idx)  # (b e l)
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)  # in half precision slow decays would round to none
         if is_plain(self.dt_proj) and self.dt_proj.bias is not None:  # the scan adds the bias, in fp32
-            dt, dt_bias = F.linear(dt, self.dt_proj.weight), fp32(self.dt_proj.bias)  # (b l e), (e)
+            dt, dt_bias = F.linear(dt, self.dt_proj.weight), self.dt_proj.bias.to(wide)  # (b l e), (e)
         else:
             dt, dt_bias = self.dt_proj(dt), None
         if padding is not None:
@@ -147,10 +148,10 @@ class Mamba(nn.Module):
         y, h = selective_scan_fn(
             x,
             dt.transpose(1, 2),
-            -torch.exp(fp32(self.A_log)),
+            -torch.exp(self.A_log.to(wide)),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            fp32(self.D),
+            self.D.to(wide),
             z=z.transpose(1, 2),
             delta_bias=dt_bias,
             delta_softplus=True,
