@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import importlib
 
+from ssmzoo import moved
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "list_models", "load_official", "ops"]
 
 _HOMES = {"create_model": "ssmzoo.zoo", "list_models": "ssmzoo.presets", "load_official": "ssmzoo.released.load"}
+
+
+moved.install()
 
 
 def __getattr__(name: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ssmzoo.moved import MODULES
 from ssmzoo.suggest import nearest
 
 
@@ -64,15 +65,10 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
     return names if task is None else [n for n in names if read_model_config(n).get("task") == task]
 
 
-MOVED = {  # classes that checkpoints written before know under another name
-    "ssmzoo.models.mamba_scenario.ScenarioMambaLM": "ssmzoo.models.token_dynamics.ScenarioMambaLM",
-}
-
-
 def model_class(target: str) -> type[nn.Module]:
     """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run others."""
-    target = MOVED.get(str(target), target)
     module, _, name = str(target).rpartition(".")
+    module = MODULES.get(module, module)  # what earlier checkpoints call it
     if not module.startswith("ssmzoo.models."):
         raise ValueError(f"model._target_ is {target!r}: only classes inside ssmzoo.models can be built")
     try:

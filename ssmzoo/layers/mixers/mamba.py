@@ -117,12 +117,12 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
-        if state is not None and is_step(x, state, mask, seq_idx) and is_plain(self.in_proj, self.out_proj) and self._fused():
-            i, o = self.in_proj, self.out_proj
+        i, o = self.in_proj, self.out_proj
+        if state is not None and is_step(x, state, mask, seq_idx) and is_plain(i, o) and self._fused():
             return self._step(x, state, i.weight, i.bias, o.weight, o.bias)
-        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, z = i(x).chunk(2, dim=-1)
         y, state = self.mix(x, z, state, mask, seq_idx)
-        return self.out_proj(y), state
+        return o(y), state
 
     def mix(
         self,

@@ -41,4 +41,5 @@ def _by_windows(conv: nn.Module, x: Tensor, width: int, seq_idx: Tensor) -> Tens
     number = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=1)
     same = number.unfold(1, width, 1) == seq_idx[..., None]  # (b l width)
     windows = x.unfold(2, width, 1).transpose(1, 2) * same[:, :, None]  # (b l c width)
-    return conv(windows.flatten(0, 1)).squeeze(-1).unflatten(0, seq_idx.shape).transpose(1, 2)
+    y = conv(windows.flatten(0, 1)).squeeze(-1).unflatten(0, seq_idx.shape).transpose(1, 2)
+    return y * (seq_idx >= 0)[:, None]  # negative numbers are padding, as in `causal_conv1d_fn`

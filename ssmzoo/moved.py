@@ -1,0 +1,45 @@
+"""Modules that earlier releases had under another name: the old name imports the new one for one release."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+
+MODULES = {
+    "ssmzoo.models.generation": "ssmzoo.inference.generate",
+    "ssmzoo.models.mamba_scenario": "ssmzoo.models.token_dynamics",
+    "ssmzoo.layers.attention": "ssmzoo.layers.mixers.attention",
+    "ssmzoo.layers.complex_diagonal": "ssmzoo.layers.mixers.complex_diagonal",
+    "ssmzoo.layers.mamba": "ssmzoo.layers.mixers.mamba",
+    "ssmzoo.layers.mamba2": "ssmzoo.layers.mixers.mamba2",
+    "ssmzoo.layers.mamba3": "ssmzoo.layers.mixers.mamba3",
+    "ssmzoo.layers.mha": "ssmzoo.layers.mixers.attention",
+    "ssmzoo.layers.mlp": "ssmzoo.layers.feedforward.mlp",
+    "ssmzoo.layers.moe": "ssmzoo.layers.feedforward.moe",
+    "ssmzoo.layers.router": "ssmzoo.layers.feedforward.router",
+    "ssmzoo.layers.scenario": "ssmzoo.models.token_dynamics",
+    "ssmzoo.layers.sd_ssm": "ssmzoo.layers.mixers.sd_ssm",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Last in line: asked for names that no file has."""
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name in MODULES else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        old, new = module.__spec__.name, MODULES[module.__spec__.name]
+        warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)
+
+
+def install() -> None:
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
