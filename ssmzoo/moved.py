@@ -10,18 +10,23 @@ from importlib.abc import Loader, MetaPathFinder
 
 MODULES = {
     "ssmzoo.models.generation": "ssmzoo.inference.generate",
+    "ssmzoo.models.free_a_ssm": "ssmzoo.probes.free_a_ssm",
+    "ssmzoo.models.mamba_reorder": "ssmzoo.models.token_dynamics",
     "ssmzoo.models.mamba_scenario": "ssmzoo.models.token_dynamics",
     "ssmzoo.layers.attention": "ssmzoo.layers.mixers.attention",
     "ssmzoo.layers.complex_diagonal": "ssmzoo.layers.mixers.complex_diagonal",
+    "ssmzoo.layers.dsf": "ssmzoo.probes.dsf_layers",
     "ssmzoo.layers.mamba": "ssmzoo.layers.mixers.mamba",
     "ssmzoo.layers.mamba2": "ssmzoo.layers.mixers.mamba2",
     "ssmzoo.layers.mamba3": "ssmzoo.layers.mixers.mamba3",
+    "ssmzoo.layers.mamba_vision": "ssmzoo.models.token_dynamics",
     "ssmzoo.layers.mha": "ssmzoo.layers.mixers.attention",
     "ssmzoo.layers.mlp": "ssmzoo.layers.feedforward.mlp",
     "ssmzoo.layers.moe": "ssmzoo.layers.feedforward.moe",
     "ssmzoo.layers.router": "ssmzoo.layers.feedforward.router",
     "ssmzoo.layers.scenario": "ssmzoo.models.token_dynamics",
     "ssmzoo.layers.sd_ssm": "ssmzoo.layers.mixers.sd_ssm",
+    "ssmzoo.layers.soft_sort": "ssmzoo.models.token_dynamics",
 }
 
 

@@ -7,6 +7,7 @@ before it. Works with every model of the interface
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,9 +95,10 @@ def prefill(
     if length == 0:
         raise ValueError("input_ids has length 0; a prompt needs at least one token")
     _check("chunk", chunk, chunk is None or chunk >= 1, "at least 1, or None for one pass")
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for start in range(0, length, chunk or length):
         part = slice(start, start + (chunk or length))
-        logits, state, _ = model(input_ids[:, part], state, mask=None if mask is None else mask[:, part])
+        logits, state, _ = model(input_ids[:, part], state, mask=None if mask is None else mask[:, part], **last)
     return logits[:, -1], state
 
 

@@ -125,10 +125,14 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         prefix: int | Tensor | None = None,
+        keep: int = 0,
     ) -> tuple[Tensor, tuple, dict[str, Tensor]]:
-        """mask (b l) True = real token; seq_idx (b l) numbers packed documents; prefix: see `leading_positions`."""
+        """mask (b l) True = real token; seq_idx (b l) numbers packed documents; prefix: see `leading_positions`;
+        keep: return only the last so many positions (0: all)."""
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids is empty: a sequence model needs at least one token per call")
+        if keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all positions) or the number of last positions, got {keep}")
         blocks, norm = getattr(self, self.blocks_name), getattr(self, self.norm_name)
         padding = None
         if mask is not None:
@@ -151,7 +155,7 @@ class Decoder(nn.Module):
         if norm is not None:
             x = norm(x)
         x = x if padding is None else padding.restore(x)
-        return x, tuple(states), merge_aux(aux) if aux else {}
+        return x[:, -keep:], tuple(states), merge_aux(aux) if aux else {}
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or all
@@ -185,8 +189,9 @@ class CausalLM(Decoder):
         logits_to_keep: int = 0,
     ) -> ModelOutput:
         """As `Decoder`; logits_to_keep: only those of the last so many positions (0: all), to save memory."""
-        hidden, state, aux = super().forward(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix)
-        return ModelOutput(self.head(hidden[:, -logits_to_keep:]), state, aux)
+        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
+        hidden, state, aux = super().forward(input_ids, state, **more)
+        return ModelOutput(self.head(hidden), state, aux)
 
 
 def leading_positions(

@@ -132,8 +132,9 @@ class MambaLM(nn.Module):
         logits_to_keep: int = 0,
     ) -> ModelOutput:
         """As `ssmzoo.layers.decoder.CausalLM`."""
-        hidden, state, aux = self.backbone(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix)
-        return ModelOutput(self.lm_head(hidden[:, -logits_to_keep:]), state, aux)
+        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
+        hidden, state, aux = self.backbone(input_ids, state, **more)
+        return ModelOutput(self.lm_head(hidden), state, aux)
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         self.backbone.set_grad_checkpointing(enable)

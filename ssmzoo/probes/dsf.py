@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.layers.dsf import QLSTM, CausalMixing, LinearAttention, NormalizedAttention, SoftmaxAttention
+from ssmzoo.probes.dsf_layers import QLSTM, CausalMixing, LinearAttention, NormalizedAttention, SoftmaxAttention
 from ssmzoo.probes.tap import Scan
 
 
@@ -185,7 +185,7 @@ class Entry(NamedTuple):
 @torch.no_grad()
 def dictionary(d: int = 16, n: int = 8, l: int = 24, seed: int = 0) -> list[Entry]:
     """Every model of the framework as a layer with random weights in float64, against its recurrence."""
-    from ssmzoo.layers.dsf import S6, ScalarS6
+    from ssmzoo.probes.dsf_layers import S6, ScalarS6
     from ssmzoo.probes.tap import tap
 
     generator = torch.Generator().manual_seed(seed)

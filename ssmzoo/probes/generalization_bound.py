@@ -328,7 +328,7 @@ def train_majority(
 ) -> GapPoint:
     """The paper's experiment on majority strings: Adam 1e-2, weight decay 1e-5, gradients cut at norm 5, rate x 0.9 on
     a plateau, and a penalty while the answers of a batch hardly differ."""
-    from ssmzoo.models.free_a_ssm import FreeAClassifier
+    from ssmzoo.probes.free_a_ssm import FreeAClassifier
 
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

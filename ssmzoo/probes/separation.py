@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.dsf import S6
+from ssmzoo.probes.dsf_layers import S6
 
 KINDS = ("simplified_s6", "s6", "linear_attention")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
-from ssmzoo.layers.soft_sort import soft_sort
-from ssmzoo.models.token_dynamics import Scenario
+from ssmzoo.models.token_dynamics import MambaVisionMixer, Scenario, soft_sort
 
 NAMES = {"pos": "divergent", "neg": "convergent", "real": "mixed"}
 

@@ -10,11 +10,11 @@ from torch.func import functional_call, grad, jvp, vmap
 import ssmzoo
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.mamba_fscil import MambaFSCIL
-from ssmzoo.models.mamba_reorder import ReorderedMamba
 from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.swinir import SwinIR
+from ssmzoo.models.token_dynamics import ReorderedMamba
 from ssmzoo.presets import build_model, model_class, read_model_config
 
 SAMPLES = 2

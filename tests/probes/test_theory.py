@@ -9,12 +9,11 @@ from paths import GOLDEN
 from test_attention import build
 
 import ssmzoo
-from ssmzoo.layers.dsf import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
-from ssmzoo.layers.soft_sort import soft_sort
-from ssmzoo.models.free_a_ssm import FreeAClassifier, FreeASSM
-from ssmzoo.models.token_dynamics import SCENARIOS, Scenario
+from ssmzoo.models.token_dynamics import SCENARIOS, Scenario, soft_sort
 from ssmzoo.probes import dsf, polynomial, recall
+from ssmzoo.probes.dsf_layers import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
 from ssmzoo.probes.entry import enter
+from ssmzoo.probes.free_a_ssm import FreeAClassifier, FreeASSM
 from ssmzoo.probes.generalization_bound import (
     constants,
     decay_rate,
@@ -190,7 +189,7 @@ def test_constants_are_those_of_the_released_code():
 
     for file in sorted((GOLDEN / "generalization_bound").glob("*.json")):
         case = GoldenCase.load(file)
-        from ssmzoo.released import generalization_bound
+        from ssmzoo.verify import generalization_bound
 
         model, state = generalization_bound.official(dict(case.params), **case.official_kwargs)
         model.load_state_dict(state)

@@ -60,11 +60,11 @@ class ComplexDiagonalSSM(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """`.to(dtype)` would cast the complex buffer to a real one and lose half of it: move its two parts instead."""
-        phasors = self._buffers.pop("init_state")
+        phasors, self.init_state = self.init_state, None
         super()._apply(fn, recurse)
         parts = fn(torch.view_as_real(phasors))
         parts = parts if parts.dtype == torch.float64 else parts.float()  # there are no complex numbers of 16 bits
-        self._buffers["init_state"] = torch.view_as_complex(parts.contiguous())
+        self.init_state = torch.view_as_complex(parts.contiguous())
         return self
 
     def forward(

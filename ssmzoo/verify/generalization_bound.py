@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmzoo.models.free_a_ssm import FreeAClassifier
+from ssmzoo.probes.free_a_ssm import FreeAClassifier
 from ssmzoo.released.names import Names
 
 MODELS = (FreeAClassifier,)

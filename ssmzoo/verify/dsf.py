@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmzoo.layers.dsf import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
+from ssmzoo.probes.dsf_layers import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
 
 
 def official(
