@@ -86,7 +86,7 @@ def build_model(node: dict) -> nn.Module:
     cls = model_class(node["_target_"])
     known = [p for p in inspect.signature(cls).parameters]
     for key in arguments:
-        if key not in known:
+        if key not in known and key not in getattr(cls, "old_arguments", ()):
             raise TypeError(
                 f"{cls.__name__} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
             )

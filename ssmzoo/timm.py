@@ -11,6 +11,8 @@ Every published size in configs/model whose class is an image backbone appears u
 
 from __future__ import annotations
 
+import inspect
+
 from ssmzoo._torchvision import make_importable
 
 make_importable()  # timm imports torchvision
@@ -47,7 +49,7 @@ def describe(cls: type[ImageBackbone], arguments: dict) -> dict:
     return cfg | dict(pool_size=None, first_conv=cls.first_conv)
 
 
-def taps(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...]:
+def default_indices(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...]:
     """Default out_indices: every stage, or the ends of four equal parts of a plain encoder (5, 11, 17, 23 of 24)."""
     if issubclass(cls, FourStage):
         return tuple(range(len(arguments["depths"])))
@@ -68,11 +70,11 @@ def register(name: str) -> None:
     cls, arguments = arguments_of(name)
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        known = [*cls.__init__.__annotations__]
+        known = list(inspect.signature(cls).parameters)
         for key in kwargs:
-            if key not in known and key not in BUILDER:
+            if key not in known and key not in BUILDER and key not in getattr(cls, "old_arguments", ()):
                 raise TypeError(f"{name} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
-        features = dict(out_indices=taps(cls, arguments | kwargs), feature_cls="getter")
+        features = dict(out_indices=default_indices(cls, arguments | kwargs), feature_cls="getter")
         return build_model_with_cfg(
             cls,
             name,

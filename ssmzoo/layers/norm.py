@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.ops import gated_layer_norm, rms_norm
+from ssmzoo.ops import rms_norm
 
 
 def fp32(x: Tensor) -> Tensor:
@@ -38,13 +38,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(fp32(x), self.normalized_shape, fp32(self.weight), fp32(self.bias), self.eps).to(
             self.weight.dtype
         )
-
-
-class GatedLayerNorm(nn.LayerNorm):
-    """LayerNorm(y) SiLU(z) in one pass over memory where possible. y, z (... dim) -> (... dim)"""
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_layer_norm(y, z, self.weight, self.bias, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-PLAIN = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding})
+PLAIN = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, nn.LayerNorm})
 
 
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether every module is exactly one of PLAIN (no subclass), with the forward of its class and without hooks.
+def is_plain(*modules: nn.Module, among: frozenset[type] = PLAIN) -> bool:
+    """Whether every module is exactly of a class of `among` (no subclass), with its forward and without hooks.
 
     As with torch's own modules, compiled code keeps the answer that held when it was compiled.
     """
@@ -25,7 +25,7 @@ def is_plain(*modules: nn.Module) -> bool:
         return False
     for m in modules:
         own = m.__dict__
-        if type(m) not in PLAIN or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        if type(m) not in among or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             return False
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image.mlp import SwiGLU
-from ssmzoo.layers.image.plain_backbone import PlainBackbone, lecun_normal_
-from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.image.patch_embed import PatchEmbed
+from ssmzoo.layers.image.plain_backbone import PlainBackbone, block_info, insert_tokens, patch_grid
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.models.vim import init_plain_
 from ssmzoo.ops import permute_tokens, prepend_mean
 
 FLIP_RULES = {
@@ -100,7 +102,9 @@ class Adventurer(PlainBackbone):
         super().__init__()
         if flip_rule not in FLIP_RULES:
             raise ValueError(f"flip_rule is {flip_rule!r}; expected one of {', '.join(FLIP_RULES)}")
-        self.init_tokens(img_size, patch_size, None, in_chans, embed_dim, "tail")
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.grid, self.embed_dim = patch_grid(self.patch_embed, img_size), embed_dim
+        self.layout, self.n_tokens = "tail", 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -110,25 +114,41 @@ class Adventurer(PlainBackbone):
             AdventurerBlock(embed_dim, d_state, expand, mlp_ratio, rates[n], flips(n), mixer) for n in range(depth)
         )
         self.norm_f = RMSNorm(embed_dim)
-        self.init_stream(depth)
-        self.init_head(embed_dim, num_classes, global_pool, 0.0)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Patches LeCun normal; positions and token truncated normal 0.02; W_out torch's / sqrt(depth); biases 0."""
-        lecun_normal_(self.patch_embed.proj)
-        for table in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(table, std=0.02)
+        self.num_features, self.head_drop = embed_dim, nn.Dropout(0.0)
+        self.feature_info = block_info(depth, embed_dim, patch_size)
+        self.reset_classifier(num_classes, global_pool)
+        init_plain_(self)
         for layer in self.layers:
-            scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
             for linear in (layer.mlp.w1, layer.mlp.w2, layer.mlp.w3):
                 nn.init.zeros_(linear.bias)
 
-    def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> normed tokens (b l d), the class token last"""
+        return self.norm_f(self.forward_blocks(*self.embed(x)))
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (b c y x) -> tokens with positions (b l d), and the grid of the patches."""
+        x = self.patch_embed(x)
+        grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)  # (b m d)
+        x = insert_tokens(x, self.cls_token, (x.shape[1],))  # (b l d)
+        return self.pos_drop(x + self.positions(self.pos_embed, grid)), grid
+
+    def forward_blocks(
+        self, x: Tensor, grid: tuple[int, int], seen: list | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Tokens (b l d) through the blocks up to `stop`; (stream, what was added) of every block go into `seen`."""
         for i, layer in enumerate(self.layers):
-            before, x = x, self.run(layer, x)
-            if taps is not None:
-                taps.append((x, x - before))
+            before, x = x, recomputed(self.grad_checkpointing and self.training, layer, x)
+            if seen is not None:
+                seen.append((x, x - before))
             if i == stop:
                 break
         return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.pool_tokens(x))
+        x = x if pre_logits else self.head(x)
+        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x

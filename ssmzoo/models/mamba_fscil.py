@@ -11,10 +11,11 @@ it contributes nothing at first and still learns.
 
     version  scans of the map                                                       weights        gate, norm
     "ssm"    rows, rows reversed, columns, columns reversed; causal conv            shared         SiLU(z) per scan
-    "ss2d"   the same orders, behind a depthwise conv 3x3                           per order      LayerNorm, SiLU(z)
+    "ss2d"   the same directions, behind a depthwise conv 3x3                       per direction  LayerNorm, SiLU(z)
 
 `NeckOutput.gate` is the raw z that the suppression losses act on. For "ssm" the released code adds the z of the
-reversed orders, reversed along the channels instead of the positions; kept, since published losses are defined by it.
+reversed directions, reversed along the channels instead of the positions; kept, since published losses are defined
+by it.
 
 b batch, c channels of the map, e = out_channels, y its side, l = y y, n state size, r rank of the time step, k scans.
 Source: Li et al. 2024 (arXiv 2407.06136); the public project Mamba-FSCIL carries no licence and is written anew here.
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.image.backbone import ImageBackbone
-from ssmzoo.layers.image.depthwise_conv import DepthwiseConv
-from ssmzoo.layers.image.ss2d import init_directional_, project_steps, scan_steps
+from ssmzoo.layers.image.fused import depthwise_conv, fused_causal_convs, fused_depthwise
+from ssmzoo.layers.image.ss2d import init_directional_, project_by, project_steps, scan_directions, time_steps_by
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.ops import causal_conv1d_fn, cross_merge, cross_scan
+from ssmzoo.ops import cross_merge, cross_scan
 from ssmzoo.presets import build_preset
 
 
@@ -60,12 +61,12 @@ class BranchOutput(NamedTuple):
 
 
 class SharedScan(nn.Module):
-    """One Mamba without output projection that reads the map in four orders with the same weights."""
+    """One Mamba without output projection that reads the map in four directions with the same weights."""
 
     def __init__(self, dim: int, d_state: int, d_rank: int):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
-        self.conv1d = nn.Conv1d(dim, dim, 4, groups=dim)
+        self.conv1d = nn.Conv1d(dim, dim, 4, groups=dim, padding=3)
         self.x_proj = nn.Linear(dim, d_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(d_rank, dim)
         self.A_log = nn.Parameter(torch.empty(dim, d_state))
@@ -78,23 +79,18 @@ class SharedScan(nn.Module):
         """s (b y x e)"""
         x, z = self.in_proj(s).permute(0, 3, 1, 2).chunk(2, dim=1)
         xs, zs = cross_scan(x, "paired"), cross_scan(z, "paired")
-        u = causal_conv1d_fn(xs.flatten(0, 1), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        steps = project_steps(u[:, None], self.x_proj.weight[None], self.A_log.shape[1])  # orders are rows of the batch
-        y = scan_steps(
-            u[:, None],
-            *steps,
-            self.dt_proj.weight[None],
-            self.dt_proj.bias[None],
-            self.A_log[None],
-            self.D[None],
-            z=zs.flatten(0, 1)[:, None],
-        )
+        u = fused_causal_convs([self.conv1d], xs.flatten(0, 1)[:, None])  # (b4 1 e l)
+        steps = project_by([self.x_proj], u)  # (b4 1 r+2n l)
+        n = self.A_log.shape[1]
+        dt, B, C = steps = steps.split([steps.shape[2] - 2 * n, n, n], dim=2)
+        delta, bias = time_steps_by([self.dt_proj], dt)
+        y = scan_directions(u, delta, B, C, self.A_log[None], self.D[None], bias, zs.flatten(0, 1)[:, None])
         mean = y.mean(-1).unflatten(0, xs.shape[:2]).sum((1, 2))
         return BranchOutput(mean, self.gate(zs, s.shape[1]), *(p.unflatten(0, xs.shape[:2])[:, 0] for p in steps))
 
     @staticmethod
     def gate(zs: Tensor, side: int) -> Tensor:
-        """(b 4 e l) in the orders of the scans -> (b e l), as released: reversed orders are flipped in channels."""
+        """(b 4 e l) in the scan directions -> (b e l), as released: reversed ones are flipped in channels."""
         rows, rows_back, columns, columns_back = zs.unbind(1)
         columns = (columns + columns_back.flip(1)).unflatten(-1, (side, side)).mT.flatten(2)
         return rows + rows_back.flip(1) + columns
@@ -106,7 +102,7 @@ class CrossScan(nn.Module):
     def __init__(self, dim: int, d_state: int, d_rank: int):
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
-        self.conv2d = DepthwiseConv(dim, act="silu")
+        self.conv2d = depthwise_conv(dim)
         self.x_proj_weight = nn.Parameter(torch.empty(4, d_rank + 2 * d_state, dim))
         self.dt_projs_weight = nn.Parameter(torch.empty(4, dim, d_rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(4, dim))
@@ -118,9 +114,10 @@ class CrossScan(nn.Module):
     def forward(self, s: Tensor) -> BranchOutput:
         """s (b y x e)"""
         x, z = self.in_proj(s).chunk(2, dim=-1)
-        xs = cross_scan(self.conv2d(x).permute(0, 3, 1, 2), "paired")
-        steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
-        ys = scan_steps(xs, *steps, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds)  # (b 4 e l)
+        xs = cross_scan(fused_depthwise(self.conv2d, x, "silu").permute(0, 3, 1, 2), "paired")
+        dt, B, C = steps = project_steps(xs, self.x_proj_weight, self.A_logs.shape[1])
+        delta = torch.matmul(self.dt_projs_weight, dt)
+        ys = scan_directions(xs, delta, B, C, self.A_logs, self.Ds, self.dt_projs_bias)  # (b 4 e l)
         y = cross_merge(ys.unflatten(-1, s.shape[1:3]), "paired")
         y = self.out_norm(y.transpose(1, 2)).view_as(z)
         return BranchOutput((y * F.silu(z)).mean((1, 2)), z, *steps)

@@ -22,6 +22,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import SS2D
@@ -171,11 +172,17 @@ class MambaIR(RestorationNet):
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_restoration)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (b y x d)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reconstruct(self.forward_features(x), x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> deep features in front of the head (b d y x)"""
+        shallow = self.conv_first(self.normalise(x))  # (b d y x)
+        x = shallow.permute(0, 2, 3, 1)  # (b y x d)
         if "norm" in self.patch_embed:
             x = self.patch_embed["norm"](x)
         x = self.pos_drop(x)
         for group in self.layers:
-            x = self.run_group(group, x)
-        return self.norm(x).permute(0, 3, 1, 2).contiguous()
+            x = recomputed(self.grad_checkpointing, group, x)
+        x = self.norm(x).permute(0, 3, 1, 2).contiguous()
+        return self.conv_after_body(x) + shallow

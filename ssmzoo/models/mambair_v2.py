@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import init_directional_
 from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import permute_tokens, selective_scan_fn
 
 ROUTINGS = ("gumbel", "argmax")
@@ -75,13 +77,18 @@ def route(log_probs: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
     return classes, hard - soft.detach() + soft
 
 
+def whole_table(embedding: nn.Module, rows: int, device: torch.device) -> Tensor:
+    """All rows of an nn.Embedding (rows d), looked up unless it may be read."""
+    return embedding.weight if is_plain(embedding) else embedding(torch.arange(rows, device=device))
+
+
 class ASSM(nn.Module):
     """Attentive state-space module on normed tokens (b n d): route, sort, scan with prompts, put back."""
 
     def __init__(self, dim: int, d_state: int, num_tokens: int, inner_rank: int, mlp_ratio: float, routing: str):
         super().__init__()
         e = int(dim * mlp_ratio)
-        self.routing = routing
+        self.routing, self.pool_size = routing, (num_tokens, inner_rank)
         self.selectiveScan = SelectiveScan(e, d_state)
         self.out_norm, self.out_proj = nn.LayerNorm(e), nn.Linear(e, dim)
         self.in_proj = nn.Sequential(nn.Conv2d(dim, e, 1))
@@ -93,7 +100,8 @@ class ASSM(nn.Module):
         nn.init.uniform_(self.embeddingB.weight, -1 / num_tokens, 1 / num_tokens)
 
     def forward(self, x: Tensor, size: tuple[int, int], embeddingA: nn.Embedding) -> Tensor:
-        pool = self.embeddingB.weight @ embeddingA.weight  # (t s)
+        tokens, rank = self.pool_size
+        pool = whole_table(self.embeddingB, tokens, x.device) @ whole_table(embeddingA, rank, x.device)  # (t s)
         classes, one_hot = route(self.route(x), noisy=self.routing == "gumbel")  # (b n), (b n t)
         order = classes.argsort(dim=-1, stable=True)  # (b n)
         u = self.in_proj(x.mT.unflatten(-1, size))  # (b e y x)
@@ -294,9 +302,13 @@ class MambaIRv2(RestorationNet):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.apply(init_restoration)
 
-    def features(self, x: Tensor) -> Tensor:
-        size = tuple(x.shape[2:])
-        x = x.flatten(2).mT  # (b n d)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reconstruct(self.forward_features(x), x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> deep features in front of the head (b d y x), y and x in multiples of the window"""
+        shallow = self.conv_first(self.normalise(x))  # (b d y x)
+        size, x = tuple(shallow.shape[2:]), shallow.flatten(2).mT  # (b n d)
         if "norm" in self.patch_embed:
             x = self.patch_embed["norm"](x)
         if self.absolute_pos_embed is not None:
@@ -307,5 +319,6 @@ class MambaIRv2(RestorationNet):
                 )
             x = x + self.absolute_pos_embed
         for group in self.layers:
-            x = self.run_group(group, x, size)
-        return self.norm(x).mT.unflatten(-1, size).contiguous()
+            x = recomputed(self.grad_checkpointing, group, x, size)
+        x = self.norm(x).mT.unflatten(-1, size).contiguous()  # (b d y x)
+        return self.conv_after_body(x) + shallow

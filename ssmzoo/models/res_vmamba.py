@@ -14,16 +14,19 @@ and is written anew here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.models.vmamba import VMamba
+from ssmzoo.deprecated import into, old_arguments
+from ssmzoo.models.vmamba import VMamba, without_patch_norm
 
 VANILLA = {"gate": "act", "conv_bias": True}
 
 
+@old_arguments(mlp_act=into("mlp", "act"), patch_norm=without_patch_norm)
 class ResVMamba(VMamba):
     """Image classifier and feature pyramid. (b c y x) -> (b num_classes); the defaults are the paper's (VMamba-S).
 
@@ -43,8 +46,7 @@ class ResVMamba(VMamba):
         ssm_ratio: float = 2.0,
         mixer: dict | None = None,
         mlp_ratio: float = 0.0,
-        mlp_act: str = "gelu",
-        patch_norm: bool = True,
+        mlp: dict | None = None,
         stem: str = "patch",
         downsample: str = "merge",
         fuse: str = "learned",
@@ -64,8 +66,7 @@ class ResVMamba(VMamba):
             ssm_ratio=ssm_ratio,
             mixer=VANILLA | dict(mixer or {}),
             mlp_ratio=mlp_ratio,
-            mlp_act=mlp_act,
-            patch_norm=patch_norm,
+            mlp=mlp,
             stem=stem,
             downsample=downsample,
             drop_rate=drop_rate,
@@ -78,9 +79,17 @@ class ResVMamba(VMamba):
             else None
         )
 
-    def descend(self, i: int, entering: Tensor, tap: Tensor) -> Tensor:
-        x = super().descend(i, entering, tap)
-        return x if self.fusion == "none" else x + self.residual(i, entering)
+    def forward_stages(self, x: Tensor, stop: int | None = None) -> list[Tensor]:
+        """As in `VMamba`, with the residual path around every stage."""
+        x = entering = self.patch_embed(x)  # (b y/4 x/4 d)
+        maps = []
+        for i, stage in enumerate(itertools.islice(self.layers, stop)):
+            if i:
+                x = self.layers[i - 1].downsample(x)  # (b y x d) -> (b y/2 x/2 2d)
+                x = x if self.fusion == "none" else x + self.residual(i - 1, entering)
+            entering, x = x, stage(x)
+            maps.append(x)
+        return maps
 
     def residual(self, i: int, x: Tensor) -> Tensor:
         """R_i: (b y x d) -> (b y/2 x/2 2d)"""

@@ -20,12 +20,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.image.plain_backbone import insert_tokens, split_tokens, token_places
+from ssmzoo.layers.image.backbone import recomputed
+from ssmzoo.layers.image.drop_path import drop_path_rates
+from ssmzoo.layers.image.patch_embed import PatchEmbed
+from ssmzoo.layers.image.plain_backbone import (
+    PlainBackbone,
+    block_info,
+    insert_tokens,
+    patch_grid,
+    split_tokens,
+    token_indices,
+)
 from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.models.vim import Vim
+from ssmzoo.models.vim import Vim, VimBlock, VimMixer, init_plain_
 from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import permute_tokens
+
+
+def draw_orders(layers: int, l: int, rate: float, device, u: Tensor | None = None, perm: Tensor | None = None):
+    """(layers l): per layer the identity or, with its probability, a permutation; u and perm as in `ShuffleMamba`."""
+    u = torch.rand(layers, device=device) if u is None else u
+    perm = torch.rand(layers, l, device=device).argsort(1) if perm is None else perm.long()
+    p = rate * torch.arange(layers, device=device) / max(layers - 1, 1)
+    return torch.where((u < p)[:, None], perm, torch.arange(l, device=device))
+
+
+def shuffled_blocks(x: Tensor, layers: nn.ModuleList, orders: Tensor, recompute: bool) -> Tensor:
+    """Tokens (b l d) through residual branches that each see them in an order of their own, orders (n l)."""
+    for order, layer in zip(orders, layers):
+        x = x + permute_tokens(recomputed(recompute, layer, permute_tokens(x, order)), order, inverse=True)
+    return x
+
+
+def check_rate(shuffle_rate: float) -> None:
+    if not 0 <= shuffle_rate <= 1:
+        raise ValueError(f"shuffle_rate is a probability, got {shuffle_rate}")
 
 
 class ShuffleMamba(Vim):
@@ -53,8 +83,7 @@ class ShuffleMamba(Vim):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
-        if not 0 <= shuffle_rate <= 1:
-            raise ValueError(f"shuffle_rate is a probability, got {shuffle_rate}")
+        check_rate(shuffle_rate)
         super().__init__(
             in_chans,
             num_classes,
@@ -72,50 +101,29 @@ class ShuffleMamba(Vim):
             drop_path_rate=drop_path_rate,
         )
         self.shuffle_rate = shuffle_rate
-
-    def reset_parameters(self) -> None:
-        """As Vim, but every linear layer is truncated normal 0.02 with zero bias (also dt_proj) and cls_token is 0."""
-        super().reset_parameters()
-        self.apply(init_linear)
+        self.apply(init_linear)  # truncated normal 0.02 with zero bias, also dt_proj
         nn.init.zeros_(self.cls_token)
         for layer in self.layers:
-            scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
+            scaled_output_(layer.mixer.out_proj.weight, depth)
 
     def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
         return self.forward_head(self.forward_features(x, u, perm))
 
     def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        """Images (b c y x) -> normed tokens (b l d)"""
         x, grid = self.embed(x)
-        orders = self.draw_orders(x, u, perm) if self.training and self.shuffle_rate > 0 else None
-        return self.norm_f(self.encode(self.pos_drop(x), grid, orders=orders))
-
-    def draw_orders(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-        """(n l): per layer the identity or, with its probability, a permutation."""
-        n, l = len(self.layers), x.shape[1]
-        u = torch.rand(n, device=x.device) if u is None else u
-        perm = torch.rand(n, l, device=x.device).argsort(1) if perm is None else perm.long()
-        p = self.shuffle_rate * torch.arange(n, device=x.device) / max(n - 1, 1)
-        return torch.where((u < p)[:, None], perm, torch.arange(l, device=x.device))
-
-    def encode(
-        self,
-        x: Tensor,
-        grid: tuple[int, int],
-        taps: list | None = None,
-        stop: int | None = None,
-        orders: Tensor | None = None,
-    ) -> Tensor:
-        if orders is None:
-            return super().encode(x, grid, taps, stop)
-        for order, layer in zip(orders, self.layers):
-            x = x + permute_tokens(self.run(layer, permute_tokens(x, order)), order, inverse=True)
-        return x
+        if not (self.training and self.shuffle_rate > 0):
+            return self.norm_f(self.forward_blocks(x, grid))
+        orders = draw_orders(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
+        return self.norm_f(shuffled_blocks(x, self.layers, orders, self.grad_checkpointing))
 
 
-class ShuffleMambaReg(ShuffleMamba):
+class ShuffleMambaReg(PlainBackbone):
     """Image classifier on k register tokens. (b c y x) -> (b num_classes); the defaults are the base size.
 
     n_registers, cls_reduce  k, and the factor by which `neck` narrows each register before they are joined
+    shuffle_rate             see `ShuffleMamba`; forward takes u and perm as there
+    num_features             d, the channels of `forward_features`; `head_hidden_size` is k d / cls_reduce
     Registers have a position table of their own, so other image sizes leave it as it is.
     """
 
@@ -141,61 +149,79 @@ class ShuffleMambaReg(ShuffleMamba):
                 f"n_registers={n_registers} and embed_dim={embed_dim} must be multiples of "
                 f"cls_reduce={cls_reduce}, all positive"
             )
-        self.n_registers, self.cls_reduce = n_registers, cls_reduce
-        super().__init__(
-            in_chans,
-            num_classes,
-            global_pool,
-            img_size,
-            patch_size,
-            embed_dim,
-            depth,
-            d_state,
-            "none",
-            mixer,
-            "rms",
-            shuffle_rate,
-            drop_rate,
-            drop_path_rate,
-        )
-
-    def make_embeddings(self, pos_embed: bool) -> None:
-        d, k = self.embed_dim, self.n_registers
-        self.layout, self.n_tokens, self.num_prefix_tokens = "spread", k, k
+        check_rate(shuffle_rate)
+        super().__init__()
+        self.cls_reduce, self.shuffle_rate, d, k = cls_reduce, shuffle_rate, embed_dim, n_registers
+        self.patch_embed = PatchEmbed(patch_size, in_chans, d)
+        self.grid, self.embed_dim = patch_grid(self.patch_embed, img_size), d
+        self.layout, self.n_tokens = "spread", k
         self.cls_token = nn.Parameter(torch.zeros(1, k, d))
         self.pos_embed_cls = nn.Parameter(torch.zeros(1, k, d))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], d))
-        if self.cls_reduce > 1:
-            self.neck = nn.Linear(d, d // self.cls_reduce, bias=False)
-            self.norm_neck = RMSNorm(self.hidden_size(), eps=1e-5)
-
-    def hidden_size(self) -> int:
-        return self.n_registers * self.embed_dim // self.cls_reduce
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """On the joined registers ("token"); any other pooling of the tokens leaves the neck unused."""
-        pooled = self.global_pool if global_pool is None else global_pool
-        self.head_hidden_size = self.hidden_size() if pooled == "token" else self.embed_dim
-        super().reset_classifier(num_classes, global_pool)
-
-    def reset_parameters(self) -> None:
-        """As Vim; tables and registers truncated normal 0.02, and so is the neck."""
-        Vim.reset_parameters(self)
+        if cls_reduce > 1:
+            self.neck = nn.Linear(d, d // cls_reduce, bias=False)
+            self.norm_neck = RMSNorm(k * d // cls_reduce, eps=1e-5)
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.layers = nn.ModuleList(
+            VimBlock(RMSNorm(d, eps=1e-5), VimMixer(d, d_state, **(mixer or {})), p)
+            for p in drop_path_rates(drop_path_rate, depth)
+        )
+        self.norm_f = RMSNorm(d, eps=1e-5)
+        self.num_features, self.head_drop = d, nn.Dropout(0.0)
+        self.feature_info = block_info(depth, d, patch_size)
+        self.reset_classifier(num_classes, "token" if global_pool is None else global_pool)
+        init_plain_(self)
         nn.init.trunc_normal_(self.pos_embed_cls, std=0.02)
-        if self.cls_reduce > 1:
+        if cls_reduce > 1:
             nn.init.trunc_normal_(self.neck.weight, std=0.02)
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.patch_embed(x)
-        grid = tuple(x.shape[1:3])
-        x = x.flatten(1, 2) + self.positions(self.pos_embed, grid)
-        registers = self.cls_token + self.pos_embed_cls
-        return insert_tokens(x, registers, token_places("spread", x.shape[1], self.n_tokens)), grid
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the joined registers ("token"); any other pooling of the tokens leaves the neck unused."""
+        joined = self.n_tokens * self.embed_dim // self.cls_reduce
+        return joined if self.global_pool == "token" else self.embed_dim
 
-    def pool(self, x: Tensor) -> Tensor:
-        if self.global_pool != "token":
-            return super().pool(x)
-        registers = split_tokens(x, self.places(x.shape[1]))[1]
+    def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        return self.forward_head(self.forward_features(x, u, perm))
+
+    def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        """Images (b c y x) -> normed tokens (b l d)"""
+        x, grid = self.embed(x)
+        if not (self.training and self.shuffle_rate > 0):
+            return self.norm_f(self.forward_blocks(x, grid))
+        orders = draw_orders(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
+        return self.norm_f(shuffled_blocks(x, self.layers, orders, self.grad_checkpointing))
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (b c y x) -> patches and registers, each with positions (b l d), and the grid of the patches."""
+        x = self.patch_embed(x)
+        grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)  # (b m d)
+        x = x + self.positions(self.pos_embed, grid)
+        registers = self.cls_token + self.pos_embed_cls
+        x = insert_tokens(x, registers, token_indices("spread", x.shape[1], self.n_tokens))  # (b l d)
+        return self.pos_drop(x), grid
+
+    def forward_blocks(
+        self, x: Tensor, grid: tuple[int, int], seen: list | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Tokens (b l d) through the blocks up to `stop`; (stream, branch) behind every block go into `seen`."""
+        for i, layer in enumerate(self.layers):
+            h = recomputed(self.grad_checkpointing and self.training, layer, x)
+            x = x + h
+            if seen is not None:
+                seen.append((x, h))
+            if i == stop:
+                break
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.join_registers(x) if self.global_pool == "token" else self.pool_tokens(x))
+        x = x if pre_logits else self.head(x)
+        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
+
+    def join_registers(self, x: Tensor) -> Tensor:
+        """The k registers of (b l d), narrowed and side by side: (b k d/cls_reduce)"""
+        registers = split_tokens(x, self.token_indices(x.shape[1]))[1]
         if self.cls_reduce == 1:
             return registers.flatten(1)
         return self.norm_neck(self.neck(registers).flatten(1))

@@ -18,19 +18,27 @@ Source: Xiao et al. 2024 (arXiv 2410.15091); released code EdwardChasel/Spatial-
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.image.backbone import FourStage, Stage
-from ssmzoo.layers.image.depthwise_conv import DepthwiseConv, MapConv
-from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image.mlp import Linear, Mlp
+from ssmzoo.layers.image.backbone import FourStage, Stage, pool_map, stage_info
+from ssmzoo.layers.image.drop_path import FusedDropPathAdd, drop_path_rates
+from ssmzoo.layers.image.fused import (
+    depthwise_conv,
+    fused_depthwise,
+    fused_gated_norm,
+    fused_linear,
+    fused_pointwise,
+)
+from ssmzoo.layers.image.mlp import Mlp
 from ssmzoo.layers.image.patch_embed import check_image, map_norm
-from ssmzoo.layers.image.ss2d import init_directional_
-from ssmzoo.layers.norm import GatedLayerNorm, fp32
+from ssmzoo.layers.image.ss2d import DepthwiseMapConv, init_directional_
+from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import linear_act, spatial_scan, state_fusion
 from ssmzoo.ops.transforms import channels_last
@@ -51,6 +59,9 @@ class StateFusion(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return state_fusion(h, self.kernels(), self.alpha)
+
+
+FUSIONS = frozenset({StateFusion})  # that the scan's operator takes along
 
 
 class StructureAwareSSM(nn.Module):
@@ -75,34 +86,36 @@ class StructureAwareSSM(nn.Module):
         super().__init__()
         e = self.d_inner = int(expand * d_model)
         r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        self.in_proj = Linear(d_model, 2 * e, bias=bias)
-        self.conv2d = DepthwiseConv(e, d_conv, bias=conv_bias, act="silu")
+        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
+        self.conv2d = depthwise_conv(e, d_conv, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(r + 2, e))
         self.dt_projs_weight = nn.Parameter(torch.empty(e, r))
         self.dt_projs_bias = nn.Parameter(torch.empty(e))
         self.A_logs = nn.Parameter(torch.empty(e, 1))
         self.Ds = nn.Parameter(torch.empty(e))
         self.state_fusion = StateFusion(e) if fuse_states else nn.Identity()
-        self.out_norm = GatedLayerNorm(e)
-        self.out_proj = Linear(e, d_model, bias=bias)
+        self.out_norm = nn.LayerNorm(e)
+        self.out_proj = nn.Linear(e, d_model, bias=bias)
         self.dropout = nn.Dropout(dropout)
         init_directional_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.out_norm(self.ssm(self.conv2d(u)).to(z.dtype), z)
-        return self.dropout(self.out_proj(y))
+        u, z = fused_linear(self.in_proj, x).chunk(2, dim=-1)  # (b y x e) each
+        y = self.ssm(fused_depthwise(self.conv2d, u, "silu")).to(z.dtype)
+        return self.dropout(fused_linear(self.out_proj, fused_gated_norm(self.out_norm, y, z)))
 
     def ssm(self, u: Tensor) -> Tensor:
         """States by one raster scan, fused on the map, then read out: (b y x e) -> (b y x e)"""
         steps = linear_act(u, self.x_proj_weight)  # (b y x r+2)
-        A = -torch.exp(fp32(self.A_logs))
-        return spatial_scan(u, steps, self.dt_projs_weight, fp32(self.dt_projs_bias), A, self.Ds, *self.taps())
-
-    def taps(self) -> tuple:
-        """Kernels and weights of the fusion; None when states are left as they are."""
+        dt, A, D = (self.dt_projs_weight, fp32(self.dt_projs_bias)), -torch.exp(fp32(self.A_logs)), self.Ds
         fusion = self.state_fusion
-        return (fusion.kernels(), fusion.alpha) if isinstance(fusion, StateFusion) else (None, None)
+        if is_plain(fusion, among=FUSIONS):
+            return spatial_scan(u, steps, *dt, A, D, fusion.kernels(), fusion.alpha)
+        if isinstance(fusion, nn.Identity):
+            return spatial_scan(u, steps, *dt, A, D, None, None)
+        B, C = steps[..., :-1], steps[..., -1:]  # with the time step's rank in front of B
+        h = spatial_scan(u, torch.cat([B, torch.ones_like(C)], dim=-1), *dt, A, 0 * D, None, None)
+        return fusion(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) * C + D * u
 
 
 class SpatialMambaBlock(nn.Module):
@@ -112,28 +125,18 @@ class SpatialMambaBlock(nn.Module):
         self, dim: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, eps: float = 1e-5, mixer: dict | None = None
     ):
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim, residual=True)
+        self.cpe1 = depthwise_conv(dim)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.self_attention = StructureAwareSSM(dim, **(mixer or {}))
-        self.cpe2 = DepthwiseConv(dim, residual=True)
+        self.cpe2 = depthwise_conv(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = FusedDropPathAdd(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cpe1(x)
-        x = self.drop_path.add(x, lambda x: self.self_attention(self.ln_1(x)))
-        x = self.cpe2(x)
-        return self.drop_path.add(x, lambda x: self.mlp(self.ln_2(x)))
-
-
-class PointConv(nn.Conv2d):
-    """A 1x1 convolution of (b d y x) maps as the matrix product that it is."""
-
-    def __init__(self, dim: int, out_dim: int, bias: bool):
-        super().__init__(dim, out_dim, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_act(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        x = fused_depthwise(self.cpe1, x, residual=True)  # x + cpe1(x)
+        x = self.drop_path(x, self.ln_1, self.self_attention)  # x + DropPath(mixer(ln_1(x)))
+        x = fused_depthwise(self.cpe2, x, residual=True)
+        return self.drop_path(x, self.ln_2, self.mlp)
 
 
 class ConvNorm(nn.Module):
@@ -150,16 +153,17 @@ class ConvNorm(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.conv = (
-            PointConv(dim, out_dim, bias)
-            if kernel == 1
-            else nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=bias)
-        )
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
+        self.pointwise = kernel == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        if self.pointwise:
+            x = fused_pointwise(self.conv, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            x = self.conv(x)
+        return self.act(self.norm(x))
 
 
 class Stem(nn.Module):
@@ -186,7 +190,7 @@ class Downsample(nn.Module):
         self.conv = nn.ModuleList(
             [
                 ConvNorm(dim, 8 * dim, 1, norm=False, act=False, bias=True),
-                MapConv(8 * dim, stride=2, act="relu", rectify=True),
+                DepthwiseMapConv(8 * dim, stride=2, act="relu", rectify=True),
                 ConvNorm(8 * dim, 2 * dim, 1, act=False, bias=True),
             ]
         )
@@ -237,9 +241,32 @@ class SpatialMamba(FourStage):
             for i, (depth, d) in enumerate(zip(depths, dims))
         )
         self.norm = map_norm(norm, dims[-1])
-        self.init_stages(dims, stride=4, output_stride=output_stride)
-        self.init_head(dims[-1], num_classes, global_pool, drop_rate)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.dims, self.num_features = tuple(dims), dims[-1]
+        self.feature_info = stage_info(self.layers, dims, 4, output_stride=output_stride)
+        self.reset_classifier(num_classes, global_pool)
         self.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> normed last map (b d y/32 x/32)"""
+        return self.norm(self.forward_stages(x)[-1]).permute(0, 3, 1, 2)
+
+    def forward_stages(self, x: Tensor, stop: int | None = None) -> list[Tensor]:
+        """Images (b c y x) -> the map of every stage before its downsampling, (b y/4 x/4 d), (b y/8 x/8 2d), ..."""
+        x, maps = self.patch_embed(x), []  # (b y/4 x/4 d)
+        for i, stage in enumerate(itertools.islice(self.layers, stop)):
+            if i:
+                x = self.layers[i - 1].downsample(x)  # (b y x d) -> (b y/2 x/2 2d)
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(pool_map(x, self.global_pool))
+        return x if pre_logits else self.head(x)
 
     def train(self, mode: bool = True) -> SpatialMamba:
         super().train(mode)

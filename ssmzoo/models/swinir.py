@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window_attention
@@ -86,8 +87,13 @@ class SwinIR(RestorationNet):
         self.layers = nn.ModuleList(SwinGroup([block(i) for i in range(n)], embed_dim, resi_connection) for n in depths)
         self.apply(init_restoration)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = self.embed_norm(x.permute(0, 2, 3, 1))  # (b y x d)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reconstruct(self.forward_features(x), x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> deep features in front of the head (b d y x), y and x in multiples of the window"""
+        shallow = self.conv_first(self.normalise(x))  # (b d y x)
+        x = self.embed_norm(shallow.permute(0, 2, 3, 1))  # (b y x d)
         for group in self.layers:
-            x = self.run_group(group, x)
-        return self.norm(x).permute(0, 3, 1, 2)
+            x = recomputed(self.grad_checkpointing, group, x)
+        return self.conv_after_body(self.norm(x).permute(0, 3, 1, 2)) + shallow

@@ -19,23 +19,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.deprecated import into, old_arguments
+from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image.plain_backbone import PlainBackbone, insert_tokens, lecun_normal_
-from ssmzoo.layers.image.ss2d import directional_scan
+from ssmzoo.layers.image.fused import fused_causal_convs
+from ssmzoo.layers.image.patch_embed import PatchEmbed
+from ssmzoo.layers.image.plain_backbone import (
+    LAYOUTS,
+    PlainBackbone,
+    block_info,
+    insert_tokens,
+    lecun_normal_,
+    patch_grid,
+    token_indices,
+)
+from ssmzoo.layers.image.ss2d import project_by, scan_directions, time_steps_by
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.ops import bidirectional_scan, causal_conv1d_fn, permute_tokens
+from ssmzoo.ops import bidirectional_scan, permute_tokens
 
 
 class VimMixer(nn.Module):
     """Bidirectional Mamba without state: (b l d) -> (b l d).
 
     directions   "both" (own convolution, projections, A and D backwards), "shared" (only A differs, and the sequence is
-                 turned round behind the convolution) or "forward" (plain Mamba)
+                 reversed behind the convolution) or "forward" (plain Mamba)
     halve        divide the sum of two own directions by 2
     layer_scale  start value of a learned factor per channel behind W_out, or None
     """
@@ -61,7 +74,7 @@ class VimMixer(nn.Module):
         self.directions, self.halve = directions, halve
         self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
         for suffix in ("", "_b") if directions == "both" else ("",):
-            self.add_module(f"conv1d{suffix}", nn.Conv1d(e, e, d_conv, groups=e, bias=conv_bias))
+            self.add_module(f"conv1d{suffix}", nn.Conv1d(e, e, d_conv, groups=e, bias=conv_bias, padding=d_conv - 1))
             self.add_module(f"x_proj{suffix}", nn.Linear(e, r + 2 * d_state, bias=False))
             self.add_module(f"dt_proj{suffix}", nn.Linear(r, e))
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(e)))
@@ -85,32 +98,26 @@ class VimMixer(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).transpose(1, 2).chunk(2, dim=1)  # (b e l)
         both = self.directions == "both"
-        xs = self.convolve(bidirectional_scan(x)) if both else self.convolve(x[:, None])  # (b k e l)
+        convs = [self.conv1d, self.conv1d_b] if both else [self.conv1d]
+        xs = fused_causal_convs(convs, bidirectional_scan(x) if both else x[:, None])  # (b k e l)
         if self.directions == "shared":
             xs = bidirectional_scan(xs[:, 0])
         zs = z[:, None] if self.directions == "forward" else bidirectional_scan(z)
-        ys = directional_scan(xs, *self.scan_parameters(), z=zs)
+        ys = self.scan(xs, zs)
         y = ys[:, 0] if self.directions == "forward" else ys[:, 0] + ys[:, 1].flip(-1)
         y = self.out_proj((y / 2 if both and self.halve else y).transpose(1, 2))
         return y if self.gamma is None else y * self.gamma
 
-    def convolve(self, xs: Tensor) -> Tensor:
-        """Causal convolution and SiLU of every direction, (b k e l) -> (b k e l)"""
-        convs = [self.conv1d, self.conv1d_b] if self.directions == "both" else [self.conv1d]
-        weight = torch.cat([c.weight.squeeze(1) for c in convs])  # (ke taps)
-        bias = torch.cat([c.bias for c in convs]) if self.conv1d.bias is not None else None
-        return causal_conv1d_fn(xs.flatten(1, 2), weight, bias, activation="silu").unflatten(1, xs.shape[1:3])
-
-    def scan_parameters(self) -> list[Tensor]:
-        """x_proj (k r+2n e), dt_proj (k e r), dt bias (k e), A_log (k e n), D (k e)"""
-        first = [self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D]
-        if self.directions == "forward":
-            return [p[None] for p in first]
-        second = first.copy()
-        if self.directions == "both":
-            second = [self.x_proj_b.weight, self.dt_proj_b.weight, self.dt_proj_b.bias, None, self.D_b]
-        second[3] = self.A_b_log
-        return [torch.stack(pair) for pair in zip(first, second)]
+    def scan(self, xs: Tensor, zs: Tensor) -> Tensor:
+        """The selective scans of every direction with gates zs, (b k e l) -> (b k e l)"""
+        own = {"both": ("", "_b"), "shared": ("", ""), "forward": ("",)}[self.directions]
+        x_projs, dt_projs, Ds = ([getattr(self, name + s) for s in own] for name in ("x_proj", "dt_proj", "D"))
+        A_log = torch.stack([self.A_log, self.A_b_log][: len(own)])
+        n = A_log.shape[-1]
+        steps = project_by(x_projs, xs)  # (b k r+2n l)
+        dt, B, C = steps.split([steps.shape[2] - 2 * n, n, n], dim=2)
+        delta, bias = time_steps_by(dt_projs, dt)
+        return scan_directions(xs, delta, B, C, A_log, torch.stack(Ds), bias, zs)
 
 
 class VimBlock(nn.Module):
@@ -125,7 +132,7 @@ class VimBlock(nn.Module):
 
 
 def rotary_angles(grid: Sequence[int], d: int, reference: int, like: Tensor) -> Tensor:
-    """Angles (m d) of axial rotary positions: the first d/2 channels turn with the row, the others with the column.
+    """Angles (m d) of axial rotary positions: the first d/2 channels rotate with the row, the others with the column.
 
     f_i = 10000^(-2 i / (d/2)), i < d/4, each for two neighbouring channels; positions run to `reference` on every axis.
     """
@@ -139,11 +146,12 @@ def rotary_angles(grid: Sequence[int], d: int, reference: int, like: Tensor) -> 
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs (x1, x2) by the angles (m d). (b m d) -> (b m d)"""
+    """Rotate neighbouring channel pairs (x1, x2) by the angles (m d). (b m d) -> (b m d)"""
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * angles.cos() + torch.stack([-x2, x1], dim=-1).flatten(-2) * angles.sin()
 
 
+@old_arguments(rope_reference=into("rope_options", "reference"), rope_from_second=into("rope_options", "from_second"))
 class Vim(PlainBackbone):
     """Image classifier. (b c y x) -> (b num_classes); the defaults are Vim-Ti.
 
@@ -153,9 +161,10 @@ class Vim(PlainBackbone):
     mixer            further arguments of `VimMixer`
     norm             "rms" or "ln"
     pos_embed        learned positions
-    rope             None, "stream" (turn the whole residual stream before every block) or "branch" (only what the last
-                     block added); rope_reference is the grid on which positions are counted
-    rope_from_second rotate every token but the first, whatever the layout: the released behaviour with a class token
+    rope             None, "stream" (rotate the whole residual stream before every block) or "branch" (only what the
+                     last block added)
+    rope_options     {"reference": 14, "from_second": False}: the grid on which positions are counted; rotate every
+                     token but the first, whatever the layout, as released with a class token
     paired           blocks in pairs, the second on the reversed sequence; the stream is counted twice, as released
     global_pool      see `PlainBackbone`; "token" unless there is no class token
     """
@@ -176,8 +185,7 @@ class Vim(PlainBackbone):
         norm: str = "rms",
         pos_embed: bool = True,
         rope: str | None = None,
-        rope_reference: int = 14,
-        rope_from_second: bool = False,
+        rope_options: dict | None = None,
         paired: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
@@ -190,70 +198,93 @@ class Vim(PlainBackbone):
         if paired and depth % 2:
             raise ValueError(f"paired blocks need an even depth, got {depth}")
         make_norm = RMSNorm if norm == "rms" else nn.LayerNorm
-        self.init_tokens(img_size, patch_size, stride, in_chans, embed_dim, class_token)
-        self.rope, self.rope_reference, self.rope_from_second = rope, rope_reference, rope_from_second
-        self.paired = paired
-        self.make_embeddings(pos_embed)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, stride)
+        self.grid, self.embed_dim = patch_grid(self.patch_embed, img_size), embed_dim
+        self.layout, self.n_tokens = class_token, LAYOUTS.get(class_token, 0)
+        patches = self.grid[0] * self.grid[1]
+        token_indices(class_token, patches, self.n_tokens)  # refuses an unknown layout
+        self.rope, self.paired = rope, paired
+        self.rope_options = RotaryOptions(**(rope_options or {}))
+        self.cls_token = nn.Parameter(torch.zeros(1, self.n_tokens, embed_dim)) if self.n_tokens else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + self.n_tokens, embed_dim)) if pos_embed else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
             VimBlock(make_norm(embed_dim, eps=1e-5), VimMixer(embed_dim, d_state, **(mixer or {})), p)
             for p in drop_path_rates(drop_path_rate, depth)
         )
         self.norm_f = make_norm(embed_dim, eps=1e-5)
-        self.init_stream(depth)
+        self.num_features, self.head_drop = embed_dim, nn.Dropout(0.0)
+        self.feature_info = block_info(depth, embed_dim, self.patch_embed.stride)
         if global_pool is None:
             global_pool = "token" if self.n_tokens else "last"
-        self.init_head(self.hidden_size(), num_classes, global_pool, 0.0)
-        self.num_features = embed_dim
-        self.reset_parameters()
+        self.reset_classifier(num_classes, global_pool)
+        init_plain_(self)
 
-    def make_embeddings(self, pos_embed: bool) -> None:
-        m, d = self.grid[0] * self.grid[1], self.embed_dim
-        self.cls_token = nn.Parameter(torch.zeros(1, self.n_tokens, d)) if self.n_tokens else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, m + self.n_tokens, d)) if pos_embed else None
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
-    def hidden_size(self) -> int:
-        """Width of the vector that the head classifies."""
-        return self.embed_dim
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> normed tokens (b l d)"""
+        return self.norm_f(self.forward_blocks(*self.embed(x)))
 
-    def reset_parameters(self) -> None:
-        """Patches LeCun normal; positions and tokens truncated normal 0.02; W_out torch's / sqrt(depth)."""
-        lecun_normal_(self.patch_embed.proj)
-        for table in (self.cls_token, self.pos_embed):
-            if table is not None:
-                nn.init.trunc_normal_(table, std=0.02)
-        for layer in self.layers:
-            scaled_output_(layer.mixer.out_proj.weight, len(self.layers))
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (b c y x) -> tokens with positions (b l d), and the grid of the patches."""
+        x = self.patch_embed(x)
+        grid, x = tuple(x.shape[1:3]), x.flatten(1, 2)  # (b m d)
+        if self.n_tokens:
+            x = insert_tokens(x, self.cls_token, token_indices(self.layout, x.shape[1], self.n_tokens))  # (b l d)
+        x = x if self.pos_embed is None else x + self.positions(self.pos_embed, grid)
+        return self.pos_drop(x), grid
 
-    def encode(self, x: Tensor, grid: tuple[int, int], taps: list | None = None, stop: int | None = None) -> Tensor:
-        angles = rotary_angles(grid, self.embed_dim, self.rope_reference, x) if self.rope else None
-        x = self.turn(x, angles)
-        for i, layer in enumerate(self.layers):
-            if self.paired and i % 2:
-                continue
-            h = self.branch(i, layer, x)
-            if taps is not None:
-                taps += [(x + h, h)] * (2 if self.paired else 1)
+    def forward_blocks(
+        self, x: Tensor, grid: tuple[int, int], seen: list | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Tokens (b l d) through the blocks up to `stop`; (stream, branch) behind every block go into `seen`."""
+        recompute = self.grad_checkpointing and self.training
+        angles = rotary_angles(grid, self.embed_dim, self.rope_options.reference, x) if self.rope else None
+        x = self.rotate(x, angles)
+        for i in range(0, len(self.layers), 2 if self.paired else 1):
+            h = recomputed(recompute, self.layers[i], x)
+            if seen is not None:
+                seen += [(x + h, h)] * (2 if self.paired else 1)
             if self.paired:
                 back = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
-                second = self.run(self.layers[i + 1], permute_tokens(x, back))
+                second = recomputed(recompute, self.layers[i + 1], permute_tokens(x, back))
                 x, h = 2 * x, h + permute_tokens(second, back, inverse=True)
             if i == stop or i + 1 + self.paired >= len(self.layers):
                 return x + h
-            x = self.turn(x + h, angles) if self.rope == "stream" else x + self.turn(h, angles)
+            x = self.rotate(x + h, angles) if self.rope == "stream" else x + self.rotate(h, angles)
         return x
 
-    def branch(self, i: int, layer: nn.Module, x: Tensor) -> Tensor:
-        """What block i adds to the stream."""
-        return self.run(layer, x)
-
-    def turn(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        """Rotate the patches of a sequence (b l d); class tokens have no position."""
+    def rotate(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        """Rotary positions of the patches of a sequence (b l d); class tokens have none."""
         if angles is None:
             return x
-        if self.rope_from_second and x.shape[1] % 2:
+        if self.rope_options.from_second and x.shape[1] % 2:
             return torch.cat([x[:, :1], rotate(x[:, 1:], angles)], dim=1)
         if not self.n_tokens:
             return rotate(x, angles)
         still = angles.new_zeros(1, self.n_tokens, angles.shape[1])
-        return rotate(x, insert_tokens(angles[None], still, self.places(x.shape[1]))[0])
+        return rotate(x, insert_tokens(angles[None], still, self.token_indices(x.shape[1]))[0])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.pool_tokens(x))
+        x = x if pre_logits else self.head(x)
+        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
+
+
+class RotaryOptions(NamedTuple):
+    """See `Vim`."""
+
+    reference: int = 14
+    from_second: bool = False
+
+
+def init_plain_(model: PlainBackbone) -> None:
+    """Patches LeCun normal; positions and tokens truncated normal 0.02; W_out of the mixers torch's / sqrt(depth)."""
+    lecun_normal_(model.patch_embed.proj)
+    for table in (model.cls_token, model.pos_embed):
+        if table is not None:
+            nn.init.trunc_normal_(table, std=0.02)
+    for layer in model.layers:
+        scaled_output_(layer.mixer.out_proj.weight, len(model.layers))

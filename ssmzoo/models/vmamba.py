@@ -1,10 +1,10 @@
-"""VMamba: a four-stage image backbone whose token mixer scans the map in four orders (SS2D).
+"""VMamba: a four-stage image backbone whose token mixer scans the map in four directions (SS2D).
 
     X <- X + DropPath(SS2D(norm(X)))            X <- X + DropPath(MLP(norm2(X)))     (no MLP when mlp_ratio is 0)
 
 Two generations of released weights differ in their parts, not in the wiring:
 
-                  SS2D                        norm  stem             way down               MLP
+                  SS2D                        norm  stem             downsampling           MLP
     current       no gate, n = 1              ln    two conv 3x3     conv 3x3, stride 2     4 d
     vanilla       gated, n = 16, conv bias    ln    conv 4x4         patch merging          none
 
@@ -18,18 +18,23 @@ Source: Liu et al. 2024, VMamba (arXiv 2401.10166); released code MzeroMiko/VMam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.image.backbone import FourStage, Stage
-from ssmzoo.layers.image.drop_path import DropPath, drop_path_rates
-from ssmzoo.layers.image.mlp import GatedMlp, Mlp
-from ssmzoo.layers.image.patch_embed import PatchEmbed, check_image, map_norm, resize_map
+from ssmzoo.deprecated import into, old_arguments
+from ssmzoo.layers.image.backbone import FourStage, Stage, pool_map, stage_info
+from ssmzoo.layers.image.drop_path import FusedDropPathAdd, drop_path_rates
+from ssmzoo.layers.image.fused import conv_map
+from ssmzoo.layers.image.mlp import make_mlp
+from ssmzoo.layers.image.patch_embed import PatchEmbed, check_image, height_width, map_norm, resize_map
 from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.ops.transforms import channels_last
+
+STEMS = ("conv", "patch", "conv_no_norm", "patch_no_norm")
 
 
 class ConvStem(nn.Module):
@@ -69,16 +74,31 @@ class ConvDown(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, kernel: int, norm: str):
         super().__init__()
+        self.smallest, self.weights = 2 if kernel == 2 else 1, dim * out_dim * kernel**2
         self.conv = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=kernel // 3)
         self.norm = map_norm(norm, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[1:3]) < self.conv.kernel_size[0] - 2 * self.conv.padding[0]:
+        if min(x.shape[1:3]) < self.smallest:
             raise ValueError(f"a map of {x.shape[1]}x{x.shape[2]} positions cannot be halved again; enlarge the images")
-        x = x.permute(0, 3, 1, 2)
-        if x.numel() < self.conv.weight.numel():
-            x = x.contiguous()  # rows last, as the weights are: torch would rearrange these, at greater cost
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return self.norm(conv_map(self.conv, x, self.weights))
+
+
+def make_stem(kind: str, patch_size: int, in_chans: int, dim: int, norm: str) -> nn.Module:
+    """ "conv" (`ConvStem`) or "patch" (`PatchEmbed`); "conv_no_norm" and "patch_no_norm" without norms."""
+    form, bare, _ = kind.partition("_no_norm")
+    if kind not in STEMS:
+        raise ValueError(f"stem is {kind!r}; expected one of {', '.join(map(repr, STEMS))}")
+    if form == "conv":
+        return ConvStem(patch_size, in_chans, dim, None if bare else norm)
+    return PatchEmbed(patch_size, in_chans, dim, norm=None if bare else map_norm(norm, dim))
+
+
+def make_mixer(dim: int, d_state: int, ssm_ratio: float, options: dict | None) -> SS2D:
+    """SS2D without gate and convolution bias unless `options` say so; its "heads" chooses `HeadSS2D`."""
+    options = {"gate": None, "conv_bias": False} | dict(options or {})
+    layer = HeadSS2D if options.pop("heads", False) else SS2D
+    return layer(dim, d_state, ssm_ratio, **options)
 
 
 def downsampling(kind: str, dim: int, out_dim: int, norm: str) -> nn.Module:
@@ -94,10 +114,12 @@ def downsampling(kind: str, dim: int, out_dim: int, norm: str) -> nn.Module:
     raise ValueError(f"downsample is {kind!r}; expected 'merge', 'conv2', 'conv3' or 'none'")
 
 
+@old_arguments(mlp_act=into("mlp", "act"), gmlp=into("mlp", "gated"), mlp_drop=into("mlp", "drop"))
 class VSSBlock(nn.Module):
     """SS2D and an optional MLP, pre-norm. (b y x d) -> (b y x d)
 
     mixer  the token mixer (SS2D or one of its kind)
+    mlp    {"act": "gelu", "gated": False, "drop": 0.0}
     """
 
     def __init__(
@@ -105,36 +127,55 @@ class VSSBlock(nn.Module):
         dim: int,
         mixer: nn.Module,
         mlp_ratio: float = 4.0,
-        mlp_act: str = "gelu",
-        gmlp: bool = False,
         norm: str = "ln",
         drop_path: float = 0.0,
-        mlp_drop: float = 0.0,
+        mlp: dict | None = None,
     ):
         super().__init__()
-        self.norm, self.op, self.drop_path = map_norm(norm, dim), mixer, DropPath(drop_path, apart=norm == "ln")
+        self.norm, self.op = map_norm(norm, dim), mixer
+        self.drop_path = FusedDropPathAdd(drop_path, apart=norm == "ln")
+        self.mlp = None
         if mlp_ratio > 0:
             self.norm2 = map_norm(norm, dim)
-            self.mlp = (GatedMlp if gmlp else Mlp)(dim, int(mlp_ratio * dim), mlp_act, mlp_drop)
-        else:
-            self.mlp = None
+            self.mlp = make_mlp(dim, int(mlp_ratio * dim), **(mlp or {}))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop_path.add(x, lambda x: self.op(self.norm(x)))
-        return x if self.mlp is None else self.drop_path.add(x, lambda x: self.mlp(self.norm2(x)))
+        x = self.drop_path(x, self.norm, self.op)  # x + DropPath(op(norm(x)))
+        return x if self.mlp is None else self.drop_path(x, self.norm2, self.mlp)
 
 
+def without_patch_norm(arguments: dict, patch_norm: bool) -> None:
+    """What `patch_norm=False` is now."""
+    if not patch_norm:
+        arguments["stem"] = f"{arguments.get('stem', 'conv')}_no_norm"
+
+
+def size_of_positions(arguments: dict, img_size: int | Sequence[int]) -> None:
+    """What `img_size` is now: it only sized the position table."""
+    if arguments.get("pos_embed"):
+        arguments["pos_embed"] = img_size
+
+
+@old_arguments(
+    mlp_act=into("mlp", "act"),
+    gmlp=into("mlp", "gated"),
+    mlp_drop_rate=into("mlp", "drop"),
+    patch_norm=without_patch_norm,
+    img_size=size_of_positions,
+)
 class VMamba(FourStage):
     """Image classifier and feature pyramid. (b c y x) -> (b num_classes); the defaults are the paper's VMamba-T.
 
     depths, dims     blocks per stage; width per stage, or of the first one (then doubled at every stage)
     d_state, ssm_ratio, mlp_ratio   n, inner width of SS2D and of the MLP relative to d
     mixer            further arguments of `SS2D`; {"heads": True} takes Mamba-2's recurrence (`HeadSS2D`)
-    mlp_act, gmlp    activation of the MLP; gated MLP
+    mlp              {"act": "gelu", "gated": False, "drop": 0.0}: activation, gate and dropout of the MLP
     norm             "ln" or "bn"
-    stem, downsample "conv" or "patch"; "conv3", "conv2", "merge" or "none"
+    stem, downsample "conv" or "patch", with "_no_norm" behind it for a stem without norms; "conv3", "conv2", "merge"
+                     or "none"
     output_stride    the last map is 1 / output_stride of the image, for dense heads; 0: as the stages make it
-    pos_embed        a learned position table of the size of img_size, resized for other images
+    pos_embed        image size, one number or (height, width), for which a learned position table is made (resized for
+                     other images); True: 224, None: no table
     """
 
     def __init__(
@@ -142,7 +183,6 @@ class VMamba(FourStage):
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
-        img_size: int = 224,
         patch_size: int = 4,
         depths: Sequence[int] = (2, 2, 8, 2),
         dims: int | Sequence[int] = 96,
@@ -150,64 +190,65 @@ class VMamba(FourStage):
         ssm_ratio: float = 1.0,
         mixer: dict | None = None,
         mlp_ratio: float = 4.0,
-        mlp_act: str = "gelu",
-        gmlp: bool = False,
+        mlp: dict | None = None,
         norm: str = "ln",
-        patch_norm: bool = True,
         stem: str = "conv",
         downsample: str = "conv3",
-        pos_embed: bool = False,
+        pos_embed: bool | int | Sequence[int] | None = None,
         drop_rate: float = 0.0,
-        mlp_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         output_stride: int = 0,
     ):
         super().__init__()
-        if stem not in ("conv", "patch"):
-            raise ValueError(f"stem is {stem!r}; expected 'conv' or 'patch'")
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"depths has {len(depths)} stages but dims has {len(dims)}")
-        options = {"gate": None, "conv_bias": False} | dict(mixer or {})
-        layer = HeadSS2D if options.pop("heads", False) else SS2D
-        rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
-        if stem == "conv":
-            self.patch_embed = ConvStem(patch_size, in_chans, dims[0], norm if patch_norm else None)
-        else:
-            self.patch_embed = PatchEmbed(
-                patch_size, in_chans, dims[0], norm=map_norm(norm, dims[0]) if patch_norm else None
-            )
-        grid = img_size // patch_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dims[0])) if pos_embed else None
+        rates, last = iter(drop_path_rates(drop_path_rate, sum(depths))), len(dims) - 1
+
+        def block(d: int) -> VSSBlock:
+            return VSSBlock(d, make_mixer(d, d_state, ssm_ratio, mixer), mlp_ratio, norm, next(rates), mlp)
+
+        self.patch_embed = make_stem(stem, patch_size, in_chans, dims[0], norm)
+        grid = [side // patch_size for side in height_width(224 if pos_embed is True else pos_embed or 224)]
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dims[0])) if pos_embed else None
         self.layers = nn.ModuleList(
             Stage(
-                [
-                    VSSBlock(
-                        d,
-                        layer(d, d_state, ssm_ratio, **options),
-                        mlp_ratio,
-                        mlp_act,
-                        gmlp,
-                        norm,
-                        next(rates),
-                        mlp_drop_rate,
-                    )
-                    for _ in range(depth)
-                ],
-                downsampling(downsample, d, dims[i + 1], norm) if i + 1 < len(dims) else None,
+                [block(d) for _ in range(depth)],
+                downsampling(downsample, d, dims[i + 1], norm) if i < last else None,
             )
             for i, (depth, d) in enumerate(zip(depths, dims))
         )
         self.norm = map_norm(norm, dims[-1])
-        self.init_stages(dims, patch_size, downsample != "none", output_stride)
-        self.init_head(dims[-1], num_classes, global_pool, drop_rate)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.dims, self.num_features = tuple(dims), dims[-1]
+        self.feature_info = stage_info(self.layers, dims, patch_size, downsample != "none", output_stride)
+        self.reset_classifier(num_classes, global_pool)
         self.apply(init_linear)
         if pos_embed:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def stem(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        return x if self.pos_embed is None else x + resize_map(self.pos_embed, x.shape[1:3])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (b c y x) -> normed last map (b d y/32 x/32)"""
+        return self.norm(self.forward_stages(x)[-1]).permute(0, 3, 1, 2)
+
+    def forward_stages(self, x: Tensor, stop: int | None = None) -> list[Tensor]:
+        """Images (b c y x) -> the map of every stage before its downsampling, (b y/4 x/4 d), (b y/8 x/8 2d), ..."""
+        x, maps = self.patch_embed(x), []  # (b y/4 x/4 d)
+        if self.pos_embed is not None:
+            x = x + resize_map(self.pos_embed, x.shape[1:3])
+        for i, stage in enumerate(itertools.islice(self.layers, stop)):
+            if i:
+                x = self.layers[i - 1].downsample(x)  # (b y x d) -> (b y/2 x/2 2d)
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(pool_map(x, self.global_pool))
+        return x if pre_logits else self.head(x)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 @dataclass
 class Entry:
     """values (b l d) at module `name` ("": the input itself), in shape `shape` there; grid: rows and columns of the
-    patches, or None for sequences; special: places of class tokens."""
+    patches, or None for sequences; special: indices of class tokens."""
 
     model: nn.Module
     inputs: Tensor
@@ -94,7 +94,7 @@ def enter(model: nn.Module, inputs: Tensor) -> Entry:
     grid, special, flat = None, (), values
     if inputs.is_floating_point():
         flat = values.flatten(1, 2) if values.ndim == 4 else values
-        special = tuple(model.places(flat.shape[1])) if hasattr(model, "places") else ()
+        special = tuple(model.token_indices(flat.shape[1])) if hasattr(model, "token_indices") else ()
         grid = tuple(values.shape[1:3]) if values.ndim == 4 else tuple(model.patch_embed.grid(*inputs.shape[-2:]))
     return Entry(model, inputs, name, flat, values.shape, grid, special)
 

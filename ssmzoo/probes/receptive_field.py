@@ -40,7 +40,7 @@ def receptive_field(model: nn.Module, images: Tensor) -> Field:
 def central_feature(model: nn.Module, features: Tensor, size: torch.Size) -> Tensor:
     """(b c): of a map (b c y x), or of a sequence (b l c) with class tokens among its patches."""
     if features.ndim == 3:
-        special = set(model.places(features.shape[1])) if hasattr(model, "places") else set()
+        special = set(model.token_indices(features.shape[1])) if hasattr(model, "token_indices") else set()
         patches = [i for i in range(features.shape[1]) if i not in special]
         rows, columns = model.patch_embed.grid(*size)
         return features[:, patches[rows // 2 * columns + columns // 2]]

@@ -59,7 +59,7 @@ def official_arguments(
         ssm_ratio=ssm_ratio,
         mixer={"dt_rank": dt_rank, "dropout": attn_drop_rate},
         mlp_ratio=mlp_ratio,
-        patch_norm=patch_norm,
+        stem="patch" if patch_norm else "patch_no_norm",
         drop_rate=drop_rate,
         downsample={"v1": "merge", "v2": "conv2"}[downsample_version],
         drop_path_rate=drop_path_rate,
@@ -88,10 +88,9 @@ def official_block(
         hidden_dim,
         SS2D(hidden_dim, **options),
         mlp_ratio,
-        act_name(act_layer),
-        norm=official_norm(norm_layer),
-        drop_path=drop_path,
-        mlp_drop=drop,
+        official_norm(norm_layer),
+        drop_path,
+        {"act": act_name(act_layer), "drop": drop},
     )
     for norm in (block.norm, getattr(block, "norm2", None)):
         if norm is not None:

@@ -71,7 +71,7 @@ def official_arguments(
     """Arguments of `Vim` for the released VisionMamba's."""
     if flip_img_sequences_ratio > 0:
         raise ValueError(
-            f"flip_img_sequences_ratio={flip_img_sequences_ratio}: sequences turned round at random, in "
+            f"flip_img_sequences_ratio={flip_img_sequences_ratio}: sequences reversed at random, in "
             f"evaluation too, are not offered"
         )
     pools = {"none": "last", "mean": "avg", "max": "max_logits", "all": "all"}
@@ -94,8 +94,7 @@ def official_arguments(
         norm="rms" if rms_norm else "ln",
         pos_embed=if_abs_pos_embed,
         rope=("stream" if if_rope_residual else "branch") if if_rope else None,
-        rope_reference=pt_hw_seq_len,
-        rope_from_second=True,
+        rope_options={"reference": pt_hw_seq_len, "from_second": True},
         paired=if_bidirectional,
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
@@ -118,7 +117,7 @@ def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     if getattr(module, "layout", None) == "double":
         state["cls_token_head"], state["cls_token_tail"] = state.pop("cls_token").split(1, dim=1)
     if getattr(module, "rope", None):
-        angles = released_angles(module.grid, module.embed_dim, module.rope_reference)
+        angles = released_angles(module.grid, module.embed_dim, module.rope_options.reference)
         state |= {"rope.freqs_cos": angles.cos(), "rope.freqs_sin": angles.sin()}
     return state
 

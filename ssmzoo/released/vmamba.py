@@ -174,7 +174,6 @@ def official_vssm(
     return dict(
         in_chans=in_chans,
         num_classes=num_classes,
-        img_size=imgsize,
         patch_size=patch_size,
         depths=depths,
         dims=dims,
@@ -182,13 +181,10 @@ def official_vssm(
         ssm_ratio=mixer.pop("ssm_ratio"),
         mixer=mixer,
         mlp_ratio=mlp_ratio,
-        mlp_act=act_name(mlp_act_layer),
-        gmlp=gmlp,
+        mlp={"act": act_name(mlp_act_layer), "gated": gmlp, "drop": mlp_drop_rate},
         norm=official_norm(norm_layer),
-        patch_norm=patch_norm,
-        stem={"v1": "patch", "v2": "conv"}[patchembed_version],
-        pos_embed=posembed,
-        mlp_drop_rate=mlp_drop_rate,
+        stem={"v1": "patch", "v2": "conv"}[patchembed_version] + ("" if patch_norm else "_no_norm"),
+        pos_embed=imgsize if posembed else None,
         downsample={"v1": "merge", "v2": "conv2", "v3": "conv3", "none": "none"}[downsample_version],
         drop_path_rate=drop_path_rate,
     )
@@ -226,9 +222,8 @@ def official_vss_block(
         ssm_drop_rate,
     )
     mixer = (HeadSS2D if options.pop("heads", False) else SS2D)(hidden_dim, **options)
-    block = VSSBlock(
-        hidden_dim, mixer, mlp_ratio, act_name(mlp_act_layer), gmlp, official_norm(norm_layer), drop_path, mlp_drop_rate
-    )
+    mlp = {"act": act_name(mlp_act_layer), "gated": gmlp, "drop": mlp_drop_rate}
+    block = VSSBlock(hidden_dim, mixer, mlp_ratio, official_norm(norm_layer), drop_path, mlp)
     return ChannelsFirst(block) if channel_first else block
 
 
@@ -268,6 +263,8 @@ def official_mixer(
 ) -> dict:
     """Arguments of SS2D for the released class's; the released v0 ignores those of convolution, activation and init."""
     options = parse_forward_type(forward_type)
+    if out_act := options.pop("out_act", None):
+        options["out_norm"] = f"{options.get('out_norm', 'layer')}+{out_act}"
     if forward_type in ("v0", "v0seq"):
         d_conv, conv_bias, act, init = 3, True, "silu", "v0"
     return (
@@ -306,7 +303,7 @@ def parse_forward_type(forward_type: str) -> dict:
 
 
 def cross_functions(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The released scan and merge functions on x (b c y x) and y (b 4 c y x), for the three orders."""
+    """The released scan and merge functions on x (b c y x) and y (b 4 c y x), for the three layouts."""
     scans = [cross_scan(x, s) for s in ("cross", "unidirectional", "bidirectional")]
     merges = [cross_merge(y, s) for s in ("cross", "unidirectional", "bidirectional")]
     return scans[0], merges[0], scans[1], scans[2], merges[1], merges[2]

@@ -240,6 +240,8 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
     for key in value:
         if key == "_target_":
             continue
+        if key in getattr(called, "old_arguments", ()):  # accepted with a warning
+            continue
         if key not in allowed:
             raise ConfigError(
                 f"unknown key {node}.{key}{origin(f'{node}.{key}')}{nearest(key, allowed)}; "

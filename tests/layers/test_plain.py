@@ -10,6 +10,7 @@ MAKE = {
     nn.Conv1d: lambda: nn.Conv1d(3, 3, 1),
     nn.Conv2d: lambda: nn.Conv2d(3, 3, 1),
     nn.Embedding: lambda: nn.Embedding(3, 3),
+    nn.LayerNorm: lambda: nn.LayerNorm(3),
 }
 
 

@@ -7,11 +7,11 @@ import torch
 from toy import assert_checkpointing_changes_nothing
 
 import ssmzoo
-from ssmzoo.layers.image.plain_backbone import insert_tokens, split_tokens, token_places
+from ssmzoo.layers.image.plain_backbone import insert_tokens, split_tokens, token_indices
 from ssmzoo.layers.image.ss2d import SS2D
-from ssmzoo.models.adventurer import Adventurer
+from ssmzoo.models.adventurer import FLIP_RULES, Adventurer, AdventurerBlock
 from ssmzoo.models.res_vmamba import ResVMamba
-from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
+from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg, draw_orders
 from ssmzoo.models.spatial_mamba import SpatialMamba
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba
@@ -159,7 +159,7 @@ def test_compiles_to_one_graph(family):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_reversing_a_map_exchanges_the_orders():
+def test_reversing_a_map_exchanges_the_scan_directions():
     mixer = SS2D(8, d_state=2, ssm_ratio=1.0, gate=None)
     x = torch.randn(2, 8, 5, 3)
     turned = SS2D(8, d_state=2, ssm_ratio=1.0, gate=None)
@@ -179,14 +179,14 @@ def test_spatial_mamba_fuses_with_the_weights_of_the_moment():
     assert not frozen.patch_embed.conv1.norm.training and frozen.layers.training
 
 
-def test_shuffle_is_for_training_only_and_keeps_places():
+def test_shuffle_is_for_training_only_and_keeps_positions():
     model, x = SMALL["shuffle"](shuffle_rate=1.0), torch.randn(2, 3, 32, 32)
     perm = torch.stack([torch.randperm(17) for _ in range(3)])
     quiet = model.eval()(x)
     never, always = torch.ones(3), torch.zeros(3)
     torch.testing.assert_close(model.train()(x, never, perm), quiet, rtol=1e-5, atol=1e-6)
     assert (model(x, always, perm) - quiet).abs().max() > 1e-5
-    orders = model.draw_orders(model.embed(x)[0], always, perm)
+    orders = draw_orders(3, 17, 1.0, x.device, always, perm)
     assert torch.equal(orders[0], torch.arange(17))  # the first layer never shuffles
     assert torch.equal(orders[2], perm[2])
     for layer in model.layers:  # a layer that treats tokens one by one does not notice
@@ -197,9 +197,9 @@ def test_shuffle_is_for_training_only_and_keeps_places():
 @pytest.mark.parametrize("layout,t", [("head", 1), ("middle", 1), ("tail", 1), ("double", 2), ("spread", 3)])
 @pytest.mark.parametrize("m", [4, 9])
 def test_tokens_come_out_where_they_went_in(layout, t, m):
-    patches, tokens, places = torch.randn(2, m, 3), torch.randn(1, t, 3), token_places(layout, m, t)
-    x = insert_tokens(patches, tokens, places)
-    back, out = split_tokens(x, places)
+    patches, tokens, indices = torch.randn(2, m, 3), torch.randn(1, t, 3), token_indices(layout, m, t)
+    x = insert_tokens(patches, tokens, indices)
+    back, out = split_tokens(x, indices)
     assert torch.equal(back, patches) and torch.equal(out, tokens.expand(2, -1, -1))
 
 
@@ -219,12 +219,25 @@ def test_positions_are_resized_around_the_class_token():
 
 def test_adventurer_flips_by_its_rule():
     flips = {
-        rule: [b.flip for b in Adventurer(depth=6, embed_dim=32, img_size=16, flip_rule=rule, d_state=4).layers]
-        for rule in ("released", "every_two", "every_other")
+        rule: [b.flip for b in Adventurer(depth=8, embed_dim=32, img_size=16, flip_rule=rule, d_state=4).layers]
+        for rule in FLIP_RULES
     }
-    assert flips["released"] == [False, False, True, True, False, False]
-    assert flips["every_two"] == [False, False, True, True, False, False]
-    assert flips["every_other"] == [False, True] * 3
+    assert flips["released"] == [n in (2, 3) for n in range(8)]
+    assert flips["every_two"] == [n in (2, 3, 6, 7) for n in range(8)]
+    assert flips["every_other"] == [n in (1, 3, 5, 7) for n in range(8)]
+    assert flips["never"] == [False] * 8
+    assert len({tuple(rule) for rule in flips.values()}) == len(FLIP_RULES)
+
+
+def test_adventurer_flips_the_patches_and_leaves_the_class_token_last():
+    torch.manual_seed(1)
+    block, x = AdventurerBlock(32, d_state=4, expand=2), torch.randn(2, 10, 32)
+    mirrored = torch.cat([x[:, :-1].flip(1), x[:, -1:]], dim=1)
+    as_it_is = block(mirrored)
+    block.flip = True
+    flipped = block(x)
+    torch.testing.assert_close(flipped, torch.cat([as_it_is[:, :-1].flip(1), as_it_is[:, -1:]], dim=1))
+    assert (flipped - AdventurerBlock.forward(block, mirrored)).abs().max() > 1e-4
 
 
 def test_residual_path_of_res_vmamba():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ssmzoo.timm  # registers, and lets timm find torchvision
+from ssmzoo.layers.image.drop_path import DropPath
 
 import timm  # isort: skip
 
@@ -183,7 +184,7 @@ def test_output_stride(name):
 @pytest.mark.parametrize("name", ALL)
 def test_pools_image_sizes_channels_and_depth_rates(name):
     model = create(name, global_pool="max" if name in STAGED else "avg", drop_path_rate=0.2, drop_rate=0.1, in_chans=1)
-    rates = [m.p for m in model.modules() if type(m).__name__ == "DropPath"]
+    rates = [m.p for m in model.modules() if isinstance(m, DropPath)]
     assert max(rates) > 0 and rates == sorted(rates)
     assert model.head_drop.p == 0.1 or name in PLAIN
     assert model.eval()(torch.randn(2, 1, 64, 64)).shape == (2, 1000)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.layers.image.depthwise_conv import DepthwiseConv
+from ssmzoo.layers.image.fused import depthwise_conv, fused_depthwise
 from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
@@ -107,17 +107,14 @@ def test_second_derivatives_and_frozen_weights():
 
 
 def test_layer_is_a_convolution_of_torch():
-    layer = DepthwiseConv(6, stride=2, act="silu")
-    plain = torch.nn.Conv2d(6, 6, 3, 2, 1, groups=6)
-    plain.load_state_dict(layer.state_dict())
+    conv = depthwise_conv(6, stride=2)
     x = torch.randn(2, 7, 5, 6)
-    expected = torch.nn.functional.silu(plain(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-    torch.testing.assert_close(layer(x), expected)
-    assert "act=silu" in str(layer)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.nn.functional.silu(conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    torch.testing.assert_close(fused_depthwise(conv, x, "silu"), expected)
+    compiled = torch.compile(lambda x: fused_depthwise(conv, x, "silu"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+        assert fused_depthwise(conv, x, "silu").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 
 from ssmzoo import ops
 from ssmzoo.layers.image.ss2d import SS2D
-from ssmzoo.layers.norm import GatedLayerNorm
 from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
@@ -92,11 +91,11 @@ def test_second_derivatives_and_who_serves():
 @pytest.mark.parametrize("out_act, joined", [(None, True), ("gelu", False)])
 def test_the_mixer_is_what_it_was(out_act, joined):
     torch.manual_seed(0)
-    mixer, x = SS2D(8, d_state=2, out_act=out_act), torch.randn(1, 3, 4, 8)
+    mixer, x = SS2D(8, d_state=2, out_norm=f"layer+{out_act}" if out_act else "layer"), torch.randn(1, 3, 4, 8)
     y, z = torch.randn(1, 3, 4, 16), torch.randn(1, 3, 4, 16)
-    assert isinstance(mixer.out_norm, GatedLayerNorm) == joined and isinstance(mixer.out_norm, torch.nn.LayerNorm)
+    assert mixer.joined == joined and type(mixer.out_norm) is torch.nn.LayerNorm
     plain = torch.nn.functional.layer_norm(y, (16,), mixer.out_norm.weight, mixer.out_norm.bias)
-    torch.testing.assert_close(mixer.close(y, z), mixer.out_act(plain) * torch.nn.functional.silu(z))
+    torch.testing.assert_close(mixer.norm_and_gate(y, z), mixer.out_act(plain) * torch.nn.functional.silu(z))
     assert mixer(x).shape == x.shape
 
 

@@ -11,41 +11,16 @@ from ssmzoo.ops.eager import eager
 
 
 class DropPath(nn.Module):
-    """Zero the branch of a sample with probability p in training, divide the others by 1 - p. (b ...) -> (b ...)
+    """Zero the branch of a sample with probability p in training, divide the others by 1 - p. (b ...) -> (b ...)"""
 
-    apart  the branch treats every sample by itself (BatchNorm does not), so that `add` need not compute what is zeroed
-    """
-
-    def __init__(self, p: float = 0.0, apart: bool = True):
+    def __init__(self, p: float = 0.0):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"a drop path rate must lie in [0, 1), got {p}")
-        self.p, self.apart = p, apart
+        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factors(x) if self.active() else x
-
-    def add(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x + self(branch(x)); on a CPU the branch is computed for few samples besides those whose factor is not 0.
-
-        Their number is rounded up to eighths of the batch, as oneDNN keeps a compiled kernel for every shape it meets.
-        """
-        if not self.active():
-            return x + branch(x)
-        factors = self.factors(x)
-        if not (self.apart and x.device.type == "cpu" and eager(x)):
-            return torch.addcmul(x, branch(x), factors)
-        order = factors.flatten().argsort(descending=True, stable=True)
-        kept, step = int(factors.count_nonzero()), -(-len(x) // 8)
-        computed = -(-kept // step) * step
-        if not 0 < computed < len(x):
-            return torch.addcmul(x, branch(x), factors)
-        y = branch(x.index_select(0, order[:computed]))[:kept]
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        return x.to(dtype).index_add(0, order[:kept], y.to(dtype), alpha=1 / (1 - self.p))
-
-    def active(self) -> bool:
-        return self.p > 0 and self.training
+        return x * self.factors(x) if self.p and self.training else x
 
     def factors(self, x: Tensor) -> Tensor:
         """0 or 1 / (1 - p) for every sample: (b 1 ...)"""
@@ -53,6 +28,46 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3g}"
+
+
+class FusedDropPathAdd(DropPath):
+    """x + DropPath(branch(x)) in one step, so that on a CPU hardly a sample is computed only to be multiplied by 0.
+
+    apart    every sample is treated by itself in the branch (BatchNorm does not); otherwise all of them are computed
+    forward  x (b ...) and the modules of the branch, one behind the other: `add(x, norm, mlp)` is x + mlp(norm(x))
+    """
+
+    def __init__(self, p: float = 0.0, apart: bool = True):
+        super().__init__(p)
+        self.apart = apart
+
+    def forward(self, x: Tensor, *branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if not (self.p and self.training):
+            return x + through(branch, x)
+        factors = self.factors(x)
+        if self.apart and x.device.type == "cpu" and eager(x):
+            return self.add_kept(x, branch, factors)
+        return torch.addcmul(x, through(branch, x), factors)
+
+    def add_kept(self, x: Tensor, branch: tuple, factors: Tensor) -> Tensor:
+        """The sum with the branch computed for the samples that are kept.
+
+        Their number is rounded up to eighths of the batch, as oneDNN keeps a compiled kernel for every shape it meets.
+        """
+        order = factors.flatten().argsort(descending=True, stable=True)
+        kept, step = int(factors.count_nonzero()), -(-len(x) // 8)
+        computed = -(-kept // step) * step
+        if not 0 < computed < len(x):
+            return torch.addcmul(x, through(branch, x), factors)
+        y = through(branch, x.index_select(0, order[:computed]))[:kept]
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return x.to(dtype).index_add(0, order[:kept], y.to(dtype), alpha=1 / (1 - self.p))
+
+
+def through(modules: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

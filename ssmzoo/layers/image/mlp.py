@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.ops import linear_act
+from ssmzoo.layers.image.fused import fused_linear
 
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
@@ -17,30 +17,21 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-class Linear(nn.Linear):
-    """torch's linear layer with the activation `act` (None, "gelu", "relu", "silu") behind it, fused where possible."""
-
-    def __init__(self, dim: int, out_dim: int, bias: bool = True, act: str | None = None):
-        super().__init__(dim, out_dim, bias)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_act(x, self.weight, self.bias, self.act)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act={self.act}" if self.act else "")
-
-
 class Mlp(nn.Module):
     """W2 act(W1 x)"""
 
     def __init__(self, dim: int, hidden: int, act: str = "gelu", drop: float = 0.0):
         super().__init__()
-        self.fc1, self.fc2 = Linear(dim, hidden, act=act), Linear(hidden, dim)
+        activation(act)  # refuses an unknown name
+        self.fc1, self.fc2, self.act = nn.Linear(dim, hidden), nn.Linear(hidden, dim), act
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.fc1(x))))
+        x = self.drop(fused_linear(self.fc1, x, self.act))
+        return self.drop(fused_linear(self.fc2, x))
+
+    def extra_repr(self) -> str:
+        return f"act={self.act}"
 
 
 class GatedMlp(nn.Module):
@@ -54,6 +45,11 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u, g = self.fc1(x).chunk(2, dim=-1)
         return self.drop(self.fc2(self.drop(u * self.act(g))))
+
+
+def make_mlp(dim: int, hidden: int, act: str = "gelu", gated: bool = False, drop: float = 0.0) -> nn.Module:
+    """`GatedMlp` or `Mlp`."""
+    return (GatedMlp if gated else Mlp)(dim, hidden, act, drop)
 
 
 class SwiGLU(nn.Module):

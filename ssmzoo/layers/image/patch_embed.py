@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,14 @@ def check_image(x: Tensor, in_chans: int, smallest: int, model: str) -> None:
             f"an image of {x.shape[2]}x{x.shape[3]} pixels is too small for {model}: both sides must be "
             f"at least {smallest}; enlarge the images or choose a smaller patch_size"
         )
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or a pair. Raises ValueError for anything else."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"an image size is a number of pixels or (height, width), got {size!r}")
+    return sides
 
 
 class MapBatchNorm(nn.BatchNorm2d):

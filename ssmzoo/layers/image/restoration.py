@@ -10,7 +10,6 @@ those of the released weights. Source: MambaIR (arXiv 2402.15648), which follows
 from __future__ import annotations
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ssmzoo.ops.imresize import imresize
@@ -60,7 +59,10 @@ def check_head(upsampler: str, upscale: int, heads: tuple[str, ...]) -> None:
 
 
 class RestorationNet(nn.Module):
-    """Images (b c y x) in [0, 1] to images (b c s*y s*x); a subclass supplies `features` (b d y x) -> (b d y x).
+    """Images (b c y x) in [0, 1] to images (b c s*y s*x); what the restoration models share around their bodies.
+
+    A subclass defines forward_features(x (b c y x)) -> (b d y x) and forward.
+
 
     upscale          s: 1 for denoising and JPEG removal, otherwise 2, 3, 4, 8, ...
     upsampler        '' adds a residual image; 'pixelshuffle' the classic head, 'pixelshuffledirect' the light one,
@@ -124,18 +126,24 @@ class RestorationNet(nn.Module):
         """Recompute every residual group in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def run_group(self, group: nn.Module, *args):
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(group, *args, use_reentrant=False)
-        return group(*args)
+    def normalise(self, x: Tensor) -> Tensor:
+        """Images (b c y x) in [0, 1] on the scale of the network, continued to multiples of window_size."""
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
+            )
+        return (mirror_pad(x, self.window_size) - self.mean) * self.img_range
 
-    def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define features(x (b d y x)) -> (b d y x)")
+    def reconstruct(self, deep: Tensor, x: Tensor) -> Tensor:
+        """Deep features (b d y' x') of images (b c y x) to restored images (b c s*y s*x) in [0, 1]."""
+        x0 = self.normalise(x)  # (b c y' x')
+        y = self.upsampled(deep) if self.upsampler else x0 + self.conv_last(deep)
+        if self.bicubic_skip and self.upsampler:
+            y = y + imresize(x0, float(self.upscale))
+        return (y / self.img_range + self.mean)[:, :, : x.shape[2] * self.upscale, : x.shape[3] * self.upscale]
 
-    def reconstruct(self, deep: Tensor, x0: Tensor) -> Tensor:
-        """deep (b d y x) and the normalised input (b c y x) to the normalised output (b c s*y s*x)."""
-        if self.upsampler == "":
-            return x0 + self.conv_last(deep)
+    def upsampled(self, deep: Tensor) -> Tensor:
+        """The reconstruction head: deep features (b d y x) to an image (b c s*y s*x)"""
         if self.upsampler == "pixelshuffledirect":
             return self.upsample(deep)
         wide = self.conv_before_upsample(deep)
@@ -144,28 +152,6 @@ class RestorationNet(nn.Module):
         wide = self.lrelu(self.conv_up1(self.nearest(wide)))
         wide = self.lrelu(self.conv_up2(self.nearest(wide)))
         return self.conv_last(self.lrelu(self.conv_hr(wide)))
-
-    def check_input(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"the input has shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
-            )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (b c y x) to the deep features (b d y x) in front of the head, y and x in multiples of window_size."""
-        x = mirror_pad(x, self.window_size)
-        shallow = self.conv_first((x - self.mean) * self.img_range)
-        return self.conv_after_body(self.features(shallow)) + shallow
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        height, width = x.shape[2:]
-        x = mirror_pad(x, self.window_size)
-        x0 = (x - self.mean) * self.img_range
-        y = self.reconstruct(self.forward_features(x), x0)
-        if self.bicubic_skip and self.upsampler:
-            y = y + imresize(x0, float(self.upscale))
-        return (y / self.img_range + self.mean)[:, :, : height * self.upscale, : width * self.upscale]
 
 
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:

@@ -1,30 +1,33 @@
-"""Selective scans of a 2-D map along several orders, each with its own projections (VMamba's SS2D).
+"""Selective scans of a 2-D map in several directions, each with its own projections (VMamba's SS2D).
 
     [x, z] = split(W_in u)                       z only with a gate
     x = act(depthwise conv(x))
-    for each order k:   [dt_r, B, C] = Wx_k x_k,  delta = softplus(Wdt_k dt_r + b_k),  A = -exp(A_logs_k)
-                        s_t = exp(delta_t A) s_{t-1} + delta_t B_t x_t,   y_k = <C_t, s_t> + D_k x_t
-    y = out_act(out_norm(sum of the y_k, each back at its place)) * gate(z)
+    for each direction k:   [dt_r, B, C] = Wx_k x_k,  delta = softplus(Wdt_k dt_r + b_k),  A = -exp(A_logs_k)
+                            s_t = exp(delta_t A) s_{t-1} + delta_t B_t x_t,   y_k = <C_t, s_t> + D_k x_t
+    y = out_act(out_norm(sum of the y_k, each back at its positions)) * gate(z)
     out = W_out y
 
-Orders of "cross": rows, columns, rows reversed, columns reversed. The sum has no factor 1/4.
+Scan directions of "cross": rows, columns, rows reversed, columns reversed. The sum has no factor 1/4.
 
-b batch, y x rows and columns, l = y x, k = 4 orders, d model width, e inner width, n state size, r rank of dt.
+b batch, y x rows and columns, l = y x, k = 4 scan directions, d model width, e inner width, n state size, r rank of dt.
 Source: Liu et al. 2024, VMamba (arXiv 2401.10166), section 4; parameter names of MzeroMiko/VMamba (MIT).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.image.depthwise_conv import DepthwiseConv, MapConv
-from ssmzoo.layers.image.mlp import Linear, activation
+from ssmzoo.deprecated import old_arguments
+from ssmzoo.layers.image.fused import depthwise_conv, fused_depthwise, fused_gated_norm, fused_linear
+from ssmzoo.layers.image.mlp import activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.layers.norm import GatedLayerNorm, fp32
+from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import (
     bidirectional_scan,
     cross_merge,
@@ -38,24 +41,22 @@ SCANS = ("cross", "unidirectional", "bidirectional", "cascade")
 
 
 def project_steps(xs: Tensor, x_proj: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What steers the scans: xs (b k e l), x_proj (k r+2n e) -> dt_r (b k r l), B and C (b k n l)"""
+    """Inputs of the scans: xs (b k e l), x_proj (k r+2n e) -> dt_r (b k r l), B and C (b k n l)"""
     return torch.matmul(x_proj, xs).split([x_proj.shape[1] - 2 * n, n, n], dim=2)
 
 
-def scan_steps(
+def scan_directions(
     xs: Tensor,
-    dt: Tensor,
+    delta: Tensor,
     B: Tensor,
     C: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    dt_bias: Tensor | None = None,
     z: Tensor | None = None,
 ) -> Tensor:
-    """The scans, given the results of `project_steps`; other arguments as in `directional_scan`. -> (b k e l)"""
-    k, e = dt_proj.shape[:2]
-    delta = torch.matmul(dt_proj, dt)  # (b k e l)
+    """k selective scans side by side: xs, delta and gates z (b k e l), B and C (b k n l), dt_bias (k e) -> (b k e l)"""
+    k, e = xs.shape[1:3]
     y = selective_scan_fn(
         xs.flatten(1, 2),
         delta.flatten(1, 2),
@@ -64,7 +65,7 @@ def scan_steps(
         C,
         fp32(D).flatten(),
         z=None if z is None else z.flatten(1, 2),
-        delta_bias=fp32(dt_bias).flatten(),
+        delta_bias=None if dt_bias is None else fp32(dt_bias).flatten(),
         delta_softplus=True,
     )
     return y.unflatten(1, (k, e))
@@ -79,7 +80,23 @@ def directional_scan(
     x_proj      (k r+2n e), dt_proj (k e r), dt_bias (k e), A_log (k e n), D (k e): the projections of every scan
     returns     (b k e l)
     """
-    return scan_steps(xs, *project_steps(xs, x_proj, A_log.shape[-1]), dt_proj, dt_bias, A_log, D, z)
+    dt, B, C = project_steps(xs, x_proj, A_log.shape[-1])
+    return scan_directions(xs, torch.matmul(dt_proj, dt), B, C, A_log, D, dt_bias, z)
+
+
+def project_by(linears: Sequence[nn.Module], xs: Tensor) -> Tensor:
+    """Sequence k through linear layer k, (b k e l) -> (b k out l); bias and all."""
+    if is_plain(*linears) and linears[0].bias is None:
+        return torch.matmul(torch.stack([linear.weight for linear in linears]), xs)
+    return torch.stack([linear(x.mT).mT for linear, x in zip(linears, xs.unbind(1))], dim=1)
+
+
+def time_steps_by(linears: Sequence[nn.Module], dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dt_r (b k r l) -> time steps before the softplus (b k e l) and a bias (k e) that the scan adds, if it is to."""
+    if is_plain(*linears):
+        weight, bias = (torch.stack([getattr(p, name) for p in linears]) for name in ("weight", "bias"))
+        return torch.matmul(weight, dt), bias
+    return project_by(linears, dt), None
 
 
 def init_directional_(module: nn.Module, rule: str = "mamba") -> None:
@@ -110,6 +127,25 @@ def init_directional_(module: nn.Module, rule: str = "mamba") -> None:
             raise ValueError(f"ssm_init is {rule!r}; expected 'mamba', 'normal' or 'zero'")
 
 
+class DepthwiseMapConv(nn.Module):
+    """A depthwise convolution of channels-last maps (b y x d), one level down as some checkpoints have it."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        act: str | None = None,
+        rectify: bool = False,
+    ):
+        super().__init__()
+        self.conv, self.act, self.rectify = depthwise_conv(dim, kernel, stride, bias), act, rectify
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_depthwise(self.conv, x, self.act, rectify=self.rectify)
+
+
 class SpatialSoftmax(nn.Module):
     """Softmax over the positions of a map (b y x d), channel by channel."""
 
@@ -119,22 +155,29 @@ class SpatialSoftmax(nn.Module):
 
 OUT_NORMS = {
     "layer": nn.LayerNorm,
-    "layer_conv": lambda dim: nn.Sequential(nn.LayerNorm(dim), MapConv(dim, bias=False)),
-    "conv": lambda dim: MapConv(dim, bias=False),
+    "layer_conv": lambda dim: nn.Sequential(nn.LayerNorm(dim), DepthwiseMapConv(dim, bias=False)),
+    "conv": lambda dim: DepthwiseMapConv(dim, bias=False),
     "softmax": lambda dim: SpatialSoftmax(),
     "sigmoid": lambda dim: nn.Sigmoid(),
     "none": lambda dim: nn.Identity(),
 }
 
 
+def move_out_act(arguments: dict, act: str | None) -> None:
+    if act:
+        arguments["out_norm"] = f"{arguments.get('out_norm', 'layer')}+{act}"
+
+
+@old_arguments(out_act=move_out_act)
 class SS2D(nn.Module):
     """Token mixer of channels-last maps (b y x d) -> (b y x d).
 
     d_model, d_state, ssm_ratio, dt_rank   d, n, e = int(ssm_ratio d), r or "auto" = ceil(d / 16)
     d_conv, conv_bias   side of the depthwise convolution (1: none) and whether it has a bias
-    act, out_act        activations behind the convolution and behind the output norm (None: identity)
+    act      activation behind the convolution
     gate     None, "act" (multiply by act(z)) or "linear" (by z itself)
-    out_norm "layer", "layer_conv" (then a depthwise 3x3), "conv", "softmax" (over positions), "sigmoid", "none"
+    out_norm "layer", "layer_conv" (then a depthwise 3x3), "conv", "softmax" (over positions), "sigmoid", "none"; an
+             activation may follow ("layer+gelu")
     scans    "cross", "unidirectional" (four times by rows), "bidirectional" (rows, rows, both reversed) or "cascade"
              (every row by itself, then every column, forwards and backwards)
     ssm_init see `init_directional_`
@@ -149,7 +192,6 @@ class SS2D(nn.Module):
         d_conv: int = 3,
         conv_bias: bool = True,
         act: str = "silu",
-        out_act: str | None = None,
         gate: str | None = "act",
         out_norm: str = "layer",
         scans: str = "cross",
@@ -157,6 +199,7 @@ class SS2D(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        out_norm, _, out_act = out_norm.partition("+")
         if gate not in (None, "act", "linear"):
             raise ValueError(f"gate is {gate!r}; expected None, 'act' or 'linear'")
         if scans not in SCANS:
@@ -166,14 +209,14 @@ class SS2D(nn.Module):
         e = self.d_inner = int(ssm_ratio * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.d_state, self.gate, self.scans, self.ssm_init = d_state, gate, scans, ssm_init
-        self.in_proj = Linear(d_model, e if gate is None else 2 * e, bias=False)
-        self.act = activation(act)
-        self.conv2d = DepthwiseConv(e, d_conv, bias=conv_bias, act=act) if d_conv > 1 else None
+        self.in_proj = nn.Linear(d_model, e if gate is None else 2 * e, bias=False)
+        self.act, self.act_name = activation(act), act
+        self.conv2d = depthwise_conv(e, d_conv, bias=conv_bias) if d_conv > 1 else None
         self.out_act = activation(out_act) if out_act else nn.Identity()
         self.make_scan_parameters()
-        joined = (gate, act, out_norm, out_act) == ("act", "silu", "layer", None)
-        self.out_norm = GatedLayerNorm(e) if joined else OUT_NORMS[out_norm](e)
-        self.out_proj = Linear(e, d_model, bias=False)
+        self.joined = (gate, act, out_norm, out_act) == ("act", "silu", "layer", "")  # norm and gate in one operator
+        self.out_norm = OUT_NORMS[out_norm](e)
+        self.out_proj = nn.Linear(e, d_model, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
@@ -192,24 +235,24 @@ class SS2D(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
 
     def forward(self, u: Tensor) -> Tensor:
-        x, z = self.in_proj(u), None
+        x, z = fused_linear(self.in_proj, u), None
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = self.act(x) if self.conv2d is None else self.conv2d(x)
+        x = self.act(x) if self.conv2d is None else fused_depthwise(self.conv2d, x, self.act_name)
         y = self.scan(x.permute(0, 3, 1, 2)).to(u.dtype)  # (b y x e)
-        return self.dropout(self.out_proj(self.close(y, z)))
+        return self.dropout(fused_linear(self.out_proj, self.norm_and_gate(y, z)))
 
-    def close(self, y: Tensor, z: Tensor | None) -> Tensor:
+    def norm_and_gate(self, y: Tensor, z: Tensor | None) -> Tensor:
         """out_act(out_norm(y)) * gate(z): (b y x e), z None without a gate"""
-        if isinstance(self.out_norm, GatedLayerNorm):
-            return self.out_norm(y, z)
+        if self.joined:
+            return fused_gated_norm(self.out_norm, y, z)
         y = self.out_act(self.out_norm(y))
         if z is None:
             return y
         return y * (self.act(z) if self.gate == "act" else z)
 
     def scan(self, x: Tensor) -> Tensor:
-        """(b e y x) -> the sum over the orders (b y x e)"""
+        """(b e y x) -> the sum over the scan directions (b y x e)"""
         if self.scans == "cascade":
             return self._cascade(x)
         return cross_selective_scan(
@@ -222,8 +265,8 @@ class SS2D(nn.Module):
             self.scans,
         )
 
-    def scan_orders(self, xs: Tensor, first: int) -> Tensor:
-        """xs (b k e l) with the projections of the orders first .. first + k - 1 -> (b k e l)"""
+    def scan_by(self, xs: Tensor, first: int) -> Tensor:
+        """xs (b k e l) with the projections of the directions first .. first + k - 1 -> (b k e l)"""
         k, e = xs.shape[1:3]
         take = slice(first, first + k)
         return directional_scan(
@@ -236,18 +279,18 @@ class SS2D(nn.Module):
         )
 
     def _cascade(self, x: Tensor) -> Tensor:
-        """Every row by itself, then every column; the backward pass is added without turning it round, as released."""
+        """Every row by itself, then every column; the reversed one is added without flipping it back, as released."""
         for first in (0, 2):
             x = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],))  # (b y x e), no weights
             lines = x.permute(0, 1, 3, 2) if first == 0 else x.permute(0, 2, 3, 1)  # (b lines e length)
             s = lines.flatten(0, 1)
-            y = self.scan_orders(bidirectional_scan(s), first).sum(1).unflatten(0, lines.shape[:2])
+            y = self.scan_by(bidirectional_scan(s), first).sum(1).unflatten(0, lines.shape[:2])
             x = y.permute(0, 2, 1, 3) if first == 0 else y.permute(0, 2, 3, 1)  # (b e y x)
         return x.permute(0, 2, 3, 1)
 
 
 class HeadSS2D(SS2D):
-    """SS2D with Mamba-2's recurrence: dt_rank heads per order, one decay per head, no rank between input and time step.
+    """SS2D with Mamba-2's recurrence: dt_rank heads per direction with a decay each, no rank below the time step.
 
     y_t = S_t C_t + D x_t,   S_t = exp(delta_t A_h) S_{t-1} + delta_t x_t B_t^T,   A (k h), D (k h p), h p = e
     """
