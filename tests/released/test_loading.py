@@ -1,0 +1,152 @@
+"""Loading takes every tensor or refuses: heads, embeddings and norms never stay random; config.json is read whole."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ssmzoo
+from ssmzoo.checkpoint_files import read_weights
+from ssmzoo.released.family import families, to_official
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.fit import role
+from ssmzoo.train.init_from import start_from
+
+TINY = {  # small enough to build in no time, by family; every family with models of ours is here
+    "mamba": lambda: ssmzoo.create_model("mamba", vocab_size=64, d_model=32, n_layer=2),
+    "mamba_hf": lambda: ssmzoo.create_model("mamba", vocab_size=64, d_model=32, n_layer=2),
+    "mamba2": lambda: ssmzoo.create_model("mamba2", vocab_size=64, d_model=64, n_layer=2),
+    "mamba2_hf": lambda: ssmzoo.create_model("mamba2", vocab_size=64, d_model=64, n_layer=2),
+    "mamba3": lambda: ssmzoo.create_model("mamba3", vocab_size=64, d_model=64, n_layer=1),
+    "moe_mamba": lambda: ssmzoo.create_model("moe_mamba", vocab_size=32, d_model=16, n_blocks=2, n_experts=2),
+    "vmamba": lambda: ssmzoo.create_model("vmamba_tiny", depths=[1, 1], dims=[8, 16], num_classes=3),
+    "res_vmamba": lambda: ssmzoo.create_model("res_vmamba_small", depths=[1, 1], dims=[8, 16], num_classes=3),
+    "vim": lambda: ssmzoo.create_model("vim_tiny", depth=2, embed_dim=16, img_size=32, num_classes=3),
+    "shuffle_mamba": lambda: ssmzoo.create_model(
+        "shuffle_mamba_reg_small", depth=2, embed_dim=24, img_size=32, num_classes=3
+    ),
+    "adventurer": lambda: ssmzoo.create_model("adventurer_tiny", depth=2, embed_dim=64, img_size=32, num_classes=3),
+    "spatial_mamba": lambda: ssmzoo.create_model("spatial_mamba_tiny", depths=[1, 1], embed_dim=8, num_classes=3),
+    "mambair": lambda: ssmzoo.create_model("mambair_light_x2", embed_dim=30, depths=[1, 1]),
+    "mambair_v2": lambda: ssmzoo.create_model("mambair_v2_light_x2", depths=[1, 1], num_heads=[2, 2], embed_dim=16),
+}
+TOLD = sorted(set(families("MODELS")) & set(families("TELLING_KEYS")) - {"mamba_fscil"})
+
+
+def test_every_family_of_models_is_tried():
+    assert TOLD == sorted(TINY)
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_a_model_starts_from_its_weights_under_official_names(family, tmp_path):
+    torch.manual_seed(0)
+    source, target = TINY[family](), TINY[family]()
+    torch.save(to_official(family, source), tmp_path / "w.pth")
+    said = start_from(target, str(tmp_path / "w.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values())), said
+    assert "new" not in said and "not used" not in said
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_no_embedding_head_or_norm_starts_from_random_values_unsaid(family, tmp_path):
+    """Each tensor of these roles in turn is taken out of the file: a refusal that names it, or what is said is new."""
+    state, seen = TINY[family]().state_dict(), set()
+    for name in state:
+        kind = role(TINY[family](), name) if len(seen) < 3 else ""
+        if kind in ("", *seen) or name == "lm_head.weight":
+            continue
+        seen.add(kind)
+        save_file(
+            {k: v.clone() for k, v in state.items() if k not in (name, "lm_head.weight")}, tmp_path / "w.safetensors"
+        )
+        with pytest.raises(CheckpointError, match=f"{name.split('.')[-1]}|only .* of the model's"):
+            start_from(TINY[family](), str(tmp_path / "w.safetensors"))
+    assert seen
+
+
+def test_a_head_for_other_classes_stays_new_and_is_said_with_its_share(tmp_path):
+    torch.save({"model": TINY["vmamba"]().state_dict()}, tmp_path / "w.pth")
+    other = ssmzoo.create_model("vmamba_tiny", depths=[1, 1], dims=[8, 16], num_classes=5)
+    said = start_from(other, str(tmp_path / "w.pth"))
+    assert "new: head.weight, head.bias (" in said and "% of its parameters)" in said
+    wide = ssmzoo.create_model("mamba", vocab_size=72, d_model=32, n_layer=2)
+    torch.save(TINY["mamba"]().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"embedding\) is \(64, 32\) in the file and \(72, 32\) in the model"):
+        start_from(wide, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba_hf", "mamba2_hf"])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_head_of_its_own_is_loaded_or_refused(family, asked):
+    torch.manual_seed(0)
+    model = ssmzoo.create_model(family.removesuffix("_hf"), vocab_size=64, d_model=64, n_layer=1, tie_embeddings=False)
+    state = to_official(family, model)
+    name = "tie_word_embeddings" if family.endswith("_hf") else "tie_embeddings"
+    kwargs = {} if asked is None else {name: asked}
+    kwargs |= {"n_groups": 1} if family == "mamba2_hf" else {}
+    if asked:
+        with pytest.raises(CheckpointError, match=f"{name} is True, but lm_head.weight of the file is not"):
+            ssmzoo.load_official(family, state, **kwargs)
+        return
+    ids = torch.randint(64, (2, 7))
+    assert torch.equal(ssmzoo.load_official(family, state, **kwargs)(ids).logits, model.eval()(ids).logits)
+
+
+def folder(tmp_path, config, family="mamba_hf"):
+    save_file(to_official(family, TINY[family]()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+HF = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+
+
+def test_config_json_says_which_family_it_is(tmp_path):
+    load = ssmzoo.load_official
+    assert type(load(folder(tmp_path, HF))) is type(load("mamba_hf", tmp_path))
+    with pytest.raises(CheckpointError, match="describes a model of family 'mamba_hf', not of 'mamba'"):
+        load("mamba", tmp_path)
+    unknown = HF | {"model_type": "rwkv7", "architectures": ["RWKV7ForCausalLM"]}
+    for words, config in (
+        ("model_type 'rwkv7' .RWKV7ForCausalLM., which is none of", unknown),
+        ("sets mixer_rms_eps, which family 'mamba_hf' does not know", HF | {"mixer_rms_eps": 1e-6}),
+        ("hidden_size is 48, but the tensors say 32", HF | {"hidden_size": 48}),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            load(folder(tmp_path, config))
+    for text in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json (cannot be read|does not hold)"):
+            load(tmp_path)
+
+
+def test_infinity_in_every_form_that_transformers_writes(tmp_path):
+    config = {
+        "model_type": "mamba2",
+        "n_groups": 1,
+        "tie_word_embeddings": True,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    }
+    module = ssmzoo.load_official(folder(tmp_path, config, "mamba2_hf"))
+    assert module.backbone.layers[0].mixer.dt_limit == (0.0, float("inf"))
+    folder(tmp_path, config | {"time_step_limit": [0.0, float("inf")]}, "mamba2_hf")
+    assert ssmzoo.load_official(tmp_path).backbone.layers[0].mixer.dt_limit == (0.0, float("inf"))
+
+
+def test_half_precision_is_said(tmp_path):
+    state = {k: v.bfloat16() for k, v in TINY["mamba"]().state_dict().items()}
+    with pytest.warns(UserWarning, match="stores bfloat16, the model computes in float32"):
+        ssmzoo.load_official("mamba", state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ssmzoo.load_official("mamba", TINY["mamba"]().state_dict())
+
+
+def test_an_unknown_checkpoint_is_no_random_model(tmp_path):
+    with pytest.raises(CheckpointError, match="no family has keys like a.weight"):
+        ssmzoo.load_official({"a.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="unknown family 'mamab'"):
+        ssmzoo.load_official("mamab", {})
+    assert read_weights(folder(tmp_path, HF)).keys() == to_official("mamba_hf", TINY["mamba_hf"]()).keys()
