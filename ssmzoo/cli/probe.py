@@ -28,8 +28,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "checkpoint",
-        help="a run folder, a checkpoint folder inside one, or the name of an image model (timm's: "
-        "timm/NAME): its initial weights on embedded photographs",
+        help="a run folder, a checkpoint folder inside one, or the name of a model for images or their restoration "
+        "(timm's: timm/NAME): its initial weights on embedded photographs",
     )
     add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
@@ -48,11 +48,11 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "255 unlabelled), or otsu: what is brighter than Otsu's threshold; maps are then scored against it",
     )
     add("--target", type=int, help="token id or class to explain; default: the model's first choice")
-    add("--length", type=int, default=128, help="tokens to read of a text (128)")
-    add("--batch", type=int, default=4, help="samples of the validation data (4)")
+    add("--length", type=at_least(2), default=128, help="tokens to read of a text (128)")
+    add("--batch", type=at_least(1), default=4, help="samples of the validation data (4)")
     add(
         "--max-bytes",
-        type=float,
+        type=at_least(1, float),
         default=2**30,
         help="memory that a tap, and the matrices made of it, may each take (2^30)",
     )
@@ -67,6 +67,21 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,2") from None
+
+
+def at_least(lowest: int, kind: type = int):
+    """A type for arguments: numbers from `lowest` on."""
+
+    def number(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not lowest <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number of {lowest} or more")
+        return value
+
+    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,12 +127,10 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def expressivity(module, folder: Path, out: Path, command: str) -> int:
-    from omegaconf import OmegaConf
-
     from ssmzoo.zoo import load_model
 
     model, manifest = load_model(folder)
-    found = module.run(model, OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"], out)
+    found = module.run(model, dict(manifest["config"]["data"]), out)
     figures = "\n".join(f"![{f.stem}]({f.name})" for f in found.figures)
     (out / "summary.md").write_text(f"# expressivity\n\n`{command}`\n\n{found.text}\n\n{figures}\n", encoding="utf-8")
     print(f"{found.text}\nwritten to {out}")
@@ -178,11 +191,9 @@ def read_text(manifest: dict, args) -> dict:
 
 
 def data_module(manifest: dict, stage: str = "validate"):
-    from omegaconf import OmegaConf
-
     from ssmzoo.train import config
 
-    plain = OmegaConf.to_container(OmegaConf.create(manifest["config"]), resolve=True)["data"]
+    plain = dict(manifest["config"]["data"])
     if "tokenizer" in manifest and "tokenizer" in plain:
         plain |= {"tokenizer": manifest["tokenizer"], "bpe_vocab_size": None}
     data = config.build_node(plain, "ssmzoo.data.")

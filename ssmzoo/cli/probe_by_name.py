@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SIDE = 224
+SIDE = 224  # pixels: pictures for classifiers are scaled to it
+CROP = 64  # pixels: those for restoration are cut to it, since every pixel is a token there
+SIZES = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE, "upscale": 1}
+RESTORATION = ("restoration", "denoise", "jpeg", "real_denoise")
 
 
 def named_subject(name: str, args: argparse.Namespace):
-    """The model `name` for colour images, or `timm/NAME` of timm's, and the pictures it looks at: --input, or the
-    embedded photographs.
+    """The model `name` for colour images or their restoration, or `timm/NAME` of timm's, and the pictures it looks at:
+    --input, or the embedded photographs.
 
     Raises ValueError for a name that is no image model, saying what else the argument may be.
     """
@@ -21,23 +24,25 @@ def named_subject(name: str, args: argparse.Namespace):
     from ssmzoo.suggest import nearest
 
     torch.manual_seed(0)
+    restores = False
     if name.startswith("timm/"):
         model = of_timm(name[5:])
     else:
-        names = list_models(task="classification")
+        restoration = [n for task in RESTORATION for n in list_models(task=task)]
+        names = list_models(task="classification") + restoration
         if name not in names:
             raise ValueError(
-                f"no checkpoint or run folder at {name}, and no image model of that name"
-                f"{nearest(name, names)} (`ssmzoo list models --task classification`, or timm/NAME)"
+                f"no checkpoint or run folder at {name}, and no model for images of that name{nearest(name, names)} "
+                f"(`ssmzoo list models --task classification` or --task restoration, or timm/NAME)"
             )
-        node = read_model_config(name)["model"]
+        node, restores = read_model_config(name)["model"], name in restoration
         for key, value in node.items():
             if isinstance(value, str) and value.startswith("${sizes:"):
-                node[key] = {"in_chans": 3, "num_classes": 1000, "img_size": SIDE}[value[8:-1]]
+                node[key] = SIZES[value[8:-1]]
         model = build_model(node)
     return Subject(
         model.eval(),
-        pictures(args),
+        pictures(args, restores),
         layers=args.layers,
         channels=args.channels,
         target=args.target,
@@ -57,8 +62,9 @@ def of_timm(name: str):
     return timm.create_model(name)
 
 
-def pictures(args: argparse.Namespace):
-    """(b 3 SIDE SIDE), normalised: the largest centred square of every picture, scaled."""
+def pictures(args: argparse.Namespace, restores: bool = False):
+    """(b 3 SIDE SIDE), normalised: the largest centred square of every picture, scaled; for restoration (b 3 CROP CROP)
+    in [0, 1], what stands in the middle."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -74,9 +80,12 @@ def pictures(args: argparse.Namespace):
     squares = []
     for picture in levels:
         y, x = picture.shape[:2]
-        side = min(y, x)
+        side = min(y, x, CROP) if restores else min(y, x)
         cut = picture[(y - side) // 2 :, (x - side) // 2 :][:side, :side]
         image = torch.from_numpy(np.ascontiguousarray(cut)).float().permute(2, 0, 1)[None] / 255
+        if restores:
+            squares.append(image.expand(-1, 3, -1, -1))
+            continue
         image = F.interpolate(image, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
         squares.append((image.expand(-1, 3, -1, -1) - mean) / std)
     return torch.cat(squares)

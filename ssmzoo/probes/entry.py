@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.probes.image_tokens import patch_grid, special_tokens
+
 
 @dataclass
 class Entry:
@@ -73,7 +75,7 @@ def replaced(module: nn.Module, values: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def enter(model: nn.Module, inputs: Tensor) -> Entry:
-    """Find where `inputs` become vectors. ValueError for a model that shows no such place."""
+    """Find where `inputs` become vectors. ValueError for a model that shows no such point."""
     if not inputs.is_floating_point() and not any(isinstance(m, nn.Embedding) for m in model.modules()):
         if not hasattr(model, "input_size"):
             raise ValueError(
@@ -94,8 +96,8 @@ def enter(model: nn.Module, inputs: Tensor) -> Entry:
     grid, special, flat = None, (), values
     if inputs.is_floating_point():
         flat = values.flatten(1, 2) if values.ndim == 4 else values
-        special = tuple(model.token_indices(flat.shape[1])) if hasattr(model, "token_indices") else ()
-        grid = tuple(values.shape[1:3]) if values.ndim == 4 else tuple(model.patch_embed.grid(*inputs.shape[-2:]))
+        special = special_tokens(model, flat.shape[1]) if values.ndim == 3 else ()
+        grid = tuple(values.shape[1:3]) if values.ndim == 4 else patch_grid(model, *inputs.shape[-2:])
     return Entry(model, inputs, name, flat, values.shape, grid, special)
 
 

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.probes import attribution_maps as maps
+from ssmzoo.probes.attention_matrices import MATRIX_BYTES, WORK, attention, class_row, matrix_bytes
 from ssmzoo.probes.attribution_maps import gradient_weight, min_max, rollout
 from ssmzoo.probes.entry import Entry
-from ssmzoo.probes.hidden_attention import MATRIX_BYTES, WORK, attention, class_row
 from ssmzoo.probes.mamba_lrp import ALL, integrated_gradients, relevance
-from ssmzoo.probes.tap import Scan, Taps, tap
+from ssmzoo.probes.scan import Scan, Taps
+from ssmzoo.probes.softmax_attention import Attention
+from ssmzoo.probes.tap import tap
 
 NORMS = (RMSNorm, nn.LayerNorm)
 ATTENTION_METHODS = ("raw", "rollout", "attribution")
@@ -59,7 +61,10 @@ class Streams:
 
 
 def token_map(
-    scan: Scan, function: Callable[[Tensor], Tensor] = torch.abs, every: int = 1, max_bytes: int = MATRIX_BYTES
+    scan: Scan | Attention,
+    function: Callable[[Tensor], Tensor] = torch.abs,
+    every: int = 1,
+    max_bytes: int = MATRIX_BYTES,
 ) -> Tensor:
     """function(alpha) averaged over the channels of every direction and added over directions: (b l l) by tokens.
 
@@ -71,12 +76,14 @@ def token_map(
 
 
 def token_maps(
-    scan: Scan, functions: Sequence[Callable[[Tensor], Tensor]], every: int = 1, max_bytes: int = MATRIX_BYTES
+    scan: Scan | Attention,
+    functions: Sequence[Callable[[Tensor], Tensor]],
+    every: int = 1,
+    max_bytes: int = MATRIX_BYTES,
 ) -> list[Tensor]:
     """`token_map` of several functions, from matrices that are made once."""
     chosen = list(range(0, len(scan.channels), every))
-    one = scan.u.element_size() * len(scan.u) * scan.length**2
-    chunk = max(1, min(16, max_bytes // one - 2 * WORK))
+    chunk = max(1, min(16, max_bytes // matrix_bytes(scan) - 2 * WORK))
     totals: list[Tensor | float] = [0.0] * len(functions)
     for i in range(0, len(chosen), chunk):
         alpha = attention(scan.take(chosen[i : i + chunk]), max_bytes=max_bytes)
@@ -102,20 +109,19 @@ class Layers(NamedTuple):
 def attention_layers(
     entry: Entry, target: Tensor, max_channels: int = 64, layers=None, channels=None, max_bytes: int = MATRIX_BYTES
 ) -> Layers:
-    """Token maps of every scan that works on whole sequences, and the gradients at the streams that enter them.
+    """Token maps of every scan and attention over whole sequences, and the gradients at the streams that enter them.
 
     max_channels per layer, evenly spread | layers, channels, max_bytes  as in `tap`; the last for the maps too
     """
-    tapped = tap(entry.model, layers, channels, max_bytes=max_bytes)
+    tapped = tap(entry.model, layers, channels, max_bytes=max_bytes, attention=True)
     with Streams(entry.model) as streams, tapped as scans, torch.enable_grad():
         logits = entry.logits(entry.values.detach().requires_grad_())
         logit = logits.gather(1, target[:, None]).sum()
-    scans = Taps(s for s in scans if isinstance(s, Scan) and s.u.shape[0] == len(logits))
+    scans = Taps(s for s in scans if isinstance(s, (Scan, Attention)) and s.batch == len(logits))
     if not scans:
         raise ValueError(
-            f"{type(entry.model).__name__} has no diagonal scan whose attention could be shown; the "
-            f"methods "
-            f"lrp, gradient_x_input and integrated_gradients apply"
+            f"{type(entry.model).__name__} has no diagonal scan and no attention over whole sequences whose weights "
+            f"could be shown; the methods lrp, gradient_x_input and integrated_gradients apply"
         )
     gradients = torch.autograd.grad(logit, [streams.of[s.name] for s in scans])
     with torch.no_grad():
@@ -177,7 +183,7 @@ def enlarge(entry: Entry, scores: Tensor) -> Tensor:
     coarse = round(entry.grid[0] * ratio), round(entry.grid[1] * ratio)
     if coarse[0] * coarse[1] != scores.shape[1]:
         raise ValueError(
-            f"scores of {scores.shape[1]} places do not form a reduced {entry.grid[0]} x {entry.grid[1]} map"
+            f"scores of {scores.shape[1]} positions do not form a reduced {entry.grid[0]} x {entry.grid[1]} map"
         )
     return F.interpolate(scores.unflatten(1, coarse)[:, None], entry.grid, mode="bilinear")[:, 0].flatten(1)
 

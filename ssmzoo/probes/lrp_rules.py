@@ -5,6 +5,7 @@ of the backward pass; then relevance = input x gradient and its sum is the logit
 
     act    y = x' [SiLU(x) / x'],  x' = x + 1e-6 sign(x)               every SiLU and GELU, on the gate as well
     scan   h_t = [exp(dt_t A)] h_{t-1} + [dt_t B_t] u_t,  y_t = [C_t] h_t + D u_t
+           attention likewise: y = [softmax(q k^T)] v
     gate   v = y SiLU(z);  v / 2 + [v] / 2;  the probabilities of a router of experts are constants
     norm   x [1 / rms(x)] w,  (x - mean) [1 / std] w + b
     conv   z = W x + b by the gamma rule (a choice for vision): positive and negative parts weighted unequally
@@ -14,7 +15,8 @@ No model is edited: operators are observed, torch's activations and norms likewi
 with the result of a SiLU counts as a gate. Gradients of parameters under the rules mean nothing: never train on them.
 
 b batch, l length, d width, e channels, n state size.
-Source: Rezaei Jafari et al. 2024 (arXiv 2406.07592); FarnoushRJ/MambaLRP (MIT), lrp/core.py.
+Source: Rezaei Jafari et al. 2024 (arXiv 2406.07592); FarnoushRJ/MambaLRP (MIT), lrp/core.py; attention's weights as
+constants: Ali et al. 2022 (arXiv 2202.07304).
 """
 
 from __future__ import annotations
@@ -103,6 +105,8 @@ class _Torch(TorchFunctionMode):
         if function in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__) and "gate" in self.on:
             v = function(*args, **kwargs)
             return halved(v) if any(a is g for a in args for g in self.gates) else v
+        if function is F.scaled_dot_product_attention and "scan" in self.on:
+            return function(args[0].detach(), args[1].detach(), *args[2:], **kwargs)
         if function is F.rms_norm and "norm" in self.on:
             return self.rms(*args, **kwargs)
         if function is F.layer_norm and "norm" in self.on:

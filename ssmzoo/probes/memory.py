@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmzoo.probes.attention_matrices import attention_row, dense_map
 from ssmzoo.probes.entry import Entry
-from ssmzoo.probes.hidden_attention import attention_row, dense_map
-from ssmzoo.probes.tap import DenseScan, Scan
+from ssmzoo.probes.scan import DenseScan, Scan
+from ssmzoo.probes.softmax_attention import Attention
 
 SHARE = 0.9
 
@@ -41,9 +42,10 @@ def memory_length(weights: Tensor, share: float = SHARE) -> Tensor:
 
 
 @torch.no_grad()
-def channel_memory(scan: Scan, rows: int = 4, share: float = SHARE, chunk: int = 64) -> Tensor:
-    """Memory (e) of every channel, mean over the batch and over `rows` places in the last quarter of the sequence."""
-    l = scan.u.shape[-1]
+def channel_memory(scan: Scan | Attention, rows: int = 4, share: float = SHARE, chunk: int = 64) -> Tensor:
+    """Memory (e) of every channel, or head, mean over the batch and over `rows` positions in the
+    last quarter of the sequence."""
+    l = scan.length
     reads = torch.linspace(3 * l // 4, l - 1, max(1, min(rows, l - 3 * l // 4))).long().tolist()
     out = []
     for i in range(0, len(scan.channels), chunk):
@@ -80,7 +82,7 @@ def gradient_influence(entry: Entry, probes: int = 8, seed: int = 0) -> Influenc
 def substitution_influence(entry: Entry, lags: Sequence[int], seed: int = 0) -> Tensor:
     """KL divergence (nats) of the next-token prediction after the vector at every lag is replaced by another token's.
 
-    The replacements are vectors of the same input at random places. Returns (len(lags))
+    The replacements are vectors of the same input at random positions. Returns (len(lags))
     """
     b, l = entry.values.shape[:2]
     if lags and not 0 <= min(lags) <= max(lags) < l:
@@ -108,14 +110,21 @@ def probe(subject):
     try:
         with (
             torch.no_grad(),
-            tap(subject.model, subject.layers, subject.channels, rows=2, max_bytes=subject.max_bytes) as scans,
+            tap(
+                subject.model,
+                subject.layers,
+                subject.channels,
+                rows=2,
+                max_bytes=subject.max_bytes,
+                attention=not subject.is_image,  # which looks in all directions
+            ) as scans,
         ):
             subject.model(subject.inputs[:2])
     except ValueError as error:
         if "ran no scan" not in str(error):
             raise
     for i, scan in enumerate(scans):
-        by_layer[f"{i}: {scan.name}"] = channel_memory(scan) if isinstance(scan, Scan) else dense_memory(scan)
+        by_layer[f"{i}: {scan.name}"] = dense_memory(scan) if isinstance(scan, DenseScan) else channel_memory(scan)
     for name, memory in by_layer.items():
         finding.summary[f"{name}, tokens: median, 90 %, largest"] = ", ".join(
             f"{float(v):.1f}" for v in (memory.median(), memory.quantile(0.9), memory.max())

@@ -2,6 +2,8 @@
 
     ERF(pixel) = mean over images and output channels' signs of |d sum of the central feature / d pixel|
 
+Of a restoration model that offers no features the centre of the restored image stands for it.
+
 Source: Luo et al. 2016 (arXiv 1701.04128), as VMamba (arXiv 2401.10166) plots it.
 """
 
@@ -11,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ssmzoo.probes.image_tokens import patch_grid, special_tokens
 
 
 class Field(NamedTuple):
@@ -22,15 +26,19 @@ class Field(NamedTuple):
 
 
 def receptive_field(model: nn.Module, images: Tensor) -> Field:
-    """images (b c y x); the model must offer forward_features, as every image model of the zoo does."""
-    if not hasattr(model, "forward_features") or images.ndim != 4:
-        raise ValueError(
-            f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an "
-            f"image model with forward_features and images (batch, channels, height, width)"
-        )
+    """images (b c y x); the model offers forward_features, or returns images."""
+    refusal = (
+        f"{type(model).__name__} and an input {tuple(images.shape)}: a receptive field needs an image model, with "
+        f"forward_features or images as its output, and images (batch, channels, height, width)"
+    )
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(refusal)
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
-        middle = central_feature(model, model.forward_features(leaf), images.shape[-2:])
+        features = model.forward_features(leaf) if hasattr(model, "forward_features") else model(leaf)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(refusal)
+        middle = central_feature(model, features, images.shape[-2:])
         (gradient,) = torch.autograd.grad(middle.relu().sum(), leaf)
     field = gradient.abs().sum(1).mean(0)
     field = field / field.max().clamp(min=1e-30)
@@ -40,9 +48,9 @@ def receptive_field(model: nn.Module, images: Tensor) -> Field:
 def central_feature(model: nn.Module, features: Tensor, size: torch.Size) -> Tensor:
     """(b c): of a map (b c y x), or of a sequence (b l c) with class tokens among its patches."""
     if features.ndim == 3:
-        special = set(model.token_indices(features.shape[1])) if hasattr(model, "token_indices") else set()
+        special = set(special_tokens(model, features.shape[1]))
         patches = [i for i in range(features.shape[1]) if i not in special]
-        rows, columns = model.patch_embed.grid(*size)
+        rows, columns = patch_grid(model, *size)
         return features[:, patches[rows // 2 * columns + columns // 2]]
     if getattr(model, "output_fmt", "NCHW") == "NHWC":  # timm's word for channels-last maps
         features = features.permute(0, 3, 1, 2)

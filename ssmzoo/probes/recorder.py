@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.probes.modules import ModuleTracker
-from ssmzoo.probes.scan import Convolution, DenseScan, Scan, Taps
+from ssmzoo.probes.scan import Convolution, DenseScan, Scan, Taps, step_numbers
+from ssmzoo.probes.softmax_attention import Attention
 from ssmzoo.probes.token_order import TokenOrder, order_of_scan
 
 
@@ -25,8 +26,10 @@ class Recorder:
         keep_graph: bool,
         max_bytes: int,
         positions: Iterable[int] | None,
+        attention: bool,
     ):
         self.model, self.rows, self.keep_graph, self.max_bytes = model, rows, keep_graph, max_bytes
+        self.attention = attention
         self.layers = None if layers is None else set(layers)
         self.channels = None if channels is None else torch.as_tensor(sorted(set(channels)), dtype=torch.long)
         self.positions = None if positions is None else list(dict.fromkeys(positions))
@@ -39,7 +42,8 @@ class Recorder:
         seen = sum(self.calls.values())
         if not seen:
             raise ValueError(
-                f"{type(self.model).__name__} ran no scan, so there is nothing to tap; {without_scans(self.model)}"
+                f"{type(self.model).__name__} ran no scan{' and no attention' if self.attention else ''}, so there is "
+                f"nothing to tap; {without_scans(self.model)}"
             )
         wrong = [w for w in self.layers or () if w not in self.calls and (isinstance(w, str) or not 0 <= w < seen)]
         if wrong:
@@ -155,7 +159,7 @@ class Recorder:
             z = z[..., scan.positions]
         scan.gate = z.contiguous()
 
-    def keep(self, scan: Scan | DenseScan) -> None:
+    def keep(self, scan: Scan | DenseScan | Attention) -> None:
         self.found.append(scan)
         held = self.found.bytes()
         if held > self.max_bytes:
@@ -168,13 +172,7 @@ class Recorder:
 
 def at_positions(scan: Scan, positions: list[int]) -> Scan:
     """The scan with nothing but the steps `positions` and the states behind them."""
-    l = scan.length
-    if not positions or not -l <= min(positions) <= max(positions) < l:
-        raise ValueError(
-            f"positions {positions}: the scan in {scan.name or 'the model'} has {l} steps, numbered from "
-            f"0 (or from -{l} backwards)"
-        )
-    at = torch.as_tensor([p % l for p in positions], device=scan.u.device)
+    at = step_numbers(scan, positions, scan.u.device)
     kept = scan.recurrence(at.tolist())
     cut = {
         name: None if (t := getattr(scan, name)) is None else t[..., at]
@@ -187,5 +185,8 @@ def at_positions(scan: Scan, positions: list[int]) -> Scan:
 def without_scans(model: nn.Module) -> str:
     """Which probes a model without scans still has."""
     image = any(isinstance(m, nn.Conv2d) for m in model.modules())
-    names = "relevance and receptive_field" if image else "relevance, memory, recall (for language models)"
-    return f"the probes {names} and token_dynamics (its norms over depth) need none and still apply"
+    names = "relevance, receptive_field" if image else "relevance, memory, recall (for language models)"
+    return (
+        f"the probes {names}, hidden_attention (where there is attention) and token_dynamics (its norms over depth) "
+        f"need none and still apply"
+    )

@@ -8,8 +8,8 @@ b batch, e channels over all directions, l length, n state size, g groups of B a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ class Scan:
     own: Tensor | None = None
     positions: Tensor | None = None
     kept: Tensor | None = None
+    unit = "channel"
+
+    @property
+    def batch(self) -> int:
+        return len(self.u)
 
     def tokens(self, channel: int) -> Tensor:
         """(l), or (b l), the token on which every kept step of the channel (its index in `channels`) fell."""
@@ -130,11 +135,7 @@ class Scan:
 
     def take(self, channels: Iterable[int]) -> Scan:
         """The same scan with fewer channels, given by their index in `channels`."""
-        at = torch.as_tensor(list(channels), device=self.u.device)
-        if at.numel() and not -len(self.channels) <= int(at.min()) <= int(at.max()) < len(self.channels):
-            raise ValueError(
-                f"channels {at.tolist()}: {len(self.channels)} channels of {self.name} were tapped, numbered from 0"
-            )
+        at = chosen(self, channels, self.u.device)
         along = {
             name: None if (t := getattr(self, name)) is None else t[:, at]
             for name in ("u", "delta", "z", "gate", "y", "initial_state", "weight", "own", "kept")
@@ -152,12 +153,7 @@ class Scan:
         )
 
     def whole(self, what: str) -> None:
-        """Raise ValueError where only some steps were kept."""
-        if self.positions is not None:
-            raise ValueError(
-                f"{what} needs every step of {self.name}, and the tap kept {len(self.positions)} "
-                f"positions of it: tap without positions="
-            )
+        whole(self, what)
 
     def per_channel(self, M: Tensor) -> Tensor:
         """B or C -> (b e l n), one row per kept channel."""
@@ -246,8 +242,39 @@ class DenseScan:
     initial_state: Tensor | None = None
 
 
+def whole(record, what: str) -> None:
+    """Raise ValueError where only some steps were kept."""
+    if record.positions is not None:
+        raise ValueError(
+            f"{what} needs every step of {record.name}, and the tap kept {len(record.positions)} "
+            f"positions of it: tap without positions="
+        )
+
+
+def step_numbers(record, positions: Sequence[int], device: torch.device) -> Tensor:
+    """Positions, which may count from the end, as numbers of a record's steps, checked."""
+    l = record.length
+    if not positions or not -l <= min(positions) <= max(positions) < l:
+        raise ValueError(
+            f"positions {positions}: the scan in {record.name or 'the model'} has {l} steps, numbered from "
+            f"0 (or from -{l} backwards)"
+        )
+    return torch.as_tensor([p % l for p in positions], device=device)
+
+
+def chosen(record, numbers: Iterable[int], device: torch.device) -> Tensor:
+    """Indices into a record's channels or heads, checked."""
+    at = torch.as_tensor(list(numbers), device=device, dtype=torch.long)
+    n = len(record.channels)
+    if at.numel() and not -n <= int(at.min()) <= int(at.max()) < n:
+        raise ValueError(
+            f"{record.unit}s {at.tolist()}: {n} {record.unit}s of {record.name} were tapped, numbered from 0"
+        )
+    return at
+
+
 class Taps(list):
-    """The scans of a pass, in the order of their calls; `taps["layers.0.mixer"]` is that module's first scan."""
+    """What a pass scanned, in the order of the calls; `taps["layers.0.mixer"]` is that module's first scan."""
 
     def __getitem__(self, key):
         if not isinstance(key, str):
@@ -268,6 +295,6 @@ def tensors(record) -> list[Tensor]:
         return [record]
     if isinstance(record, (list, tuple)):
         return [t for part in record for t in tensors(part)]
-    if isinstance(record, (Scan, DenseScan, Convolution, Fusion)):
+    if is_dataclass(record):
         return [t for f in fields(record) for t in tensors(getattr(record, f.name))]
     return []

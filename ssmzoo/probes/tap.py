@@ -28,9 +28,10 @@ from ssmzoo.ops import OPERATORS, mix_transitions, observe
 from ssmzoo.ops.cross_scan import orders
 from ssmzoo.probes.recorder import Recorder
 from ssmzoo.probes.scan import Convolution, DenseScan, Fusion, Scan, Taps
+from ssmzoo.probes.softmax_attention import Attention
 from ssmzoo.probes.token_order import TokenOrder, permuted, with_mean
 
-__all__ = ["MEMORY", "Convolution", "DenseScan", "Fusion", "Scan", "Taps", "tap"]
+__all__ = ["MEMORY", "Attention", "Convolution", "DenseScan", "Fusion", "Scan", "Taps", "tap"]
 
 MEMORY = 1 << 30  # bytes that a tap keeps unless told otherwise
 
@@ -44,38 +45,43 @@ def tap(
     keep_graph: bool = False,
     max_bytes: int = MEMORY,
     positions: Iterable[int] | None = None,
+    attention: bool = False,
 ) -> Iterator[Taps]:
     """Collect the scans of the forward passes within the block into a list of `Scan` and `DenseScan`.
 
     layers      numbers (in the order of the calls) or module names of the scans to keep; None: all
-    channels    numbers of the channels to keep, counted over all directions; None: all
+    channels    numbers of the channels to keep, counted over all directions; None: all. Of attention, the heads that
+                have one of them are kept
     rows        keep the first so many members of the batch
     keep_graph  keep tensors differentiable; otherwise they are detached
     max_bytes   the tap refuses to hold more than this (1 GiB) and says what to choose
     positions   numbers of the steps to keep, with the states behind them; None: all steps. Negative ones count from
                 the end
+    attention   collect softmax attention as well, as `Attention`: what calls torch's scaled_dot_product_attention
 
     Nothing but what was asked for outlives its layer. Steps that decode one token with carried state run in a fused
     operator and are not seen: tap a whole sequence. Raises ValueError for a model that ran no scan, and for layers,
     channels and positions that do not exist.
     """
-    observer = _Observer(model, layers, channels, rows, keep_graph, max_bytes, positions)
+    observer = _Observer(model, layers, channels, rows, keep_graph, max_bytes, positions, attention)
     seen = {name: getattr(observer, name) for name in OPERATORS if hasattr(observer, name)}
-    with observer.modules, observe(**seen), _Gates(observer):
+    with observer.modules, observe(**seen), _FromTorch(observer):
         yield observer.found
     observer.check()
 
 
-class _Gates(TorchFunctionMode):
-    """SiLUs that a layer takes from torch."""
+class _FromTorch(TorchFunctionMode):
+    """SiLUs and attention that a layer takes from torch."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: _Observer):
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.silu:
             self.recorder.gate(args[0])
+        if function is F.scaled_dot_product_attention and self.recorder.attention:
+            return self.recorder.attend(function, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
@@ -193,6 +199,22 @@ class _Observer(Recorder):
             T = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
             self.keep(DenseScan(self.name, index, T, *(torch.cat([t.real, t.imag], -1) for t in (b, h, start))))
         return h
+
+    def attend(self, call, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        y = call(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if q.ndim == 4 and (index := self.wanted(q.shape[1] * v.shape[-1])) is not None:
+            h, l, p = q.shape[1:]
+            k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
+            heads = torch.arange(h) if self.channels is None else (self.channels // v.shape[-1]).unique()
+            mask = attn_mask
+            if mask is not None and mask.ndim == 4:
+                mask = mask if mask.shape[1] == 1 else mask[:, heads.to(mask.device)]
+                mask = self.cut(mask, batched=len(mask) > 1)
+            q, k, v, kept = (self.cut(t[:, heads.to(t.device)]) for t in (q, k, v, y))
+            scale = p**-0.5 if scale is None else scale
+            found = Attention(self.name, index, q, k, v, kept, mask, is_causal, scale, heads, h, l)
+            self.keep(found if self.positions is None else found.at_positions(self.positions))
+        return y
 
     # what stands around a scan
 

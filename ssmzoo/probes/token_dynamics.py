@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.mixers.mamba2 import Mamba2
-
 
 class Criterion(NamedTuple):
     """One scan's weights judged.
@@ -86,9 +84,9 @@ def _projections(module: nn.Module):
         x_proj = getattr(module, f"x_proj{suffix}", None)
         if isinstance(x_proj, nn.Linear) and isinstance(getattr(module, "A_log", None), Tensor):
             yield x_proj.weight[-2 * module.A_log.shape[-1] :].chunk(2)
-    if isinstance(module, Mamba2):
-        start, gn = sum(module.widths[:3]) + module.d_ssm, module.ngroups * module.d_state
-        B, C = module.in_proj.weight[start : start + 2 * gn].chunk(2)
+    if all(hasattr(module, name) for name in ("in_proj", "d_ssm", "ngroups", "d_state", "nheads")):  # Mamba-2's names
+        end, gn = module.in_proj.weight.shape[0] - module.nheads, module.ngroups * module.d_state  # [..., B, C, dt]
+        B, C = module.in_proj.weight[end - 2 * gn : end].chunk(2)
         yield from zip(B.split(module.d_state), C.split(module.d_state))
 
 

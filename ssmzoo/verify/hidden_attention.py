@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.vim import VimMixer
 from ssmzoo.probes import attribution_maps as maps
-from ssmzoo.probes.hidden_attention import attention, attention_row, class_row, implicit_attention, scan_output
+from ssmzoo.probes.attention_matrices import attention, attention_row, class_row, implicit_attention, scan_output
 from ssmzoo.probes.tap import tap
 from ssmzoo.released.vim import official_mixer_arguments
 

@@ -81,6 +81,21 @@ def test_image_models_by_name_must_exist(name, message, tmp_path):
         run("erf", name, "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["mambair", "swinir", pytest.param("mambair_unet", marks=pytest.mark.slow)])
+def test_receptive_fields_of_restoration_models(name, tmp_path):
+    run("erf", name, "--batch", 1, "--out", tmp_path)
+    sides = [float(row.split(",")[1]) for row in (tmp_path / "shares.csv").read_text().splitlines()[1:]]
+    assert sides == sorted(sides) and 0 < sides[0] <= 1
+
+
+@pytest.mark.parametrize("option", ["--length", "--batch", "--max-bytes"])
+@pytest.mark.parametrize("value", ["0", "-3", "x", "nan"])
+def test_numbers_that_cannot_work_are_refused_in_a_line(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("memory", CHECKPOINTS / "language", option, value)
+    assert stop.value.code == 2 and f"argument {option}: '{value}' is no" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def transformer(tmp_path_factory):
     """A checkpoint without any scan: the language model's, with another model in it."""
@@ -98,13 +113,13 @@ def transformer(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["hidden_attention", "generalization_bound", "dsf", "polynomial"])
+@pytest.mark.parametrize("name", ["generalization_bound", "dsf", "polynomial"])
 def test_probes_of_scans_say_what_applies_to_a_model_without_scans(name, transformer, tmp_path):
     with pytest.raises(ValueError, match="ran no scan.*relevance, memory, recall .*token_dynamics.* still apply"):
         run(name, transformer, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["relevance", "memory", "recall", "token_dynamics"])
+@pytest.mark.parametrize("name", ["hidden_attention", "relevance", "memory", "recall", "token_dynamics"])
 def test_and_those_apply(name, transformer, tmp_path, capsys):
     run(name, transformer, "--out", tmp_path, "--length", 16, "--batch", 1)
     assert "written to" in capsys.readouterr().out
