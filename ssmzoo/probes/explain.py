@@ -25,6 +25,7 @@ from ssmzoo.probes.attention_matrices import MATRIX_BYTES, WORK, attention, clas
 from ssmzoo.probes.attribution_maps import gradient_weight, min_max, rollout
 from ssmzoo.probes.entry import Entry
 from ssmzoo.probes.mamba_lrp import ALL, integrated_gradients, relevance
+from ssmzoo.probes.modules import own_modules
 from ssmzoo.probes.scan import Scan, Taps
 from ssmzoo.probes.softmax_attention import Attention
 from ssmzoo.probes.tap import tap
@@ -45,6 +46,7 @@ class Streams:
         for name, module in self.model.named_modules():
             if isinstance(module, NORMS):
                 self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.see(name, x)))
+        for name, module in own_modules(self.model):
             self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.assign(name)))
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -20,13 +21,16 @@ class ModuleTracker:
     """`with ModuleTracker(model) as modules: ... modules.current.name` is the innermost module at work.
 
     calls  the running forwards, from the model itself to the innermost one
+
+    Layers of torch itself (Linear, Conv1d, ...) are passed over: none of them calls an operator, and one with a hook
+    would keep its mixer from the fused operators that it takes otherwise.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.calls, self.hooks = model, [Call("", model)], []
 
     def __enter__(self) -> ModuleTracker:
-        for name, module in self.model.named_modules():
+        for name, module in own_modules(self.model):
             self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self._enter(name, m)))
             self.hooks.append(module.register_forward_hook(lambda m, x, y: self._leave(), always_call=True))
         return self
@@ -50,3 +54,10 @@ class ModuleTracker:
     def caller(self) -> Call:
         """The forward that called the current one."""
         return self.calls[max(0, len(self.calls) - 2)]
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model but for torch's layers without children."""
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
+            yield name, module
