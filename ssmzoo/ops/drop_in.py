@@ -21,6 +21,7 @@ from ssmzoo.ops.checks import compute_dtype, expect
 from ssmzoo.ops.rms_norm import rms_norm
 from ssmzoo.ops.selective_scan import selective_scan_fn
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined
+from ssmzoo.ops.ssd.varlen import expect_cu_seqlens
 
 
 def mamba_inner_fn(
@@ -209,7 +210,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     Gradients flow (upstream's do not). Raises ValueError naming the argument.
     """
     expect("x", x, ("t", "c"), {})
-    expect_cu_seqlens(cu_seqlens, x)
+    expect_cu_seqlens(cu_seqlens, x.device)
     if state_len < 1:
         raise ValueError(f"state_len = {state_len}, expected at least 1")
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
@@ -217,14 +218,3 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     if not len(x):
         return x.new_zeros(len(ends), x.shape[1], state_len)
     return torch.where((at >= starts)[..., None], x[at.clamp(min=0)], 0).mT
-
-
-def expect_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
-    """Check cumulative lengths by what is known without reading them: shape, dtype and device."""
-    expect("cu_seqlens", cu_seqlens, ("b+1",), {})
-    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool or not len(cu_seqlens):
-        raise ValueError(
-            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, expected (b+1) integers from 0 on"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {x.device}")

@@ -134,15 +134,17 @@ class _Observer(Recorder):
         dt_bias=None,
         initial_states=None,
         seq_idx=None,
+        cu_seqlens=None,
         dt_softplus=False,
         dt_limit=(0.0, float("inf")),
-        return_final_states=False,
+        *states,
+        **more_states,
     ):
-        options = (initial_states, seq_idx, dt_softplus, dt_limit, return_final_states)
-        out = call(x, dt, A, B, C, chunk_size, D, z, dt_bias, *options)
+        options = (initial_states, seq_idx, cu_seqlens, dt_softplus, dt_limit, *states)
+        out = call(x, dt, A, B, C, chunk_size, D, z, dt_bias, *options, **more_states)
         if (index := self.wanted(x.shape[2] * x.shape[3])) is not None:
             h, p = x.shape[2:]
-            y = out[0] if return_final_states else out
+            y = out[0] if isinstance(out, tuple) else out
             u, z, y = (None if t is None else t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, z, y))  # (b hp l)
             dt = step_size(dt.transpose(1, 2), dt_bias, dt_softplus).clamp(*dt_limit)  # (b h l)
             D = None if D is None else D.reshape(h, -1).expand(h, p).flatten()

@@ -190,7 +190,7 @@ def test_c_traces_and_repeats_exactly():
     grad = torch.autograd.grad(torch.ops.ssmzoo.causal_conv1d(*args).sum(), leaves["x"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no double backward"):
         grad.sum().backward()
-    step = (torch.randn(2, 50), torch.randn(2, 50, 3), leaves["weight"].detach(), None, "silu")
+    step = (torch.randn(2, 50), torch.randn(2, 50, 3), leaves["weight"].detach(), None, "silu", None, None)
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d_update.default, step)
 
 

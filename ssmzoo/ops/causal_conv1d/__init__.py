@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.library import Differentiable, Kernel, without
+from ssmzoo.ops.rows import expect_indices, read_rows, without_padding, write_rows
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -139,7 +140,7 @@ def register(backend: str, kernel: Kernel, **why_not) -> None:
 def check_causal_conv1d_update(a) -> None:
     sizes: dict[str, int] = {}
     expect("x", a.x, ("b", "c") if a.x.ndim == 2 else ("b", "c", "l"), sizes)
-    expect("conv_state", a.conv_state, ("b", "c", "s"), sizes)
+    expect("conv_state", a.conv_state, ("b" if a.conv_state_indices is None else "rows", "c", "s"), sizes)
     _check_weight(a, sizes)
     if sizes["s"] < sizes["k-1"]:
         raise ValueError(f"conv_state holds {sizes['s']} inputs, expected at least k-1 = {sizes['k-1']}")
@@ -148,8 +149,7 @@ def check_causal_conv1d_update(a) -> None:
         expect("cache_seqlens", a.cache_seqlens, ("b",), sizes)
         if a.cache_seqlens.is_floating_point():
             raise ValueError(f"cache_seqlens has dtype {a.cache_seqlens.dtype}, expected an integer dtype, e.g. int32")
-        if sizes.get("l", 1) > sizes["s"]:
-            raise ValueError(f"x has {sizes['l']} tokens, more than the {sizes['s']} the circular conv_state holds")
+    expect_indices("conv_state_indices", a.conv_state_indices, a.x.device, sizes)
 
 
 @op(check=check_causal_conv1d_update)
@@ -160,30 +160,37 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     activation: str | None = None,
     cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """Convolve the next token or tokens, in place on the buffer of past inputs.
 
     x             (b c) or (b c l)  new inputs
     conv_state    (b c s), s >= k-1 past inputs, oldest first; shifted left by l and filled with x, in place
-    cache_seqlens (b) integers      conv_state is circular instead: tokens so far, the next is written at that modulo s
+    cache_seqlens (b) integers      conv_state is circular instead: so many tokens came before, and the input of step t
+                                    stands at t modulo s; x may be longer than s
+    conv_state_indices (b) integers the row of conv_state, which may have more, that each sequence has; negative for
+                                    padding, where y is 0 and no state changes
     returns       as x
 
-    Taps, activation and errors are those of causal_conv1d_fn. The signature is causal-conv1d's.
+    Taps, activation and errors are those of causal_conv1d_fn, IndexError for a row that does not exist. The signature
+    is causal-conv1d's.
     """
     tokens = x if x.ndim == 3 else x[..., None]
     length, size, taps = tokens.shape[2], conv_state.shape[2], weight.shape[1]
+    rows = read_rows(conv_state, conv_state_indices)
     if cache_seqlens is None:
-        seen = torch.cat([conv_state.to(x.dtype), tokens], dim=2)
-        past = seen[..., size - taps + 1 : size]
-        conv_state.copy_(seen[..., length:])
+        seen = torch.cat([rows.to(x.dtype), tokens], dim=2)
+        past, new = seen[..., size - taps + 1 : size], seen[..., length:]
     else:
 
-        def indices(first, count):
+        def places(first, count):  # (b c count)
             steps = torch.arange(first, first + count, device=x.device) + cache_seqlens[:, None]
             return (steps % max(size, 1))[:, None].expand(-1, x.shape[1], -1)
 
-        # of a copy: gather's backward keeps its argument, which is overwritten below
-        past = conv_state.clone().gather(2, indices(1 - taps, taps - 1)).to(x.dtype)
-        conv_state.scatter_(2, indices(0, length), tokens.to(conv_state.dtype))
+        rows = rows.clone()  # gather's backward keeps its argument, and conv_state is overwritten below
+        past = rows.gather(2, places(1 - taps, taps - 1)).to(x.dtype)
+        kept = min(length, size)
+        new = rows.scatter(2, places(length - kept, kept), tokens[..., length - kept :].to(rows.dtype))
+    write_rows(conv_state, conv_state_indices, new)
     out = causal_conv1d_fn.reference(tokens, weight, bias, initial_states=past, activation=activation)
-    return out if x.ndim == 3 else out[..., 0]
+    return without_padding(out if x.ndim == 3 else out[..., 0], conv_state_indices)

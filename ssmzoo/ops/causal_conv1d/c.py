@@ -10,12 +10,13 @@ from torch import Tensor
 from ssmzoo.ops.causal_conv1d import causal_conv1d_update, empty_gradients, register
 from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.eager import eager, needs_grad
-from ssmzoo.ops.library import Kernel, in_place, select, without
+from ssmzoo.ops.library import Kernel, in_place
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel, pack
+from ssmzoo.ops.rows import checked
 
 FORWARD, MISSING = kernel("ssmzoo_causal_conv1d_forward")
 BACKWARD, _ = kernel("ssmzoo_causal_conv1d_backward")
-UPDATE, _ = kernel("ssmzoo_causal_conv1d_update", [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5)
+UPDATE, _ = kernel("ssmzoo_causal_conv1d_update", [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6)
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 
@@ -57,29 +58,29 @@ register("c", Kernel(forward, backward), device="cpu", missing=MISSING, unsuppor
 
 
 def _update(a) -> Tensor:
-    y = torch.empty_like(a.x)
-    bias = None if a.bias is None else a.bias.data_ptr()
-    pointers = a.x.data_ptr(), a.conv_state.data_ptr(), a.weight.data_ptr(), bias, y.data_ptr()
-    UPDATE(*pointers, *a.x.shape, a.conv_state.shape[2], a.weight.shape[1], a.activation is not None)
+    x, y = a.x.contiguous(), a.x.new_empty(a.x.shape)
+    rows, seen = (None if t is None else t.long().contiguous() for t in (a.conv_state_indices, a.cache_seqlens))
+    rows = checked(rows, a.conv_state)
+    pointers = [None if t is None else t.data_ptr() for t in (x, a.conv_state, a.weight, a.bias, y, rows, seen)]
+    (b, c), length = x.shape[:2], x.shape[2] if x.ndim == 3 else 1
+    UPDATE(*pointers, b, c, length, a.conv_state.shape[2], a.weight.shape[1], a.activation is not None)
     return y
 
 
-ONE_TOKEN = without(causal_conv1d_update.Arguments, "cache_seqlens")
-TRACED_UPDATE = in_place("causal_conv1d_update", ONE_TOKEN, "conv_state", _update, like="x")
+TRACED_UPDATE = in_place("causal_conv1d_update", causal_conv1d_update.Arguments, "conv_state", _update, like="x")
 
 
 def why_not_update(a) -> str | None:
-    if a.x.ndim != 2 or a.cache_seqlens is not None:
-        return "takes one token without cache_seqlens"
-    given = (a.x, a.conv_state, a.weight) if a.bias is None else (a.x, a.conv_state, a.weight, a.bias)
-    for t in given:
-        if t.dtype != torch.float32:
+    for t in (a.x, a.conv_state, a.weight, a.bias):
+        if t is not None and t.dtype != torch.float32:
             return "takes float32 only"
-        if not t.is_contiguous():
+    for t in (a.conv_state, a.weight, a.bias):
+        if t is not None and not t.is_contiguous():
             return "takes contiguous tensors only"
-    return "has no backward; the torch backend does" if needs_grad(*given) else None
+    grad = needs_grad(a.x, a.conv_state, a.weight, a.bias)
+    return "has no backward; the torch backend does" if grad else None
 
 
 @causal_conv1d_update.register("c", device="cpu", missing=MISSING, unsupported=why_not_update)
 def causal_conv1d_update_c(a) -> Tensor:
-    return _update(a) if eager(a.x, a.conv_state) else TRACED_UPDATE(*select(ONE_TOKEN, a))
+    return _update(a) if eager(a.x, a.conv_state) else TRACED_UPDATE(*a)

@@ -324,21 +324,41 @@ void ssmzoo_causal_conv1d_backward(const conv_args *a) {
     parallel_for(task_count(a), a->threads, backward_task, (void *)a);
 }
 
-// One new token, contiguous float32 throughout: x, y (b c); state (b c s), s >= k - 1, shifted by one and completed with x.
-void ssmzoo_causal_conv1d_update(const float *x, float *state, const float *weight, const float *bias, float *y, int64_t b,
-                                 int64_t c, int64_t s, int64_t k, int64_t silu) {
+// New tokens, contiguous float32 throughout: x, y (b c l); state (rows c s), s >= k - 1, in place. index (b) says which row
+// of the state a sequence has, negative: none, y = 0; NULL: the same. seen (b): the state is circular, and so many tokens
+// came before; NULL: oldest first, shifted by l.
+void ssmzoo_causal_conv1d_update(const float *x, float *state, const float *weight, const float *bias, float *y,
+                                 const int64_t *index, const int64_t *seen, int64_t b, int64_t c, int64_t l, int64_t s,
+                                 int64_t k, int64_t silu) {
     for (int64_t i = 0; i < b; i++) {
+        int64_t row = index ? index[i] : i;
+        if (row < 0) {
+            memset(y + i * c * l, 0, sizeof(float) * (size_t)(c * l));
+            continue;
+        }
+        int64_t next = seen && s ? (seen[i] % s + s) % s : s;  // where the first new token belongs
         for (int64_t e = 0; e < c; e++) {
-            float *past = state + (i * c + e) * s, sum = bias ? bias[e] : 0.0f, now = x[i * c + e];
-            const float *w = weight + e * k;
-            for (int64_t j = 0; j < k - 1; j++) sum += w[j] * past[s - (k - 1) + j];
-            for (int64_t j = 0; j + 1 < s; j++) past[j] = past[j + 1];
-            if (s) past[s - 1] = now;
-            y[i * c + e] = sum + w[k - 1] * now;
+            float *past = state + (row * c + e) * s, *out = y + (i * c + e) * l;
+            const float *now = x + (i * c + e) * l, *w = weight + e * k;
+            for (int64_t t = 0; t < l; t++) {
+                float sum = bias ? bias[e] : 0.0f;
+                for (int64_t j = 0; j < k; j++) {
+                    int64_t step = t - (k - 1) + j, place = next + step;
+                    sum += w[j] * (step < 0 ? past[place < 0 ? place + s : place] : now[step]);
+                }
+                out[t] = sum;
+            }
+            if (seen)
+                for (int64_t t = l > s ? l - s : 0; t < l; t++) past[(next + t) % s] = now[t];
+            else if (l < s) {
+                memmove(past, past + l, sizeof(float) * (size_t)(s - l));
+                memcpy(past + s - l, now, sizeof(float) * (size_t)l);
+            } else
+                memcpy(past, now + l - s, sizeof(float) * (size_t)s);
         }
     }
     if (!silu) return;
-    int64_t i = 0;
-    for (; i + VL <= b * c; i += VL) v_store(y + i, v_load(y + i) * v_sigmoid(v_load(y + i)));
-    for (; i < b * c; i++) y[i] = v_sum(v_set(y[i]) * v_sigmoid(v_set(y[i]))) / VL;
+    int64_t i = 0, size = b * c * l;
+    for (; i + VL <= size; i += VL) v_store(y + i, v_load(y + i) * v_sigmoid(v_load(y + i)));
+    for (; i < size; i++) y[i] = v_sum(v_set(y[i]) * v_sigmoid(v_set(y[i]))) / VL;
 }

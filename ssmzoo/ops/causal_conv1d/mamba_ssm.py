@@ -55,4 +55,6 @@ def why_not_update(a) -> str | None:
 @causal_conv1d_update.register("mamba_ssm", unsupported=why_not_update, **install(*UPDATE))
 def causal_conv1d_update_mamba_ssm(a):
     seen = None if a.cache_seqlens is None else a.cache_seqlens.int()
-    return load(*UPDATE)[0](a.x, a.conv_state, a.weight, a.bias, a.activation, seen)
+    # releases before 1.5 have no conv_state_indices
+    rows = {} if a.conv_state_indices is None else {"conv_state_indices": a.conv_state_indices.int()}
+    return load(*UPDATE)[0](a.x, a.conv_state, a.weight, a.bias, a.activation, seen, **rows)

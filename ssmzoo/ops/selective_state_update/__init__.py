@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats
 from ssmzoo.ops.dispatch import op
+from ssmzoo.ops.rows import expect_indices, read_rows, without_padding, write_rows
 
 
 def check_selective_state_update(a) -> None:
     sizes: dict[str, int] = {}
     heads = ("h",) if a.state.ndim == 4 else ()
     channels = (*heads, "e")
-    expect("state", a.state, ("b", *channels, "n"), sizes)
+    expect("state", a.state, ("b" if a.state_batch_indices is None else "rows", *channels, "n"), sizes)
     expect("x", a.x, ("b", *channels), sizes)
     expect("dt", a.dt, ("b", *channels), sizes)
     expect("A", a.A, (*channels, "n"), sizes)
@@ -26,6 +27,7 @@ def check_selective_state_update(a) -> None:
     expect("D", a.D, channels, sizes)
     expect("z", a.z, ("b", *channels), sizes)
     expect("dt_bias", a.dt_bias, channels, sizes)
+    expect_indices("state_batch_indices", a.state_batch_indices, a.state.device, sizes)
     expect_floats(a.state.device, state=a.state, x=a.x, dt=a.dt, A=a.A, B=a.B, C=a.C, D=a.D, z=a.z, dt_bias=a.dt_bias)
 
 
@@ -41,6 +43,7 @@ def selective_state_update(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """Advance the selective scan by one token, in place on `state`.
 
@@ -51,9 +54,12 @@ def selective_state_update(
     A            (e n) or (h e n)      real and negative, fp32
     B, C         (b n) or (b g n)      channel (or head) i uses group i // (e/g)
     D, dt_bias   (e) or (h e)
+    state_batch_indices (b)            integers: the row of `state`, which may have more, that each sequence has;
+                                       negative for padding, where y is 0 and no state changes
     returns      (b e) or (b h e) in x's dtype
 
-    Raises ValueError when shapes disagree. The signature is mamba-ssm's. Source: Gu & Dao 2023, section 3.
+    Raises ValueError when shapes disagree, IndexError for a row that does not exist. The signature is
+    mamba-ssm's. Source: Gu & Dao 2023, section 3.
     """
     dtype = compute_dtype(state, x, dt, A)
     x_, dt = x.to(dtype), dt.to(dtype)
@@ -65,12 +71,13 @@ def selective_state_update(
     B, C = (M.repeat_interleave(x.shape[1] // M.shape[1], dim=1) for M in (B, C))
     if state.ndim == 4:
         B, C = B[:, :, None], C[:, :, None]
-    before = state.to(dtype, copy=torch.is_grad_enabled())  # the backward wants it, and it is overwritten below
+    rows = read_rows(state, state_batch_indices)
+    before = rows.to(dtype, copy=torch.is_grad_enabled())  # the backward wants it, and it is overwritten below
     h = torch.exp(dt[..., None] * A.to(dtype)) * before + (dt * x_)[..., None] * B
-    state.copy_(h)
+    write_rows(state, state_batch_indices, h)
     y = (h * C).sum(-1)
     if D is not None:
         y = y + D.to(dtype) * x_
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype)
+    return without_padding(y.to(x.dtype), state_batch_indices)

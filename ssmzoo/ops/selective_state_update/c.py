@@ -9,6 +9,7 @@ from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.eager import eager, needs_grad
 from ssmzoo.ops.library import in_place
 from ssmzoo.ops.native import kernel, pack
+from ssmzoo.ops.rows import checked
 from ssmzoo.ops.selective_state_update import selective_state_update
 
 UPDATE, MISSING = kernel("ssmzoo_selective_state_update")
@@ -20,8 +21,11 @@ def _update(a) -> Tensor:
     B, C = (M if M.dtype == torch.float32 else M.float() for M in (a.B, a.C))
     B, C = (M.unsqueeze(1) if M.ndim == 2 else M for M in (B, C))
     heads = 1 if plain else shape[1]
-    tensors = [a.state, a.x, a.dt, a.A, B, C, a.D, a.z, a.dt_bias, out]
-    sizes = shape[0], heads, shape[-2], shape[-1], B.shape[1]
+    indices = checked(a.state_batch_indices, a.state)
+    if indices is not None and indices.dtype not in (torch.int32, torch.int64):
+        indices = indices.long()
+    tensors = [a.state, a.x, a.dt, a.A, B, C, a.D, a.z, a.dt_bias, out, indices]
+    sizes = a.x.shape[0], heads, shape[-2], shape[-1], B.shape[1]
     UPDATE(pack(tensors, *sizes, plain, a.dt_softplus, torch.get_num_threads()))
     return out
 

@@ -18,4 +18,7 @@ def why_not(a) -> str | None:
 
 @selective_state_update.register("mamba_ssm", unsupported=why_not, **install(*UPDATE))
 def selective_state_update_mamba_ssm(a):
-    return load(*UPDATE)[0](**a._asdict())
+    given = a._asdict()
+    if a.state_batch_indices is None:
+        del given["state_batch_indices"]  # releases before 2.2.3 have none
+    return load(*UPDATE)[0](**given)

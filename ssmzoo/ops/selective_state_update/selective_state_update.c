@@ -1,12 +1,14 @@
 // One step of the selective scan, in place on the state: h <- exp(dt A) h + dt x B,  y = (<h, C> + D x) silu(z).
 //
 // Lanes run over the n states of a channel, which lie next to each other; VL channels are finished together. Channels are
-// (outer, inner): (1, e) for Mamba-1, (heads, head width) for Mamba-2.
+// (outer, inner): (1, e) for Mamba-1, (heads, head width) for Mamba-2. `index` says which row of the state a sequence has,
+// negative: none, y = 0.
 #include "parallel.h"
 #include "tensor.h"
 
 typedef struct {
-    tensor state, x, dt, A, B, C, D, z, bias, out;  // state (b o i n), x dt z out (b o i), A (o i n), B C (b g n), D bias (o i)
+    // state (rows o i n), x dt z out (b o i), A (o i n), B C (b g n), D bias (o i), index (b)
+    tensor state, x, dt, A, B, C, D, z, bias, out, index;
     int64_t b, outer, inner, n, g, plain, softplus, threads;  // plain: Mamba-1, tensors come without the outer axis
 } update_args;
 
@@ -18,7 +20,12 @@ INLINE void load_channels(float *to, const tensor *t, const char *from, int64_t 
 }
 
 static void channels(const update_args *a, int64_t b, int64_t o, int64_t i, int lanes) {
-    float x[VL], dt[VL], z[VL], skip[VL], bias[VL], y[VL], rate[VL], input[VL];
+    float x[VL], dt[VL], z[VL], skip[VL], bias[VL], y[VL] = {0}, rate[VL], input[VL];
+    int64_t row = a->index.data ? get_index(&a->index, b * a->index.stride[0]) : b;
+    if (row < 0) {
+        store_tile(y, VL, at(&a->out, b, o, i), a->out.dtype, a->out.stride[2], 0, lanes, 1);
+        return;
+    }
     load_channels(x, &a->x, at(&a->x, b, o, i), a->x.stride[2], lanes);
     load_channels(dt, &a->dt, at(&a->dt, b, o, i), a->dt.stride[2], lanes);
     load_channels(z, &a->z, at(&a->z, b, o, i), a->z.stride[2], lanes);
@@ -34,7 +41,7 @@ static void channels(const update_args *a, int64_t b, int64_t o, int64_t i, int 
         sums[k] = (vf){0};
         if (k >= lanes) continue;
         int64_t group = (a->plain ? i + k : o) / group_of, once = a->A.stride[2] == 0;
-        float *h = (float *)at(&a->state, b, o, i + k);
+        float *h = (float *)at(&a->state, row, o, i + k);
         const float *A = (const float *)at(&a->A, o, i + k, 0), *B = (const float *)at(&a->B, b, group, 0);
         const float *C = (const float *)at(&a->C, b, group, 0);
         vf decay = {0}, in = v_set(input[k]);

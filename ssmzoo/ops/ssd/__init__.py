@@ -26,6 +26,7 @@ from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_i
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.selective_state_update import selective_state_update
+from ssmzoo.ops.ssd.varlen import expect_cu_seqlens, varlen_states
 
 TORCH_CHUNK = 64  # longer chunks cost more than they save once q exceeds the width of a head
 
@@ -41,6 +42,16 @@ def check_combined(a) -> None:
     expect("z", a.z, ("b", "l", "h", "p"), sizes)
     expect("dt_bias", a.dt_bias, ("h",), sizes)
     expect_floats(a.x.device, x=a.x, A=a.A, D=a.D, z=a.z, dt_bias=a.dt_bias)
+    if isinstance(a.cu_seqlens, bool):
+        raise ValueError(f"cu_seqlens is {a.cu_seqlens}: dt_softplus stands behind it, as upstream; give it by name")
+    if a.return_varlen_states:
+        if a.cu_seqlens is None:
+            raise ValueError("return_varlen_states wants cu_seqlens, where the sequences begin and the last one ends")
+        if sizes["b"] != 1:
+            raise ValueError(f"x has {sizes['b']} batch elements, expected 1 packed one with return_varlen_states")
+        expect_cu_seqlens(a.cu_seqlens, a.x.device)
+    if a.state_dtype is not None and not a.state_dtype.is_floating_point:
+        raise ValueError(f"state_dtype is {a.state_dtype}, expected a floating-point dtype")
     if len(a.dt_limit) != 2 or not a.dt_limit[0] <= a.dt_limit[1]:
         raise ValueError(f"dt_limit = {tuple(a.dt_limit)}, expected (lowest, highest) in tokens")
 
@@ -110,10 +121,13 @@ def mamba_chunk_scan_combined(
     dt_bias: Tensor | None = None,
     initial_states: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """Run Mamba-2's recurrence with time step, skip and gate; drop-in for mamba-ssm's function of this name.
 
         dt = clamp(softplus(dt + dt_bias), dt_limit)
@@ -127,9 +141,13 @@ def mamba_chunk_scan_combined(
     D, dt_bias            (h) or (h p) skip weight; (h) bias added before the softplus
     initial_states        (b h p n) fp32 state before the first position, zero when missing
     seq_idx    (b l) int  where it changes from t-1 to t, the state is set to 0 before t
-    returns    (b l h p)  in x's dtype; with return_final_states also the last state (b h p n) in fp32
+    cu_seqlens (s+1) int  starts of the s sequences of a packed batch (b = 1) and the end of the last; only used with
+                          return_varlen_states, while seq_idx says where states are reset
+    returns    (b l h p)  in x's dtype; with return_final_states also the last state (b h p n), with
+                          return_varlen_states also that behind each sequence (s h p n); states are in fp32 (float64
+                          for float64 input) or in state_dtype
 
-    Raises ValueError naming the argument, its shape and the one expected.
+    Gradients flow through all results. Raises ValueError naming the argument, its shape and the one expected.
     """
     dtype = compute_dtype(x, dt, A, B, C)
     dt = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
@@ -138,8 +156,15 @@ def mamba_chunk_scan_combined(
         y = y + x.to(dtype) * (D if D.ndim == 2 else D.unsqueeze(-1)).to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    y = y.to(x.dtype)
-    return (y, state) if return_final_states else y
+    states = [state] if return_final_states else []
+    if return_varlen_states:
+        states.append(varlen_states(x, dt, A, B, cu_seqlens, initial_states))
+    return with_states(y.to(x.dtype), states, state_dtype)
+
+
+def with_states(y: Tensor, states: list[Tensor], state_dtype: torch.dtype | None) -> Tensor | tuple[Tensor, ...]:
+    """What `mamba_chunk_scan_combined` returns: y alone, or with the states that were asked for."""
+    return (y, *(s.to(state_dtype or s.dtype) for s in states)) if states else y
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
@@ -201,7 +226,7 @@ def register(backend: str, kernel: Kernel, why_not: Callable, **keywords) -> Non
     )
 
 
-def around_scan(scan: Callable, a) -> Tensor | tuple[Tensor, Tensor]:
+def around_scan(scan: Callable, a) -> Tensor | tuple[Tensor, ...]:
     """mamba_chunk_scan_combined by scan(recurrence, chunk_size) -> y, state: the time steps before, the gate after."""
     dtype = compute_dtype(a.x, a.dt, a.A, a.B, a.C)
     dt = time_steps(a.dt.to(dtype), a.dt_bias, a.dt_softplus, a.dt_limit)
@@ -210,7 +235,10 @@ def around_scan(scan: Callable, a) -> Tensor | tuple[Tensor, Tensor]:
     y, state = scan(Recurrence(x, dt, dt * a.A.to(dtype), a.B, a.C, D, a.initial_states, a.seq_idx), a.chunk_size)
     if a.z is not None:
         y = (y * F.silu(a.z.to(dtype))).to(a.x.dtype)
-    return (y, state) if a.return_final_states else y
+    states = [state] if a.return_final_states else []
+    if a.return_varlen_states:
+        states.append(varlen_states(a.x, dt, a.A, a.B, a.cu_seqlens, a.initial_states))
+    return with_states(y, states, a.state_dtype)
 
 
 def ssd_minimal_discrete(
