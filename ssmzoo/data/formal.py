@@ -81,6 +81,8 @@ class FormalData(LightningDataModule):
     language models, whose first num_classes logits are read.
     """
 
+    default_task = "formal"
+
     def __init__(
         self,
         language: str | None = "cycle_navigation",

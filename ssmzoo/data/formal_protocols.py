@@ -108,6 +108,8 @@ class FixedSetData(LightningDataModule):
     seed         of the training set; the validation set has twice that seed, as published
     """
 
+    default_task = "formal"
+
     def __init__(
         self,
         language: str = "parity",
@@ -184,6 +186,8 @@ class WordProblemData(LightningDataModule):
     """
 
     SPECIAL = 7
+
+    default_task = "formal"
 
     def __init__(
         self,

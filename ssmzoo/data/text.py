@@ -164,6 +164,10 @@ class TextData(LightningDataModule):
         other.seq_len, other.batch_size = seq_len, batch_size
         return other
 
+    def tokens(self, split: str) -> np.ndarray:
+        """The ids of all documents of "train" or "val", one after another; mapped into memory, not read."""
+        return self._side(split).tokens
+
     def bytes_per_token(self, split: str = "val") -> float:
         """UTF-8 bytes per token; nats per token / (ln 2 * this) = bits per byte."""
         side = self._side(split)

@@ -99,6 +99,27 @@ def free_overrides(arguments: Sequence[str]) -> list[str]:
     return [f"++{a}" if pattern.match(a) else a for a in arguments]
 
 
+def paired_overrides(arguments: Sequence[str]) -> list[str]:
+    """Let `data=mqar` choose its task where none is typed: data classes may name a `default_task`."""
+    typed = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
+    if "data" not in typed or "task" in typed or any(a.lstrip("~") == "task" for a in arguments):
+        return list(arguments)
+    tasks = {_default_task(name) for name in typed["data"].split(",")}
+    return [*arguments, *(f"task={task}" for task in tasks if task is not None and len(tasks) == 1)]
+
+
+def _default_task(data: str) -> str | None:
+    """The task that the class of a file in configs/data names; None where it names none."""
+    files = [config_dir() / "data" / f"{data}.yaml"]
+    while files and files[-1].exists():
+        content = yaml.safe_load(files.pop().read_text(encoding="utf-8")) or {}
+        if "_target_" in content:
+            return getattr(locate(content["_target_"]), "default_task", None)
+        parents = [p for p in content.get("defaults", []) if isinstance(p, str) and p != "_self_"]
+        files = [config_dir() / "data" / f"{parent}.yaml" for parent in parents[:1]]
+    return None
+
+
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError for a key that nothing takes or a value of the wrong type, before anything is built."""
     for key in cfg:

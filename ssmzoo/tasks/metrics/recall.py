@@ -1,0 +1,86 @@
+"""Accuracy per case of a recall bench: a table, a CSV and a heat map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def example_accuracy(right: Tensor, asked: Tensor) -> Tensor:
+    """Share of right answers of every example: right, asked (b l) bool -> (b) float64."""
+    return (right & asked).sum(-1).double() / asked.sum(-1).clamp(min=1)
+
+
+class CaseTable:
+    """Mean accuracy over the examples of every case (two sizes), and its standard error."""
+
+    def __init__(self):
+        self.sums: dict[tuple[int, int], np.ndarray] = {}  # examples, sum and sum of squares of their accuracies
+
+    def add(self, case: Tensor, accuracy: Tensor) -> None:
+        """case (b 2), accuracy (b)"""
+        for key in {tuple(row) for row in case.tolist()}:
+            mine = accuracy[(case == torch.tensor(key)).all(-1)].double().cpu().numpy()
+            found = np.array([len(mine), mine.sum(), (mine**2).sum()])
+            self.sums[key] = self.sums.get(key, np.zeros(3)) + found
+
+    def accuracy(self, case: tuple[int, int]) -> float:
+        return float(self.sums[case][1] / self.sums[case][0])
+
+    def error(self, case: tuple[int, int]) -> float:
+        n, total, squares = self.sums[case]
+        return float(np.sqrt(max(0.0, squares / n - (total / n) ** 2) / n))
+
+    def mean(self, cases) -> float:
+        """Over the cases that were measured; NaN for none."""
+        found = [self.accuracy(case) for case in cases if case in self.sums]
+        return float(np.mean(found)) if found else float("nan")
+
+    def write_csv(self, path: Path, axes: tuple[str, str]) -> None:
+        lines = [f"{axes[0]},{axes[1]},accuracy,standard_error,examples"]
+        for case in sorted(self.sums):
+            n = int(self.sums[case][0])
+            lines.append(f"{case[0]},{case[1]},{self.accuracy(case):.6f},{self.error(case):.6f},{n}")
+        path.write_text("\n".join(lines) + "\n")
+
+    def lines(self, axes: tuple[str, str], trained) -> str:
+        rows = [f"{axes[0]:>10}{axes[1]:>10}{'accuracy':>11}{'+-':>8}  trained"]
+        rows += [
+            f"{a:>10}{b:>10}{100 * self.accuracy((a, b)):>9.2f} %{100 * self.error((a, b)):>8.2f}"
+            f"  {'yes' if (a, b) in trained else 'no'}"
+            for a, b in sorted(self.sums)
+        ]
+        return "\n".join(rows)
+
+    def draw(self, png: Path, axes: tuple[str, str], trained, title: str) -> Path:
+        """Heat map of the accuracies, first size across and second one down; trained cases are framed."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        across, down = (sorted({case[i] for case in self.sums}) for i in (0, 1))
+        image = np.full((len(down), len(across)), np.nan)
+        for a, b in self.sums:
+            image[down.index(b), across.index(a)] = 100 * self.accuracy((a, b))
+        size = (2.2 + 0.8 * len(across), 1.8 + 0.6 * len(down))
+        figure, ax = plt.subplots(figsize=size, constrained_layout=True)
+        shown = ax.imshow(image, cmap="viridis", vmin=0, vmax=100, origin="lower", aspect="auto")
+        for a, b in self.sums:
+            x, y = across.index(a), down.index(b)
+            ax.text(
+                x, y, f"{image[y, x]:.0f}", ha="center", va="center", color="white" if image[y, x] < 60 else "black"
+            )
+            if (a, b) in trained:
+                ax.add_patch(plt.Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=2))
+        ax.set_xticks(range(len(across)), across)
+        ax.set_yticks(range(len(down)), down)
+        ax.set(xlabel=axes[0], ylabel=axes[1])
+        ax.set_title(f"{title}\n(framed: trained)", fontsize=9)
+        figure.colorbar(shown, ax=ax, label="accuracy (%)")
+        figure.savefig(png, dpi=120)
+        plt.close(figure)
+        return png

@@ -1,0 +1,99 @@
+"""Recall: answers where something seen before is asked for, judged per length and number of pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.tasks.base import Report, StepOutput, Task
+from ssmzoo.tasks.metrics.recall import CaseTable, example_accuracy
+
+IGNORE = -100
+
+
+class Recall(Task):
+    """Cross entropy in nats over the labelled positions, plus the model's auxiliary losses; accuracy is the mean over
+    the examples of each one's share of right answers.
+
+    The model maps ids (b l) to an output with logits (b l v); those of a vocabulary padded beyond the data's count as
+    wrong. After training and in `eval.py` every test case of the data is measured: recall.csv and a heat map.
+    """
+
+    unit = "sequences"
+
+    def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
+        labels = batch["labels"]  # (b l)
+        out = self.model(batch["input_ids"])
+        asked = labels != IGNORE
+        count = asked.sum()
+        chosen = out.logits[asked]  # (m v)
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        loss = F.cross_entropy(chosen, labels[asked], reduction="sum") / count.clamp(min=1)
+        metrics = {"cross_entropy": loss.detach()}
+        if self.measuring or not training:
+            right = torch.zeros_like(asked)
+            right[asked] = chosen.argmax(-1) == labels[asked]
+            metrics["accuracy"] = example_accuracy(right, asked).mean()
+        if not training:
+            return StepOutput(loss, metrics, count)
+        losses = [value for key, value in out.aux.items() if key.endswith("_loss")]
+        return StepOutput(loss, metrics, count, sum(losses) if losses else None)
+
+    def labelled(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"] != IGNORE).sum()
+
+    @torch.no_grad()
+    def cases(self, data) -> CaseTable:
+        """Accuracy of every test case."""
+        was_training, table = self.model.training, CaseTable()
+        self.model.eval()
+        for batch in data.test_batches():
+            labels = batch["labels"]
+            right = self.model(batch["input_ids"].to(self.device)).logits.argmax(-1).cpu() == labels
+            table.add(batch["case"], example_accuracy(right, labels != IGNORE))
+        self.model.train(was_training)
+        return table
+
+    def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
+        data = self.trainer.datamodule
+        table = self.cases(data)
+        table.write_csv(run_dir / "recall.csv", data.axes)
+        trained = set(data.train_cases)
+        rows = {
+            "validation cross entropy": f"{validation['cross_entropy']:.5f} nats per answer",
+            "validation accuracy": f"{100 * validation['accuracy']:.2f} % (trained sizes)",
+        }
+        beyond = [case for case in table.sums if case not in trained]
+        if beyond:
+            rows["accuracy beyond the trained sizes"] = (
+                f"{100 * table.mean(beyond):.2f} % (mean of {len(beyond)} sizes)"
+            )
+        if (held := self.state_bytes(data)) is not None:
+            rows["state"] = f"{held[0]:,} bytes a sequence after {held[1]} tokens, {held[2]:,} after {held[3]}"
+        figure = table.draw(run_dir / "recall.png", data.axes, trained, f"{type(self.model).__name__} on {data.bench}")
+        return Report(rows, {f"{data.bench}, every test size": table.lines(data.axes, trained)}, [figure])
+
+    @torch.no_grad()
+    def state_bytes(self, data) -> tuple[int, int, int, int] | None:
+        """(bytes of carried state, after how many tokens) twice, at the shortest and longest test sequence; None for
+        models that carry none."""
+        found = []
+        for case in (min(data.test_cases), max(data.test_cases)):
+            ids = data.example(case).to(self.device)
+            tensors = _tensors(self.model(ids).state)
+            if not tensors:
+                return None
+            found += [sum(t.numel() * t.element_size() for t in tensors), ids.shape[1]]
+        return tuple(found)
+
+
+def _tensors(state) -> list[Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    return [t for part in state for t in _tensors(part)] if isinstance(state, (list, tuple)) else []
