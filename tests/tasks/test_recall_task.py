@@ -20,7 +20,7 @@ SIZES = ["data.train=[[16,2]]", "data.test=[[16,2],[16,4],[32,4]]"]
 MODELS = {
     "mamba": ["model.d_model=16", "model.n_layer=1"],
     "mamba2": ["model.d_model=32", "model.n_layer=1"],
-    "transformer": ["model.d_model=16", "model.n_blocks=1"],
+    "transformer": ["model.d_model=16", "model.n_blocks=1", "model.n_heads=2"],
     "moe_mamba": ["model.d_model=16", "model.n_blocks=1"],
     "lstm": [],
     "sd_ssm": [],
