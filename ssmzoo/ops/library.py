@@ -121,7 +121,7 @@ class Differentiable:
         """The result or results of the kernel registered under `backend`; `a` has at least the fields of `inputs`."""
         a = select(self.Inputs, a)
         tensors = [getattr(a, name) for name in self.tensors]
-        save = needs_grad(*tensors)
+        save = needs_grad(*tensors) and not torch.compiler.is_exporting()  # see `recomputed`
         if self.like is not None and not eager(*tensors):
             results = self.forward_op(*a, save, backend)
             results = results if isinstance(results, tuple) else (results,)
@@ -155,9 +155,13 @@ class Differentiable:
         elif torch.is_grad_enabled() or not eager(*dresults, saved, *tensors):
             found = dict(zip(self.tensors, self.backward_op(*dresults, saved, *a, ctx.backend)))
         else:
-            found = self.kernels[ctx.backend].backward(a, saved, *dresults)
+            found = self.kernels[ctx.backend].backward(a, self.recomputed(a, saved, ctx.backend), *dresults)
         known = {n for n, t in zip(self.tensors, tensors) if t is not None and t.is_floating_point()}
         return tuple(found.get(name) if name in known else None for name in a._fields)
+
+    def recomputed(self, a: tuple, saved: Tensor | None, backend: str) -> Tensor | None:
+        """What the forward keeps, computed anew where it kept nothing: in exported programs, whose lengths may vary."""
+        return self.kernels[backend].forward(a, True)[1] if self.hidden and saved.numel() == 0 else saved
 
     def differentiable_gradients(self, a: tuple, dresult: Tensor) -> dict[str, Tensor]:
         names = [n for n in self.tensors if getattr(a, n) is not None and getattr(a, n).requires_grad]
@@ -188,7 +192,7 @@ class Differentiable:
         def backward(*values):
             *dresults, saved = values[: count + 1]
             a, backend = inputs(*values[count + 1 : -1]), values[-1]
-            return self._listed(a, self.kernels[backend].backward(a, saved, *dresults))
+            return self._listed(a, self.kernels[backend].backward(a, self.recomputed(a, saved, backend), *dresults))
 
         def fake_backward(*values):
             a = inputs(*values[count + 1 : -1])

@@ -1,0 +1,35 @@
+"""torch.export: one program for every batch and length, with the model's gradients."""
+
+import pytest
+import torch
+from test_state_contract import NODES, VOCAB
+from torch.export import Dim, export
+
+from ssmzoo.zoo import build_model
+
+ONE_LENGTH = {  # what export says of these: the length became a constant
+    "RNNModel": "torch's recurrent kernels are traced for one length",
+    "Mamba3LM": "its scan in torch's functions is cut into as many chunks as the example has",
+    "ComplexDiagonalModel": "its scan doubles as often as the example's length asks for",
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_one_program_serves_every_length(name):
+    kind = NODES[name]["_target_"].rpartition(".")[2]
+    if kind in ONE_LENGTH:
+        pytest.skip(f"{kind}: {ONE_LENGTH[kind]}")
+    torch.manual_seed(0)
+    model = build_model(NODES[name]).eval()
+    shapes = {"input_ids": {0: Dim("batch", min=1, max=64), 1: Dim("length", min=4, max=4096)}}
+    program = export(model, (torch.randint(VOCAB, (2, 12)),), dynamic_shapes=shapes, strict=False).module()
+    for batch, length in ((3, 5), (1, 33), (2, 130)):
+        ids = torch.randint(VOCAB, (batch, length))
+        torch.testing.assert_close(program(ids).logits, model(ids).logits)
+    model(ids).logits.square().sum().backward()
+    program(ids).logits.square().sum().backward()
+    right = dict(model.named_parameters())
+    assert sum(p.grad is not None for p in program.parameters()) > 0
+    for key, parameter in program.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, right[key].grad)
