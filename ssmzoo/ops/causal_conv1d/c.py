@@ -16,7 +16,7 @@ from ssmzoo.ops.rows import checked
 
 FORWARD, MISSING = kernel("ssmzoo_causal_conv1d_forward")
 BACKWARD, _ = kernel("ssmzoo_causal_conv1d_backward")
-UPDATE, _ = kernel("ssmzoo_causal_conv1d_update", [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6)
+UPDATE, MISSING_UPDATE = kernel("ssmzoo_causal_conv1d_step", [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6)
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 
@@ -81,6 +81,6 @@ def why_not_update(a) -> str | None:
     return "has no backward; the torch backend does" if grad else None
 
 
-@causal_conv1d_update.register("c", device="cpu", missing=MISSING, unsupported=why_not_update)
+@causal_conv1d_update.register("c", device="cpu", missing=MISSING_UPDATE, unsupported=why_not_update)
 def causal_conv1d_update_c(a) -> Tensor:
     return _update(a) if eager(a.x, a.conv_state) else TRACED_UPDATE(*a)

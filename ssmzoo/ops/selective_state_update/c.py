@@ -12,7 +12,7 @@ from ssmzoo.ops.native import kernel, pack
 from ssmzoo.ops.rows import checked
 from ssmzoo.ops.selective_state_update import selective_state_update
 
-UPDATE, MISSING = kernel("ssmzoo_selective_state_update")
+UPDATE, MISSING = kernel("ssmzoo_selective_state_step")
 
 
 def _update(a) -> Tensor:

@@ -75,7 +75,7 @@ static void add_axis(tensor *t, int place) {  // an axis of length 1
     t->stride[place] = 0;
 }
 
-void ssmzoo_selective_state_update(const update_args *given) {
+void ssmzoo_selective_state_step(const update_args *given) {
     update_args a = *given;
     if (a.plain) {
         tensor *with_batch[] = {&a.state, &a.x, &a.dt, &a.z, &a.out}, *without[] = {&a.A, &a.D, &a.bias};
