@@ -4,8 +4,10 @@ import inspect
 import math
 
 import pytest
+import test_drop_in_arguments
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 
 from ssmzoo import ops
 from ssmzoo.ops.native import MISSING
@@ -33,6 +35,19 @@ UPSTREAM = {
     ),
     "causal_conv1d_varlen_states": "x cu_seqlens state_len",
 }
+
+
+def test_the_documented_table_is_true():
+    """Every function with upstream's arguments in order; what ours has beyond is named in the last column."""
+    rows = [line.split("|") for line in (ROOT / "docs" / "operators.md").read_text().splitlines()]
+    table = {row[1].strip(" `"): row[2:4] for row in rows if len(row) == 5 and row[2].strip().startswith("`")}
+    upstream = UPSTREAM | test_drop_in_arguments.UPSTREAM
+    assert table.keys() == upstream.keys()
+    for name, (arguments, beyond) in table.items():
+        known = [argument.partition("=")[0] for argument in upstream[name].split()]
+        assert arguments.strip(" `").split() == known
+        more = inspect.signature(getattr(ops, name)).parameters.keys() - set(known)
+        assert all(parameter in beyond for parameter in more)
 
 
 @pytest.fixture(autouse=True)

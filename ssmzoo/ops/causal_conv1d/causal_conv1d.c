@@ -328,8 +328,8 @@ void ssmzoo_causal_conv1d_backward(const conv_args *a) {
 // of the state a sequence has, negative: none, y = 0; NULL: the same. seen (b): the state is circular, and so many tokens
 // came before; NULL: oldest first, shifted by l.
 void ssmzoo_causal_conv1d_step(const float *x, float *state, const float *weight, const float *bias, float *y,
-                                 const int64_t *index, const int64_t *seen, int64_t b, int64_t c, int64_t l, int64_t s,
-                                 int64_t k, int64_t silu) {
+                               const int64_t *index, const int64_t *seen, int64_t b, int64_t c, int64_t l, int64_t s,
+                               int64_t k, int64_t silu) {
     for (int64_t i = 0; i < b; i++) {
         int64_t row = index ? index[i] : i;
         if (row < 0) {
