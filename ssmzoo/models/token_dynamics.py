@@ -47,6 +47,7 @@ from torch.nn.utils import parametrize
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
 from ssmzoo.layers.mixers.mamba import MambaInit
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.vim import Vim
 from ssmzoo.ops import mix_tokens, selective_scan_fn
@@ -189,6 +190,7 @@ class MambaVisionMixer(nn.Module):
         if self.sort is not None:
             x = self.reorder(x)
         dt, B, C = self.steps(x)
+        bias = self.dt_proj.bias if is_plain(self.dt_proj) else self.dt_proj(x.new_zeros(1, self.dt_rank))[0]
         y = selective_scan_fn(
             x,
             dt,
@@ -196,7 +198,7 @@ class MambaVisionMixer(nn.Module):
             B,
             C,
             fp32(self.D),
-            delta_bias=fp32(self.dt_proj.bias),
+            delta_bias=fp32(bias),
             delta_softplus=True,
         )
         return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
