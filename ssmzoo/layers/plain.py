@@ -6,9 +6,13 @@ or a replaced `forward` would be passed over without a word. Fused paths therefo
 modules one by one otherwise:
 
     y = linear_act(x, fc.weight, fc.bias, "gelu") if is_plain(fc) else F.gelu(fc(x))
+
+A hook made by `observer` only notes that a forward ran, and may be passed over.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,8 +29,20 @@ def is_plain(*modules: nn.Module, among: frozenset[type] = PLAIN) -> bool:
         return False
     for m in modules:
         own = m.__dict__
-        if type(m) not in among or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        if type(m) not in among or "forward" in own:
+            return False
+        if (hooks := own["_forward_hooks"]) and _act(hooks) or (hooks := own["_forward_pre_hooks"]) and _act(hooks):
             return False
         if own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
     return True
+
+
+def observer(hook: Callable) -> Callable:
+    """Mark a forward hook or pre-hook that neither changes nor reads what passes, so that fused paths may skip it."""
+    hook.observes = True
+    return hook
+
+
+def _act(hooks: dict[int, Callable]) -> bool:
+    return not all(getattr(hook, "observes", False) for hook in hooks.values())

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.plain import observer
 from ssmzoo.probes import attribution_maps as maps
 from ssmzoo.probes.attention_matrices import MATRIX_BYTES, WORK, attention, class_row, matrix_bytes
 from ssmzoo.probes.attribution_maps import gradient_weight, min_max, rollout
@@ -47,7 +48,8 @@ class Streams:
             if isinstance(module, NORMS):
                 self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.see(name, x)))
         for name, module in own_modules(self.model):
-            self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self.assign(name)))
+            assign = observer(lambda m, x, name=name: self.assign(name))
+            self.hooks.append(module.register_forward_pre_hook(assign))
         return self
 
     def see(self, name: str, inputs: tuple) -> None:

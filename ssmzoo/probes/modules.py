@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
+
+from ssmzoo.layers.plain import observer
 
 
 @dataclass
@@ -22,8 +25,8 @@ class ModuleTracker:
 
     calls  the running forwards, from the model itself to the innermost one
 
-    Layers of torch itself (Linear, Conv1d, ...) are passed over: none of them calls an operator, and one with a hook
-    would keep its mixer from the fused operators that it takes otherwise.
+    Layers of torch itself (Linear, Conv1d, ...) are passed over: none of them calls an operator. The hooks are marked
+    as observers, so that the model takes the same fused operators as without them.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,8 +34,9 @@ class ModuleTracker:
 
     def __enter__(self) -> ModuleTracker:
         for name, module in own_modules(self.model):
-            self.hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: self._enter(name, m)))
-            self.hooks.append(module.register_forward_hook(lambda m, x, y: self._leave(), always_call=True))
+            enter, leave = observer(partial(self._enter, name)), observer(partial(self._leave))
+            self.hooks.append(module.register_forward_pre_hook(enter))
+            self.hooks.append(module.register_forward_hook(leave, always_call=True))
         return self
 
     def __exit__(self, *error) -> None:
@@ -40,10 +44,10 @@ class ModuleTracker:
             hook.remove()
         self.calls, self.hooks = self.calls[:1], []
 
-    def _enter(self, name: str, module: nn.Module) -> None:
+    def _enter(self, name: str, module: nn.Module, inputs: tuple) -> None:
         self.calls.append(Call(name, module))
 
-    def _leave(self) -> None:
+    def _leave(self, module: nn.Module, inputs: tuple, output) -> None:
         self.calls.pop()
 
     @property

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from ssmzoo.layers.plain import PLAIN, is_plain
+from ssmzoo.layers.plain import PLAIN, is_plain, observer
 
 MAKE = {
     nn.Linear: lambda: nn.Linear(3, 3),
@@ -51,3 +51,14 @@ def test_subclasses_wrappers_and_global_hooks():
     assert not is_plain(nn.Linear(3, 3))
     hook.remove()
     assert is_plain(nn.Linear(3, 3))
+
+
+def test_hooks_that_only_observe_are_passed_over():
+    linear = nn.Linear(2, 2)
+    hook = linear.register_forward_pre_hook(observer(lambda module, inputs: None))
+    assert is_plain(linear)
+    other = linear.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert not is_plain(linear)
+    other.remove()
+    hook.remove()
+    assert is_plain(linear)

@@ -20,6 +20,7 @@ from ssmzoo.probes.hidden_attention import (
     implicit_attention,
     scan_output,
 )
+from ssmzoo.probes.modules import ModuleTracker
 from ssmzoo.probes.tap import DenseScan, Scan, tap
 
 IMAGE = dict(in_chans=3, num_classes=4)
@@ -88,6 +89,7 @@ def test_matrix_times_input_is_the_output_of_every_scan(name):
     assert scans
     for scan in scans:
         scan = scan.take(range(0, len(scan.channels), max(1, len(scan.channels) // 6)))
+        assert (scan.fusion is not None) == (name == "spatial_mamba")
         assert exactness(scan) <= 1e-5, scan.name
         assert (scan.output() - scan.y).norm() <= 1e-5 * scan.y.norm(), scan.name  # by the states
         torch.testing.assert_close(scan.states([0, -1]), scan.states()[:, :, [0, -1]])
@@ -97,6 +99,20 @@ def test_matrix_times_input_is_the_output_of_every_scan(name):
             assert scan.z is None and scan.gate.shape == scan.y.shape, scan.name
         elif name in ("mamba", "moe_mamba", "moe_mamba_inner", "vim", "shuffle_mamba"):
             assert scan.gate is None and scan.z.shape == scan.y.shape, scan.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_following_the_modules_changes_no_operator(name):
+    model, x = build(name)
+    torch.manual_seed(1)
+    plain = model(x)
+    torch.manual_seed(1)
+    with ModuleTracker(model) as modules:
+        seen = model(x)
+        assert modules.current.module is model and len(modules.calls) == 1
+    before, after = (o.logits if hasattr(o, "logits") else o for o in (plain, seen))
+    assert torch.equal(before, after), "a fused operator was left for another"
 
 
 @pytest.mark.parametrize("name", MODELS)
