@@ -83,7 +83,7 @@ def cycle_navigation() -> Automaton:
 
 
 def modular_arithmetic(modulus: int = 5) -> Automaton:
-    """Digits at even places, + - * at odd ones; `*` binds tighter, a `-` negates only the digit after it.
+    """Digits at even positions, + - * at odd ones; `*` binds tighter, a `-` negates only the digit after it.
 
     State (num, acc, prod): acc is the sum of the finished terms, prod the running signed product of the present one.
     After + or - a term has just been closed; after * a factor is awaited.

@@ -111,8 +111,8 @@ def _minimal(delta: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.n
         kind = refined
     first = np.unique(refined, return_index=True)[1]
     order = np.r_[refined[0], np.setdiff1d(np.arange(len(first)), refined[0])]  # the start first
-    place = np.argsort(order)
-    return place[refined[delta[first]]][order], accepting[first][order]
+    renumbered = np.argsort(order)
+    return renumbered[refined[delta[first]]][order], accepting[first][order]
 
 
 def _breadth_first(delta: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +122,6 @@ def _breadth_first(delta: np.ndarray, accepting: np.ndarray) -> tuple[np.ndarray
             if after not in seen:
                 seen.add(after)
                 order.append(after)
-    place = np.empty(len(delta), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    return place[delta[order]], accepting[order]
+    renumbered = np.empty(len(delta), dtype=np.int64)
+    renumbered[order] = np.arange(len(order))
+    return renumbered[delta[order]], accepting[order]

@@ -81,7 +81,7 @@ class FixedSet:
         """The label id of one string of token ids."""
         tokens = ids.numpy()
         if self.name == "mod_arith_no_brack":
-            tokens = tokens[:-1]  # the '=' is only the place of the answer
+            tokens = tokens[:-1]  # the '=' is only the position of the answer
             symbols = np.where(tokens >= 5, tokens - 5, tokens + 4)
         else:
             symbols = np.array(self.symbols)[tokens - 1]
@@ -145,7 +145,7 @@ class FixedSetData(LightningDataModule):
 
     def _batch(self, index: int) -> dict[str, Tensor]:
         index %= self.num_samples // self.batch_size
-        if index != self._next or self._source is None:  # seeds form one stream: skip to the place
+        if index != self._next or self._source is None:  # seeds form one stream: skip to the position
             self._source = self.train_set.samples(self.seed)
             skipped = random.Random(self.seed)
             for _ in range(index * self.batch_size):

@@ -112,11 +112,11 @@ class TrainingStrings:
         return self.lengths[high]
 
     def __call__(self, index: int) -> dict[str, Tensor]:
-        block, place = divmod(index, self.batches)
+        block, within = divmod(index, self.batches)
         if self._block is None or self._block[0] != block:
             self._block = (block, *self._draw(block))
         _, ids, states, hashes, lengths = self._block
-        rows, length = slice(place * self.batch_size, (place + 1) * self.batch_size), lengths[place]
+        rows, length = slice(within * self.batch_size, (within + 1) * self.batch_size), lengths[within]
         first = length - 1 if self.supervise == "last" else self.min_length - 1  # position of the first answer
         labels = np.full((self.batch_size, length), IGNORE)
         labels[:, first:] = self.answers.take(states[rows, first:length].T).T

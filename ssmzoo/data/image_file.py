@@ -161,7 +161,7 @@ def _stretched(levels: np.ndarray, image) -> np.ndarray:
 
 
 def _raw(image) -> tuple:
-    """Arguments of Pillow's decoder: the stored mode and what else it is told."""
+    """Arguments of Pillow's decoder: the stored mode and its other options."""
     args = image.tile[0].args if getattr(image, "tile", None) else None
     return args if isinstance(args, tuple) else (args,)
 
@@ -196,14 +196,14 @@ def _decode(image, mode: str, raw: str) -> np.ndarray:
 def walk_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted, through linked folders too (each once); hidden ones are left out."""
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
         if real in seen:
             folders[:] = []
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(place, n) for n in names if not n.startswith(".")]
+        found += [Path(root, n) for n in names if not n.startswith(".")]
     return sorted(f for f in found if f.is_file())
 
 

@@ -124,7 +124,7 @@ def _encode_tiff(file, channels: np.ndarray, picture: Picture) -> None:
     folders = {tag: found for tag in EXIF_FOLDERS if (found := exif.get_ifd(tag))}
     extra = [(tag, "s", 0, str(exif[tag]), True) for tag in ABOUT if tag in exif and tag not in (SOFTWARE, ORIENTATION)]
     extra.append((ORIENTATION, "H", 1, int(exif.get(ORIENTATION, 1)), True))
-    extra += [(tag + 1, "I", 1, 0, True) for tag in folders]  # their places: tifffile refuses the tags themselves
+    extra += [(tag + 1, "I", 1, 0, True) for tag in folders]  # placeholders: tifffile refuses the tags themselves
     options = {"photometric": "rgb" if count > 2 else "minisblack", "compression": "zlib", "extratags": extra}
     options |= {"software": str(exif[SOFTWARE]) if SOFTWARE in exif else False, "metadata": None}
     if count in (2, 4):
@@ -145,7 +145,7 @@ def _append_folder(name: str, tag: int, entries: dict) -> None:
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     with tifffile.TiffFile(name) as tiff:
-        order, place = tiff.byteorder, tiff.pages[0].tags[tag + 1]
+        order, entry = tiff.byteorder, tiff.pages[0].tags[tag + 1]
     folder = ImageFileDirectory_v2(prefix=b"II" if order == "<" else b"MM")
     folder.update(entries)
     with open(name, "r+b") as file:
@@ -154,7 +154,7 @@ def _append_folder(name: str, tag: int, entries: dict) -> None:
         if start >= 1 << 32:  # the entry is 32 bits wide
             return
         file.write(folder.tobytes(start))
-        file.seek(place.offset)
+        file.seek(entry.offset)
         file.write(struct.pack(f"{order}H", tag))
-        file.seek(place.valueoffset)
+        file.seek(entry.valueoffset)
         file.write(struct.pack(f"{order}I", start))

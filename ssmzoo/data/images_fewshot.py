@@ -1,11 +1,12 @@
 """Labelled images in sessions: many of the base classes, then a few of some new classes at a time.
 
-The list of CIFAR-100 is the split used by the field (CEC, Zhang et al. 2021, arXiv 2104.03047): places in the standard
+The list of CIFAR-100 is the split used by the field (CEC, Zhang et al. 2021, arXiv 2104.03047): indices in the standard
 training file of the five images of every class from 60 on.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ class FewShotImages(ImageData):
     base_classes  how many classes (in label order) are trained on first
     way, shot     new classes per session and training images of each
     few_shot      which images: "seed", "cec" (the field's list, CIFAR-100 only), or a text file, or a folder of them:
-                  a line of `shot` places in the training set per new class, or image files, one per line, of which
+                  a line of `shot` indices in the training set per new class, or image files, one per line, of which
                   folder and name count (the field's session lists of CUB-200; those of base classes are passed over)
     Other arguments as in `ImageData`.
     """
@@ -101,8 +102,8 @@ class FewShotImages(ImageData):
         """Classes known after a session; 0 is the base session."""
         return self.base_classes + session * self.way
 
-    def few_shot_places(self) -> np.ndarray:
-        """(novel classes, shot) places in the whole training set."""
+    def few_shot_indices(self) -> np.ndarray:
+        """(novel classes, shot) indices in the whole training set."""
         labels, novel = self._all[0].labels, range(self.base_classes, len(self.classes))
         if self.few_shot == "seed":
             generator = np.random.default_rng(self.split_seed)
@@ -112,18 +113,18 @@ class FewShotImages(ImageData):
             return np.stack([generator.permutation(np.flatnonzero(labels == c))[: self.shot] for c in novel])
         text = CIFAR100 if self.few_shot == "cec" else self._index()
         if any(not set(row) <= set("0123456789,") for row in text.split()):
-            return self._places_of_files(text.splitlines())
+            return self._indices_of_files(text.splitlines())
         rows = [[int(n) for n in row.split(",")] for row in text.split()]
         if [len(row) for row in rows] != [self.shot] * len(novel):
             raise ValueError(f"data.few_shot = {self.few_shot}: expected {len(novel)} rows of {self.shot} numbers")
-        places = np.array(rows)
-        wrong = [self.classes[c] for c, row in zip(novel, places) if (labels[row] != c).any()]
+        indices = np.array(rows)
+        wrong = [self.classes[c] for c, row in zip(novel, indices) if (labels[row] != c).any()]
         if wrong:
             raise ValueError(
                 f"data.few_shot = {self.few_shot}: some images are not of the class of their row: "
                 f"{', '.join(wrong[:5])}"
             )
-        return places
+        return indices
 
     def _index(self) -> str:
         path = Path(self.few_shot).expanduser()
@@ -135,20 +136,24 @@ class FewShotImages(ImageData):
             )
         return "\n".join(f.read_text(encoding="utf-8") for f in files)
 
-    def _places_of_files(self, lines: list[str]) -> np.ndarray:
+    def few_shot_places(self) -> np.ndarray:
+        warnings.warn("few_shot_places is now called few_shot_indices", DeprecationWarning, stacklevel=2)
+        return self.few_shot_indices()
+
+    def _indices_of_files(self, lines: list[str]) -> np.ndarray:
         """The same from file names: their folder and name must be those of a training image."""
         train = self._all[0]
         if train.files is None:
             raise ValueError(f"data.few_shot = {self.few_shot} lists files, but {train.name} is no folder of images")
-        places = {tuple(Path(name).parts[-2:]): i for i, name in enumerate(train.files)}
+        indices = {tuple(Path(name).parts[-2:]): i for i, name in enumerate(train.files)}
         listed = [tuple(Path(line.split()[0]).parts[-2:]) for line in lines if line.strip()]
-        unknown = ["/".join(name) for name in listed if name not in places and name[0] in train.classes]
+        unknown = ["/".join(name) for name in listed if name not in indices and name[0] in train.classes]
         if unknown:
             raise ValueError(
                 f"data.few_shot = {self.few_shot}: {len(unknown)} files are not in {train.name}: "
                 f"{', '.join(unknown[:5])}"
             )
-        chosen = [places[name] for name in listed if name in places]
+        chosen = [indices[name] for name in listed if name in indices]
         rows = [[i for i in chosen if train.labels[i] == c] for c in range(self.base_classes, len(self.classes))]
         wrong = [
             f"{self.classes[self.base_classes + k]} {len(row)}" for k, row in enumerate(rows) if len(row) != self.shot
@@ -168,7 +173,7 @@ class FewShotImages(ImageData):
         train, val = self._all
         chosen = {
             "base": lambda: self._open()[0],
-            "few": lambda: train.subset(self.few_shot_places().ravel()),
+            "few": lambda: train.subset(self.few_shot_indices().ravel()),
             "test": lambda: val,
         }[which]()
         samples = ImageSamples(chosen, self._transform(training=False), "L" if self.channels == 1 else "RGB")

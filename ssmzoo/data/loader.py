@@ -97,7 +97,7 @@ class ResumableLoader:
         order = Permutation(n, draw_seed(self.seed, epoch, -1)) if self.shuffle else range(n)
         for batch in range(start, len(self)):
             mine = range(batch * step + self.rank, min(n, (batch + 1) * step), self.world_size)
-            drawn = ((order[place // self.repeats], place % self.repeats) for place in mine)
+            drawn = ((order[position // self.repeats], position % self.repeats) for position in mine)
             yield [Draw(i, draw_seed(self.seed, epoch, i + n * copy), epoch) for i, copy in drawn]
 
     def _epochs(self) -> Iterator[list[Draw]]:

@@ -113,7 +113,7 @@ class Patches(Pictures):
         generator = torch.Generator().manual_seed(draw.seed)
         index = draw.index % len(self.photos)
         make = self._paired if self.degradation.kind == "paired" else self._made
-        return dict(zip(("lq", "gt"), self._turn(*make(index, generator), generator)))
+        return dict(zip(("lq", "gt"), self._flip(*make(index, generator), generator)))
 
     def _corner(self, shape, index: int, generator) -> tuple[int, int]:
         """Top and left of a crop, at multiples of the scale."""
@@ -145,14 +145,14 @@ class Patches(Pictures):
         low = low[:, top // s : (top + p) // s, left // s : (left + p) // s]
         return low / 255, clean[:, top : top + p, left : left + p] / 255
 
-    def _turn(self, low: Tensor, clean: Tensor, generator) -> tuple[Tensor, Tensor]:
+    def _flip(self, low: Tensor, clean: Tensor, generator) -> tuple[Tensor, Tensor]:
         """Horizontal flip, vertical flip and transpose, each with probability 1/2, the same for both."""
         if not self.augment:
             return low, clean
         flips = torch.rand(3, generator=generator) < 0.5
         dims = [d for d, on in ((-1, flips[0]), (-2, flips[1])) if on]
-        turned = (t.flip(dims) if dims else t for t in (low, clean))
-        return tuple((t.mT if flips[2] else t).contiguous() for t in turned)
+        flipped = (t.flip(dims) if dims else t for t in (low, clean))
+        return tuple((t.mT if flips[2] else t).contiguous() for t in flipped)
 
 
 class WholePictures(Pictures):

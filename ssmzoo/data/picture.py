@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 ORIENTATION = 274  # the TIFF and EXIF tag
-EXIF_FOLDERS = (34665, 34853)  # the camera's settings, the place
+EXIF_FOLDERS = (34665, 34853)  # the camera's settings, GPS
 ABOUT = (269, 270, 271, 272, ORIENTATION, 285, 305, 306, 315, 316, 33432)  # TIFF tags that hold however it is stored
 
 

@@ -1,6 +1,6 @@
 """A random order of n things that takes no memory: a keyed permutation instead of a shuffled list.
 
-A list of the 10^8 windows of a 100 GB corpus would cost 800 MB per process and per epoch; here the place of one item is
+A list of the 10^8 windows of a 100 GB corpus would cost 800 MB per process and per epoch; here the index of one item is
 computed when it is asked for.
 """
 

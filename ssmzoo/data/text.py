@@ -39,7 +39,7 @@ class TextData(LightningDataModule):
     seq_len         tokens per window; batch_size: windows per step and process
     val_fraction    share of the text that is held out, by document
     val_tokens      validate on the first so many tokens of the held-out split; None: on all of it
-    shuffle         windows in another order and from another starting place every epoch; False: as they stand
+    shuffle         windows in another order and from another starting position every epoch; False: as they stand
     seed            decides the order, together with epoch and position
     num_workers     processes that prepare batches; 0 is fast enough for most machines
     cache_dir       where tokenised corpora are kept; None: $SSMZOO_CACHE or ~/.cache/ssmzoo
@@ -111,7 +111,7 @@ class TextData(LightningDataModule):
         return self._loader("val", limit=self.val_tokens, shuffle=False)
 
     def state_dict(self) -> dict:
-        """What a run that continues must share with the one before; the place in the epoch is the loader's state."""
+        """What a run that continues must share with the one before; the position in the epoch is the loader's state."""
         return {
             "corpus": self.fingerprint,
             "tokenizer": digest(self.tokenizer),

@@ -212,11 +212,11 @@ def _hold_out(files: list[tuple[str, str]], scans: dict[str, Scan], val_fraction
     return [source for source in sources if source.start < source.stop]
 
 
-def _line_start(path: str, place: int, stop: int) -> int:
-    """The first start of a line at or after `place`, if one comes soon and before the end; else of a character."""
+def _line_start(path: str, offset: int, stop: int) -> int:
+    """The first start of a line at or after `offset`, if one comes soon and before the end; else of a character."""
     with open_content(path) as file:
-        file.seek(place)
-        ahead = file.read(min(1 << 16, (stop - place) // 2))
+        file.seek(offset)
+        ahead = file.read(min(1 << 16, (stop - offset) // 2))
     if (newline := ahead.find(b"\n")) >= 0:
-        return place + newline + 1
-    return place + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)
+        return offset + newline + 1
+    return offset + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), 0)

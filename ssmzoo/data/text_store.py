@@ -3,9 +3,9 @@
     <cache>/text/<key>/   meta.json  tokenizer.json
                           train.tokens  train.starts  train.counts     and the same for val
 
-`tokens` are the ids of all documents one after another (uint8, uint16 or uint32), `starts` (int64) the place where each
-document begins and, last, their end, `counts` (int64) how often each id occurs. A folder appears under its name only
-when it is whole.
+`tokens` are the ids of all documents one after another (uint8, uint16 or uint32), `starts` (int64) the offset at which
+each document begins and, last, their end, `counts` (int64) how often each id occurs. A folder appears under its name
+only when it is whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REPORT_EVERY = 15.0  # seconds
 
 
 class Split(NamedTuple):
-    """One side of a corpus. tokens (n) ids, starts (documents + 1) places, counts (v), n_bytes of UTF-8."""
+    """One side of a corpus. tokens (n) ids, starts (documents + 1) offsets, counts (v), n_bytes of UTF-8."""
 
     tokens: np.ndarray
     starts: np.ndarray

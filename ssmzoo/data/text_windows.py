@@ -16,8 +16,8 @@ IGNORE = -100  # label of positions that are not trained, torch's convention
 class Windows(Dataset):
     """Cut the tokens of a split into windows so that one epoch predicts every token exactly once.
 
-    The documents lie behind one another on a ring of n tokens; an epoch starts at a place that (seed, epoch) decide and
-    goes round once. What the last window holds beyond the round is not trained.
+    The documents lie behind one another on a ring of n tokens; an epoch starts at a position that (seed, epoch) decide
+    and goes round once. What the last window holds beyond the round is not trained.
 
         tokens     d e f | a b c d e | f g      two boundaries in a window of six:
         input_ids  e f a b c d
@@ -43,12 +43,12 @@ class Windows(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         start = 0 if self.seed is None else draw_seed(self.seed, draw.epoch, -2) % self.n
-        place = draw.index * self.seq_len + np.arange(self.seq_len + 1)  # in this epoch's round
-        at = (place + start) % self.n  # on the ring
+        position = draw.index * self.seq_len + np.arange(self.seq_len + 1)  # in this epoch's round
+        at = (position + start) % self.n  # on the ring
         tokens = torch.from_numpy(self.split.tokens[at].astype(np.int64))
         document = np.searchsorted(self.split.starts, at, side="right")
         boundary = (document[1:] != document[:-1]) | (at[1:] == 0)
         labels = tokens[1:].clone()
-        labels[torch.from_numpy(boundary | (place[:-1] >= self.n))] = IGNORE
+        labels[torch.from_numpy(boundary | (position[:-1] >= self.n))] = IGNORE
         seq_idx = np.concatenate([[0], boundary[:-1].cumsum()]).astype(np.int32)
         return {"input_ids": tokens[:-1], "labels": labels, "seq_idx": torch.from_numpy(seq_idx)}

@@ -97,7 +97,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def axis_fades(starts: list[int], length: int, tile: int, overlap: int) -> list[Tensor]:
-    """Weights (tile) of every tile along one axis; at every place they sum to 1.
+    """Weights (tile) of every tile along one axis; at every pixel they sum to 1.
 
     Of what two neighbours share, the middle `overlap / 2` pixels are cross-faded; before that the first tile counts
     alone and after it the second, so that the pixels next to a tile's edge, which saw its padding, are not used.
@@ -127,7 +127,7 @@ def run_blended(
     tile     side of a tile in degraded pixels; neighbours share `overlap` or more (at most a third of it)
     progress called with (tiles done, tiles in all)
     """
-    if overlap > tile // 3:  # more would put three tiles over one place
+    if overlap > tile // 3:  # more would put three tiles over one pixel
         raise ValueError(f"overlap is {overlap}; with tiles of {tile} pixels it can be at most {tile // 3}")
     height, width = image.shape[-2:]
     rows, columns = tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)

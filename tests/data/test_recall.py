@@ -173,6 +173,9 @@ def test_curricula(made):
     assert lengths == [32] * 3 + [64] * 3 + [96] * 3
     mixed = made("mqar", train=cases)
     assert {mixed.training_batch(i)["input_ids"].shape[1] for i in range(40)} == {32, 64, 96}
+    often = made("mqar", train=[[32, 4]] * 9 + [[64, 8]])
+    assert sum(often.training_batch(i)["input_ids"].shape[1] == 32 for i in range(300)) > 240
+    assert len(often.val_dataloader()) == 2
 
 
 @pytest.mark.parametrize("arguments, words", [

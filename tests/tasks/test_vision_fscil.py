@@ -33,15 +33,15 @@ def test_base_session_and_few_images_of_new_classes():
 def test_index_files(tmp_path):
     data = FewShotImages()
     data.setup()
-    rows = data.few_shot_places()
+    rows = data.few_shot_indices()
     file = tmp_path / "few.txt"
     file.write_text("\n".join(",".join(map(str, row)) for row in rows))
     again = FewShotImages(few_shot=str(file))
     again.setup()
-    assert np.array_equal(again.few_shot_places(), rows)
+    assert np.array_equal(again.few_shot_indices(), rows)
     file.write_text("\n".join(",".join(map(str, row)) for row in rows[::-1]))
     with pytest.raises(ValueError, match="not of the class of their row: 6, 7"):
-        again.few_shot_places()
+        again.few_shot_indices()
     assert [len(row.split(",")) for row in CIFAR100.split()] == [5] * 40
 
 
@@ -70,24 +70,24 @@ def test_folders_with_session_lists(tmp_path):
     data.setup()
     assert data.sessions == 2 and data.sizes == {"in_chans": 3, "num_classes": 5, "img_size": 16}
     train = data._all[0]
-    assert [train.files[i] for i in data.few_shot_places().ravel()] == [
+    assert [train.files[i] for i in data.few_shot_indices().ravel()] == [
         f"{c:03d}.Bird_{c}/Bird_{c}_{i}.jpg" for c in (4, 5) for i in (5, 2)
     ]
     assert torch.cat([y for _, y in data.images("few")]).tolist() == [3, 3, 4, 4]
     assert len(torch.cat([y for _, y in data.images("test")])) == 10
     (lists / "session_3.txt").write_text("x/005.Bird_5/Bird_5_1.jpg\n")
     with pytest.raises(ValueError, match="data.shot = 2, but the list has another number of images for: 005.Bird_5 1"):
-        data.few_shot_places()
+        data.few_shot_indices()
     (lists / "session_3.txt").write_text("x/005.Bird_5/Bird_5_99.jpg\n")
     with pytest.raises(ValueError, match="1 files are not in .*: 005.Bird_5/Bird_5_99.jpg"):
-        data.few_shot_places()
+        data.few_shot_indices()
     missing = FewShotImages(**arguments, few_shot=str(tmp_path / "nothing"))
     missing.setup()
     with pytest.raises(ValueError, match="no such file"):
-        missing.few_shot_places()
+        missing.few_shot_indices()
     seeded = FewShotImages(**arguments)
     seeded.setup()
-    assert seeded.few_shot_places().shape == (2, 2)
+    assert seeded.few_shot_indices().shape == (2, 2)
 
 
 def test_cifar100_layout(monkeypatch):
@@ -101,8 +101,8 @@ def test_cifar100_layout(monkeypatch):
     data = FewShotImages("torchvision/cifar100", base_classes=60, way=5, shot=5, few_shot="cec")
     data.setup()
     assert data.sessions == 8 and [data.seen(i) for i in (0, 8)] == [60, 100]
-    assert data.few_shot_places().shape == (40, 5)
-    assert data.few_shot_places()[0].tolist() == [29774, 33344, 4815, 6772, 48317]
+    assert data.few_shot_indices().shape == (40, 5)
+    assert data.few_shot_indices()[0].tolist() == [29774, 33344, 4815, 6772, 48317]
     assert set(data._open()[0].labels) == set(range(60))
 
 

@@ -25,7 +25,7 @@ def mqar(
                                   labels  . . . . . . 7 . . . . . 8 . . .
 
     Keys are 1 .. v/2 - 1, values v/2 .. v - 1. power: the smaller, the sooner a key is asked for. random_fillers: any
-    token in place of the zeros in between.
+    token instead of the zeros in between.
     """
     keys = draws.distinct(1, vocab_size // 2, n, pairs)
     values = draws.distinct(vocab_size // 2, vocab_size, n, pairs)

@@ -74,20 +74,20 @@ def _needle(length: int, needles: int, vocab: int) -> str | None:
     return f"{needles} facts need a length of at least {needed} bytes" if length < needed else None
 
 
-RECALL = ((64, 4), (64, 8), (128, 8))
-BEYOND = ((64, 4), (64, 8), (64, 16), (128, 8), (128, 16), (128, 32), (256, 8), (256, 32), (256, 64))
+RECALL = ((32, 4), (64, 4), (64, 8))
+BEYOND = ((32, 4), (32, 8), (64, 4), (64, 8), (64, 16), (128, 4), (128, 8), (128, 16), (256, 16))
 BITS, LONGER = ((8, 1), (16, 1), (32, 1)), ((8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (256, 1))
 FILLERS = ("power", "random_fillers")
 
 BENCHES = {
-    "mqar": Bench(associative.mqar, ("length", "pairs"), _pairs(4, 2), 256, RECALL, BEYOND, FILLERS),
+    "mqar": Bench(associative.mqar, ("length", "pairs"), _pairs(4, 2), 64, RECALL, BEYOND, FILLERS),
     "forgetting_mqar": Bench(
         associative.forgetting_mqar,
         ("length", "pairs"),
         _pairs(6, 2),
-        256,
-        ((64, 4), (64, 8), (128, 8)),
-        ((64, 4), (64, 8), (128, 8), (128, 16), (256, 8), (256, 32)),
+        64,
+        ((32, 4), (64, 4), (64, 8)),
+        ((32, 4), (64, 4), (64, 8), (128, 8), (128, 16), (256, 16)),
         ("updates", *FILLERS),
     ),
     "compositional_mqar": Bench(

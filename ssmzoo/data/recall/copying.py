@@ -13,7 +13,7 @@ from ssmzoo.data.recall.draws import Draws
 
 
 def selective_copying(draws: Draws, n: int, length: int, tokens: int, vocab_size: int) -> Arrays:
-    """`tokens` tokens at random places among zeros; then as many markers (v - 1), at which they are asked in order."""
+    """`tokens` tokens at random positions among zeros; then as many markers (v - 1), where they are asked in order."""
     where = np.sort(draws.distinct(0, length - tokens, n, tokens), axis=1)
     content = draws.integers(1, vocab_size - 1, (n, tokens))
     inputs = np.zeros((n, length), dtype=np.int64)

@@ -25,9 +25,9 @@ class RecallData(LightningDataModule):
 
     bench          mqar, forgetting_mqar, compositional_mqar, disjoint_sets, selective_copying, induction_heads, parity,
                    majority, cumulative_parity, cumulative_majority, phone_book, needle
-    vocab_size     tokens; None: the bench's usual number (256, 512, 16, ...)
+    vocab_size     tokens; None: the bench's usual number (64, 256, 16, ...)
     train, test    cases [[length, pairs], ...], or the two sizes that the bench has; None: usual ones, tested beyond
-                   those trained. Validation uses the training cases
+                   those trained. A training case given twice is drawn twice as often. Validation uses them too
     curriculum     mixed: any training case at any step; increasing: in the given order, `curriculum_steps` each
     power          mqar: weight i^(power - 1) of the i-th distance between pairs and question (published: 0.01)
     random_fillers mqar: random tokens instead of zeros between the questions
@@ -102,7 +102,7 @@ class RecallData(LightningDataModule):
                 raise ValueError(f"data.{name} holds [{axes}] = {list(case)}: {reason}")
         if not cases:
             raise ValueError(f"data.{name} is empty; give [[{axes}], ...]")
-        return list(dict.fromkeys(cases))
+        return list(cases)
 
     # Lightning's hooks
 
@@ -173,7 +173,7 @@ class RecallData(LightningDataModule):
     # How it is done
 
     def _fixed(self, cases: list[Case], samples: int, kind: int, split: str) -> Iterator[dict[str, Tensor]]:
-        for case in cases:
+        for case in dict.fromkeys(cases):
             draws = Draws([self.seed, kind, *case])
             for start in range(0, samples, self.batch_size):
                 n = min(self.batch_size, samples - start)

@@ -18,9 +18,9 @@ class Draws:
         """(n m): m different integers of [low, high) per example, in random order."""
         return low + _smallest(self.rng.random((n, high - low), dtype=np.float32), m)
 
-    def slots(self, n: int, places: int, m: int, power: float) -> np.ndarray:
-        """(n m): different places, place i (from 1) with a weight of i^(power - 1): small gaps are likely."""
-        waiting = self.rng.standard_exponential((n, places)) / np.arange(1, places + 1) ** (power - 1.0)
+    def slots(self, n: int, slots: int, m: int, power: float) -> np.ndarray:
+        """(n m): different slots, slot i (from 1) with a weight of i^(power - 1): small gaps are likely."""
+        waiting = self.rng.standard_exponential((n, slots)) / np.arange(1, slots + 1) ** (power - 1.0)
         return _smallest(waiting, m)
 
     def integers(self, low: int, high: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -46,10 +46,10 @@ class PublishedDraws(Draws):
     def distinct(self, low, high, n, m):
         return np.stack([self.state.choice(np.arange(low, high), size=m, replace=False) for _ in range(n)])
 
-    def slots(self, n, places, m, power):
-        weight = power * np.arange(1, places + 1) ** (power - 1.0)
+    def slots(self, n, slots, m, power):
+        weight = power * np.arange(1, slots + 1) ** (power - 1.0)
         weight /= weight.sum()
-        return np.stack([self.state.choice(places, size=m, replace=False, p=weight) for _ in range(n)])
+        return np.stack([self.state.choice(slots, size=m, replace=False, p=weight) for _ in range(n)])
 
     def integers(self, low, high, shape):
         return self.state.randint(low, high, shape)

@@ -60,7 +60,7 @@ def phone_book(draws: Draws, n: int, entries: int, asked: int, vocab_size: int =
 
 
 def needle(draws: Draws, n: int, length: int, needles: int, haystack: np.ndarray, vocab_size: int = 256) -> Arrays:
-    """`length` + 1 bytes of a text with `needles` facts "The number of Name is 12345." at random lines' places; at the
+    """`length` + 1 bytes of a text with `needles` facts "The number of Name is 12345." at random positions; at the
     end one of them is begun again and its digits are asked. haystack: (bytes) uint8, longer than `length`."""
     names, digits = _names(draws, n, needles), draws.integers(48, 58, (n, needles, 5)).astype(np.uint8)
     shape = (n, needles)
