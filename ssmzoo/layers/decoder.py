@@ -30,9 +30,8 @@ from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.state import ModelOutput, Padding, left_align
 
-_aten = torch.ops.aten
-ROUTING = [_aten.topk.default]  # kept, not recomputed: a rounding difference could send a token to another expert
-KEPT = {"full": ROUTING, "selective": [*ROUTING, _aten.mm.default, _aten.addmm.default, _aten.bmm.default]}
+ROUTING = [torch.ops.aten.topk.default]  # kept: a rounding difference could send a token to another expert
+EVERY = {False: 0, True: 1, "full": 1, "selective": 2}  # grad_checkpointing: recompute every so many-th block; 0: none
 
 
 class Block(nn.Module):
@@ -145,10 +144,10 @@ class Decoder(nn.Module):
         x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)  # (b l d)
         if self.residual_in_fp32 and x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        every = EVERY[self.grad_checkpointing] if torch.is_grad_enabled() else 0
         states, aux = [], []
-        for block, before in zip(blocks, state or (None,) * len(blocks), strict=True):
-            run = functools.partial(checkpoint, block, use_reentrant=False, **self._kept()) if recompute else block
+        for i, (block, before) in enumerate(zip(blocks, state or (None,) * len(blocks), strict=True)):
+            run = functools.partial(recomputed, block) if every and i % every == 0 else block
             x, after, extra = run(x, before, mask=padding, seq_idx=seq_idx, prefix=prefix)
             states.append(after)
             aux += extra
@@ -158,17 +157,11 @@ class Decoder(nn.Module):
         return x[:, -keep:], tuple(states), merge_aux(aux) if aux else {}
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
-        """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or all
-        of a block but its products of matrices ("selective"). The choice of experts is always kept."""
-        if enable not in (True, False, *KEPT):
+        """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or every
+        second one ("selective"). The choice of experts is always kept."""
+        if enable not in EVERY:
             raise ValueError(f"grad_checkpointing is {enable!r}; expected True, False, 'full' or 'selective'")
-        self.grad_checkpointing = "full" if enable is True else enable
-
-    def _kept(self) -> dict:
-        """`checkpoint`'s argument that names the operators whose results are kept."""
-        if self.grad_checkpointing == "full" and not any(isinstance(m, Router) for m in self.modules()):
-            return {}
-        return {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT[self.grad_checkpointing])}
+        self.grad_checkpointing = enable
 
 
 class CausalLM(Decoder):
@@ -192,6 +185,13 @@ class CausalLM(Decoder):
         more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
         hidden, state, aux = super().forward(input_ids, state, **more)
         return ModelOutput(self.head(hidden), state, aux)
+
+
+def recomputed(block: Block, *args: Any, **kwargs: Any):
+    """The block, whose activations are computed again in the backward pass."""
+    routes = any(isinstance(m, Router) for m in block.modules())
+    kept = {"context_fn": functools.partial(create_selective_checkpoint_contexts, ROUTING)} if routes else {}
+    return checkpoint(block, *args, use_reentrant=False, **kept, **kwargs)
 
 
 def leading_positions(

@@ -11,13 +11,94 @@ models/complex_diagonal_{no,with}_B_{linear,nonlinear_multilayer}.py. The offici
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.mixers.complex_diagonal import ComplexDiagonalSSM, ComplexState
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import ModelOutput, refuse_prefix
+from ssmzoo.ops import complex_scan
+
+
+class ComplexState(NamedTuple):
+    """h (b n 2): real and imaginary part after the last real token."""
+
+    h: Tensor
+
+
+class ComplexDiagonalSSM(nn.Module):
+    """Complex diagonal mixer.
+
+        g_t = W_2 ReLU(W_1 e_t)     lambda_t = scale * (g_re + i g_im) / |g_re + i g_im|
+        h_t = lambda_t * h_{t-1} + (B_re + i B_im) e_t       (without B: the first term alone, with scale = 1)
+        h_0 = n unit phasors drawn once, a buffer that belongs to the checkpoint
+
+    d_input, d_state  e and n;  use_B  whether inputs also enter additively;  scale_eigv  the scale above (with B only)
+    Input (b l e) -> features concat(Re h, Im h) (b l 2n).
+
+    Source: IBM/selective-dense-state-space-model @5bdc7f7, models/complex_diagonal_*.py.
+    """
+
+    def __init__(self, d_input: int, d_state: int, use_B: bool = True, scale_eigv: float = 1.0):
+        super().__init__()
+        if d_input < 1 or d_state < 1:
+            raise ValueError(f"d_input = {d_input} and d_state = {d_state} must be at least 1")
+        if scale_eigv <= 0:
+            raise ValueError(f"scale_eigv = {scale_eigv}; it must be positive")
+        self.d_state, self.scale_eigv = d_state, scale_eigv if use_B else 1.0
+        self.A_generator = nn.Sequential(
+            nn.Linear(d_input, 4 * d_state), nn.ReLU(), nn.Linear(4 * d_state, 2 * d_state)
+        )
+        self.register_buffer("init_state", torch.empty(d_state, dtype=torch.complex64))
+        if use_B:
+            self.B_re = nn.Parameter(torch.empty(d_state, d_input))
+            self.B_im = nn.Parameter(torch.empty(d_state, d_input))
+        else:
+            self.B_re = self.B_im = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        theta = 2 * math.pi * torch.rand(self.d_state, device=self.init_state.device)
+        self.init_state.copy_(torch.polar(torch.ones_like(theta), theta))
+        if self.B_re is not None:  # Xavier with half of the variance in each part
+            bound = math.sqrt(3) / math.sqrt(sum(self.B_re.shape))
+            self.B_re.uniform_(-bound, bound)
+            self.B_im.uniform_(-bound, bound)
+
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(dtype)` would cast the complex buffer to a real one and lose half of it: move its two parts instead."""
+        phasors, self.init_state = self.init_state, None
+        super()._apply(fn, recurse)
+        parts = fn(torch.view_as_real(phasors))
+        parts = parts if parts.dtype == torch.float64 else parts.float()  # there are no complex numbers of 16 bits
+        self.init_state = torch.view_as_complex(parts.contiguous())
+        return self
+
+    def forward(
+        self, x: Tensor, state: ComplexState | None = None, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ComplexState]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        g = self.A_generator(x).to(dtype)
+        g = torch.complex(g[..., : self.d_state], g[..., self.d_state :])  # (b l n)
+        a = self.scale_eigv * (g / g.abs())
+        b = torch.zeros_like(a)
+        if self.B_re is not None:
+            b = torch.complex(F.linear(x, self.B_re).to(dtype), F.linear(x, self.B_im).to(dtype))
+        start = self.init_state.expand(x.shape[0], -1)
+        h0 = start if state is None else torch.view_as_complex(state.h.contiguous())
+        if mask is not None:
+            a, b = torch.where(mask[..., None], a, 1.0), torch.where(mask[..., None], b, 0.0)
+        if seq_idx is not None:  # a new document starts from the initial phasors
+            new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[..., None]
+            b = torch.where(new, a * start[:, None] + b, b)
+            a = torch.where(new, 0.0, a)
+        h = complex_scan(a, b, h0)
+        last = h[:, -1] if h.shape[1] else h0
+        return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), ComplexState(torch.view_as_real(last))
 
 
 class ComplexDiagonalModel(nn.Module):

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmzoo.layers.mixers.mamba3 import Mamba3
-from ssmzoo.models.mamba3 import Mamba3LM
+from ssmzoo.models.mamba3 import Mamba3, Mamba3LM
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (

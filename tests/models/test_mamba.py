@@ -13,10 +13,9 @@ import ssmzoo
 from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
-from ssmzoo.layers.mixers.mamba3 import Mamba3, phase_sums
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.models.mamba3 import Mamba3LM
+from ssmzoo.models.mamba3 import Mamba3, Mamba3LM, phase_sums
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.golden import GoldenCase
 

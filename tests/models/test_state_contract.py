@@ -291,3 +291,20 @@ def test_a_state_can_be_used_twice(name, length):
         first = model(ids[:, 4 : 4 + length], state).logits
         assert torch.equal(model(ids[:, 4 : 4 + length], state).logits, first)
         assert torch.equal(model(ids[:, 4 : 4 + length], kept).logits, first)
+
+
+@every_model
+def test_a_prefix_is_read_whole_or_refused_in_words(name):
+    model, (ids, _, logits, _) = tiny_model(name), one_pass(name)
+    assert_close(model(ids, prefix=0).logits, logits)
+    try:
+        whole = model(ids, prefix=5).logits
+    except ValueError as refusal:
+        assert "reads in one direction only" in str(refusal)
+        return
+    assert (whole[:, :4] - logits[:, :4]).norm() > 1e-3 * logits[:, :4].norm()
+    first = model(ids[:, :7], prefix=5)
+    second = model(ids[:, 7:], first.state)
+    assert_close(torch.cat([first.logits, second.logits], dim=1), whole)
+    with pytest.raises(ValueError, match="does not go with state"):
+        model(ids[:, 7:], first.state, prefix=2)
