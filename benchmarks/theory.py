@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ssmzoo.probes import figures
-from ssmzoo.probes.generalization_bound import train_majority
+from ssmzoo.probes.majority import train_majority
 from ssmzoo.probes.polynomial import separation
 from ssmzoo.probes.separation import KINDS, regression
 

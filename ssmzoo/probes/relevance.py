@@ -69,7 +69,7 @@ def probe(subject):
     finding.figures["deletion"] = figure
     names = list(scores)
     finding.tables["scores"] = (
-        ("place", "token", *names),
+        ("position", "token", *names),
         [
             (i, "" if subject.is_image else subject.token(i), *(f"{float(scores[m][0, i]):.6g}" for m in names))
             for i in range(entry.values.shape[1])

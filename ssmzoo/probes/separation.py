@@ -81,16 +81,16 @@ def regression(
         torch.manual_seed(seed)
         mixers = nn.ModuleList(make[kind]() for _ in range(layers))
         embed, head = nn.Linear(1, d), nn.Linear(d, 1)
-        place = nn.Parameter(0.5 * torch.randn(length, d))
+        position = nn.Parameter(0.5 * torch.randn(length, d))
     generator = torch.Generator().manual_seed(seed)
 
     def run(x: Tensor) -> Tensor:
-        h = embed(x[..., None]) + place
+        h = embed(x[..., None]) + position
         for mixer in mixers:
             h = h + mixer(h)
         return head(h[:, -1])[:, 0]
 
-    parameters = [place, *(p for m in (mixers, embed, head) for p in m.parameters() if p.requires_grad)]
+    parameters = [position, *(p for m in (mixers, embed, head) for p in m.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     for _ in range(steps):
         x = torch.randint(0, 2, (batch, length), generator=generator) * 2.0 - 1

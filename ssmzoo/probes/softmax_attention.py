@@ -49,14 +49,14 @@ class Attention:
         """(b h l s), or (b h rows s) of some of the kept queries: what is read from every key."""
         at = list(range(self.q.shape[2])) if rows is None else [r % self.q.shape[2] for r in rows]
         logits = (self.q[:, :, at] * self.scale) @ self.k.mT
-        place = torch.as_tensor(at, device=logits.device)
-        place = place if self.positions is None else self.positions[place]
+        position = torch.as_tensor(at, device=logits.device)
+        position = position if self.positions is None else self.positions[position]
         if self.mask is not None:
-            mask = self.mask.expand(*self.mask.shape[:-2], self.length, -1)[..., place, :]
+            mask = self.mask.expand(*self.mask.shape[:-2], self.length, -1)[..., position, :]
             logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
         if self.causal:
             keys = torch.arange(logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(keys > place[:, None], float("-inf"))
+            logits = logits.masked_fill(keys > position[:, None], float("-inf"))
         return logits.softmax(-1)
 
     def at_positions(self, positions: list[int]) -> Attention:

@@ -18,13 +18,12 @@ from ssmzoo.probes.generalization_bound import (
     constants,
     decay_rate,
     length_factor,
-    majority,
     measured_gap,
     output_bound,
     stability,
-    train_majority,
     worst_case,
 )
+from ssmzoo.probes.majority import majority, train_majority
 from ssmzoo.probes.memory import channel_memory, gradient_influence, memory_length, substitution_influence
 from ssmzoo.probes.receptive_field import receptive_field
 from ssmzoo.probes.separation import regression
