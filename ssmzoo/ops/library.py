@@ -161,7 +161,9 @@ class Differentiable:
 
     def recomputed(self, a: tuple, saved: Tensor | None, backend: str) -> Tensor | None:
         """What the forward keeps, computed anew where it kept nothing: in exported programs, whose lengths may vary."""
-        return self.kernels[backend].forward(a, True)[1] if self.hidden and saved.numel() == 0 else saved
+        if self.hidden and saved is not None and saved.numel() == 0:
+            return self.kernels[backend].forward(a, True)[1]
+        return saved
 
     def differentiable_gradients(self, a: tuple, dresult: Tensor) -> dict[str, Tensor]:
         names = [n for n in self.tensors if getattr(a, n) is not None and getattr(a, n).requires_grad]
