@@ -82,6 +82,7 @@ def model_class(target: str) -> type[nn.Module]:
 
 def build_model(node: dict) -> nn.Module:
     """Instantiate `{"_target_": ..., **arguments}`; TypeError names an unknown argument and the nearest known one."""
+    node = as_now(node)
     arguments = {k: v for k, v in node.items() if k != "_target_"}
     cls = model_class(node["_target_"])
     known = [p for p in inspect.signature(cls).parameters]
@@ -91,6 +92,17 @@ def build_model(node: dict) -> nn.Module:
                 f"{cls.__name__} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
             )
     return cls(**arguments)
+
+
+def as_now(node: dict) -> dict:
+    """A node of an earlier release: `ssm_cfg.scenario` of Mamba became a model of its own."""
+    mixer = dict(node.get("ssm_cfg") or {})
+    if node["_target_"] != "ssmzoo.models.mamba.MambaLM" or "scenario" not in mixer:
+        return node
+    scenario = mixer.pop("scenario")
+    if scenario is None:
+        return node | {"ssm_cfg": mixer}
+    return node | {"_target_": "ssmzoo.models.token_dynamics.ScenarioMambaLM", "ssm_cfg": mixer, "scenario": scenario}
 
 
 def build_preset(name: str, **overrides) -> nn.Module:
