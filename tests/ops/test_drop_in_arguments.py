@@ -29,6 +29,9 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is filled with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", UPSTREAM)

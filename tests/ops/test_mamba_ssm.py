@@ -81,14 +81,25 @@ for function, call, name in ((ops.selective_scan_fn, scan, "selective_scan_fn"),
                              (ops.causal_conv1d_fn, last | dict(initial_states=r(2, 8, 3), return_final_states=True),
                               "causal_conv1d_fn"),
                              (ops.mamba_chunk_scan_combined, ssd | dict(seq_idx=seq_idx, return_final_states=True),
+                              "mamba_chunk_scan_combined"),
+                             (ops.mamba_chunk_scan_combined,
+                              {k: v[:1] if torch.is_tensor(v) and v.ndim > 1 else v for k, v in ssd.items()}
+                              | dict(seq_idx=seq_idx[:1], return_final_states=True, return_varlen_states=True,
+                                     cu_seqlens=torch.tensor([0, 2, 3, 5]), state_dtype=torch.float64),
                               "mamba_chunk_scan_combined")):
     CALLS.clear()
     got = function(**call)
     assert CALLS[-1] == name, (CALLS, why(function, call))
     with ops.backend("reference"):
         same(got, function(**call))
+rows, seen = torch.tensor([4, -1]), torch.tensor([3, 0])
+update = conv | dict(x=r(2, 8), conv_state=r(2, 8, 4))
 for function, call, buffer in ((ops.selective_state_update, step, "state"),
-                               (ops.causal_conv1d_update, conv | dict(x=r(2, 8), conv_state=r(2, 8, 4)), "conv_state")):
+                               (ops.selective_state_update, step | dict(state=r(5, 8, 4), state_batch_indices=rows),
+                                "state"),
+                               (ops.causal_conv1d_update, update, "conv_state"),
+                               (ops.causal_conv1d_update, update | dict(conv_state=r(5, 8, 4), cache_seqlens=seen,
+                                                                        conv_state_indices=rows), "conv_state")):
     mine, theirs = call | {buffer: call[buffer].clone()}, call | {buffer: call[buffer].clone()}
     assert chosen_backend(function, **call) == "mamba_ssm"
     got = function(**theirs)

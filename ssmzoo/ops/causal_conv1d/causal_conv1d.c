@@ -340,6 +340,14 @@ void ssmzoo_causal_conv1d_step(const float *x, float *state, const float *weight
         for (int64_t e = 0; e < c; e++) {
             float *past = state + (row * c + e) * s, *out = y + (i * c + e) * l;
             const float *now = x + (i * c + e) * l, *w = weight + e * k;
+            if (l == 1 && !seen) {  // decoding
+                float sum = bias ? bias[e] : 0.0f;
+                for (int64_t j = 0; j < k - 1; j++) sum += w[j] * past[s - (k - 1) + j];
+                for (int64_t j = 0; j + 1 < s; j++) past[j] = past[j + 1];
+                if (s) past[s - 1] = now[0];
+                out[0] = sum + w[k - 1] * now[0];
+                continue;
+            }
             for (int64_t t = 0; t < l; t++) {
                 float sum = bias ? bias[e] : 0.0f;
                 for (int64_t j = 0; j < k; j++) {
