@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
-from ssmzoo.released.infer import count, ratio
-from ssmzoo.released.language import HF, HiddenStates, is_tied, part, with_head
+from ssmzoo.released.infer import count, part, ratio
+from ssmzoo.released.language import HF, HiddenStates, is_tied, with_head
 from ssmzoo.released.names import add_prefix, cut_prefix
 
 TOKENS = "a token's number; the model computes the same"

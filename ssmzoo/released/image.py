@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from ssmzoo.layers.image.backbone import FeaturePyramid, FourStage
 from ssmzoo.layers.image.patch_embed import resize_map
 from ssmzoo.layers.norm import RMSNorm
 
+RUNNER = {  # what timm's create_model and the training scripts give to every model
+    "drop_block_rate": (None, "what a training script gives to every model; the class has no such layer"),
+    "pretrained": (False, "where the official code looks for weights; the file is given"),
+    "pretrained_cfg": (None, "timm's notes on the weights"),
+    "pretrained_cfg_overlay": (None, "timm's notes on the weights"),
+}
+LOADED = {"pretrained": (None, "where the official code looks for weights; the file is given")}
 
-def official_stages(cls: type[FourStage], arguments, state: dict[str, Tensor], kwargs: dict):
-    """A whole classifier, or its feature pyramid if the checkpoint has `outnorm` keys or out_indices are given."""
-    pyramid = "out_indices" in kwargs or any(key.startswith("outnorm") for key in state)
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    kwargs.pop("pretrained", None)
-    model = cls(**arguments(**kwargs))
+
+def is_pyramid(state: dict[str, Tensor], given) -> bool:
+    """Is it a backbone with a norm per stage, by its keys or because out_indices are given?"""
+    return "out_indices" in given or any(key.startswith("outnorm") for key in state)
+
+
+def official_stages(build: Callable[[dict], FourStage], state: dict[str, Tensor], config: dict):
+    """A whole classifier, or its feature pyramid if `config` has out_indices; `build(config)` makes the classifier."""
+    model = build(config)
     if "pos_embed" in state and getattr(model, "pos_embed", None) is not None:
         state["pos_embed"] = resize_map(state["pos_embed"], model.pos_embed.shape[1:3])
-    if not pyramid:
+    if "out_indices" not in config:
         return model, state
-    model = FeaturePyramid(model, out_indices, official_norm(kwargs.get("norm_layer", "ln")))
+    model = FeaturePyramid(model, config["out_indices"], official_norm(config.get("norm_layer", "ln")))
     kept = model.state_dict()
     state = {key if key.startswith("outnorm") else f"backbone.{key}": value for key, value in state.items()}
     cut = ("backbone.layers", "backbone.norm", "backbone.head")  # what no tap needs
     return model, {key: value for key, value in state.items() if key in kept or not key.startswith(cut)}
+
+
+def one_of(config: dict, name: str, choices: dict):
+    """The meaning of config[name] among `choices`; ValueError names the valid ones."""
+    if config[name] not in choices:
+        raise ValueError(f"{name} is {config[name]!r}; choose one of {', '.join(map(str, choices))}")
+    return choices[config[name]]
+
+
+def with_bias(linear: nn.Module) -> nn.Linear:
+    """A linear layer of the same size that has a bias."""
+    return nn.Linear(linear.in_features, linear.out_features)
 
 
 def act_name(act) -> str:

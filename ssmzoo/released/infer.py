@@ -46,9 +46,9 @@ def _conflicts(given: Mapping[str, Any], told: Mapping[str, Any], at: str = ""):
 
 def _agree(value: Any, there: Any) -> bool:
     if isinstance(value, (list, tuple)) or isinstance(there, (list, tuple)):
-        many = there if isinstance(there, (list, tuple)) else value
-        listed = [list(v) if isinstance(v, (list, tuple)) else [v] * len(many) for v in (value, there)]
-        return listed[0] == listed[1]
+        if not isinstance(value, (list, tuple)):  # one number for all stages, or for the first of doubling ones
+            return list(there) in ([value] * len(there), [value * 2**i for i in range(len(there))])
+        return list(value) == (list(there) if isinstance(there, (list, tuple)) else [there] * len(value))
     return value == there
 
 
@@ -65,3 +65,8 @@ def ratio(inner: int, d: int) -> float:
         if int(factor * d) == inner:
             return factor
     return (inner + 0.5) / d
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one module, under its own names."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -12,7 +12,7 @@ from ssmzoo.layers.state import ModelOutput
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import same_head
-from ssmzoo.released.infer import count
+from ssmzoo.released.infer import count, part
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 
 HF = Names(("backbone.embeddings.{p}", "backbone.embedding.{p}"))
@@ -123,11 +123,6 @@ def infer_lm(state: dict[str, Tensor], mixer) -> dict[str, Any]:
 
 def _ssm(state: dict, at: str, i: int) -> bool:
     return f"{at}layers.{i}.mixer.dt_bias" in state
-
-
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of one module, under its own names."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 class HiddenStates(nn.Module):

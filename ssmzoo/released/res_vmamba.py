@@ -2,97 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.res_vmamba import ResVMamba
 from ssmzoo.models.vmamba import VSSBlock
-from ssmzoo.released.image import act_name, official_norm, official_stages
-from ssmzoo.released.vmamba import from_official, official_mixer, to_official, to_ours
+from ssmzoo.released.arguments import RECOMPUTE, Arguments
+from ssmzoo.released.image import RUNNER, act_name, official_norm, official_stages, one_of, with_bias
+from ssmzoo.released.vmamba import DOWNSAMPLE, SCAN_INITIAL, from_official, is_block, to_official, to_ours
+from ssmzoo.released.vmamba import infer as told_of_vmamba
 
-__all__ = ["MODELS", "TELLING_KEYS", "from_official", "official", "to_official"]
+__all__ = ["MODELS", "TELLING_KEYS", "from_official", "infer", "official", "to_official"]
 MODELS = (ResVMamba,)
 TELLING_KEYS = r"(^|\.)fuse\.\d"
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
+SCAN = {"d_state": 16, "dt_rank": "auto", "ssm_ratio": 2.0, "attn_drop_rate": 0.0}
+UNUSED = {"use_checkpoint": RECOMPUTE, "shared_ssm": (False, "is read and has no effect there")}
+BROKEN = {"softmax_version": (False, "raises in the released forward pass; there is nothing to reproduce")}
+VSSM = Arguments(
+    "VSSM",
+    {"patch_size": 4, "in_chans": 3, "num_classes": 1000, "depths": (2, 2, 9, 2), "dims": (96, 192, 384, 768)}
+    | SCAN
+    | {"drop_rate": 0.0, "drop_path_rate": 0.1, "mlp_ratio": 4.0, "patch_norm": True, "norm_layer": "ln"}
+    | {"downsample_version": "v2"},
+    UNUSED | RUNNER,
+    BROKEN,
+)
+BLOCK = Arguments(
+    "VSSBlock",
+    {"hidden_dim": 0, "drop_path": 0.0, "norm_layer": "ln"}
+    | SCAN
+    | {"mlp_ratio": 4.0, "act_layer": "gelu", "drop": 0.0, "norm_eps": 1e-5}  # norm_eps: that of the whole models
+    | {"d_conv": 3, "conv_bias": True, "bias": False},
+    UNUSED | SCAN_INITIAL,
+    BROKEN,
+)
+TABLES = (VSSM, BLOCK)
+
+
+def official(state: dict[str, Tensor], **given):
     """VSSM or VSSBlock of the released project. Without `fuse` keys, as in its checkpoints, no residual path."""
     state = to_ours(state)
-    if "op.x_proj_weight" in state:
-        return official_block(**official_kwargs), state
+    if is_block(state):
+        return official_block(**BLOCK.complete(given)), state
     fuse = "learned" if any(key.startswith("fuse.") for key in state) else "none"
-    return official_stages(
-        ResVMamba, lambda **kwargs: official_arguments(**kwargs) | {"fuse": fuse}, state, official_kwargs
-    )
+    return official_stages(lambda config: ResVMamba(**arguments(config), fuse=fuse), state, VSSM.complete(given))
 
 
-def official_arguments(
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    depths=(2, 2, 9, 2),
-    dims=(96, 192, 384, 768),
-    d_state: int = 16,
-    dt_rank="auto",
-    ssm_ratio: float = 2.0,
-    attn_drop_rate: float = 0.0,
-    shared_ssm: bool = False,
-    softmax_version: bool = False,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    mlp_ratio: float = 0.0,
-    patch_norm: bool = True,
-    norm_layer="ln",
-    downsample_version: str = "v1",
-    use_checkpoint: bool = False,
-) -> dict:
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ResVMamba` for the released VSSM's."""
-    if softmax_version:
-        raise ValueError("softmax_version=True raises in the released forward pass; there is nothing to reproduce")
     return dict(
-        patch_size=patch_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        depths=depths,
-        dims=dims,
-        d_state=d_state,
-        ssm_ratio=ssm_ratio,
-        mixer={"dt_rank": dt_rank, "dropout": attn_drop_rate},
-        mlp_ratio=mlp_ratio,
-        stem="patch" if patch_norm else "patch_no_norm",
-        drop_rate=drop_rate,
-        downsample={"v1": "merge", "v2": "conv2"}[downsample_version],
-        drop_path_rate=drop_path_rate,
+        patch_size=config["patch_size"],
+        in_chans=config["in_chans"],
+        num_classes=config["num_classes"],
+        depths=config["depths"],
+        dims=config["dims"],
+        d_state=config["d_state"],
+        ssm_ratio=config["ssm_ratio"],
+        mixer={"dt_rank": config["dt_rank"], "dropout": config["attn_drop_rate"]},
+        mlp_ratio=config["mlp_ratio"],
+        stem="patch" if config["patch_norm"] else "patch_no_norm",
+        drop_rate=config["drop_rate"],
+        downsample=one_of(config, "downsample_version", DOWNSAMPLE),
+        drop_path_rate=config["drop_path_rate"],
     )
 
 
-def official_block(
-    hidden_dim: int,
-    drop_path: float = 0.0,
-    norm_layer="ln",
-    attn_drop_rate: float = 0.0,
-    d_state: int = 16,
-    dt_rank="auto",
-    ssm_ratio: float = 2.0,
-    shared_ssm: bool = False,
-    softmax_version: bool = False,
-    use_checkpoint: bool = False,
-    mlp_ratio: float = 4.0,
-    act_layer="gelu",
-    drop: float = 0.0,
-    norm_eps: float = 1e-5,
-) -> VSSBlock:
-    """norm_eps is that of the released whole models."""
-    options = official_mixer("v0", d_state, ssm_ratio, dt_rank, dropout=attn_drop_rate)
-    block = VSSBlock(
+def official_block(hidden_dim, drop_path, norm_layer, mlp_ratio, act_layer, drop, norm_eps, **scan) -> VSSBlock:
+    mixer = SS2D(
         hidden_dim,
-        SS2D(hidden_dim, **options),
-        mlp_ratio,
-        official_norm(norm_layer),
-        drop_path,
-        {"act": act_name(act_layer), "drop": drop},
+        scan["d_state"],
+        scan["ssm_ratio"],
+        scan["dt_rank"],
+        scan["d_conv"],
+        scan["conv_bias"],
+        dropout=scan["attn_drop_rate"],
     )
+    if scan["bias"]:
+        mixer.in_proj, mixer.out_proj = with_bias(mixer.in_proj), with_bias(mixer.out_proj)
+    mlp = {"act": act_name(act_layer), "drop": drop}
+    block = VSSBlock(hidden_dim, mixer, mlp_ratio, official_norm(norm_layer), drop_path, mlp)
     for norm in (block.norm, getattr(block, "norm2", None)):
         if norm is not None:
             norm.eps = norm_eps
     return block
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that shapes tell, which is all that has weights."""
+    names = {"ssm_d_state": "d_state", "ssm_dt_rank": "dt_rank", "ssm_conv": "d_conv", "ssm_conv_bias": "conv_bias"}
+    told = {names.get(key, key): value for key, value in told_of_vmamba(state, given).items()}
+    table = BLOCK if is_block(to_ours(state)) else VSSM
+    return {key: value for key, value in told.items() if key in table.names}

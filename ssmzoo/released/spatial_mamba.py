@@ -2,104 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
+from ssmzoo.layers.image.mlp import make_mlp
 from ssmzoo.models.spatial_mamba import SpatialMamba, SpatialMambaBlock, StateFusion, StructureAwareSSM
-from ssmzoo.released.image import official_stages
+from ssmzoo.released.arguments import INITIAL, PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.image import LOADED, RUNNER, act_name, is_pyramid, official_stages
+from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.names import cut_prefix
+from ssmzoo.released.vmamba import SCAN_INITIAL
 
 MODELS = (SpatialMamba,)
 TELLING_KEYS = r"state_fusion\.|patch_embed\.conv1\."
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
+WHOLE = {
+    **{"img_size": 224, "patch_size": 4, "in_chans": 3, "num_classes": 1000, "depths": (2, 2, 9, 2)},
+    **{"dims": (96, 192, 384, 768), "mlp_ratio": 4.0, "drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.1},
+}
+ONE_STATE = {"d_state": (1, "Spatial-Mamba fuses one state per channel; only d_state=1 exists")}
+EITHER = ("ln", "a LayerNorm under either name")
+WITHOUT = {
+    **{"dt_init": ("random", INITIAL), "norm_layer": EITHER, "patch_norm": (True, "unread there")},
+    "use_checkpoint": RECOMPUTE,
+}
+MODEL = Arguments("SpatialMamba", WHOLE, WITHOUT | RUNNER, ONE_STATE)
+PYRAMID = Arguments("Backbone_SpatialMamba", WHOLE | {"out_indices": (0, 1, 2, 3)}, WITHOUT | LOADED, ONE_STATE)
+SCAN = {"d_conv": 3, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False}
+BLOCK = Arguments(
+    "SpatialMambaBlock",
+    {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "mlp_ratio": 4.0, "mlp_act_layer": "gelu"}
+    | {"mlp_drop_rate": 0.0, "norm_eps": 1e-5}  # norm_eps: that of the whole models
+    | SCAN,
+    SCAN_INITIAL | {"norm_layer": EITHER, "use_checkpoint": RECOMPUTE, "num_heads": (8, "unread there")},
+    ONE_STATE,
+)
+MIXER = Arguments("StructureAwareSSM", {"dropout": 0.0} | SCAN, SCAN_INITIAL | PLACE, ONE_STATE, required=("d_model",))
+FUSION = Arguments("StateFusion", {}, required=("dim",))
+TABLES = (MODEL, PYRAMID, BLOCK, MIXER, FUSION)
+
+
+def official(state: dict[str, Tensor], **given):
     """SpatialMamba, Backbone_SpatialMamba, SpatialMambaBlock, StructureAwareSSM or StateFusion, by the keys present."""
     if "kernel_3" in state:
-        return StateFusion(**official_kwargs), state
+        return StateFusion(**FUSION.complete(given)), state
     if "x_proj_weight" in state:
-        return official_mixer(**official_kwargs), state
+        return mixer(**MIXER.complete(given)), state
     if "self_attention.x_proj_weight" in state:
-        return official_block(**official_kwargs), state
-    return official_stages(SpatialMamba, official_arguments, state, official_kwargs)
+        return official_block(**BLOCK.complete(given)), state
+    return official_stages(build, state, (PYRAMID if is_pyramid(state, given) else MODEL).complete(given))
 
 
-def official_arguments(
-    img_size: int = 224,
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    depths=(2, 2, 9, 2),
-    dims=(96, 192, 384, 768),
-    d_state: int | None = 1,
-    dt_init: str = "random",
-    mlp_ratio: float = 4.0,
-    drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    norm_layer="ln",
-    patch_norm: bool = True,
-    use_checkpoint: bool = False,
-) -> dict:
-    """Arguments of `SpatialMamba` for the released class's (img_size, dt_init and patch_norm change nothing there)."""
-    if patch_size != 4:
-        raise ValueError(f"patch_size={patch_size}: the stem of Spatial-Mamba has stride 4")
-    dims = [dims] if isinstance(dims, int) else list(dims)
+def build(config: dict[str, Any]) -> SpatialMamba:
+    if config["patch_size"] != 4:
+        raise ValueError(f"patch_size={config['patch_size']}: the stem of Spatial-Mamba has stride 4")
+    dims = [config["dims"]] if isinstance(config["dims"], int) else list(config["dims"])
     if any(later != 2 * earlier for earlier, later in zip(dims, dims[1:])):
         raise ValueError(f"dims={dims}: the downsampling doubles the width, so every entry must be twice the last")
-    check_state_size(d_state)
-    return dict(
-        in_chans=in_chans,
-        num_classes=num_classes,
-        depths=depths,
+    return SpatialMamba(
+        in_chans=config["in_chans"],
+        num_classes=config["num_classes"],
+        depths=config["depths"],
         embed_dim=dims[0],
-        mlp_ratio=mlp_ratio,
-        mixer={"dropout": attn_drop_rate},
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
+        mlp_ratio=config["mlp_ratio"],
+        mixer={"dropout": config["attn_drop_rate"]},
+        drop_rate=config["drop_rate"],
+        drop_path_rate=config["drop_path_rate"],
     )
 
 
-def official_block(
-    hidden_dim: int,
-    drop_path: float = 0.0,
-    norm_layer="ln",
-    attn_drop_rate: float = 0.0,
-    d_state: int = 1,
-    dt_init: str = "random",
-    mlp_ratio: float = 4.0,
-    norm_eps: float = 1e-5,
-    **mixer,
-):
-    """Further arguments go to the mixer, as released. norm_eps is that of the whole models."""
-    check_state_size(d_state)
-    block = SpatialMambaBlock(hidden_dim, mlp_ratio, drop_path, norm_eps)
-    block.self_attention = official_mixer(hidden_dim, dropout=attn_drop_rate, **mixer)
-    return block
-
-
-def official_mixer(
-    d_model: int,
-    d_state: int = 1,
-    d_conv: int = 3,
-    expand: float = 2,
-    dt_rank="auto",
-    dropout: float = 0.0,
-    conv_bias: bool = True,
-    bias: bool = False,
-    dt_min: float = 1e-3,
-    dt_max: float = 0.1,
-    dt_init: str = "random",
-    dt_scale: float = 1.0,
-    dt_init_floor: float = 1e-4,
-):
-    """dt_* only set the initial values, which a checkpoint replaces."""
-    check_state_size(d_state)
+def mixer(d_model, d_conv, expand, dt_rank, dropout, conv_bias, bias) -> StructureAwareSSM:
     return StructureAwareSSM(d_model, expand, dt_rank, d_conv, conv_bias, bias, dropout)
 
 
-def check_state_size(d_state: int | None) -> None:
-    if d_state != 1:
-        raise ValueError(f"d_state={d_state}: Spatial-Mamba fuses one state per channel; only d_state=1 exists")
+def official_block(hidden_dim, drop_path, attn_drop_rate, mlp_ratio, mlp_act_layer, mlp_drop_rate, norm_eps, **scan):
+    block = SpatialMambaBlock(hidden_dim, mlp_ratio, drop_path, norm_eps)
+    block.mlp = make_mlp(hidden_dim, int(mlp_ratio * hidden_dim), act=act_name(mlp_act_layer), drop=mlp_drop_rate)
+    block.self_attention = mixer(hidden_dim, dropout=attn_drop_rate, **scan)
+    return block
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights."""
+    if "kernel_3" in state:
+        return {"dim": len(state["kernel_3"])}
+    if "x_proj_weight" in state:
+        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+    if "self_attention.x_proj_weight" in state:
+        return {"hidden_dim": len(state["ln_1.weight"])} | told_of_block(state)
+    depths = [count(state, f"layers.{i}.blocks.#.") for i in range(count(state, "layers.#."))]
+    if not depths:
+        return {}
+    dims = [len(state[f"layers.{i}.blocks.0.ln_1.weight"]) for i in range(len(depths))]
+    told = {"depths": depths, "dims": dims, "mlp_ratio": told_of_block(part(state, "layers.0.blocks.0."))["mlp_ratio"]}
+    stem = next(value for key, value in state.items() if key.startswith("patch_embed.") and value.ndim == 4)
+    told["in_chans"] = stem.shape[1]
+    return told | ({"num_classes": len(state["head.weight"])} if "head.weight" in state else {})
+
+
+def told_of_block(state: dict[str, Tensor]) -> dict[str, Any]:
+    hidden, d = state["mlp.fc1.weight"].shape[:2]
+    return {"mlp_ratio": ratio(hidden, d)} | told_of_mixer(part(state, "self_attention."))
+
+
+def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+    d, e = state["out_proj.weight"].shape[:2]
+    return {
+        **{"expand": ratio(e, d), "d_conv": state["conv2d.weight"].shape[-1], "conv_bias": "conv2d.bias" in state},
+        **{"bias": "in_proj.bias" in state, "dt_rank": state["dt_projs_weight"].shape[-1]},
+    }
 
 
 def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,28 @@ The released code encodes the parts of SS2D in strings such as "v05_noz"; ours a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from ssmzoo.layers.image.patch_embed import resize_map
 from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.models.vmamba import VMamba, VSSBlock
 from ssmzoo.ops import cross_merge, cross_scan
-from ssmzoo.released.image import ChannelsFirst, act_name, official_norm, official_stages
+from ssmzoo.released.arguments import INITIAL, RECOMPUTE, Arguments
+from ssmzoo.released.image import (
+    LOADED,
+    RUNNER,
+    ChannelsFirst,
+    act_name,
+    is_pyramid,
+    official_norm,
+    official_stages,
+    one_of,
+    with_bias,
+)
+from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.released.operators import FunctionModule
 
@@ -24,11 +39,7 @@ YIELDS_TO = (
     "res_vmamba",
     "mamba_fscil",
 )
-
-
 SUFFIXES = (("_no32", {}), ("_oact", {"out_act": "gelu"}), ("_noz", {"gate": None}), ("_nozact", {"gate": "linear"}))
-
-
 NORM_TAGS = (
     ("_onnone", "none"),
     ("_ondwconv3", "conv"),
@@ -36,19 +47,13 @@ NORM_TAGS = (
     ("_onsoftmax", "softmax"),
     ("_onsigmoid", "sigmoid"),
 )
-
-
 SAME = ("v01", "v02", "v03", "v04", "v05")  # one computation, different kernels
-
-
 FORMS = {
     "v051d": {"scans": "unidirectional"},
     "v052d": {"scans": "bidirectional"},
     "v052dc": {"scans": "cascade"},
     "m0": {"heads": True},
 } | {form: {} for form in SAME}
-
-
 INITS = {"v0": "mamba", "v1": "normal", "v2": "zero"}
 
 
@@ -72,16 +77,56 @@ HEADS = (("{at}conv2d.1.{p}", "{at}conv2d.{p}"),)  # Mamba-2's recurrence: the c
 FLAT = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")  # or 1x1 convolutions
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
+SCAN_INITIAL = {
+    **{"dt_min": (0.001, INITIAL), "dt_max": (0.1, INITIAL), "dt_init": ("random", INITIAL)},
+    **{"dt_scale": (1.0, INITIAL), "dt_init_floor": (1e-4, INITIAL)},
+}
+MIXER = {
+    **{"ssm_d_state": 16, "ssm_ratio": 2.0, "ssm_dt_rank": "auto", "ssm_act_layer": "silu", "ssm_conv": 3},
+    **{"ssm_conv_bias": True, "ssm_drop_rate": 0.0, "ssm_init": "v0", "forward_type": "v2"},
+}
+MLP = {"mlp_ratio": 4.0, "mlp_act_layer": "gelu", "mlp_drop_rate": 0.0, "gmlp": False}
+WHOLE = (
+    {"patch_size": 4, "in_chans": 3, "num_classes": 1000, "depths": (2, 2, 9, 2), "dims": (96, 192, 384, 768)}
+    | MIXER
+    | MLP
+    | {"drop_path_rate": 0.1, "patch_norm": True, "norm_layer": "LN", "downsample_version": "v2"}
+    | {"patchembed_version": "v1", "posembed": False, "imgsize": 224}
+)
+VSSM = Arguments("VSSM", WHOLE, {"use_checkpoint": RECOMPUTE, **RUNNER})
+PYRAMID = Arguments("Backbone_VSSM", WHOLE | {"norm_layer": "ln", "out_indices": (0, 1, 2, 3)}, VSSM.inert | LOADED)
+BLOCK = Arguments(
+    "VSSBlock",
+    {"hidden_dim": 0, "drop_path": 0.0, "norm_layer": "ln", "channel_first": False, "post_norm": False} | MIXER | MLP,
+    {"use_checkpoint": RECOMPUTE},
+)
+MIXER_ALONE = Arguments(
+    "SS2D",
+    {
+        **{"d_model": 96, "d_state": 16, "ssm_ratio": 2.0, "dt_rank": "auto", "act_layer": "silu", "d_conv": 3},
+        **{"conv_bias": True, "dropout": 0.0, "bias": False, "initialize": "v0", "forward_type": "v2"},
+        "channel_first": False,
+    },
+    SCAN_INITIAL,
+)
+TABLES = (VSSM, PYRAMID, BLOCK, MIXER_ALONE)
+
+
+def official(state: dict[str, Tensor], **given):
     """VSSM, Backbone_VSSM, VSSBlock, SS2D or (without weights) the scan functions; read off the checkpoint's keys."""
     if not state:
-        return FunctionModule(cross_functions, **official_kwargs), {}
+        return FunctionModule(cross_functions, **given), {}
     state = to_ours(state)
-    if "x_proj_weight" in state or "op.x_proj_weight" in state:
-        build = official_ss2d if "x_proj_weight" in state else official_vss_block
-        module = build(**official_kwargs)
+    if "x_proj_weight" in state or is_block(state):
+        make, table = (official_ss2d, MIXER_ALONE) if "x_proj_weight" in state else (official_vss_block, BLOCK)
+        module = make(**table.complete(given))
         return module, add_prefix("module.", state) if isinstance(module, ChannelsFirst) else state
-    return official_stages(VMamba, official_vssm, state, official_kwargs)
+    return official_stages(build, state, (PYRAMID if is_pyramid(state, given) else VSSM).complete(given))
+
+
+def is_block(state: dict[str, Tensor]) -> bool:
+    """Are these the tensors of one VSSBlock (which may lack its scan branch or its MLP)?"""
+    return "op.x_proj_weight" in state or ("norm2.weight" in state and "patch_embed.proj.weight" not in state)
 
 
 def from_official(model: VMamba, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,155 +176,105 @@ def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     return state | {key: value.permute(0, 3, 1, 2) for key, value in state.items() if key == "pos_embed"}
 
 
-def official_vssm(
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    depths=(2, 2, 9, 2),
-    dims=(96, 192, 384, 768),
-    ssm_d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    ssm_dt_rank="auto",
-    ssm_act_layer="silu",
-    ssm_conv: int = 3,
-    ssm_conv_bias: bool = True,
-    ssm_drop_rate: float = 0.0,
-    ssm_init: str = "v0",
-    forward_type: str = "v2",
-    mlp_ratio: float = 4.0,
-    mlp_act_layer="gelu",
-    mlp_drop_rate: float = 0.0,
-    gmlp: bool = False,
-    drop_path_rate: float = 0.1,
-    patch_norm: bool = True,
-    norm_layer="LN",
-    downsample_version: str = "v2",
-    patchembed_version: str = "v1",
-    use_checkpoint: bool = False,
-    posembed: bool = False,
-    imgsize: int = 224,
-) -> dict:
-    """Arguments of `VMamba` for the released VSSM's."""
-    mixer = official_mixer(
-        forward_type,
-        ssm_d_state,
-        ssm_ratio,
-        ssm_dt_rank,
-        ssm_conv,
-        ssm_conv_bias,
-        ssm_act_layer,
-        ssm_init,
-        ssm_drop_rate,
-    )
+def build(config: dict[str, Any]) -> VMamba:
+    """The model; with ssm_ratio 0 its blocks lose their scan branch."""
+    if config["ssm_ratio"] > 0:
+        return VMamba(**arguments(config))
+    model = VMamba(**arguments(config | {"ssm_ratio": 1.0}))
+    for stage in model.layers:
+        stage.blocks = nn.ModuleList(MlpBlock(block) for block in stage.blocks)
+    return model
+
+
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `VMamba` for the released VSSM's, all of them."""
+    mixer = {key: config[key] for key in MIXER}
+    mixer = scan_arguments(**{NAMES_OF_MIXER.get(key, key): value for key, value in mixer.items()})
+    norms = "" if config["patch_norm"] else "_no_norm"
     return dict(
-        in_chans=in_chans,
-        num_classes=num_classes,
-        patch_size=patch_size,
-        depths=depths,
-        dims=dims,
+        in_chans=config["in_chans"],
+        num_classes=config["num_classes"],
+        patch_size=config["patch_size"],
+        depths=config["depths"],
+        dims=config["dims"],
         d_state=mixer.pop("d_state"),
         ssm_ratio=mixer.pop("ssm_ratio"),
         mixer=mixer,
-        mlp_ratio=mlp_ratio,
-        mlp={"act": act_name(mlp_act_layer), "gated": gmlp, "drop": mlp_drop_rate},
-        norm=official_norm(norm_layer),
-        stem={"v1": "patch", "v2": "conv"}[patchembed_version] + ("" if patch_norm else "_no_norm"),
-        pos_embed=imgsize if posembed else None,
-        downsample={"v1": "merge", "v2": "conv2", "v3": "conv3", "none": "none"}[downsample_version],
-        drop_path_rate=drop_path_rate,
+        mlp_ratio=config["mlp_ratio"],
+        mlp={"act": act_name(config["mlp_act_layer"]), "gated": config["gmlp"], "drop": config["mlp_drop_rate"]},
+        norm=official_norm(config["norm_layer"]),
+        stem=one_of(config, "patchembed_version", {"v1": "patch", "v2": "conv"}) + norms,
+        pos_embed=config["imgsize"] if config["posembed"] else None,
+        downsample=one_of(config, "downsample_version", DOWNSAMPLE),
+        drop_path_rate=config["drop_path_rate"],
     )
 
 
-def official_vss_block(
-    hidden_dim: int,
-    drop_path: float = 0.0,
-    norm_layer="ln",
-    channel_first: bool = False,
-    ssm_d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    ssm_dt_rank="auto",
-    ssm_act_layer="silu",
-    ssm_conv: int = 3,
-    ssm_conv_bias: bool = True,
-    ssm_drop_rate: float = 0.0,
-    ssm_init: str = "v0",
-    forward_type: str = "v2",
-    mlp_ratio: float = 4.0,
-    mlp_act_layer="gelu",
-    mlp_drop_rate: float = 0.0,
-    gmlp: bool = False,
-    use_checkpoint: bool = False,
-):
-    options = official_mixer(
-        forward_type,
-        ssm_d_state,
-        ssm_ratio,
-        ssm_dt_rank,
-        ssm_conv,
-        ssm_conv_bias,
-        ssm_act_layer,
-        ssm_init,
-        ssm_drop_rate,
+DOWNSAMPLE = {"v1": "merge", "v2": "conv2", "v3": "conv3", "none": "none"}
+NAMES_OF_MIXER = {  # the whole model's and the block's names of the mixer's arguments
+    **{"ssm_d_state": "d_state", "ssm_dt_rank": "dt_rank", "ssm_act_layer": "act_layer", "ssm_conv": "d_conv"},
+    **{"ssm_conv_bias": "conv_bias", "ssm_drop_rate": "dropout", "ssm_init": "initialize"},
+}
+
+
+def official_vss_block(hidden_dim, drop_path, norm_layer, channel_first, mlp_ratio, post_norm, **given):
+    mixer = {NAMES_OF_MIXER.get(key, key): given[key] for key in MIXER}
+    mlp = {"act": act_name(given["mlp_act_layer"]), "gated": given["gmlp"], "drop": given["mlp_drop_rate"]}
+    block = (PostNormBlock if post_norm else VSSBlock)(
+        hidden_dim,
+        ss2d(hidden_dim, scan_arguments(**mixer)) if mixer["ssm_ratio"] > 0 else nn.Identity(),
+        mlp_ratio,
+        official_norm(norm_layer),
+        drop_path,
+        mlp,
     )
-    mixer = (HeadSS2D if options.pop("heads", False) else SS2D)(hidden_dim, **options)
-    mlp = {"act": act_name(mlp_act_layer), "gated": gmlp, "drop": mlp_drop_rate}
-    block = VSSBlock(hidden_dim, mixer, mlp_ratio, official_norm(norm_layer), drop_path, mlp)
+    block = block if mixer["ssm_ratio"] > 0 else MlpBlock(block)
     return ChannelsFirst(block) if channel_first else block
 
 
-def official_ss2d(
-    d_model: int,
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    dt_rank="auto",
-    act_layer="silu",
-    d_conv: int = 3,
-    conv_bias: bool = True,
-    dropout: float = 0.0,
-    bias: bool = False,
-    initialize: str = "v0",
-    forward_type: str = "v2",
-    channel_first: bool = False,
-):
+class PostNormBlock(VSSBlock):
+    """x + DropPath(norm(op(x))), x + DropPath(norm2(mlp(x))): norms behind the branches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop_path(x, self.op, self.norm)
+        return x if self.mlp is None else self.drop_path(x, self.mlp, self.norm2)
+
+
+class MlpBlock(nn.Module):
+    """A block whose ssm_ratio is 0: no scan branch, x + DropPath(MLP(norm2(x)))."""
+
+    def __init__(self, block: VSSBlock):
+        super().__init__()
+        if block.mlp is None:
+            raise ValueError("ssm_ratio=0 and mlp_ratio=0 leave nothing in a block")
+        self.norm2, self.mlp, self.drop_path = block.norm2, block.mlp, block.drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(x, self.norm2, self.mlp)
+
+
+def official_ss2d(d_model, bias, channel_first, **given):
+    module = ss2d(d_model, scan_arguments(**given))
     if bias:
-        raise ValueError("bias=True: no released SS2D has biases in its projections")
-    options = official_mixer(
-        forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize, dropout
-    )
-    module = (HeadSS2D if options.pop("heads", False) else SS2D)(d_model, **options)
+        module.in_proj, module.out_proj = (with_bias(part) for part in (module.in_proj, module.out_proj))
     return ChannelsFirst(module) if channel_first else module
 
 
-def official_mixer(
-    forward_type: str,
-    d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    dt_rank="auto",
-    d_conv: int = 3,
-    conv_bias: bool = True,
-    act="silu",
-    init: str = "v0",
-    dropout: float = 0.0,
-) -> dict:
+def ss2d(d: int, options: dict[str, Any]) -> nn.Module:
+    return (HeadSS2D if options.pop("heads", False) else SS2D)(d, **options)
+
+
+def scan_arguments(forward_type, d_state, ssm_ratio, dt_rank, d_conv, conv_bias, act_layer, initialize, dropout):
     """Arguments of SS2D for the released class's; the released v0 ignores those of convolution, activation and init."""
     options = parse_forward_type(forward_type)
     if out_act := options.pop("out_act", None):
         options["out_norm"] = f"{options.get('out_norm', 'layer')}+{out_act}"
     if forward_type in ("v0", "v0seq"):
-        d_conv, conv_bias, act, init = 3, True, "silu", "v0"
-    return (
-        dict(
-            d_state=d_state,
-            ssm_ratio=ssm_ratio,
-            dt_rank=dt_rank,
-            d_conv=d_conv,
-            conv_bias=conv_bias,
-            act=act_name(act),
-            ssm_init=INITS[init],
-            dropout=dropout,
-        )
-        | options
-    )
+        d_conv, conv_bias, act_layer, initialize = 3, True, "silu", "v0"
+    return {
+        **{"d_state": d_state, "ssm_ratio": ssm_ratio, "dt_rank": dt_rank, "d_conv": d_conv, "conv_bias": conv_bias},
+        **{"act": act_name(act_layer), "ssm_init": INITS[initialize], "dropout": dropout},
+    } | options
 
 
 def parse_forward_type(forward_type: str) -> dict:
@@ -307,3 +302,63 @@ def cross_functions(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     scans = [cross_scan(x, s) for s in ("cross", "unidirectional", "bidirectional")]
     merges = [cross_merge(y, s) for s in ("cross", "unidirectional", "bidirectional")]
     return scans[0], merges[0], scans[1], scans[2], merges[1], merges[2]
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that shapes tell. Of `forward_type` they tell the gate and the kind of output norm; the order of the scan
+    ("v051d", ...), "_oact" and norms without weights must be given by name."""
+    if not state:
+        return {}
+    gated_mlp, ours = given.get("gmlp", False), to_ours(state)
+    if "x_proj_weight" in ours:
+        return {"d_model": len(ours["out_proj.weight"])} | told_of_mixer(ours, given)
+    if is_block(ours):
+        d = len(ours["norm.weight" if "norm.weight" in ours else "norm2.weight"])
+        return {"hidden_dim": d} | told_of_block(ours, given, gated_mlp, d)
+    depths = [count(ours, f"layers.{i}.blocks.#.") for i in range(count(ours, "layers.#."))]
+    blocks = [part(ours, f"layers.{i}.blocks.0.") for i in range(len(depths))]
+    dims = [len(b["norm.weight" if "norm.weight" in b else "norm2.weight"]) for b in blocks]
+    stem = ours["patch_embed.proj.weight"].shape
+    conv_stem = "patch_embed.conv2.weight" in ours
+    told = {"depths": depths, "dims": dims, "in_chans": stem[1], "patchembed_version": "v2" if conv_stem else "v1"}
+    told |= {"patch_size": 2 * (stem[2] - 1) if conv_stem else stem[2], "posembed": "pos_embed" in ours}
+    told |= {"patch_norm": any(key.startswith("patch_embed.norm") for key in ours)}
+    if "head.weight" in ours:
+        told["num_classes"] = len(ours["head.weight"])
+    if len(depths) > 1:
+        kernel = ours.get("layers.0.downsample.conv.weight")
+        merging = "v1" if "layers.0.downsample.reduction.weight" in ours else "none"
+        told["downsample_version"] = merging if kernel is None else {2: "v2", 3: "v3"}[kernel.shape[-1]]
+    if any("running_mean" in key for key in ours):
+        told["norm_layer"] = "bn"
+    return told | told_of_block(blocks[0], given, gated_mlp, dims[0])
+
+
+def told_of_block(state: dict[str, Tensor], given: Mapping[str, Any], gated: bool, d: int) -> dict[str, Any]:
+    mixer = part(state, "op.")
+    told = {"ssm_ratio": 0.0, "mlp_ratio": 0.0}
+    if mixer:
+        names = {ours: theirs for theirs, ours in NAMES_OF_MIXER.items()}
+        told |= {names.get(key, key): value for key, value in told_of_mixer(mixer, given, "ssm_init").items()}
+    if "mlp.fc2.weight" in state:
+        told["mlp_ratio"] = ratio(state["mlp.fc2.weight"].shape[1], d)
+        told["gmlp"] = len(state["mlp.fc1.weight"]) != state["mlp.fc2.weight"].shape[1]
+    return told
+
+
+def told_of_mixer(state: dict[str, Tensor], given: Mapping[str, Any], init: str = "initialize") -> dict[str, Any]:
+    d, e = state["out_proj.weight"].shape
+    heads = state["A_logs"].shape[0] == 4 and state["A_logs"].ndim == 2 and "dt_projs_weight" not in state
+    told = {"ssm_ratio": ratio(e, d), "d_conv": state["conv2d.weight"].shape[-1] if "conv2d.weight" in state else 1}
+    told |= {"conv_bias": "conv2d.bias" in state}
+    gate = "" if len(state["in_proj.weight"]) == 2 * e else "_noz"
+    norm = "_oncnorm" if "out_norm.1.conv.weight" in state else "_ondwconv3" if "out_norm.conv.weight" in state else ""
+    form = f"{'m0' if heads else 'v05'}{norm}{gate}"
+    if "forward_type" not in given:
+        told["forward_type"] = form
+    if given.get("forward_type") in ("v0", "v0seq"):
+        told = {key: value for key, value in told.items() if key not in ("d_conv", "conv_bias")}
+    if heads:
+        rank = state["A_logs"].shape[1]
+        return told | {"dt_rank": rank, "d_state": (state["x_proj_weight"].shape[1] - rank) // 2}
+    return told | {"dt_rank": state["dt_projs_weight"].shape[-1], "d_state": state["A_logs"].shape[1]}
