@@ -82,6 +82,7 @@ class ShuffleMamba(Vim):
         shuffle_rate: float = 0.5,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        stride: int | None = None,
     ):
         check_rate(shuffle_rate)
         super().__init__(
@@ -90,7 +91,7 @@ class ShuffleMamba(Vim):
             global_pool,
             img_size,
             patch_size,
-            None,
+            stride,
             embed_dim,
             depth,
             d_state,

@@ -1,87 +1,92 @@
-"""Adventurer as released: the classifier, and one block."""
+"""Adventurer as released: the classifier, and one block. Our names are theirs."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 from ssmzoo.models.adventurer import Adventurer, AdventurerBlock
-from ssmzoo.released.image import resize_plain_positions, set_eps
+from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, resize_plain_positions
+from ssmzoo.released.infer import part, ratio
+from ssmzoo.released.mamba2 import BLOCK as MAMBA2
 
 MODELS = (Adventurer,)
 TELLING_KEYS = r"norm_mlp\.|mlp\.w3\."
+SHARED = {"ssm_cfg": None, "norm_epsilon": 1e-5, "rms_norm": False, "mamba_expand": 2, "mamba_d_state": 64}
+WITHOUT = {
+    "fused_add_norm": (False, KERNEL),
+    "residual_in_fp32": (False, "the residual stream is kept in fp32 here"),
+    **PLACE,
+}
+MODEL = Arguments(
+    "Adventurer",
+    {
+        **{"img_size": 224, "patch_size": 16, "depth": 12, "embed_dim": 192, "channels": 3, "num_classes": 1000},
+        **{"drop_rate": 0.0, "drop_path_rate": 0.1, **SHARED},
+    },
+    WITHOUT | RUNNER | {"initializer_cfg": (None, "sets initial values")},
+)
+BLOCK = Arguments(
+    "create_block",
+    SHARED | {"drop_path": 0.0, "flip": True},  # flip: an argument of the block's forward there
+    WITHOUT | {"layer_idx": (None, "names the block in a cache")},
+    required=("d_model",),
+)
+TABLES = (MODEL, BLOCK)
 from_official = resize_plain_positions
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
-    """Adventurer, or one block of it, by the keys present."""
+def official(state: dict[str, Tensor], **given):
+    """Adventurer with its released flips (blocks 2 and 3), or one block of it, by the keys present."""
+    block = "mixer.A_log" in state
+    config = (BLOCK if block else MODEL).complete(given)
+    d = config["d_model" if block else "embed_dim"]
+    mixer = mixer_arguments(d, config)
+    if block:
+        model = AdventurerBlock(
+            d, expand=config["mamba_expand"], drop_path=config["drop_path"], flip=config["flip"], **mixer
+        )
+    else:
+        model = Adventurer(
+            config["channels"],
+            config["num_classes"],
+            img_size=config["img_size"],
+            patch_size=config["patch_size"],
+            embed_dim=d,
+            depth=config["depth"],
+            expand=config["mamba_expand"],
+            flip_rule="released",
+            drop_rate=config["drop_rate"],
+            drop_path_rate=config["drop_path_rate"],
+            **mixer,
+        )
+    model = layer_norms(model, config["rms_norm"], config["norm_epsilon"])
+    return model, state if block else from_official(model, state)
+
+
+def mixer_arguments(d: int, config: dict[str, Any]) -> dict[str, Any]:
+    """d_state and mixer of our block; the released one fixes ngroups to 1 and leaves the rest to Mamba-2's defaults."""
+    given = {"d_state": config["mamba_d_state"]} | {k: v for k, v in (config["ssm_cfg"] or {}).items() if k != "layer"}
+    ours = MAMBA2.complete({"d_model": d, "expand": config["mamba_expand"]} | given)
+    unread = ("d_model", "expand", "d_state", "clamp_steps")
+    return {"d_state": ours["d_state"], "mixer": {key: value for key, value in ours.items() if key not in unread}}
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights; which blocks flip the sequence has none."""
     if "mixer.A_log" in state:
-        return official_block(**official_kwargs), state
-    return official_model(**official_kwargs), state
+        d = len(state["norm.weight"])
+        return {"d_model": d, "rms_norm": "norm.bias" not in state} | told_of_mixer(part(state, "mixer."), d, given)
+    told = infer_plain(state, given, 1, None)
+    return told and told | told_of_mixer(part(state, "layers.0.mixer."), told["embed_dim"], given)
 
 
-def official_model(
-    img_size=224,
-    patch_size: int = 16,
-    depth: int = 12,
-    embed_dim: int = 192,
-    channels: int = 3,
-    num_classes: int = 1000,
-    ssm_cfg: dict | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    norm_epsilon: float = 1e-5,
-    rms_norm: bool = True,
-    initializer_cfg=None,
-    mamba_expand: float = 2,
-    mamba_d_state: int = 64,
-) -> Adventurer:
-    """The released class with its flips (blocks 2 and 3)."""
-    model = Adventurer(
-        channels,
-        num_classes,
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        d_state=mamba_d_state,
-        expand=mamba_expand,
-        mixer=mixer_arguments(ssm_cfg),
-        flip_rule="released",
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
-    return with_norms(model, rms_norm, norm_epsilon)
-
-
-def official_block(
-    d_model: int,
-    ssm_cfg: dict | None = None,
-    norm_epsilon: float = 1e-5,
-    drop_path: float = 0.0,
-    rms_norm: bool = True,
-    layer_idx: int = 0,
-    mamba_expand: float = 2,
-    mamba_d_state: int = 64,
-    flip: bool = True,
-    **mixer,
-) -> AdventurerBlock:
-    """One block, called with flip=True as in the published cases unless said otherwise."""
-    return with_norms(
-        AdventurerBlock(
-            d_model, mamba_d_state, mamba_expand, drop_path=drop_path, flip=flip, mixer=mixer_arguments(ssm_cfg) | mixer
-        ),
-        rms_norm,
-        norm_epsilon,
-    )
-
-
-def mixer_arguments(ssm_cfg: dict | None) -> dict:
-    """The released block fixes ngroups to 1 and leaves the rest to Mamba-2, whose heads have 64 channels by default."""
-    given = dict(ssm_cfg or {})
-    return {key: value for key, value in given.items() if key not in ("layer", "use_mem_eff_path", "layer_idx")}
-
-
-def with_norms(module: nn.Module, rms_norm: bool, eps: float) -> nn.Module:
-    if not rms_norm:
-        raise ValueError("rms_norm=False: every released Adventurer has RMSNorm")
-    return set_eps(module, eps)
+def told_of_mixer(state: dict[str, Tensor], d: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    h, e = len(state["A_log"]), state["out_proj.weight"].shape[1]
+    told = {"mamba_expand": ratio(e, d), "ssm_cfg": {"headdim": e // h, "d_conv": state["conv1d.weight"].shape[-1]}}
+    if "d_state" not in (given.get("ssm_cfg") or {}):
+        told["mamba_d_state"] = (len(state["conv1d.weight"]) - e) // 2
+    return told

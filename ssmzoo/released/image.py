@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from ssmzoo.layers.image.backbone import FeaturePyramid, FourStage
 from ssmzoo.layers.image.patch_embed import resize_map
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.infer import count
 
 RUNNER = {  # what timm's create_model and the training scripts give to every model
     "drop_block_rate": (None, "what a training script gives to every model; the class has no such layer"),
@@ -88,3 +91,31 @@ def resize_plain_positions(model, state: dict[str, Tensor]) -> dict[str, Tensor]
         side = round((table.shape[1] - (model.pos_embed.shape[1] - model.grid[0] * model.grid[1])) ** 0.5)
         state["pos_embed"] = model.positions(table, model.grid, built=(side, side))
     return state
+
+
+def layer_norms(model: nn.Module, rms_norm: bool, eps: float) -> nn.Module:
+    """The model with LayerNorm for every RMSNorm unless `rms_norm`, and this epsilon in all of them."""
+    for path, module in list(model.named_modules()):
+        if type(module) is RMSNorm and not rms_norm:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.LayerNorm(len(module.weight)))
+    return set_eps(model, eps)
+
+
+def infer_plain(state: dict[str, Tensor], given, tokens: int, stride: int | None) -> dict[str, Any]:
+    """What the tensors of a plain encoder tell. tokens: how many rows of the position table are no patches; stride: of
+    the patches when it is not given (None: they touch). Only square images can be told from a table."""
+    if "patch_embed.proj.weight" not in state:
+        return {}
+    d, channels, patch = state["patch_embed.proj.weight"].shape[:3]
+    told = {"embed_dim": d, "channels": channels, "patch_size": patch, "depth": count(state, "layers.#.")}
+    told["rms_norm"] = "norm_f.bias" not in state
+    if "head.weight" in state:
+        told["num_classes"] = len(state["head.weight"])
+    if "pos_embed" in state and given.get("img_size") is None:
+        patches = state["pos_embed"].shape[1] - tokens
+        side = round(patches**0.5)
+        if side**2 != patches:
+            raise CheckpointError(f"img_size must be given as (height, width): {patches} positions make no square")
+        told["img_size"] = (side - 1) * (given.get("stride") or stride or patch) + patch
+    return told

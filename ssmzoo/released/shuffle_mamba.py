@@ -2,67 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
-from ssmzoo.released.image import set_eps
-from ssmzoo.released.vim import from_official, official_mixer_arguments
+from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.image import RUNNER, infer_plain, layer_norms
+from ssmzoo.released.infer import part
+from ssmzoo.released.vim import from_official, mixer_arguments, slow_path, told_of_mixer
 
-__all__ = ["MODELS", "TELLING_KEYS", "from_official", "official"]
+__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "infer", "official"]
 MODELS = (ShuffleMamba, ShuffleMambaReg)
 TELLING_KEYS = r"pos_embed_cls|norm_neck"
+SHARED = {
+    **{"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "embed_dim": 192, "channels": 3},
+    **{"num_classes": 1000, "ssm_cfg": None, "drop_rate": 0.0, "drop_path_rate": 0.1, "shuffle_rate": 0.1},
+    **{"norm_epsilon": 1e-5, "rms_norm": False},
+}
+WITHOUT = {
+    **{"initializer_cfg": (None, "sets initial values"), "fused_add_norm": (False, KERNEL)},
+    **{"residual_in_fp32": (False, "the residual stream is kept in fp32 here"), **PLACE, **RUNNER},
+}
+SWALLOWED = {
+    "num_cls_tokens": (1, "the class swallows it without registers"),
+    "cls_reduce": (1, "the class swallows it without registers"),
+}
+MODEL = Arguments("VisionMamba (models_shuffle)", SHARED, WITHOUT | SWALLOWED)
+REGISTERS = Arguments("VisionMamba (models_reg)", SHARED | {"num_cls_tokens": 1, "cls_reduce": 1}, WITHOUT)
+TABLES = (MODEL, REGISTERS)
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
-    """VisionMamba of models_shuffle, or of models_reg if the checkpoint has register positions."""
-    eps = official_kwargs.get("norm_epsilon", 1e-5)
-    if "pos_embed_cls" not in state:
-        for key in ("num_cls_tokens", "cls_reduce"):  # the released constructor swallows them
-            official_kwargs.pop(key, None)
-        return set_eps(ShuffleMamba(**official_arguments(**official_kwargs)), eps), state
-    registers = {
-        ours: official_kwargs.pop(theirs, 1)
-        for ours, theirs in (("n_registers", "num_cls_tokens"), ("cls_reduce", "cls_reduce"))
-    }
-    arguments = official_arguments(**official_kwargs)
-    if arguments.pop("norm") != "rms":
-        raise ValueError("rms_norm=False: the released register model exists with RMSNorm only")
-    return set_eps(ShuffleMambaReg(**arguments, **registers), eps), state
-
-
-def official_arguments(
-    img_size=224,
-    patch_size: int = 16,
-    stride: int = 16,
-    depth: int = 24,
-    embed_dim: int = 192,
-    channels: int = 3,
-    num_classes: int = 1000,
-    ssm_cfg: dict | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    shuffle_rate: float = 0.1,
-    norm_epsilon: float = 1e-5,
-    rms_norm: bool = True,
-    initializer_cfg=None,
-    fused_add_norm: bool = True,
-    residual_in_fp32: bool = True,
-) -> dict:
-    """Arguments of `ShuffleMamba` for the released VisionMamba's; its mixer is always bidirectional and halved."""
-    if stride not in (patch_size, 16):
-        raise ValueError(f"stride={stride}: the released ShuffleMamba has patches that touch ({patch_size})")
-    mixer = official_mixer_arguments("v2", True, **(ssm_cfg or {}))
-    return dict(
-        in_chans=channels,
-        num_classes=num_classes,
-        img_size=img_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
-        depth=depth,
-        d_state=mixer.pop("d_state", 16),
-        mixer=mixer,
-        norm="rms" if rms_norm else "ln",
-        shuffle_rate=shuffle_rate,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
+def official(state: dict[str, Tensor], **given):
+    """VisionMamba of models_shuffle, or of models_reg if the checkpoint has register positions. The released mixer is
+    always bidirectional and halved."""
+    registers = "pos_embed_cls" in state
+    config = (REGISTERS if registers else MODEL).complete(given)
+    touch = config["stride"] == config["patch_size"]
+    d = config["embed_dim"]
+    options = {"d_model": d, "bimamba_type": "v2", "if_divide_out": True} | dict(config["ssm_cfg"] or {})
+    mixer, slow = mixer_arguments(options)
+    arguments = dict(
+        in_chans=config["channels"],
+        num_classes=config["num_classes"],
+        img_size=config["img_size"],
+        patch_size=config["patch_size"],
+        embed_dim=d,
+        depth=config["depth"],
+        d_state=mixer["d_state"],
+        mixer={key: value for key, value in mixer.items() if key not in ("d_model", "d_state")},
+        shuffle_rate=config["shuffle_rate"],
+        drop_rate=config["drop_rate"],
+        drop_path_rate=config["drop_path_rate"],
     )
+    if registers and not touch:
+        raise ValueError(f"stride={config['stride']}: with registers the patches of {config['patch_size']} must touch")
+    if registers:
+        model = ShuffleMambaReg(**arguments, n_registers=config["num_cls_tokens"], cls_reduce=config["cls_reduce"])
+    else:
+        model = ShuffleMamba(**arguments, stride=config["stride"])
+    return slow_path(layer_norms(model, config["rms_norm"], config["norm_epsilon"]), slow), state
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights; the shuffle rate has none, and the stride shows in the number of positions only."""
+    registers = "pos_embed_cls" in state
+    told = infer_plain(state, given, 0 if registers else 1, None if registers else MODEL.default("stride"))
+    if not told:
+        return {}
+    mixer = told_of_mixer(part(state, "layers.0.mixer."))
+    told["ssm_cfg"] = {key: value for key, value in mixer.items() if key != "bimamba_type"}
+    if registers:
+        told |= {"num_cls_tokens": state["cls_token"].shape[1], "stride": told["patch_size"]}
+        if "neck.weight" in state:
+            told["cls_reduce"] = told["embed_dim"] // len(state["neck.weight"])
+    return told

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ssmzoo.models.vim import Vim, VimMixer
-from ssmzoo.released.image import resize_plain_positions, set_eps
+from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, one_of, resize_plain_positions
+from ssmzoo.released.infer import part, ratio
+from ssmzoo.released.vmamba import SCAN_INITIAL
 
 MODELS = (Vim,)
 TELLING_KEYS = r"A_b_log"
 YIELDS_TO = ("shuffle_mamba",)
-
-
 DIRECTIONS = {"v2": "both", "v1": "shared", "none": "forward"}
+POOLS = {"none": "last", "mean": "avg", "max": "max_logits", "all": "all"}
+WITHOUT = {
+    **{"initializer_cfg": (None, "sets initial values"), "fused_add_norm": (True, KERNEL)},
+    **{"residual_in_fp32": (True, "the residual stream is kept in fp32 here"), **PLACE, **RUNNER},
+}
+MODEL = Arguments(
+    "VisionMamba",
+    {
+        **{"img_size": 224, "patch_size": 16, "stride": 16, "depth": 24, "embed_dim": 192, "d_state": 16},
+        **{"channels": 3, "num_classes": 1000, "ssm_cfg": None, "drop_rate": 0.0, "drop_path_rate": 0.1},
+        **{"norm_epsilon": 1e-5, "rms_norm": True, "pt_hw_seq_len": 14, "if_bidirectional": False},
+        **{"final_pool_type": "none", "if_abs_pos_embed": True, "if_rope": False, "if_rope_residual": False},
+        **{"if_bimamba": False, "bimamba_type": "v2", "if_cls_token": True, "if_divide_out": True},
+        **{"init_layer_scale": None, "use_double_cls_token": False, "use_middle_cls_token": True},
+    },
+    WITHOUT
+    | {"ft_seq_len": (None, "the grid that the rotary table is made for; positions follow the image here")}
+    | {"if_devide_out": (None, "a misspelling in the released vim_base, which the class swallows")},
+    {"flip_img_sequences_ratio": (-1.0, "sequences reversed at random, in evaluation too, are not offered")},
+)
+MIXER = Arguments(
+    "Mamba",  # of the fork mamba-1p1p1
+    {
+        **{"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
+        **{"bimamba_type": "none", "if_divide_out": False, "init_layer_scale": None, "use_fast_path": True},
+    },
+    SCAN_INITIAL | {"layer_idx": (None, "names the block in a cache"), **PLACE},
+    required=("d_model",),
+)
+TABLES = (MODEL, MIXER)
 
 
-INITIAL = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
-
-
-def official(state: dict[str, Tensor], **official_kwargs):
+def official(state: dict[str, Tensor], **given):
     """VisionMamba, or its mixer alone, by the keys present."""
     if "in_proj.weight" in state:
-        return VimMixer(**official_mixer_arguments(**official_kwargs)), state
-    model = Vim(**official_arguments(**official_kwargs))
-    return set_eps(model, official_kwargs.get("norm_epsilon", 1e-5)), from_official(model, state)
+        arguments, slow = mixer_arguments(given)
+        return slow_path(VimMixer(**arguments), slow), state
+    config = MODEL.complete(given)
+    arguments, slow = model_arguments(config)
+    model = layer_norms(Vim(**arguments), True, config["norm_epsilon"])
+    return slow_path(model, slow), from_official(model, state)
 
 
 def from_official(model: Vim, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,80 +69,79 @@ def from_official(model: Vim, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return resize_plain_positions(model, state)
 
 
-def official_arguments(
-    img_size=224,
-    patch_size: int = 16,
-    stride: int = 16,
-    depth: int = 24,
-    embed_dim: int = 192,
-    d_state: int = 16,
-    channels: int = 3,
-    num_classes: int = 1000,
-    ssm_cfg: dict | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.1,
-    norm_epsilon: float = 1e-5,
-    rms_norm: bool = True,
-    initializer_cfg=None,
-    fused_add_norm: bool = True,
-    residual_in_fp32: bool = True,
-    ft_seq_len: int | None = None,
-    pt_hw_seq_len: int = 14,
-    if_bidirectional: bool = False,
-    final_pool_type: str = "none",
-    if_abs_pos_embed: bool = True,
-    if_rope: bool = False,
-    if_rope_residual: bool = False,
-    flip_img_sequences_ratio: float = -1.0,
-    if_bimamba: bool = False,
-    bimamba_type: str = "v2",
-    if_cls_token: bool = True,
-    if_divide_out: bool = True,
-    init_layer_scale=None,
-    use_double_cls_token: bool = False,
-    use_middle_cls_token: bool = True,
-) -> dict:
-    """Arguments of `Vim` for the released VisionMamba's."""
-    if flip_img_sequences_ratio > 0:
-        raise ValueError(
-            f"flip_img_sequences_ratio={flip_img_sequences_ratio}: sequences reversed at random, in "
-            f"evaluation too, are not offered"
-        )
-    pools = {"none": "last", "mean": "avg", "max": "max_logits", "all": "all"}
-    token = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "head"
-    mixer = official_mixer_arguments(
-        "v1" if if_bimamba else bimamba_type, if_divide_out, init_layer_scale, **(ssm_cfg or {})
-    )
+def model_arguments(config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Arguments of `Vim` for the released VisionMamba's, and whether its mixers take the released slow path."""
+    token = "double" if config["use_double_cls_token"] else "middle" if config["use_middle_cls_token"] else "head"
+    options = {"if_divide_out": config["if_divide_out"], "init_layer_scale": config["init_layer_scale"]}
+    options["bimamba_type"] = "v1" if config["if_bimamba"] else config["bimamba_type"]
+    d = {"d_model": config["embed_dim"], "d_state": config["d_state"]}
+    mixer, slow = mixer_arguments(d | options | dict(config["ssm_cfg"] or {}))
+    del mixer["d_model"]
     return dict(
-        in_chans=channels,
-        num_classes=num_classes,
-        img_size=img_size,
-        patch_size=patch_size,
-        stride=stride,
-        embed_dim=embed_dim,
-        depth=depth,
-        d_state=mixer.pop("d_state", d_state),
-        class_token=token if if_cls_token else "none",
-        global_pool="token" if if_cls_token else pools[final_pool_type],
+        in_chans=config["channels"],
+        num_classes=config["num_classes"],
+        img_size=config["img_size"],
+        patch_size=config["patch_size"],
+        stride=config["stride"],
+        embed_dim=config["embed_dim"],
+        depth=config["depth"],
+        d_state=mixer.pop("d_state"),
+        class_token=token if config["if_cls_token"] else "none",
+        global_pool="token" if config["if_cls_token"] else one_of(config, "final_pool_type", POOLS),
         mixer=mixer,
-        norm="rms" if rms_norm else "ln",
-        pos_embed=if_abs_pos_embed,
-        rope=("stream" if if_rope_residual else "branch") if if_rope else None,
-        rope_options={"reference": pt_hw_seq_len, "from_second": True},
-        paired=if_bidirectional,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
+        norm="rms" if config["rms_norm"] else "ln",
+        pos_embed=config["if_abs_pos_embed"],
+        rope=("stream" if config["if_rope_residual"] else "branch") if config["if_rope"] else None,
+        rope_options={"reference": config["pt_hw_seq_len"], "from_second": True},
+        paired=config["if_bidirectional"],
+        drop_rate=config["drop_rate"],
+        drop_path_rate=config["drop_path_rate"],
+    ), slow
 
 
-def official_mixer_arguments(
-    bimamba_type: str = "none", if_divide_out: bool = False, init_layer_scale=None, **mamba
-) -> dict:
-    """Arguments of `VimMixer` for the released Mamba's; those for initial values or kernels are dropped."""
-    if bimamba_type not in DIRECTIONS:
-        raise ValueError(f"bimamba_type is {bimamba_type!r}; the released code knows {', '.join(DIRECTIONS)}")
-    mamba = {key: value for key, value in mamba.items() if key not in INITIAL}
-    return mamba | dict(directions=DIRECTIONS[bimamba_type], halve=if_divide_out, layer_scale=init_layer_scale)
+def mixer_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Arguments of `VimMixer` for the released Mamba's, and whether that takes its slow path."""
+    config = MIXER.complete(given)
+    slow = not config.pop("use_fast_path")
+    config["directions"] = one_of(config, "bimamba_type", DIRECTIONS)
+    del config["bimamba_type"]
+    return config | {"halve": config.pop("if_divide_out"), "layer_scale": config.pop("init_layer_scale")}, slow
+
+
+def slow_path(model: nn.Module, slow: bool) -> nn.Module:
+    """use_fast_path=False: the released slow path scans forwards only, and leaves the other parameters unused."""
+    for module in model.modules() if slow else ():
+        if isinstance(module, VimMixer):
+            module.directions = "forward"
+    return model
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights. The place of the class token, the pooling, if_divide_out and if_rope_residual have none."""
+    if "in_proj.weight" in state:
+        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+    double = "cls_token_head" in state
+    tokens = 2 if double else state["cls_token"].shape[1] if "cls_token" in state else 0
+    told = infer_plain(state, given, tokens, MODEL.default("stride"))
+    if not told:
+        return {}
+    mixer = told_of_mixer(part(state, "layers.0.mixer."))
+    told |= {"if_cls_token": tokens > 0, "use_double_cls_token": double, "if_abs_pos_embed": "pos_embed" in state}
+    told |= {"d_state": mixer.pop("d_state"), "bimamba_type": mixer.pop("bimamba_type")}
+    told["if_rope"] = any(key.startswith("rope.") for key in state)
+    if "d_state" in (given.get("ssm_cfg") or {}) or given.get("if_bimamba"):
+        told = {key: value for key, value in told.items() if key not in ("d_state", "bimamba_type")}
+    return told | {"ssm_cfg": mixer}
+
+
+def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+    e, n = state["A_log"].shape
+    kind = "v2" if "conv1d_b.weight" in state else "v1" if "A_b_log" in state else "none"
+    return {
+        **{"d_state": n, "d_conv": state["conv1d.weight"].shape[-1], "expand": ratio(e, len(state["out_proj.weight"]))},
+        **{"dt_rank": state["dt_proj.weight"].shape[1], "bias": "in_proj.bias" in state, "bimamba_type": kind},
+        "conv_bias": "conv1d.bias" in state,
+    }
 
 
 def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from ssmzoo.models.vim import VimMixer
 from ssmzoo.probes import attribution_maps as maps
 from ssmzoo.probes.attention_matrices import attention, attention_row, class_row, implicit_attention, scan_output
 from ssmzoo.probes.tap import tap
-from ssmzoo.released.vim import official_mixer_arguments
+from ssmzoo.released.vim import mixer_arguments
 
 
 def golden(case) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def golden(case) -> dict[str, Tensor]:
         kwargs["if_divide_out"] = kwargs.pop("if_devide_out")
     both = kwargs.get("bimamba_type", "none") != "none"
     if both:
-        mixer = VimMixer(**official_mixer_arguments(**kwargs))
+        mixer = VimMixer(**mixer_arguments(kwargs)[0])
     else:
         ours = {
             k: v

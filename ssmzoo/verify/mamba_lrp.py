@@ -10,7 +10,7 @@ from ssmzoo.models.vim import VimMixer
 from ssmzoo.probes.lrp_rules import rules
 from ssmzoo.probes.mamba_lrp import relevance
 from ssmzoo.released import mamba_hf
-from ssmzoo.released.vim import official_mixer_arguments
+from ssmzoo.released.vim import mixer_arguments
 
 NAMES = {"norm": "norm", "act": "act", "conv1d": "conv", "softplus": "softplus"}
 
@@ -56,6 +56,6 @@ def _golden_mixer(case) -> dict[str, Tensor]:
     on = {"scan", *(NAMES[name] for name in kwargs.get("layer_transforms", ())), *(["gate"] if "z" in detach else [])}
     block = nn.Sequential()
     block.add_module("norm", RMSNorm(mixer["d_model"]))
-    block.add_module("mixer", VimMixer(**official_mixer_arguments(**mixer)))
+    block.add_module("mixer", VimMixer(**mixer_arguments(mixer)[0]))
     with rules(on, detach - {"z"}, kwargs.get("gamma", 0.25)):
         return {"y": torch.func.functional_call(block, dict(case.params), (case.inputs["x"],))}
