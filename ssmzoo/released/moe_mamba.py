@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.mlp import FeedForward
-from ssmzoo.layers.feedforward.moe import build_moe
 from ssmzoo.layers.feedforward.router import TokenChoice
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba, MoEMambaLM
-from ssmzoo.released.moe import official_options
+from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.infer import count, part, ratio
+from ssmzoo.released.moe import CHOICE, SWITCH, WITHOUT, official_moe
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
 
@@ -22,103 +27,120 @@ MODELS = (MoEMambaLM, TransformerLM)
 TELLING_KEYS = r"router|expert"
 
 
-def official(
-    state: dict[str, Tensor],
-    *,
-    block_modules,
-    n_blocks: int,
-    dmodel: int,
-    vocab_size: int,
-    mamba_mode: str = "vanilla",
-    mamba_expansion: float = 2,
-    ff_mode: str = "vanilla",
-    n_experts: int = 1,
-    expert_size: int = 1,
-    expert: str = "ff",
-    activation: str = "relu",
-    parallel_blocks: bool = False,
-    n_att_heads: int = 1,
-    dhead: int | None = None,
-    dff: int | None = None,
-    cutoff: int | None = None,
-    batch_size: int | None = None,
-    capacity_factor: float = 1.25,
-    load_balancing_loss_weight: float = 0.01,
-    zloss_weight: float = 0.0,
-    routing_top_k: int = 1,
-    topk_fraction: float = 1.0,
-    softmax_over: str = "tokens",
-    group_by_batch: bool = False,
-    group_size: int = 1,
-    use_layer_norm: bool = True,
-    one_hot_impl: bool = False,
-    use_torch_bmm: bool = False,
-    use_einsum: bool = False,
-    init_type: str | None = None,
-    init_scale: float = 0.1,
-):
-    """llm-random's LLM as its cc_train builds it. Outputs: logits, with Switch layers the sum of their
-    load_balancing_loss (and of z_loss if zloss_weight > 0), and the mean next-token cross entropy in nats.
+SHAPE = "a shape that the official class fixes; ours takes any"
+LLM = Arguments(
+    "LLM",  # as cc_train builds it
+    {
+        **{"mamba_mode": "vanilla", "mamba_expansion": 2, "ff_mode": "vanilla", "n_experts": 1, "expert_size": 1},
+        **{"expert": "ff", "activation": "relu", "parallel_blocks": False, "n_att_heads": 1, "dhead": None},
+        **{"dff": None, "attention_mode": "vanilla", "moe_values_exp": None, **SWITCH, **CHOICE},
+    },
+    WITHOUT
+    | {
+        **{"cutoff": (None, SHAPE), "batch_size": (None, SHAPE)},
+        "no_positional_embedding": (False, "whether positions are learned; the tensors tell, and such are refused"),
+    },
+    {
+        "norm_class": ("layer_norm", "only LayerNorm was released"),
+        "residual_mode": ("pre_norm", "only norms before the sublayers were released"),
+        "every_other_layer": (False, "experts stand in every block"),
+    },
+    required=("block_modules", "n_blocks", "dmodel", "vocab_size"),
+)
+TABLES = (LLM,)
+MODES = ("vanilla", "token_choice", "expert_choice")
+PARTS = {"conv": "conv", "gate": "gate", "out": "output"}
 
-    dff is 4 dmodel by default. cutoff and batch_size are shapes that the official class fixes; ours takes any.
-    one_hot_impl, use_torch_bmm and use_einsum choose among equal implementations, init_type and init_scale an
-    initialisation that is overwritten.
-    """
-    switch = dict(
-        capacity_factor=capacity_factor,
-        load_balancing_loss_weight=load_balancing_loss_weight,
-        zloss_weight=zloss_weight,
-        routing_top_k=routing_top_k,
-    )
-    choice = dict(
-        topk_fraction=topk_fraction,
-        softmax_over=softmax_over,
-        group_by_batch=group_by_batch,
-        group_size=group_size,
-        use_layer_norm=use_layer_norm,
-    )
-    modes = ("vanilla", "token_choice", "expert_choice")
-    if ff_mode not in modes:
-        raise ValueError(f"unknown ff_mode {ff_mode!r}{nearest(ff_mode, modes)}; choose one of {', '.join(modes)}")
-    options = official_options(ff_mode, expert, activation, **switch, **choice)
 
-    def moe(d_input: int, d_output: int) -> nn.Module:
-        return build_moe(d_input, n_experts, expert_size, d_output=d_output, **options)
-
-    def inner_moe(d_input: int, d_output: int) -> nn.Module:  # Switch-routed; the paper's are two ReLU layers
-        gated = any(".mamba." in key and key.endswith(".gate_weight") for key in state)
-        kind = (expert, activation) if gated else ("ff", "relu")
-        return build_moe(
-            d_input, n_experts, expert_size, d_output=d_output, **official_options("token_choice", *kind, **switch)
-        )
-
-    def layer(kind: str) -> nn.Module:
-        if kind == "attention":
-            return Attention(dmodel, n_att_heads, d_head=dhead)
-        if kind == "feedforward":
-            biased = any(key.endswith("logging_ff_pre_relu.bias") for key in state)
-            return FeedForward(dmodel, dff or 4 * dmodel, bias=biased) if ff_mode == "vanilla" else moe(dmodel, dmodel)
-        if kind != "mamba":
-            known = ("mamba", "attention", "feedforward")
-            raise ValueError(f"unknown block module {kind!r}{nearest(kind, known)}; choose from {', '.join(known)}")
-        if mamba_mode == "vanilla":
-            return Mamba(dmodel, expand=mamba_expansion)
-        places = {"conv": "conv", "gate": "gate", "out": "output"}
-        words = mamba_mode.removesuffix("_proj_moe").split("_")
-        chosen = tuple(ours for theirs, ours in places.items() if theirs in words)
-        if not mamba_mode.endswith("_proj_moe") or not chosen:
-            raise ValueError(
-                f"unknown mamba_mode {mamba_mode!r}; it is 'vanilla' or names some of conv, gate and out, "
-                "such as 'conv_gate_proj_moe'"
-            )
-        return InnerMoEMamba(dmodel, chosen, inner_moe, expand=mamba_expansion)
-
-    blocks = [Block(dmodel, {kind: layer(kind) for kind in block_modules}, parallel_blocks) for _ in range(n_blocks)]
+def official(state: dict[str, Tensor], **given):
+    """llm-random's LLM. Outputs: logits, with Switch layers the sum of their load_balancing_loss (and of z_loss if
+    zloss_weight > 0), and the mean next-token cross entropy in nats. dff is 4 dmodel by default."""
+    config = LLM.complete(given)
+    if any(key.startswith("embedding_layer.layers.1.") for key in state):
+        raise ValueError("the file holds learned positions (attention_mode 'vanilla'), which our models have not")
+    if (mode := config["ff_mode"]) not in MODES:
+        raise ValueError(f"unknown ff_mode {mode!r}{nearest(mode, MODES)}; choose one of {', '.join(MODES)}")
+    if config["zloss_weight"] and mode == "expert_choice":
+        raise ValueError("zloss_weight: expert choice has no z-loss")
+    d, modules, parallel = config["dmodel"], config["block_modules"], config["parallel_blocks"]
+    blocks = [
+        Block(d, {kind: sublayer(kind, config, state) for kind in modules}, parallel) for _ in range(config["n_blocks"])
+    ]
     switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
-    losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and zloss_weight > 0)
-    model = _OfficialLM(DecoderLM(vocab_size, dmodel, blocks), losses)
+    losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and config["zloss_weight"] > 0)
+    model = _OfficialLM(DecoderLM(config["vocab_size"], d, blocks), losses)
     kept = {key: value for key, value in state.items() if ".rope." not in key}
-    return model, add_prefix("model.", names(block_modules, parallel_blocks).to_ours(kept))
+    return model, add_prefix("model.", names(modules, parallel).to_ours(kept))
+
+
+def sublayer(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """One entry of block_modules: "attention", "feedforward" or "mamba"."""
+    d = config["dmodel"]
+    if kind == "attention":
+        rope = config["attention_mode"] == "rope"
+        return Attention(d, config["n_att_heads"], d_head=config["dhead"], rope=rope)
+    if kind == "feedforward":
+        if config["ff_mode"] != "vanilla":
+            return experts(config, config["ff_mode"], d, d)
+        biased = any(key.endswith("logging_ff_pre_relu.bias") for key in state)
+        return FeedForward(d, config["dff"] or 4 * d, bias=biased)
+    if kind != "mamba":
+        known = ("mamba", "attention", "feedforward")
+        raise ValueError(f"unknown block module {kind!r}{nearest(kind, known)}; choose from {', '.join(known)}")
+    if (mode := config["mamba_mode"]) == "vanilla":
+        return Mamba(d, expand=config["mamba_expansion"])
+    words = mode.removesuffix("_proj_moe").split("_")
+    chosen = tuple(ours for theirs, ours in PARTS.items() if theirs in words)
+    if not mode.endswith("_proj_moe") or not chosen:
+        raise ValueError(
+            f"unknown mamba_mode {mode!r}; it is 'vanilla' or names some of conv, gate and out, "
+            "such as 'conv_gate_proj_moe'"
+        )
+    gated = any(".mamba." in key and key.endswith(".gate_weight") for key in state)
+    inside = config if gated else config | {"expert": "ff", "activation": "relu"}  # the paper's: two ReLU layers
+    return InnerMoEMamba(
+        d, chosen, functools.partial(experts, inside, "token_choice"), expand=config["mamba_expansion"]
+    )
+
+
+def experts(config: dict[str, Any], kind: str, d_input: int, d_output: int) -> nn.Module:
+    options = {key: config[key] for key in ("expert", "activation", *(CHOICE if kind == "expert_choice" else SWITCH))}
+    if kind == "token_choice":
+        options["moe_values_exp"] = config["moe_values_exp"]
+    return official_moe(kind, d_input, config["n_experts"], config["expert_size"], d_output, **options)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes, the sublayers of a block, the experts' kinds and the attention's; its number of heads with a rotary table.
+    Routing (capacity, top k, fractions) has no weights."""
+    first = part(state, "encoder.blocks.block_0.block.")
+    if not first:
+        return {}
+    rows, d = state["embedding_layer.layers.0.weight"].shape
+    told = {"vocab_size": rows, "dmodel": d, "n_blocks": count(state, "encoder.blocks.block_#.")}
+    parallel = any(key.startswith("residual_parallel.") for key in first)
+    told["parallel_blocks"] = parallel
+    if not parallel:
+        told["block_modules"] = list(dict.fromkeys(key.split(".")[0].removeprefix("residual_") for key in first))
+        order = given.get("block_modules") or told["block_modules"]
+        told["block_modules"] = list(order) if sorted(order) == sorted(told["block_modules"]) else told["block_modules"]
+    feedforward = part(first, "residual_feedforward.layer.feedforward.")
+    if "gating.gate" in feedforward:
+        told |= {"n_experts": feedforward["gating.gate"].shape[1]}
+        told |= {"expert_size": feedforward["expert_inner_function.lin1_weight"].shape[-1]}
+        told["ff_mode"] = "expert_choice" if "ln.l.weight" in feedforward else given.get("ff_mode", "token_choice")
+    elif "logging_ff_pre_relu.weight" in feedforward:
+        told |= {"ff_mode": "vanilla", "dff": len(feedforward["logging_ff_pre_relu.weight"])}
+    table = next((value for key, value in first.items() if key.endswith("rope.cos")), None)
+    attention = next((value for key, value in first.items() if key.endswith("attention.input_projection.weight")), None)
+    if attention is not None:
+        told["attention_mode"] = "vanilla" if table is None else "rope"
+        if table is not None:
+            told |= {"dhead": table.shape[1], "n_att_heads": len(attention) // (3 * table.shape[1])}
+    inner = next((value for key, value in first.items() if key.endswith("mamba.D")), None)
+    if inner is not None:
+        told["mamba_expansion"] = ratio(len(inner), d)
+    return told
 
 
 def names(block_modules, parallel: bool) -> Names:
@@ -183,7 +205,7 @@ class _OfficialLM(nn.Module):
 
 def golden(case) -> dict[str, Tensor]:
     """Outputs by name: cases with a z-loss need not list it."""
-    module, state = official(dict(case.params), **case.official_kwargs)
+    module, state = case.build()
     module.train(not case.meta.get("eval_mode", True))
     outputs = torch.func.functional_call(module, state, (case.inputs["input_ids"],))
     return dict(zip(("logits", *module.losses, "cross_entropy"), outputs))

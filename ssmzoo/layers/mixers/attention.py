@@ -82,6 +82,7 @@ class Attention(nn.Module):
     bias        of both projections
     init_scale  projections are truncated normal (`truncated_normal_`), biases zero
     d_head      width of a head when it is not d_model / n_heads
+    rope        whether queries and keys rotate by their positions
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Attention(nn.Module):
         bias: bool = False,
         init_scale: float = 0.1,
         d_head: int | None = None,
+        rope: bool = True,
     ):
         super().__init__()
         if min(d_model, n_heads, 1 if d_head is None else d_head) < 1:
@@ -102,7 +104,8 @@ class Attention(nn.Module):
             raise ValueError(f"d_model = {d_model} is not divisible by n_heads = {n_heads}; choose one of {near}")
         self.n_heads, self.rope_base, self.init_scale = n_heads, rope_base, init_scale
         self.d_head = d_head or d_model // n_heads
-        if self.d_head % 2:
+        self.rope = rope
+        if rope and self.d_head % 2:
             raise ValueError(
                 f"rotary positions need heads of even width, got {self.d_head} (d_model = {d_model}, "
                 f"n_heads = {n_heads})"
@@ -130,7 +133,7 @@ class Attention(nn.Module):
             return call_aligned(self.forward, x, state, mask, seq_idx, prefix=prefix)
         q, k, v = self.input_projection(x).unflatten(-1, (self.n_heads, 3 * self.d_head)).chunk(3, dim=-1)  # (b l h p)
         more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix)
-        y, state = attend(q, k, v, state, rope_dim=self.d_head, rope_base=self.rope_base, **more)
+        y, state = attend(q, k, v, state, rope_dim=self.d_head if self.rope else 0, rope_base=self.rope_base, **more)
         return self.output_projection(y), state
 
 
