@@ -2,50 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
+from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.infer import count
 from ssmzoo.released.names import Names
 
+TELLING_KEYS = r"^blocks?\..*init_state"
 MODELS = (ComplexDiagonalModel,)
 ONE_LAYER = Names(("block.{rest}", "blocks.0.{rest}"), ("readout.{rest}", "mlps.0.{rest}"))
 
 
-def official(
-    state: dict[str, Tensor],
-    *,
-    output_size: int,
-    input_size: int,
-    state_size: int = 64,
-    embed_size: int | None = None,
-    num_layers: int | None = None,
-    scale_eigv: float = 1.0,
-    return_all_outputs: bool = False,
-):
-    """All four official classes, told apart by their keys. `init_state` may be complex or real with a last axis of 2.
+MODEL = Arguments(
+    "LSRNN",
+    {"state_size": 64, "embed_size": None, "num_layers": None, "scale_eigv": 1.0},
+    {"return_all_outputs": (False, "accepted and not read there")},
+    required=("output_size", "input_size"),
+)
+TABLES = (MODEL,)
 
-    `return_all_outputs` is ignored, as the official models do; num_layers defaults to what the checkpoint holds.
-    """
-    del return_all_outputs
+
+def official(state: dict[str, Tensor], **given):
+    """The four official classes, told apart by their keys. `init_state` is complex, or real with a last axis of 2."""
+    config = MODEL.complete(given)
     renamed = {
         key: torch.view_as_complex(value.contiguous())
         if key.endswith("init_state") and not value.is_complex()
         else value
         for key, value in ONE_LAYER.to_ours(state).items()
     }
-    layers = 1 + max(int(key.split(".")[1]) for key in renamed if key.startswith("blocks."))
     model = _OfficialComplexDiagonal(
-        input_size,
-        output_size,
-        state_size,
-        embed_size or renamed["embedding.weight"].shape[0],
-        num_layers or layers,
+        config["input_size"],
+        config["output_size"],
+        config["state_size"],
+        config["embed_size"] or len(renamed["embedding.weight"]),
+        config["num_layers"] or count(renamed, "blocks.#."),
         use_B="blocks.0.B_re" in renamed,
         readout="nonlinear" if "mlps.0.2.weight" in renamed else "linear",
-        scale_eigv=scale_eigv,
+        scale_eigv=config["scale_eigv"],
     )
     return model, renamed
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All sizes; scale_eigv has no weights."""
+    ours = ONE_LAYER.to_ours(state)
+    if "blocks.0.init_state" not in ours:
+        return {}
+    embed, inputs = ours["embedding.weight"].shape
+    last = max(key for key in ours if key.startswith(f"mlps.{count(ours, 'mlps.#.') - 1}.") and key.endswith("weight"))
+    told = {"state_size": len(ours["blocks.0.init_state"]), "input_size": inputs, "output_size": len(ours[last])}
+    return told | {"embed_size": embed}
 
 
 class _OfficialComplexDiagonal(ComplexDiagonalModel):

@@ -12,7 +12,7 @@ from ssmzoo.released.family import looks_like
 from ssmzoo.released.files import CheckpointError
 
 HEADS = ("head", "lm_head", "classifier", "readout")
-TABLES = ("pos_embed", "pos_embed_cls", "cls_token", "absolute_pos_embed")
+POSITIONS = ("pos_embed", "pos_embed_cls", "cls_token", "absolute_pos_embed")
 
 
 def fit_state_dict(module: nn.Module, state: dict[str, Tensor], what: str = "the model") -> None:
@@ -70,7 +70,7 @@ def role(model: nn.Module, name: str) -> str:
     """'embedding', 'head', 'norm' or '' for a parameter or buffer of a model."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, nn.Embedding) or leaf in TABLES:
+    if isinstance(module, nn.Embedding) or leaf in POSITIONS:
         return "embedding"
     if path.rpartition(".")[2] in HEADS or path.split(".")[0] in HEADS:
         return "head"

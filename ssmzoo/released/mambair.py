@@ -1,72 +1,84 @@
-"""MambaIR as released by MambaIR@33d7b34 (Apache-2.0): MambaIR, MambaIRUNet, VSSBlock and SS2D."""
+"""MambaIR as released by MambaIR@33d7b34 (Apache-2.0): MambaIR, MambaIRUNet, VSSBlock, SS2D."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.mambair import RSSB, MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
+from ssmzoo.released.arguments import PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.image import with_bias
+from ssmzoo.released.infer import count, part, ratio
+from ssmzoo.released.vmamba import SCAN_INITIAL
 
 MODELS = (MambaIR, MambaIRUNet)
-TELLING_KEYS = r"layers\.\d+\.residual_group"
+TELLING_KEYS = r"layers\.\d+\.residual_group|encoder_level1\.\d"
 YIELDS_TO = ("mambair_v2",)
-BOOKKEEPING = ("img_size", "patch_size", "use_checkpoint", "norm_layer")  # no influence on the result
-LEGACY = ("type", "window_size", "num_heads", "interval")  # keys of old option files, ignored by the released class too
-INIT_ONLY = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")  # official arguments a checkpoint overrides
+WRAPPERS = ("params", "params_ema", "state_dict", "model")  # what the published test reads first
+OLD = "a key of old option files, which the released class swallows"
+WITHOUT = {
+    **{"img_size": (64, "only counts operations"), "patch_size": (1, "unread"), "use_checkpoint": RECOMPUTE},
+    **{"norm_layer": ("ln", "a LayerNorm under either name"), "type": (None, "the option file's name of the class")},
+    **{"window_size": (None, OLD), "num_heads": (None, OLD), "interval": (None, OLD)},
+}
+MODEL = Arguments(
+    "MambaIR",
+    {
+        **{"in_chans": 3, "embed_dim": 96, "depths": (6, 6, 6, 6), "drop_rate": 0.0, "d_state": 16, "mlp_ratio": 2.0},
+        **{"drop_path_rate": 0.1, "patch_norm": True, "upscale": 2, "img_range": 1.0, "upsampler": ""},
+        "resi_connection": "1conv",
+    },
+    WITHOUT,
+)
+UNET = Arguments(
+    "MambaIRUNet",
+    {
+        **{"inp_channels": 3, "out_channels": 3, "dim": 48, "num_blocks": (4, 6, 6, 8), "num_refinement_blocks": 4},
+        **{"mlp_ratio": 2.0, "bias": False, "drop_path_rate": 0.0},
+    },
+    {"type": WITHOUT["type"]},
+    {"dual_pixel_task": (False, "cannot run in the released code (a 2-D convolution meets tokens)")},
+)
+SCAN = {"d_state": 16, "d_conv": 3, "expand": 2.0, "dt_rank": "auto", "conv_bias": True, "bias": False}
+BLOCK = Arguments(
+    "VSSBlock",
+    {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "is_light_sr": False} | SCAN,
+    SCAN_INITIAL | {"norm_layer": WITHOUT["norm_layer"]},
+)
+MIXER = Arguments("SS2D", {"dropout": 0.0} | SCAN, SCAN_INITIAL | PLACE, required=("d_model",))
+TABLES = (MODEL, UNET, BLOCK, MIXER)
 
 
-def official(state: dict[str, Tensor], **official_kwargs):
-    """MambaIR, MambaIRUNet, VSSBlock or SS2D by the released names; which one is read off the checkpoint's keys.
-
-    The arguments are those of the official class. Those that only size bookkeeping or set initial values are accepted
-    and have no influence on a loaded model; so are the keys of old option files that the released class ignores.
-    """
-    kwargs = dict(official_kwargs)
+def official(state: dict[str, Tensor], **given):
+    """MambaIR, MambaIRUNet, VSSBlock or SS2D by the released names; which one is read off the checkpoint's keys."""
     if "x_proj_weight" in state:
-        return official_ss2d(**{k: v for k, v in kwargs.items() if k not in INIT_ONLY}), state
-    if "patch_embed.proj.weight" in state:
-        return build_official_unet(state, squeeze_factor=squeeze_of(state), **kwargs), state
-    kwargs = {k: v for k, v in kwargs.items() if k not in BOOKKEEPING + LEGACY}
+        return official_ss2d(**MIXER.complete(given)), state
     if "self_attention.x_proj_weight" in state:
-        return official_block(state, **kwargs), state
-    defaults = {"embed_dim": 96, "depths": (6, 6, 6, 6), "upscale": 2, "upsampler": ""}
-    kwargs = defaults | kwargs
-    if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
-        kwargs |= {"upsampler": "", "upscale": 1}
-    return MambaIR(**kwargs, squeeze_factor=squeeze_of(state)), state
+        return official_block(state, **BLOCK.complete(given)), state
+    squeeze = squeeze_of(state)
+    if "patch_embed.proj.weight" in state:  # the state sizes of a U-Net, which differ between releases, are told
+        return MambaIRUNet(**UNET.complete(given), d_state=states_of_levels(state), squeeze_factor=squeeze), state
+    config = MODEL.complete(given)
+    if config["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
+        config |= {"upsampler": "", "upscale": 1}
+    return MambaIR(**config, squeeze_factor=squeeze), state
 
 
-def build_official_unet(
-    state: dict[str, Tensor],
-    squeeze_factor: int,
-    dual_pixel_task: bool = False,
-    mlp_ratio: float = 2.0,
-    **official_kwargs,
-) -> MambaIRUNet:
-    """A released MambaIRUNet; the state sizes, which differ between releases, are read off the checkpoint."""
-    if dual_pixel_task:
-        raise ValueError(
-            "dual_pixel_task=True cannot run in the released code (a 2-D convolution meets tokens), "
-            "so no checkpoint needs it"
-        )
+def states_of_levels(state: dict[str, Tensor]) -> tuple[int, ...]:
+    """State sizes of the four levels; a level without blocks has the released one."""
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    sizes = tuple(state[f"{level}.0.self_attention.A_logs"].shape[1] for level in levels)
-    return MambaIRUNet(mlp_ratio=mlp_ratio, d_state=sizes, squeeze_factor=squeeze_factor, **official_kwargs)
+    found = (state.get(f"{level}.0.self_attention.A_logs") for level in levels)
+    return tuple(16 if A is None else A.shape[1] for A in found)
 
 
-def official_block(
-    state: dict[str, Tensor],
-    hidden_dim: int,
-    d_state: int = 16,
-    expand: float = 2.0,
-    drop_path: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    is_light_sr: bool = False,
-):
+def official_block(state, hidden_dim, drop_path, attn_drop_rate, is_light_sr, **scan) -> RSSB:
     """One released `VSSBlock` as a module (tokens (b l d), (rows, columns)) -> tokens."""
-    block = TokenBlock(hidden_dim, d_state, expand, drop_path, is_light_sr, squeeze_of(state))
-    block.self_attention.dropout.p = attn_drop_rate
+    block = TokenBlock(hidden_dim, scan["d_state"], scan["expand"], drop_path, is_light_sr, squeeze_of(state))
+    block.self_attention = official_ss2d(hidden_dim, dropout=attn_drop_rate, **scan)
     return block
 
 
@@ -77,23 +89,78 @@ class TokenBlock(RSSB):
         return super().forward(x.unflatten(1, tuple(int(s) for s in x_size))).flatten(1, 2)
 
 
-def official_ss2d(
-    d_model: int,
-    d_state: int = 16,
-    d_conv: int = 3,
-    expand: float = 2.0,
-    dt_rank: int | str = "auto",
-    dropout: float = 0.0,
-    conv_bias: bool = True,
-    bias: bool = False,
-) -> SS2D:
+def official_ss2d(d_model, d_state, d_conv, expand, dt_rank, dropout, conv_bias, bias) -> SS2D:
     """The released `SS2D` mixer, (b y x d) to the same."""
     mixer = SS2D(d_model, d_state, expand, dt_rank, d_conv, conv_bias, dropout=dropout)
     if bias:
-        for name in ("in_proj", "out_proj"):
-            old = getattr(mixer, name)
-            setattr(mixer, name, nn.Linear(old.in_features, old.out_features))
+        mixer.in_proj, mixer.out_proj = with_bias(mixer.in_proj), with_bias(mixer.out_proj)
     return mixer
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights; img_range has none."""
+    if "x_proj_weight" in state:
+        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+    if "self_attention.x_proj_weight" in state:
+        light = "conv_blk.cab.1.weight" in state and state["conv_blk.cab.0.weight"].shape[-1] == 1
+        told = {"hidden_dim": len(state["ln_1.weight"]), "is_light_sr": light}
+        return told | told_of_mixer(part(state, "self_attention."))
+    if "patch_embed.proj.weight" in state:
+        return infer_unet(state)
+    return infer_restoration(state, "blocks.0.self_attention.")
+
+
+def infer_unet(state: dict[str, Tensor]) -> dict[str, Any]:
+    dim, channels = state["patch_embed.proj.weight"].shape[:2]
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    told = {"dim": dim, "inp_channels": channels, "out_channels": len(state["output.weight"])}
+    told |= {"num_blocks": [count(state, f"{level}.#.") for level in levels], "bias": "output.bias" in state}
+    told["num_refinement_blocks"] = count(state, "refinement.#.")
+    first = next((key for key in state if key.endswith("self_attention.out_proj.weight")), None)
+    if first is not None:
+        d, e = state[first].shape
+        told["mlp_ratio"] = ratio(e, d)
+    return told
+
+
+def infer_restoration(state: dict[str, Tensor], mixer: str) -> dict[str, Any]:
+    """Sizes and head of MambaIR and MambaIRv2."""
+    if "conv_first.weight" not in state:
+        return {}
+    d, channels = state["conv_first.weight"].shape[:2]
+    at = "blocks" if mixer.startswith("blocks") else "layers"
+    depths = [count(state, f"layers.{i}.residual_group.{at}.#.") for i in range(count(state, "layers.#."))]
+    told = {"embed_dim": d, "in_chans": channels, "depths": depths, "patch_norm": "patch_embed.norm.weight" in state}
+    told["resi_connection"] = "1conv" if "conv_after_body.weight" in state else "3conv"
+    if at == "blocks":
+        scan = told_of_mixer(part(state, f"layers.0.residual_group.{mixer}"))
+        told |= {"d_state": scan["d_state"], "mlp_ratio": scan["expand"]}
+    return told | head_of(state, channels)
+
+
+def head_of(state: dict[str, Tensor], channels: int) -> dict[str, Any]:
+    """upsampler and upscale, by the layers of the head."""
+    if "conv_up1.weight" in state:
+        return {"upsampler": "nearest+conv", "upscale": 4}
+    if "conv_before_upsample.0.weight" in state:
+        steps = [value for key, value in state.items() if key.startswith("upsample.") and value.ndim == 4]
+        nine = len(steps) == 1 and len(steps[0]) == 9 * steps[0].shape[1]
+        return {"upsampler": "pixelshuffle", "upscale": 3 if nine else 2 ** len(steps)}
+    if "upsample.0.weight" in state:
+        return {
+            "upsampler": "pixelshuffledirect",
+            "upscale": round((len(state["upsample.0.weight"]) / channels) ** 0.5),
+        }
+    return {}
+
+
+def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+    d, e = state["out_proj.weight"].shape
+    return {
+        **{"d_state": state["A_logs"].shape[1], "d_conv": state["conv2d.weight"].shape[-1], "expand": ratio(e, d)},
+        **{"dt_rank": state["dt_projs_weight"].shape[-1], "conv_bias": "conv2d.bias" in state},
+        "bias": "in_proj.bias" in state,
+    }
 
 
 def squeeze_of(state: dict[str, Tensor]) -> int:

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.layers.image.window_attention import relative_position_index
 from ssmzoo.models.mambair_v2 import MambaIRv2
+from ssmzoo.released.arguments import Arguments
 from ssmzoo.released.files import CheckpointError
+from ssmzoo.released.infer import part, ratio
+from ssmzoo.released.mambair import WITHOUT as MAMBAIR
+from ssmzoo.released.mambair import WRAPPERS, infer_restoration
+
+__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "WRAPPERS", "from_official", "infer", "official", "to_official"]
 
 MODELS = (MambaIRv2,)
 TELLING_KEYS = r"embeddingA|\.assm\.|\.win_mhsa\."
 
 
-def official(
-    state: dict[str, Tensor],
-    *,
-    img_size: int = 64,
-    patch_size: int = 1,
-    ape: bool = False,
-    routing: str = "argmax",
-    **official_kwargs,
-):
-    """MambaIRv2 or MambaIRv2Light by the released names; which one is read off the checkpoint's keys.
+SIZES = {
+    **{"in_chans": 3, "embed_dim": 48, "d_state": 8, "depths": (6, 6, 6, 6), "num_heads": (4, 4, 4, 4)},
+    **{"window_size": 16, "inner_rank": 32, "num_tokens": 64, "mlp_ratio": 2.0, "qkv_bias": True},
+    **{"patch_norm": True, "upscale": 2, "img_range": 1.0, "upsampler": "", "resi_connection": "1conv"},
+    **{"img_size": 64, "patch_size": 1, "ape": False},
+    **{"routing": "argmax"},  # ours: 'argmax' gives the same twice, 'gumbel' draws noise as the release does
+}
+WITHOUT = {key: MAMBAIR[key] for key in ("use_checkpoint", "norm_layer", "type")}
+MODEL = Arguments("MambaIRv2", SIZES | {"convffn_kernel_size": 5}, WITHOUT)
+LIGHT = Arguments("MambaIRv2Light", SIZES, WITHOUT | {"convffn_kernel_size": (5, "the light class does not read it")})
+TABLES = (MODEL, LIGHT)
 
-    img_size, patch_size  only size the position table of `ape`; use_checkpoint is without effect, as in the release
-    routing               'argmax' (default here: results repeat) or 'gumbel', the released behaviour
-    """
-    kwargs = {k: v for k, v in official_kwargs.items() if k not in ("use_checkpoint", "norm_layer", "type")}
+
+def official(state: dict[str, Tensor], **given):
+    """MambaIRv2 or MambaIRv2Light by the released names; which one is read off the checkpoint's keys."""
     light = any(".convffn1.sg." in key for key in state)
-    defaults = {
-        "embed_dim": 48,
-        "d_state": 8,
-        "depths": (6, 6, 6, 6),
-        "num_heads": (4, 4, 4, 4),
-        "window_size": 16,
-        "inner_rank": 32,
-        "num_tokens": 64,
-        "upscale": 2,
-        "upsampler": "",
-    }
-    kwargs = defaults | kwargs | {"light": light, "routing": routing, "ape": img_size // patch_size if ape else 0}
-    if kwargs["upsampler"] not in ("pixelshuffle", "pixelshuffledirect", "nearest+conv"):
-        kwargs |= {"upsampler": "", "upscale": 1}
-    if light:
-        kwargs.pop("convffn_kernel_size", None)  # the released light model accepts and ignores it
-    model = MambaIRv2(**kwargs)
+    config = (LIGHT if light else MODEL).complete(given)
+    size, patch, ape = (config.pop(key) for key in ("img_size", "patch_size", "ape"))
+    if config["upsampler"] not in ("pixelshuffle", "pixelshuffledirect", "nearest+conv"):
+        config |= {"upsampler": "", "upscale": 1}
+    model = MambaIRv2(**config, light=light, ape=int(ape))
+    if ape:
+        rows, columns = (size, size) if isinstance(size, int) else size
+        table = torch.zeros(1, (rows // patch) * (columns // patch), config["embed_dim"])
+        model.absolute_pos_embed = nn.Parameter(table)
     return model, from_official(model, state)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All that has weights: heads and window by the table of relative positions; img_range has none."""
+    told = infer_restoration(state, "layers.0.")
+    if not told:
+        return {}
+    first = "layers.0.residual_group.layers.0."
+    assm, hidden = part(state, f"{first}assm."), len(state[f"{first}convffn1.fc1.weight"])
+    told |= {"d_state": assm["selectiveScan.A_logs"].shape[1], "inner_rank": assm["embeddingB.weight"].shape[1]}
+    told |= {"num_tokens": len(assm["embeddingB.weight"]), "mlp_ratio": ratio(hidden, told["embed_dim"])}
+    tables = [
+        state[f"layers.{i}.residual_group.layers.0.win_mhsa.relative_position_bias_table"]
+        for i in range(len(told["depths"]))
+    ]
+    told |= {"window_size": (round(len(tables[0]) ** 0.5) + 1) // 2, "num_heads": [t.shape[1] for t in tables]}
+    told |= {"qkv_bias": f"{first}wqkv.bias" in state, "ape": "absolute_pos_embed" in state}
+    kernel = state.get(f"{first}convffn1.dwconv.depthwise_conv.0.weight")
+    return told | ({} if kernel is None else {"convffn_kernel_size": kernel.shape[-1]})
 
 
 def from_official(model: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -120,10 +120,8 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     told = {"vocab_size": rows, "dmodel": d, "n_blocks": count(state, "encoder.blocks.block_#.")}
     parallel = any(key.startswith("residual_parallel.") for key in first)
     told["parallel_blocks"] = parallel
-    if not parallel:
+    if not parallel and list(first) != sorted(first):  # a file with sorted names hides the order of the sublayers
         told["block_modules"] = list(dict.fromkeys(key.split(".")[0].removeprefix("residual_") for key in first))
-        order = given.get("block_modules") or told["block_modules"]
-        told["block_modules"] = list(order) if sorted(order) == sorted(told["block_modules"]) else told["block_modules"]
     feedforward = part(first, "residual_feedforward.layer.feedforward.")
     if "gating.gate" in feedforward:
         told |= {"n_experts": feedforward["gating.gate"].shape[1]}
@@ -179,6 +177,8 @@ def to_official(module: nn.Module, state: dict[str, Tensor], cutoff: int | None 
     if cutoff is not None:
         for key in [key for key in theirs if key.endswith("attention.input_projection.weight")]:
             attention = model.blocks[int(key.split("block_")[1].split(".")[0])].layers["attention"]
+            if not attention.rope:
+                continue
             cos, sin = rotary_tables(attention.d_head, cutoff)
             at = key.removesuffix("input_projection.weight")
             theirs |= {f"{at}rope.cos": cos, f"{at}rope.sin": sin}

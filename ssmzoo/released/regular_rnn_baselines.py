@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from ssmzoo.models.rnn import RNNModel
+from ssmzoo.released.arguments import Arguments
 
+TELLING_KEYS = r"^rnn\.weight_hh_l0"
 MODELS = (RNNModel,)
 
 
-def official(
-    state: dict[str, Tensor],
-    *,
-    output_size: int,
-    input_size: int,
-    state_size: int,
-    num_layers: int = 1,
-    nonlinearity: str = "relu",
-    embed_size: int | None = None,
-    bidirectional: bool = False,
-):
+UNREAD = {"embed_size": (None, "accepted and not read there")}
+SIZES = ("output_size", "input_size", "state_size")
+ONE_WAY = {"bidirectional": (False, "cannot run in the official model either: its projection expects one direction")}
+ELMAN = Arguments("ElmanRNN", {"num_layers": 1, "nonlinearity": "relu"}, UNREAD, ONE_WAY, required=SIZES)
+LSTM = Arguments("LSTM", {"num_layers": 1}, UNREAD | {"nonlinearity": ("relu", "of the other class")}, ONE_WAY, SIZES)
+TABLES = (ELMAN, LSTM)
+
+
+def official(state: dict[str, Tensor], **given):
     """ElmanRNN and LSTM, told apart by the height of their gates."""
-    del embed_size  # accepted and ignored by the official models
-    if bidirectional:
-        raise ValueError(
-            "bidirectional=True cannot run in the official model either: its projection expects one direction"
-        )
-    lstm = state["rnn.weight_hh_l0"].shape[0] == 4 * state_size and state_size > 0
-    return _OfficialRNN(input_size, output_size, state_size, num_layers, "lstm" if lstm else nonlinearity), state
+    gates = state.get("rnn.weight_hh_l0")
+    lstm = gates is not None and len(gates) == 4 * gates.shape[1]
+    config = (LSTM if lstm else ELMAN).complete(given)
+    cell = "lstm" if lstm else config["nonlinearity"]
+    return _OfficialRNN(
+        config["input_size"], config["output_size"], config["state_size"], config["num_layers"], cell
+    ), state
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All sizes; the nonlinearity has no weights."""
+    if "rnn.weight_hh_l0" not in state:
+        return {}
+    last = next(value for key, value in reversed(state.items()) if not key.startswith("rnn.") and value.ndim == 2)
+    told = {"state_size": state["rnn.weight_hh_l0"].shape[1], "input_size": state["rnn.weight_ih_l0"].shape[1]}
+    layers = sum(key.startswith("rnn.weight_hh_l") for key in state)
+    return told | {"num_layers": layers, "output_size": len(last)}
 
 
 class _OfficialRNN(RNNModel):

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ssmzoo.models.sd_ssm import SDSSMModel, append_query_token
+from ssmzoo.released.arguments import Arguments
 
+TELLING_KEYS = r"block\.A_dict"
 MODELS = (SDSSMModel,)
 
 
-def official(
-    state: dict[str, Tensor],
-    *,
-    output_size: int,
-    input_size: int,
-    state_size: int = 64,
-    num_transition_matrices: int = 2,
-    Lp_norm: float = 1.0,
-    return_all_outputs: bool = False,
-    mlp_size: int | None = None,
-    embed_size: int | None = None,
-):
+SHARED = {
+    **{"state_size": 64, "num_transition_matrices": 2, "Lp_norm": 1.2, "return_all_outputs": False},
+}
+UNREAD = {"embed_size": (None, "accepted and not read there")}
+LINEAR = Arguments(
+    "SDSSM", SHARED, UNREAD | {"mlp_size": (None, "of the two-layer readout")}, required=("output_size", "input_size")
+)
+NONLINEAR = Arguments("SDSSM_nonlinear", SHARED | {"mlp_size": None}, UNREAD, required=("output_size", "input_size"))
+TABLES = (LINEAR, NONLINEAR)
+
+
+def official(state: dict[str, Tensor], **given):
     """SDSSM and, when the checkpoint has a two-layer readout, SDSSM_nonlinear (mlp_size defaults to state_size)."""
-    del embed_size  # accepted and ignored by the official model
     nonlinear = "readout.0.weight" in state
-    if nonlinear:
-        mlp_size = state["readout.0.weight"].shape[0] if mlp_size is None else mlp_size
+    config = (NONLINEAR if nonlinear else LINEAR).complete(given)
     model = _OfficialSDSSM(
-        input_size,
-        output_size,
-        state_size,
-        num_transition_matrices,
-        Lp_norm,
-        mlp_size if nonlinear else None,
-        return_all_outputs=return_all_outputs,
+        config["input_size"],
+        config["output_size"],
+        config["state_size"],
+        config["num_transition_matrices"],
+        config["Lp_norm"],
+        (config["mlp_size"] or config["state_size"]) if nonlinear else None,
+        return_all_outputs=config["return_all_outputs"],
     )
     return model, state
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All sizes; the norm's exponent has no weights."""
+    if "block.A_dict" not in state:
+        return {}
+    last = "readout.2.weight" if "readout.0.weight" in state else "readout.weight"
+    told = {"state_size": len(state["block.A_dict"]), "num_transition_matrices": state["block.A_dict"].shape[-1]}
+    told |= {"input_size": state["block.B.weight"].shape[1], "output_size": len(state[last])}
+    return told | ({"mlp_size": len(state["readout.0.weight"])} if "readout.0.weight" in state else {})
 
 
 class _OfficialSDSSM(SDSSMModel):
@@ -57,7 +70,7 @@ def golden(case) -> dict[str, Tensor]:
     if case.meta.get("kind") != "training_trajectory":
         return case.run_official()
     recipe = case.meta["training"]
-    model, state = official(dict(case.params), **case.official_kwargs)
+    model, state = case.build()
     model.load_state_dict(state)
     optimizer = torch.optim.Adam(
         model.parameters(),

@@ -5,6 +5,7 @@ The released code encodes the parts of SS2D in strings such as "v05_noz"; ours a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -361,4 +362,9 @@ def told_of_mixer(state: dict[str, Tensor], given: Mapping[str, Any], init: str 
     if heads:
         rank = state["A_logs"].shape[1]
         return told | {"dt_rank": rank, "d_state": (state["x_proj_weight"].shape[1] - rank) // 2}
-    return told | {"dt_rank": state["dt_projs_weight"].shape[-1], "d_state": state["A_logs"].shape[1]}
+    return told | rank_of(state["dt_projs_weight"].shape[-1], d) | {"d_state": state["A_logs"].shape[1]}
+
+
+def rank_of(rank: int, d: int) -> dict[str, Any]:
+    """The rank of the time step if it is not the one that "auto" means: stages of other widths have other ranks."""
+    return {} if rank == math.ceil(d / 16) else {"dt_rank": rank}

@@ -7,6 +7,7 @@ from paths import GOLDEN
 from ssmzoo.released.family import find, to_official
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.golden import GoldenCase
+from ssmzoo.released.load import build
 
 CASES = sorted(GOLDEN.glob("*/*.json"))
 CASES = [f for f in CASES if find(f.parent.name, "official") and GoldenCase.load(f).params]
@@ -21,7 +22,7 @@ def test_there_are_cases_of_every_kind():
 def test_official_names_come_back_bit_for_bit(file):
     case = GoldenCase.load(file)
     official = {key: value.detach() for key, value in case.params.items()}
-    module, ours = find(case.family, "official")(dict(official), **case.official_kwargs)
+    module, ours = build(case.family, official, case.official_kwargs)
     fit_state_dict(module, ours)
     back = to_official(case.family, module, **case.official_kwargs)
     assert back.keys() == official.keys()
