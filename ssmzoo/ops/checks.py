@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def expect(name: str, tensor: Tensor | None, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
+def expect(name: str, tensor: Tensor | None, axes: Sequence[str], sizes: dict[str, int]) -> None:
     """Check that `tensor`, unless None, has these axes; sizes of axes seen for the first time go into `sizes`."""
     if tensor is None:
         return
@@ -23,15 +25,25 @@ def expect(name: str, tensor: Tensor | None, axes: tuple[str, ...], sizes: dict[
     raise ValueError(f"{name} has shape {tuple(shape)}, expected ({wanted})")
 
 
-def expect_floats(device: torch.device, **tensors: Tensor | None) -> None:
-    """Check that the tensors given (not None) hold real floating-point numbers on `device`."""
-    for name, tensor in tensors.items():
+def expect_floats(a: tuple, sizes: dict[str, int], **tensors: Sequence[str]) -> dict[str, int]:
+    """Check the tensors of `a` that the keywords name, unless None.
+
+    They hold real floating-point numbers, lie where the first argument lies and have these axes, written as letters or
+    as a tuple of longer names ("bl", ("b", "l-1")); any axes for "...".
+    Returns `sizes`, into which the sizes of new axes go.
+    """
+    device = a[0].device
+    for name, axes in tensors.items():
+        tensor = getattr(a, name)
         if tensor is None:
             continue
+        if axes != "...":
+            expect(name, tensor, axes, sizes)
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the first argument lies")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16")
+    return sizes
 
 
 def expect_seq_idx(seq_idx: Tensor | None, device: torch.device, sizes: dict[str, int]) -> None:

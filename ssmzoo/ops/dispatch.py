@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ssmzoo.ops.transforms import transformed
 
@@ -112,7 +111,8 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
             check(a)
         if _observers:
             return _observed(name, backends, parts, args, kwargs)
-        return _choose(name, backends, a).serve(a)
+        chosen = _choose(name, backends, a)
+        return chosen.composite(a) if transformed() else chosen.function(a)
 
     def register(
         backend: str,
@@ -247,18 +247,18 @@ def _observed(name: str, backends: dict[str, Backend], parts: tuple[str, ...], a
     return call(*args, **kwargs)
 
 
-def _device_type(a: tuple) -> str | None:
-    for value in a:
-        if isinstance(value, Tensor):
-            return value.device.type
-    return None
+def _device_type(a: tuple) -> str:
+    return a[0].device.type  # the first argument of every operator is a tensor
 
 
 def _choose(operator: str, backends: dict[str, Backend], a: tuple) -> Backend:
     wanted = _override
     if wanted is None:
+        composed, device = transformed(), _device_type(a)
         for b in backends.values():
-            if b.objection(a) is None:
+            if b.missing is not None or (composed and b.composite is None) or (b.device or device) != device:
+                continue
+            if b.unsupported is None or b.unsupported(a) is None:
                 return b
     elif wanted in backends and backends[wanted].objection(a) is None:
         return backends[wanted]

@@ -46,14 +46,9 @@ def without(arguments: type[tuple], *omitted: str) -> type[tuple]:
     return inputs
 
 
-def select(inputs: type[tuple], a: tuple) -> tuple:
-    """The tuple `inputs` filled from the fields of the same names of `a`."""
-    return inputs(*[getattr(a, name) for name in inputs._fields])
-
-
-def replace(a: tuple, **changes) -> tuple:
-    """a._replace(**changes), which torch.compile can trace."""
-    return type(a)(*[changes.get(name, value) for name, value in zip(a._fields, a)])
+def select(inputs: type[tuple], a: tuple, **changes) -> tuple:
+    """The tuple `inputs` filled from `changes` and from the fields of the same names of `a`."""
+    return inputs(*[changes[name] if name in changes else getattr(a, name) for name in inputs._fields])
 
 
 def in_place(name: str, inputs: type[tuple], mutated: str, function: Callable[[tuple], Tensor], like: str):
@@ -73,8 +68,8 @@ class Kernel(NamedTuple):
     """How one backend computes a Differentiable.
 
     forward(a, save)             -> (results, saved): a tuple of tensors, and what the backward wants (None without it)
-    backward(a, saved, *dresults) -> gradients by the name of the argument, of its shape and dtype; the gradient of the
-                                   first result is given, those of the others may be None
+    backward(a, saved, *dresults) -> gradients by the name of the argument, of its shape and dtype, where one is given;
+                                   the gradient of the first result is there, those of others may be None
     saved(a)                     -> an uninitialised tensor like the saved one
     """
 
@@ -113,20 +108,22 @@ class Differentiable:
         self.empty_gradients = gradients or self.contiguous_gradients
         hints = typing.get_type_hints(inputs)
         self.tensors = [n for n in inputs._fields if hints[n] in TENSORS]
+        self.is_tensor = tuple(n in self.tensors for n in inputs._fields)
+        self.positions = tuple(i for i, tensor in enumerate(self.is_tensor) if tensor)
         self.kernels: dict[str, Kernel] = {}
         if like is not None:
             self._define(refer)
 
     def __call__(self, a: tuple, backend: str) -> Tensor | tuple[Tensor, ...]:
         """The result or results of the kernel registered under `backend`; `a` has at least the fields of `inputs`."""
-        a = select(self.Inputs, a)
-        tensors = [getattr(a, name) for name in self.tensors]
+        a = a if type(a) is self.Inputs else select(self.Inputs, a)
+        tensors = [a[i] for i in self.positions]
         save = needs_grad(*tensors) and not torch.compiler.is_exporting()  # see `recomputed`
         if self.like is not None and not eager(*tensors):
             results = self.forward_op(*a, save, backend)
             results = results if isinstance(results, tuple) else (results,)
         elif save:
-            results = _Eager.apply(self, backend, *a)
+            results = _Eager.apply(self, backend, a, *tensors)
         else:
             results, _ = self.kernels[backend].forward(a, False)
         return results[0] if len(self.results) == 1 else results[: len(self.results)]
@@ -137,27 +134,27 @@ class Differentiable:
 
     def remember(self, ctx, a: tuple, backend: str, results: tuple[Tensor, ...], saved: Tensor | None) -> None:
         saved = saved if self.kept is None else results[self.kept]
-        ctx.save_for_backward(saved, *[getattr(a, name) for name in self.tensors])
-        ctx.options = self.Inputs(*[None if isinstance(value, Tensor) else value for value in a])
-        ctx.backend = backend
+        ctx.save_for_backward(saved, *[a[i] for i in self.positions])
+        ctx.call = self, backend, [None if tensor else value for tensor, value in zip(self.is_tensor, a)]
         ctx.set_materialize_grads(False)
 
-    def gradients(self, ctx, dresults: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """One for every argument, None where there is none."""
+    def gradients(self, ctx, dresults: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+        """By the name of the argument, for those that have one."""
         saved, *tensors = ctx.saved_tensors  # read once: gradient checkpointing recomputes them for one reading only
-        a = replace(ctx.options, **dict(zip(self.tensors, tensors)))
-        if all(d is None for d in dresults):
-            return (None,) * len(a)
+        _, backend, values = ctx.call
+        for i, tensor in zip(self.positions, tensors):
+            values[i] = tensor
+        a = self.Inputs(*values)
         if dresults[0] is None:
+            if all(d is None for d in dresults):
+                return {}
             dresults = (torch.zeros_like(self.like(a)[0]), *dresults[1:])
         if torch.is_grad_enabled() and self.twice is not None:
-            found = self.differentiable_gradients(a, dresults[0])
-        elif torch.is_grad_enabled() or not eager(*dresults, saved, *tensors):
-            found = dict(zip(self.tensors, self.backward_op(*dresults, saved, *a, ctx.backend)))
-        else:
-            found = self.kernels[ctx.backend].backward(a, self.recomputed(a, saved, ctx.backend), *dresults)
-        known = {n for n, t in zip(self.tensors, tensors) if t is not None and t.is_floating_point()}
-        return tuple(found.get(name) if name in known else None for name in a._fields)
+            return self.differentiable_gradients(a, dresults[0])
+        if torch.is_grad_enabled() or not eager(*dresults, saved, *tensors):
+            found = zip(self.tensors, self.backward_op(*dresults, saved, *a, backend), tensors)
+            return {name: grad for name, grad, t in found if t is not None and t.is_floating_point()}
+        return self.kernels[backend].backward(a, self.recomputed(a, saved, backend), *dresults)
 
     def recomputed(self, a: tuple, saved: Tensor | None, backend: str) -> Tensor | None:
         """What the forward keeps, computed anew where it kept nothing: in exported programs, whose lengths may vary."""
@@ -208,7 +205,8 @@ class Differentiable:
             self.remember(ctx, self.Inputs(*a), backend, output[:count], output[-1] if self.hidden else None)
 
         def gradients(ctx, *dresults):
-            return *self.gradients(ctx, dresults[:count]), None, None
+            found = self.gradients(ctx, dresults[:count])
+            return *(found.get(name) for name in inputs._fields), None, None
 
         def refuse(ctx, *dresults):
             raise RuntimeError(
@@ -239,13 +237,13 @@ class _Eager(torch.autograd.Function):
     """The same without torch's dispatcher, which takes longer than a small kernel."""
 
     @staticmethod
-    def forward(ctx, kernel: Differentiable, backend: str, *inputs):
-        a = kernel.Inputs(*inputs)
+    def forward(ctx, kernel: Differentiable, backend: str, a: tuple, *tensors):
         results, saved = kernel.kernels[backend].forward(a, True)
         kernel.remember(ctx, a, backend, results, saved)
-        ctx.kernel = kernel
-        return tuple(results)
+        return results
 
     @staticmethod
     def backward(ctx, *dresults):
-        return None, None, *ctx.kernel.gradients(ctx, dresults)
+        kernel = ctx.call[0]
+        found = kernel.gradients(ctx, dresults)
+        return None, None, None, *[found.get(name) for name in kernel.tensors]

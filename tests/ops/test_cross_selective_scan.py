@@ -93,7 +93,7 @@ def test_it_is_registered_with_torch():
 
 def test_bad_arguments_are_refused_in_words():
     given = arguments(1, 6, 3, 4, 2, 1, torch.float32)
-    with pytest.raises(ValueError, match=r"D has shape \(23,\), expected \(ke=24\)"):
+    with pytest.raises(ValueError, match=r"D has shape \(23,\), expected \(4e=24\)"):
         cross_selective_scan(*given[:5], given[5][:-1])
     with pytest.raises(ValueError, match="expected one of cross"):
         cross_selective_scan(*given, scans="diagonal")

@@ -15,26 +15,20 @@ ACTIVATIONS = (None, "silu", "swish")
 
 
 def check_causal_conv1d(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("x", a.x, ("b", "c", "l"), sizes)
-    _check_weight(a, sizes)
-    expect("initial_states", a.initial_states, ("b", "c", "k-1"), sizes)
-    expect("final_states_out", a.final_states_out, ("b", "c", "k-1"), sizes)
+    sizes = _check_weight(a, expect_floats(a, {}, x="bcl", weight="ck", bias="c"))
+    expect_floats(a, sizes, initial_states=("b", "c", "k-1"), final_states_out=("b", "c", "k-1"))
     if a.final_states_out is not None and not a.return_final_states:
         raise ValueError("final_states_out was given but return_final_states is False; set it to True")
-    expect_floats(a.x.device, x=a.x, weight=a.weight, bias=a.bias)
-    expect_floats(a.x.device, initial_states=a.initial_states, final_states_out=a.final_states_out)
     expect_seq_idx(a.seq_idx, a.x.device, sizes)
 
 
-def _check_weight(a, sizes: dict[str, int]) -> None:
-    expect("weight", a.weight, ("c", "k"), sizes)
+def _check_weight(a, sizes: dict[str, int]) -> dict[str, int]:
     if sizes["k"] == 0:
         raise ValueError(f"weight has shape {tuple(a.weight.shape)}, expected at least one tap (c, k >= 1)")
-    sizes["k-1"] = sizes["k"] - 1
-    expect("bias", a.bias, ("c",), sizes)
     if a.activation not in ACTIVATIONS:
         raise ValueError(f"activation is {a.activation!r}, expected None, 'silu' or 'swish'")
+    sizes["k-1"] = sizes["k"] - 1
+    return sizes
 
 
 @op(check=check_causal_conv1d)
@@ -138,13 +132,10 @@ def register(backend: str, kernel: Kernel, **why_not) -> None:
 
 
 def check_causal_conv1d_update(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("x", a.x, ("b", "c") if a.x.ndim == 2 else ("b", "c", "l"), sizes)
-    expect("conv_state", a.conv_state, ("b" if a.conv_state_indices is None else "rows", "c", "s"), sizes)
-    _check_weight(a, sizes)
+    tokens, row = "bc" if a.x.ndim == 2 else "bcl", "b" if a.conv_state_indices is None else "rows"
+    sizes = _check_weight(a, expect_floats(a, {}, x=tokens, conv_state=(row, "c", "s"), weight="ck", bias="c"))
     if sizes["s"] < sizes["k-1"]:
         raise ValueError(f"conv_state holds {sizes['s']} inputs, expected at least k-1 = {sizes['k-1']}")
-    expect_floats(a.x.device, x=a.x, conv_state=a.conv_state, weight=a.weight, bias=a.bias)
     if a.cache_seqlens is not None:
         expect("cache_seqlens", a.cache_seqlens, ("b",), sizes)
         if a.cache_seqlens.is_floating_point():

@@ -9,23 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import expect, expect_floats
+from ssmzoo.ops.checks import expect_floats
 from ssmzoo.ops.cross_scan import SCANS, cross_merge, cross_scan
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.selective_scan import selective_scan_fn
 
 
 def check_cross_selective_scan(a) -> None:
-    sizes: dict[str, int] = {"k": 4}
-    expect("x", a.x, ("b", "e", "h", "w"), sizes)
-    expect("dt_proj", a.dt_proj, ("k", "e", "r"), sizes)
-    expect("dt_bias", a.dt_bias, ("k", "e"), sizes)
-    sizes["ke"] = 4 * sizes["e"]
-    expect("A", a.A, ("ke", "n"), sizes)
-    expect("D", a.D, ("ke",), sizes)
+    sizes = expect_floats(a, {"k": 4}, x="behw", dt_proj="ker", dt_bias="ke")
+    sizes["4e"] = 4 * sizes["e"]
+    expect_floats(a, sizes, A=("4e", "n"), D=("4e",))
     sizes["r+2n"] = sizes["r"] + 2 * sizes["n"]
-    expect("x_proj", a.x_proj, ("k", "r+2n", "e"), sizes)
-    expect_floats(a.x.device, x=a.x, x_proj=a.x_proj, dt_proj=a.dt_proj, dt_bias=a.dt_bias, A=a.A, D=a.D)
+    expect_floats(a, sizes, x_proj=("k", "r+2n", "e"))
     if a.scans not in SCANS:
         raise ValueError(f"scans = {a.scans!r}, expected one of {', '.join(SCANS)}")
 

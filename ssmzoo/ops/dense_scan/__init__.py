@@ -61,14 +61,13 @@ def check(a) -> None:
         expect("symbols", a.symbols, ("b", "l"), sizes)
         expect("weights", a.weights, ("s", "k"), sizes)
         expect("inputs", a.inputs, ("s", "n") if a.inputs.ndim == 2 else ("b", "l", "n"), sizes)
-    expect("initial_state", a.initial_state, ("b", "n"), sizes)
     if a.mask is not None:
         expect("mask", a.mask, ("b", "l"), sizes)
         if a.mask.dtype != torch.bool or a.mask.device != device:
             raise ValueError(
                 f"mask is {a.mask.dtype} on {a.mask.device}, expected torch.bool on {device}: True for real positions"
             )
-    expect_floats(device, A_dict=a.A_dict, weights=a.weights, inputs=a.inputs, initial_state=a.initial_state)
+    expect_floats(a, sizes, A_dict="nnk", weights="...", inputs="...", initial_state="bn")
     expect_seq_idx(a.seq_idx, device, sizes)
 
 

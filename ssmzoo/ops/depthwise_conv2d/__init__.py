@@ -9,18 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.ops.checks import expect, expect_floats
+from ssmzoo.ops.checks import expect_floats
 from ssmzoo.ops.dispatch import op
 
 ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid, "silu": F.silu}
 
 
 def check_depthwise_conv2d(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("x", a.x, ("b", "h", "w", "d"), sizes)
-    expect("weight", a.weight, ("d", "1", "k", "k"), sizes | {"1": 1})
-    expect("bias", a.bias, ("d",), sizes)
-    expect_floats(a.x.device, x=a.x, weight=a.weight, bias=a.bias)
+    expect_floats(a, {"1": 1}, x="bhwd", weight="d1kk", bias="d")
     if a.act not in ACTIVATIONS:
         raise ValueError(f"act = {a.act!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
     if a.stride not in (1, 2):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d
 from ssmzoo.ops.depthwise_conv2d.torch import depthwise_conv2d_torch
 from ssmzoo.ops.eager import why_not_eager
-from ssmzoo.ops.library import Differentiable, Kernel, replace
+from ssmzoo.ops.library import Differentiable, Kernel, select
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack
 
 FORWARD, MISSING = kernel("ssmzoo_depthwise_conv2d_forward")
@@ -48,7 +48,8 @@ def backward(a, saved: None, dy: Tensor) -> dict[str, Tensor]:
     commit(dx)
     _call(BACKWARD, a, [None, dy, dx, sums])
     sums = sums.sum(0)
-    return {"x": dx, "weight": sums[:9].t().reshape(a.weight.shape), "bias": sums[9]}
+    grads = {"x": dx, "weight": sums[:9].t().reshape(a.weight.shape)}
+    return grads if a.bias is None else grads | {"bias": sums[9]}
 
 
 CONVOLUTION = Differentiable("depthwise_conv2d", depthwise_conv2d.Arguments, twice=depthwise_conv2d_torch)
@@ -65,4 +66,4 @@ def why_not(a) -> str | None:
 
 @depthwise_conv2d.register("c", device="cpu", missing=MISSING, unsupported=why_not)
 def depthwise_conv2d_c(a) -> Tensor:
-    return CONVOLUTION(a if a.x.stride(-1) == 1 else replace(a, x=a.x.contiguous()), "c")
+    return CONVOLUTION(a if a.x.stride(-1) == 1 else select(type(a), a, x=a.x.contiguous()), "c")

@@ -48,8 +48,10 @@ def forward(a, save: bool):
 def backward(a, saved: Tensor | None, dy: Tensor) -> dict[str, Tensor]:
     flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (dy, saved, a.x)]
     dh, dweight, dbias = _parameters(*flat, a.act)
-    grads = {"weight": dweight, "bias": dbias}
-    return grads | {"x": _onednn(dh, a.weight.t(), None).view_as(a.x)} if a.x.requires_grad else grads
+    grads = {"weight": dweight} if a.bias is None else {"weight": dweight, "bias": dbias}
+    if a.x.requires_grad:
+        grads["x"] = _onednn(dh, a.weight.t(), None).view_as(a.x)
+    return grads
 
 
 def _parameters(dy: Tensor, saved: Tensor | None, x: Tensor, act: str | None):

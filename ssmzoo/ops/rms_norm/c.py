@@ -19,10 +19,9 @@ ROWS = 64  # per task
 
 
 def _call(function, a, dy=None, y=None, scale=None, dx=None, dweight=None) -> None:
-    given = (a.x.contiguous(), a.weight.contiguous(), dy, y, scale, dx, dweight)
-    pointers = (0 if t is None else t.data_ptr() for t in given)
-    dim = a.x.shape[-1]
-    function(struct.pack("11qd", *pointers, a.x.numel() // dim, dim, ROWS, torch.get_num_threads(), a.eps))
+    x, weight, dim = a.x.contiguous(), a.weight.contiguous(), a.x.shape[-1]
+    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, dy, y, scale, dx, dweight)]
+    function(struct.pack("11qd", *pointers, x.numel() // dim, dim, ROWS, torch.get_num_threads(), a.eps))
 
 
 def forward(a, save: bool):

@@ -8,38 +8,35 @@ from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
-from ssmzoo.ops.library import Differentiable, Kernel, replace, without
+from ssmzoo.ops.library import Differentiable, Kernel, select, without
 
 
 def check_selective_scan(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("u", a.u, ("b", "e", "l"), sizes)
-    expect("delta", a.delta, ("b", "e", "l"), sizes)
-    expect("A", a.A, ("e", "n"), sizes)
-    for name, value in (("B", a.B), ("C", a.C)):
-        if value.ndim not in (2, 3, 4):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (e, n), (b, n, l) or (b, g, n, l)")
-        length = "l" if not a.A.is_complex() or value.ndim == 2 else "2l"
-        sizes["2l"] = 2 * sizes["l"]
-        if value.ndim == 2:
-            expect(name, value, ("e", "n"), sizes)
-        elif value.ndim == 3:
-            expect(name, value, ("b", "n", length), sizes)
-        else:
-            expect(name, value, ("b", f"g of {name}", "n", length), sizes)
-            groups = value.shape[1]
-            if groups == 0 or sizes["e"] % groups:
-                raise ValueError(f"{name} has {groups} groups, which do not divide the {sizes['e']} channels of u")
-    if sizes.get("g of B", 1) != sizes.get("g of C", 1) and 1 not in (sizes.get("g of B", 1), sizes.get("g of C", 1)):
-        raise ValueError(f"B has {sizes['g of B']} groups but C has {sizes['g of C']}; expected as many, or one")
-    expect("D", a.D, ("e",), sizes)
-    expect("z", a.z, ("b", "e", "l"), sizes)
-    expect("delta_bias", a.delta_bias, ("e",), sizes)
-    expect("initial_state", a.initial_state, ("b", "e", "n"), sizes)
-    expect_floats(a.u.device, u=a.u, delta=a.delta, D=a.D, z=a.z, delta_bias=a.delta_bias)
-    if not a.A.is_complex():
-        expect_floats(a.u.device, A=a.A, B=a.B, C=a.C, initial_state=a.initial_state)
+    sizes = expect_floats(a, {}, u="bel", delta="bel", D="e", z="bel", delta_bias="e")
+    expect("A", a.A, "en", sizes)
+    length = "l"
+    if a.A.is_complex():
+        length, sizes["2l"] = "2l", 2 * sizes["l"]
+        expect("initial_state", a.initial_state, "ben", sizes)
+    else:
+        expect_floats(a, sizes, A="en", B="...", C="...", initial_state="ben")
+    groups = [_groups("B", a.B, length, sizes), _groups("C", a.C, length, sizes)]
+    if groups[0] != groups[1] and 1 not in groups:
+        raise ValueError(f"B has {groups[0]} groups but C has {groups[1]}; expected as many, or one")
     expect_seq_idx(a.seq_idx, a.u.device, sizes)
+
+
+def _groups(name: str, M: Tensor, length: str, sizes: dict[str, int]) -> int:
+    """Of B or C, whose shape is checked."""
+    if M.ndim == 4 and M.shape[1] and sizes["e"] % M.shape[1] == 0:
+        expect(name, M.select(1, 0), ("b", "n", length), sizes)
+        return M.shape[1]
+    if M.ndim == 4:
+        raise ValueError(f"{name} has {M.shape[1]} groups, which do not divide the {sizes['e']} channels of u")
+    if M.ndim not in (2, 3):
+        raise ValueError(f"{name} has shape {tuple(M.shape)}, expected (e, n), (b, n, l) or (b, g, n, l)")
+    expect(name, M, "en" if M.ndim == 2 else ("b", "n", length), sizes)
+    return 1
 
 
 @op(check=check_selective_scan)
@@ -155,7 +152,7 @@ def register(backend: str, kernel: Kernel, **why_not) -> None:
         if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1]:
             groups = max(B.shape[1], C.shape[1])
             B, C = (M.expand(-1, groups, -1, -1) for M in (B, C))
-        out, last_state = SCAN(replace(a, B=B, C=C), backend)
+        out, last_state = SCAN(select(SCAN.Inputs, a, B=B, C=C), backend)
         return (out, last_state) if a.return_last_state else out
 
     SCAN.kernels[backend] = kernel
@@ -167,4 +164,4 @@ def why_not_complex(a) -> str | None:
 
 
 def groups_of(a) -> int:
-    return next((M.shape[1] for M in (a.B, a.C) if M.ndim == 4), 1)
+    return a.B.shape[1] if a.B.ndim == 4 else a.C.shape[1] if a.C.ndim == 4 else 1

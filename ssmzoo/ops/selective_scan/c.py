@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack
-from ssmzoo.ops.selective_scan import empty_gradients, empty_results, groups_of, register, why_not_complex
+from ssmzoo.ops.selective_scan import empty_gradients, groups_of, register, why_not_complex
 
 FORWARD, MISSING = kernel("ssmzoo_selective_scan_forward")
 BACKWARD, _ = kernel("ssmzoo_selective_scan_backward")
@@ -35,7 +35,7 @@ def _tiling(b: int, e: int, g: int, threads: int) -> tuple[int, int]:
     return per_task, -(-tiles // per_task)
 
 
-def _arguments(a, save, results, tiling):
+def _arguments(a, g, save, results, tiling):
     (b, e, l), n = a.u.shape, a.A.shape[1]
     seq_idx = a.seq_idx
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
@@ -47,7 +47,7 @@ def _arguments(a, save, results, tiling):
         e,
         l,
         n,
-        groups_of(a),
+        g,
         a.B.ndim == 2,
         a.C.ndim == 2,
         a.delta_softplus,
@@ -59,12 +59,12 @@ def _arguments(a, save, results, tiling):
 
 
 def forward(a, save):
-    b, e, _ = a.u.shape
-    out, last = empty_results(a)
+    (b, e, _), n, g = a.u.shape, a.A.shape[1], groups_of(a)
+    out, last = torch.empty_like(a.u), a.u.new_empty(b, e, n, dtype=torch.float32)
     states = saved(a) if save else None
     commit(out, states)
-    tiling = _tiling(b, e, groups_of(a), torch.get_num_threads())
-    alive, arguments = _arguments(a, save, [out, last, states, *[None] * 11], tiling)
+    tiling = _tiling(b, e, g, torch.get_num_threads())
+    alive, arguments = _arguments(a, g, save, [out, last, states, *[None] * 11], tiling)
     FORWARD(arguments)
     return (out, last), states
 
@@ -89,7 +89,7 @@ def backward(a, states, dout, dlast_state):
         *(sums[name] for name in ("A", "D", "delta_bias")),
         *(d if d.ndim == 3 else d.flatten(3) for d in (sums["B"], sums["C"])),
     ]  # (b e n), or (tasks b g l*n)
-    alive, arguments = _arguments(a, True, results, tiling)
+    alive, arguments = _arguments(a, g, True, results, tiling)
     BACKWARD(arguments)
     for name, parts in sums.items():
         if parts is not None:

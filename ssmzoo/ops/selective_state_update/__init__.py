@@ -6,29 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.ops.checks import compute_dtype, expect, expect_floats
+from ssmzoo.ops.checks import compute_dtype, expect_floats
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.rows import expect_indices, read_rows, without_padding, write_rows
 
 
 def check_selective_state_update(a) -> None:
-    sizes: dict[str, int] = {}
-    heads = ("h",) if a.state.ndim == 4 else ()
-    channels = (*heads, "e")
-    expect("state", a.state, ("b" if a.state_batch_indices is None else "rows", *channels, "n"), sizes)
-    expect("x", a.x, ("b", *channels), sizes)
-    expect("dt", a.dt, ("b", *channels), sizes)
-    expect("A", a.A, (*channels, "n"), sizes)
-    for name, value in (("B", a.B), ("C", a.C)):
-        expect(name, value, ("b", "g", "n") if value.ndim == 3 else ("b", "n"), sizes)
-    outer = heads[0] if heads else "e"
-    if sizes.get("g", 1) == 0 or sizes[outer] % sizes.get("g", 1):
-        raise ValueError(f"B, C have {sizes['g']} groups, which do not divide {outer}={sizes[outer]} of state")
-    expect("D", a.D, channels, sizes)
-    expect("z", a.z, ("b", *channels), sizes)
-    expect("dt_bias", a.dt_bias, channels, sizes)
+    row = "b" if a.state_batch_indices is None else "rows"
+    if a.state.ndim == 4:
+        state, tokens, channels = (row, "h", "e", "n"), "bhe", "he"
+    else:
+        state, tokens, channels = (row, "e", "n"), "be", "e"
+    sizes = expect_floats(a, {}, state=state, x=tokens, dt=tokens, z=tokens, A=state[1:], D=channels, dt_bias=channels)
+    expect_floats(a, sizes, B="bgn" if a.B.ndim == 3 else "bn", C="bgn" if a.C.ndim == 3 else "bn")
+    outer, groups = channels[0], sizes.get("g", 1)
+    if groups == 0 or sizes[outer] % groups:
+        raise ValueError(f"B, C have {groups} groups, which do not divide {outer}={sizes[outer]} of state")
     expect_indices("state_batch_indices", a.state_batch_indices, a.state.device, sizes)
-    expect_floats(a.state.device, state=a.state, x=a.x, dt=a.dt, A=a.A, B=a.B, C=a.C, D=a.D, z=a.z, dt_bias=a.dt_bias)
 
 
 @op(check=check_selective_state_update)

@@ -10,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.ops.checks import expect, expect_floats
+from ssmzoo.ops.checks import expect_floats
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.selective_scan import selective_scan_fn
 from ssmzoo.ops.state_fusion import check_state_fusion, state_fusion
 
 
 def check_spatial_scan(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("u", a.u, ("b", "h", "w", "e"), sizes)
-    expect("dt_proj", a.dt_proj, ("e", "r"), sizes)
+    sizes = expect_floats(a, {"1": 1}, u="bhwe", dt_proj="er", dt_bias="e", A="e1", D="e")
     sizes["r+2"] = sizes["r"] + 2
-    expect("steps", a.steps, ("b", "h", "w", "r+2"), sizes)
-    for name, value in (("dt_bias", a.dt_bias), ("D", a.D)):
-        expect(name, value, ("e",), sizes)
-    expect("A", a.A, ("e", "1"), sizes | {"1": 1})
-    expect_floats(a.u.device, u=a.u, steps=a.steps, dt_proj=a.dt_proj, dt_bias=a.dt_bias, A=a.A, D=a.D)
+    expect_floats(a, sizes, steps=("b", "h", "w", "r+2"))
     if a.kernels is not None:
         check_state_fusion(state_fusion.Arguments(a.u.permute(0, 3, 1, 2), a.kernels, a.alpha))
 

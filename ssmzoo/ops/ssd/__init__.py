@@ -32,16 +32,12 @@ TORCH_CHUNK = 64  # longer chunks cost more than they save once q exceeds the wi
 
 
 def check_ssd_scan(a) -> None:
-    _check_heads(a, "X", "a")
+    _check_heads(a, "X", X="blhp", a="blh")
 
 
 def check_combined(a) -> None:
-    sizes = _check_heads(a, "x", "dt")
-    expect("A", a.A, ("h",), sizes)
-    expect("D", a.D, ("h", "p") if a.D is not None and a.D.ndim == 2 else ("h",), sizes)
-    expect("z", a.z, ("b", "l", "h", "p"), sizes)
-    expect("dt_bias", a.dt_bias, ("h",), sizes)
-    expect_floats(a.x.device, x=a.x, A=a.A, D=a.D, z=a.z, dt_bias=a.dt_bias)
+    D = "hp" if a.D is not None and a.D.ndim == 2 else "h"
+    sizes = _check_heads(a, "x", x="blhp", dt="blh", A="h", D=D, z="blhp", dt_bias="h")
     if isinstance(a.cu_seqlens, bool):
         raise ValueError(f"cu_seqlens is {a.cu_seqlens}: dt_softplus stands behind it, as upstream; give it by name")
     if a.return_varlen_states:
@@ -56,20 +52,13 @@ def check_combined(a) -> None:
         raise ValueError(f"dt_limit = {tuple(a.dt_limit)}, expected (lowest, highest) in tokens")
 
 
-def _check_heads(a, x_name: str, step_name: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    x, step = getattr(a, x_name), getattr(a, step_name)
-    expect(x_name, x, ("b", "l", "h", "p"), sizes)
-    expect(step_name, step, ("b", "l", "h"), sizes)
-    expect("B", a.B, ("b", "l", "g", "n"), sizes)
-    expect("C", a.C, ("b", "l", "g", "n"), sizes)
+def _check_heads(a, name: str, **axes: str) -> dict[str, int]:
+    sizes = expect_floats(a, {}, **axes, B="blgn", C="blgn", initial_states="bhpn")
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"B has {sizes['g']} groups, which do not divide the {sizes['h']} heads of {x_name}")
-    expect("initial_states", a.initial_states, ("b", "h", "p", "n"), sizes)
+        raise ValueError(f"B has {sizes['g']} groups, which do not divide the {sizes['h']} heads of {name}")
     if a.chunk_size < 1:
         raise ValueError(f"chunk_size = {a.chunk_size}, expected at least 1")
-    expect_floats(x.device, **{x_name: x, step_name: step, "B": a.B, "C": a.C, "initial_states": a.initial_states})
-    expect_seq_idx(a.seq_idx, x.device, sizes)
+    expect_seq_idx(a.seq_idx, a[0].device, sizes)
     return sizes
 
 

@@ -16,26 +16,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import compute_dtype, expect, expect_floats
+from ssmzoo.ops.checks import compute_dtype, expect_floats
 from ssmzoo.ops.dispatch import op
 
 DILATIONS = (1, 3, 5)
 
 
 def check_state_fusion(a) -> None:
-    sizes: dict[str, int] = {}
-    expect("x", a.x, ("b", "d", "h", "w"), sizes)
+    sizes = expect_floats(a, {"3": 3}, x="bdhw", alpha="3")
     if len(a.kernels) != 3:
         raise ValueError(f"kernels has {len(a.kernels)} entries, expected 3: one for each dilation in {DILATIONS}")
     for dilation, kernel in zip(DILATIONS, a.kernels):
+        name = f"the kernel of dilation {dilation}"
         if tuple(kernel.shape) not in ((sizes["d"], 1, 3, 3), (sizes["d"], 3, 3)):
-            raise ValueError(
-                f"the kernel of dilation {dilation} has shape {tuple(kernel.shape)}, expected ({sizes['d']}, 1, 3, 3)"
-            )
-        expect_floats(a.x.device, **{f"the kernel of dilation {dilation}": kernel})
-    if tuple(a.alpha.shape) != (3,):
-        raise ValueError(f"alpha has shape {tuple(a.alpha.shape)}, expected (3,)")
-    expect_floats(a.x.device, x=a.x, alpha=a.alpha)
+            raise ValueError(f"{name} has shape {tuple(kernel.shape)}, expected ({sizes['d']}, 1, 3, 3)")
+        if kernel.device != a.x.device or not kernel.is_floating_point():
+            raise ValueError(f"{name} is {kernel.dtype} on {kernel.device}, expected real numbers on {a.x.device}")
     if sizes["h"] == 0 or sizes["w"] == 0:
         raise ValueError(f"x has shape {tuple(a.x.shape)}: an empty map has no border to continue")
 

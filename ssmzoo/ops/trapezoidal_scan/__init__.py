@@ -15,25 +15,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
+from ssmzoo.ops.checks import compute_dtype, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
 
 
 def check_trapezoidal_scan(given) -> None:
-    g, sizes = given, {} if given.mimo is not None else {"r": 1}
-    expect("v", g.v, ("b", "l", "h", "p"), sizes)
-    expect("k", g.k, ("b", "l", "r", "h", "n"), sizes)
-    expect("q", g.q, ("b", "l", "r", "h", "n"), sizes)
-    for name in ("a", "gamma", "beta"):
-        expect(name, getattr(g, name), ("b", "l", "h"), sizes)
-    expect("D", g.D, ("h",), sizes)
-    expect("mimo", g.mimo, ("h", "r", "p"), sizes)
-    expect("initial_state", g.initial_state, ("b", "h", "p", "n"), sizes)
-    floats = {name: value for name, value in g._asdict().items() if name not in ("seq_idx", "chunk_size")}
-    expect_floats(g.v.device, **floats)
-    expect_seq_idx(g.seq_idx, g.v.device, sizes)
-    if g.chunk_size < 1:
-        raise ValueError(f"chunk_size = {g.chunk_size}, expected a positive number of tokens")
+    sizes = expect_floats(
+        given,
+        {} if given.mimo is not None else {"r": 1},
+        v="blhp",
+        k="blrhn",
+        q="blrhn",
+        a="blh",
+        gamma="blh",
+        beta="blh",
+        D="h",
+        mimo="hrp",
+        initial_state="bhpn",
+    )
+    expect_seq_idx(given.seq_idx, given.v.device, sizes)
+    if given.chunk_size < 1:
+        raise ValueError(f"chunk_size = {given.chunk_size}, expected a positive number of tokens")
 
 
 def rank_inputs(v: Tensor, mimo: Tensor | None, dtype: torch.dtype) -> Tensor:
