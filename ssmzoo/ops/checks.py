@@ -25,7 +25,7 @@ def expect(name: str, tensor: Tensor | None, axes: Sequence[str], sizes: dict[st
     raise ValueError(f"{name} has shape {tuple(shape)}, expected ({wanted})")
 
 
-def expect_floats(a: tuple, sizes: dict[str, int], **tensors: Sequence[str]) -> dict[str, int]:
+def expect_floats(a: tuple, sizes: dict[str, int], /, **tensors: Sequence[str]) -> dict[str, int]:
     """Check the tensors of `a` that the keywords name, unless None.
 
     They hold real floating-point numbers, lie where the first argument lies and have these axes, written as letters or

@@ -52,7 +52,7 @@ def check_combined(a) -> None:
         raise ValueError(f"dt_limit = {tuple(a.dt_limit)}, expected (lowest, highest) in tokens")
 
 
-def _check_heads(a, name: str, **axes: str) -> dict[str, int]:
+def _check_heads(a, name: str, /, **axes: str) -> dict[str, int]:
     sizes = expect_floats(a, {}, **axes, B="blgn", C="blgn", initial_states="bhpn")
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         raise ValueError(f"B has {sizes['g']} groups, which do not divide the {sizes['h']} heads of {name}")
