@@ -187,7 +187,10 @@ def rows_of(run: Path) -> list[dict[str, float]]:
     """What metrics.csv holds, without the times, which differ from run to run."""
     from ssmzoo.train.logger import read_metrics
 
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(run / "metrics.csv")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "system/"))}
+        for row in read_metrics(run / "metrics.csv")
+    ]
 
 
 def compare(run: Path, whole: list[dict[str, float]]) -> tuple[int, int]:

@@ -46,21 +46,23 @@ def measure(model: str, overrides: list[str]) -> dict:
     from hydra import compose, initialize_config_dir
 
     from ssmzoo.presets import config_dir
-    from ssmzoo.train import config, memory, run
+    from ssmzoo.train import config, memory
+    from ssmzoo.train.build import build, build_data
     from ssmzoo.train.freed_memory import keep_freed_memory
+    from ssmzoo.train.quiet import quiet
 
-    run._quiet()
+    quiet()
     keep_freed_memory()  # as the trainer does; not where MALLOC_* is set
     config.register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", config.free_overrides([f"model={model}", *overrides]))
-    data, plain = run._build_data(cfg)
+    data, plain = build_data(cfg)
     warm = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(warm.parameters())
     warm(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     small = {k: v[:2] for k, v in next(iter(data.train_dataloader())).items()}
-    _, _, task, _ = run._build(cfg, Path("unused"))  # once in small, for kernels and late imports
+    task = build(cfg).task  # once in small, for kernels and late imports
     update(task, task.optim(task.model)["optimizer"], small)
     batch = memory.longest(next(iter(data.train_dataloader())), getattr(data, "max_length", 0))
     del task
@@ -70,7 +72,7 @@ def measure(model: str, overrides: list[str]) -> dict:
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    task = run._build(cfg, Path("unused"))[2]
+    task = build(cfg).task
     task.train()
     optimizer = task.optim(task.model)["optimizer"]
     for _ in range(STEPS):

@@ -99,12 +99,13 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
     from omegaconf import OmegaConf
 
     from ssmzoo.presets import config_dir
-    from ssmzoo.train import run
+    from ssmzoo.train.build import build, build_loop
     from ssmzoo.train.config import register_resolvers
     from ssmzoo.train.freed_memory import keep_freed_memory
+    from ssmzoo.train.quiet import quiet
 
     register_resolvers()
-    run._quiet()
+    quiet()
     keep_freed_memory()
     steps = block * (blocks + 1)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -121,12 +122,12 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
         )
     OmegaConf.update(cfg, "model_name", model, force_add=True)
     with tempfile.TemporaryDirectory() as folder:
-        name, data, task, plain = run._build(cfg, Path(folder))
-        turns = InTurns(Bare(task, data, plain["trainer"]["gradient_clip_val"]), block)
-        trainer = run._trainer(plain, Path(folder), task, data, name)[0]
+        run = build(cfg)
+        turns = InTurns(Bare(run.task, run.data, run.plain["trainer"]["gradient_clip_val"]), block)
+        trainer = build_loop(run, Path(folder)).trainer
         trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ != "Checkpointer"] + [turns]
         gc.collect()
-        trainer.fit(task, datamodule=data)
+        trainer.fit(run.task, datamodule=run.data)
     ratios = [t / b for t, b in zip(turns.trainer_times, turns.bare_times)]
     per_step = [1000 * statistics.median(times) / block for times in (turns.bare_times, turns.trainer_times)]
     return per_step[0], per_step[1], 100 * (statistics.median(ratios) - 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmzoo.released.files import CheckpointError, read_state_dict
 
-WEIGHTS, MANIFEST, INDEX = "model.safetensors", "manifest.json", "index.json"
+WEIGHTS, MANIFEST, INDEX, TRAINER = "model.safetensors", "manifest.json", "index.json", "trainer.ckpt"
 FORMAT = 1
 LARGEST_JSON = 64 << 20  # bytes; a manifest holds a configuration and perhaps a tokenizer
 
@@ -35,14 +35,61 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
         path = path.parent
     if (path / MANIFEST).exists():
         return path
-    store = path if (path / INDEX).exists() else path / "checkpoints"
-    if not (store / INDEX).exists():
+    store = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    index = read_index(store)
+    if index is None:
         raise CheckpointError(
             f"{path} is neither a run folder (with checkpoints/{INDEX}) nor a checkpoint ({MANIFEST})"
         )
-    index = read_json(store / INDEX)
-    name = index["best"][0]["name"] if prefer == "best" and index.get("best") else index.get("last")
+    name = index["best"][0]["name"] if prefer == "best" and index["best"] else index["last"]
     return inside(store, name)
+
+
+def read_index(store: Path) -> dict | None:
+    """{"last": name, "recent": [names], "best": [{"name", "value"}]} of a folder of checkpoints; None: it has none.
+
+    An index that is cut off, empty or gone is put together from the checkpoints that are whole. Raises CheckpointError
+    when there was one and none of them is.
+    """
+    file, problem = Path(store) / INDEX, f"{Path(store) / INDEX} is missing"
+    if file.exists():
+        try:
+            return _checked(read_json(file), file)
+        except CheckpointError as error:
+            problem = str(error)
+    found = sorted((f for f in Path(store).glob("step-*") if (f / MANIFEST).exists()), key=lambda f: f.stat().st_mtime)
+    manifests = {}
+    for folder in found:
+        try:
+            manifests[folder.name] = read_manifest(folder)
+        except CheckpointError:  # half written, or damaged as well
+            continue
+    if not manifests and not file.exists():
+        return None
+    if not manifests:
+        raise CheckpointError(f"{problem}, and no checkpoint beside it is whole")
+    print(f"warning: {problem}; taken together from the {len(manifests)} whole checkpoint(s) beside it", flush=True)
+    whole = [name for name, manifest in manifests.items() if TRAINER in manifest.get("files", {})]
+    aim = next((m["monitor"] for m in manifests.values() if isinstance(m.get("monitor"), dict)), {})
+    monitor, mode = str(aim.get("name", "val/loss")), str(aim.get("mode", "min"))
+    values = {name: manifest.get("metrics", {}).get(monitor) for name, manifest in manifests.items()}
+    best = [{"name": n, "value": float(v)} for n, v in values.items() if isinstance(v, (int, float)) and v == v]
+    best.sort(key=lambda entry: entry["value"], reverse=mode == "max")
+    return {"last": whole[-1] if whole else None, "recent": whole, "best": best[:1], "monitor": monitor, "mode": mode}
+
+
+def _checked(index: dict, file: Path) -> dict:
+    """An index with the entries that every reader counts on."""
+    index = {"last": None, "recent": [], "best": []} | index
+    best = index["best"]
+    if not (
+        isinstance(index["recent"], list)
+        and all(isinstance(name, str) for name in (*index["recent"], index["last"] or ""))
+        and isinstance(best, list)
+        and all(isinstance(b, dict) and isinstance(b.get("name"), str) and "value" in b for b in best)
+    ):
+        raise CheckpointError(f"{file} does not list checkpoints")
+    return index
 
 
 def read_weights(path: str | Path, prefer: str = "best") -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ssmzoo.train.checkpoint import FolderCheckpointIO
 from ssmzoo.train.checkpointer import Checkpointer
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.logger import CSVFile
+from ssmzoo.train.rows import Rows
 
 
 class Vectors(torch.utils.data.Dataset):
@@ -65,13 +66,14 @@ def make(run, *, task=None, width=4, first=(), guards=None, checkpoint=None, **t
     checkpointer = Checkpointer(run / "checkpoints", "loss", "min", **(checkpoint or {}))
     signals = StopOnSignal(checkpointer)
     settings = {"max_steps": 12, "val_check_interval": 6, "log_every_n_steps": 1} | trainer
+    run.mkdir(parents=True, exist_ok=True)
     built = L.Trainer(
         **settings,
         accelerator="cpu",
         devices=1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[RandomStates(), Guards(run, **(guards or {})), *first, checkpointer, signals],
+        callbacks=[RandomStates(), Guards(run, **(guards or {})), *first, Rows(run), checkpointer, signals],
         logger=[CSVFile(run / "metrics.csv")],
         plugins=[FolderCheckpointIO(lambda: {"model": "toy", "config": {}})],
         enable_checkpointing=False,

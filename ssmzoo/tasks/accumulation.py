@@ -2,74 +2,67 @@
 
 An update averages over the ranks and over the micro-batches of `trainer.accumulate_grad_batches`. With c labelled items
 in a micro-batch and C in all W x k of them, its mean loss must count W k c / C; padding, ignored labels and the short
-last window of an epoch make this differ from 1. Mixtures of experts need more: the balancing loss multiplies shares of
+last update of an epoch make this differ from 1. Mixtures of experts need more: the balancing loss multiplies shares of
 the whole batch, and the capacity is the whole batch's, so the choices of all micro-batches are counted in a pass
 without gradient first (a third more time; only when gradients are accumulated).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.layers.feedforward.router import TokenChoice, Window
 
 
-class Shares:
-    """`of(task, batch, batch_idx)`: the factor of a micro-batch's mean loss. One object per task; see above."""
+def update_is_complete(trainer) -> bool:
+    """Does an update end with the micro-batch at hand (the k-th, or the last of an epoch)?"""
+    done = trainer.fit_loop.batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done >= trainer.num_training_batches or trainer.is_last_batch
 
-    def __init__(self) -> None:
-        self.filling = 1.0  # k over the micro-batches that the window really has
-        self._total: Tensor | None = None
-        self._routers: list[TokenChoice] | None = None
 
-    def of(self, task, batch: dict[str, Tensor], batch_idx: int) -> Tensor | float:
-        trainer = task.trainer
-        k, world = trainer.accumulate_grad_batches, trainer.world_size
-        if k == 1 and world == 1:
-            return 1.0
-        own, place = task.labelled(batch), batch_idx % k
-        if place == 0 or self._total is None:
-            window = self._open(task, batch, batch_idx, k, own is not None)
-            self._total = None
-            if own is not None:
-                self._total = sum(task.labelled(b).to(own.device) for b in window)
-                if world > 1:
-                    self._total = trainer.strategy.reduce(self._total.clone(), reduce_op="sum")
-        self.turn_to(place)
-        return self.filling if own is None else own.double() * (k * world) / self._total.clamp(min=1)
+class Update(NamedTuple):
+    """The micro-batches whose gradients add up to one update.
 
-    def turn_to(self, place: int) -> None:
-        """The micro-batch at `place` of the window comes next."""
-        for router in self._routers or ():
-            router.window.index = place
+    parts     k W: micro-batches of a whole update on all ranks
+    filling   k over the micro-batches that this one really has
+    labelled  items that its loss is a mean over, on all ranks; None: as many in every micro-batch
+    routers   of mixtures of experts, which must know the micro-batch at hand; only when gradients are accumulated
+    """
 
-    def _open(self, task, batch, batch_idx: int, k: int, uneven: bool) -> list[dict[str, Tensor]]:
-        """The micro-batches of this window (only this one where the others need not be known)."""
-        batches = task.trainer.num_training_batches  # of an epoch; may be infinite
-        size = int(min(k - batch_idx % k, batches - batch_idx))
-        self.filling = k / size
-        if k == 1:
-            return [batch]
-        if self._routers is None:
-            self._routers = [m for m in task.model.modules() if isinstance(m, TokenChoice)]
-        if not (uneven or self._routers):
-            return [batch]
-        window = [batch, *task.trainer.train_dataloader.peek(size - 1)]
-        if self._routers:
-            self._count_choices(task, window)
-        return window
+    parts: int = 1
+    filling: float = 1.0
+    labelled: Tensor | None = None
+    routers: tuple[TokenChoice, ...] = ()
 
-    @torch.no_grad()
-    def _count_choices(self, task, window: list[dict[str, Tensor]]) -> None:
-        tokens = sum(int(b["mask"].sum()) if "mask" in b else b["input_ids"].numel() for b in window)
-        for router in self._routers:
-            router.window = Window(tokens, len(window))
-        device = task.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the real pass draws the same
-            for place, batch in enumerate(window):
-                for router in self._routers:
-                    router.window.index = place
-                task.step({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, training=True)
-        for router in self._routers:
-            router.window.close()
+    def weight(self, own: Tensor | None, index: int) -> Tensor | float:
+        """Factor on the mean loss of micro-batch number `index`, which has `own` labelled items."""
+        for router in self.routers:
+            router.window.index = index
+        if own is None or self.labelled is None:
+            return self.filling
+        return own.double() * self.parts / self.labelled.clamp(min=1)
+
+
+def routers_of(model: nn.Module) -> tuple[TokenChoice, ...]:
+    return tuple(m for m in model.modules() if isinstance(m, TokenChoice))
+
+
+@torch.no_grad()
+def count_choices(
+    routers: tuple[TokenChoice, ...], batches: list[dict[str, Any]], step: Callable, device: torch.device
+) -> None:
+    """Let the routers see all micro-batches of an update; random numbers stay those that the real pass draws."""
+    tokens = sum(int(b["mask"].sum()) if "mask" in b else b["input_ids"].numel() for b in batches)
+    for router in routers:
+        router.window = Window(tokens, len(batches))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for index, batch in enumerate(batches):
+            for router in routers:
+                router.window.index = index
+            step({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, training=True)
+    for router in routers:
+        router.window.close()

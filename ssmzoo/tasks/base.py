@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.tasks.accumulation import Shares
-from ssmzoo.tasks.micro_batch import MicroBatches, is_out_of_memory
+from ssmzoo.tasks.accumulation import Update, count_choices, routers_of, update_is_complete
+from ssmzoo.tasks.micro_batch import halve, is_out_of_memory, step_in_parts
 
 
 class StepOutput(NamedTuple):
@@ -52,21 +50,17 @@ class Task(L.LightningModule):
         super().__init__()
         self.model, self.optim = model, optim
         self.seen = 0  # items trained on by this rank, for throughput and the report
-        self.shares, self.micro_batches = Shares(), MicroBatches()
-        self.expert_load: Tensor | None = None  # share of the last batch's tokens per expert, (layers e) or (e)
-        self.trained_loss: Tensor | None = None
+        self.measuring = True  # are this training step's metrics wanted? `step` may leave them out otherwise
+        self.row: dict[str, float] = {}  # numbers of this step for the loggers, see `note`
+        self.validation: dict[str, float] = {}  # of the last validation, by the loggers' names
+        self.trained_loss: Tensor | None = None  # this rank's part of the loss of the update at hand
         self.gradient_norm: float | None = None  # of the update at hand, set by who measures it
+        self.expert_load: Tensor | None = None  # share of the last batch's tokens per expert, (layers e) or (e)
+        self.halve_batch, self.parts = False, 1  # when memory runs out: allowed?, parts that a batch is computed in
+        self._update = Update()
+        self._micro_batches: list[tuple[dict[str, Tensor], Tensor | float]] = []  # of this update, with their weights
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
-        self._row: dict[str, float] = {}
-        self._clock: tuple[float, float | None] | None = None  # of the last row: time, and seconds waited for data
-        self.measuring = True  # are this training step's metrics wanted? `step` may leave them out otherwise
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # set by Lightning around every hook; what a module may hold is checked for all
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, training)")
@@ -80,45 +74,110 @@ class Task(L.LightningModule):
         return None
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        self.measuring = self.log_is_due()
-        weight = self.shares.of(self, batch, batch_idx)
-        out = self.micro_batches.step(self, batch, batch_idx, weight)
-        self.seen += self.items(batch)
+        """The loss of one micro-batch. What happens around it in a training step, in order; `Trainer` is Lightning's:
+
+        Trainer     next(loader), transfer_batch_to_device
+        callbacks   on_train_batch_start: random states after a resume (train/callbacks.py)
+        here        training_step: what the micro-batch counts in its update, `step`, its part of the loss
+        here        backward: gradients; when memory runs out, again in smaller parts
+        and after the update's last micro-batch (the k-th of accumulate_grad_batches):
+        callbacks   on_before_optimizer_step: gradient norm, refuse NaN (train/guards.py)
+        here        configure_gradient_clipping
+        Trainer     optimizer.step, lr_scheduler.step, zero_grad (train/optim.py made the first two)
+        callbacks   on_train_batch_end: guards, progress, the row of the loggers (train/rows.py), checkpoint, stop
+        here        validation_step for each batch, when one is due
+        """
+        trainer, k = self.trainer, self.trainer.accumulate_grad_batches
+        self.measuring = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        whole = k * trainer.world_size  # micro-batches of an update, on all ranks
+        if whole > 1 and (batch_idx % k == 0 or self._update.parts != whole):
+            self._update = self.begin_update(batch, batch_idx)
+        weight = self.weight(batch, batch_idx % k)
+        if self.halve_batch:
+            self._micro_batches = [*self._micro_batches[: batch_idx % k], (batch, weight)]
+        out = self.step_that_fits(batch)
         loss = self.weighted_loss(out, weight)
-        self._log_training(loss, out.metrics, weight)
+        self.seen += self.items(batch)
+        self.note_training(loss, out.metrics, weight)
         return loss
+
+    def begin_update(self, batch, batch_idx: int) -> Update:
+        """Look at all micro-batches of the update that begins with this one."""
+        trainer, k = self.trainer, self.trainer.accumulate_grad_batches
+        size = int(min(k - batch_idx % k, trainer.num_training_batches - batch_idx))  # of an epoch; may be infinite
+        own, batches = self.labelled(batch), [batch]
+        routers = routers_of(self.model) if k > 1 else ()
+        if k > 1 and (own is not None or routers):
+            batches += trainer.train_dataloader.peek(size - 1)
+        if routers:
+            count_choices(routers, batches, self.step, self.device)
+        if own is not None:
+            own = sum(self.labelled(b).to(own.device) for b in batches)
+            own = trainer.strategy.reduce(own.clone(), reduce_op="sum") if trainer.world_size > 1 else own
+        return Update(k * trainer.world_size, k / size, own, routers)
+
+    def weight(self, batch, index: int) -> Tensor | float:
+        """What micro-batch number `index` of the update counts."""
+        update = self._update
+        return 1.0 if update.parts == 1 else update.weight(self.labelled(batch), index)
 
     def weighted_loss(self, out: StepOutput, weight: Tensor | float) -> Tensor:
         """A micro-batch's part of the update's loss."""
         weight = weight.to(out.loss.dtype) if isinstance(weight, Tensor) else weight
         loss = out.loss if isinstance(weight, float) and weight == 1 else out.loss * weight
-        return loss if out.auxiliary is None else loss + out.auxiliary * self.shares.filling
+        return loss if out.auxiliary is None else loss + out.auxiliary * self._update.filling
+
+    def step_that_fits(self, batch) -> StepOutput:
+        """`step` for training; in twice as many parts when memory runs out and `halve_batch` allows it."""
+        while True:
+            try:
+                return step_in_parts(self.step, self.labelled, batch, self.parts)
+            except Exception as error:
+                if not (self.halve_batch and is_out_of_memory(error)):
+                    raise
+                self.parts = halve(self.parts, batch, self.trainer.global_step, error)
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
-        try:
-            super().backward(loss, *args, **kwargs)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.micro_batches.retry(self, loss, error)
+        """Gradients; when memory runs out, what was added up is dropped and the update so far is computed anew.
 
-    def _log_training(self, loss: Tensor, metrics: dict[str, Tensor], weight) -> None:
-        """Means over the update's micro-batches and over all ranks, noted when a row of the loggers is due.
-
-        `trained_loss` is this rank's part of the update's loss.
+        That cannot be done on several ranks, whose sums would no longer agree, nor with fp16's scaled losses.
         """
-        trainer, parts = self.trainer, self.trainer.accumulate_grad_batches
-        if parts == 1 and not self.measuring:
+        trainer = self.trainer
+        try:
+            return super().backward(loss, *args, **kwargs)
+        except Exception as error:
+            alone = trainer.world_size == 1 and trainer.precision != "16-mixed"
+            if not (self.halve_batch and alone and is_out_of_memory(error)):
+                raise
+            loss.detach_()  # lets go of the graph and of what it holds
+            self.parts = halve(self.parts, self._micro_batches[-1][0], trainer.global_step, error)
+        while True:
+            self.zero_grad()
+            try:
+                for index, (batch, weight) in enumerate(self._micro_batches):
+                    self.weight(batch, index)
+                    with trainer.precision_plugin.train_step_context():
+                        again = self.weighted_loss(self.step_that_fits(batch), weight)
+                    (again / trainer.accumulate_grad_batches).backward()
+                return None
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.parts = halve(self.parts, batch, trainer.global_step, error)
+
+    def note_training(self, loss: Tensor, metrics: dict[str, Tensor], weight: Tensor | float) -> None:
+        """Means over the update's micro-batches and over all ranks, noted when a row of the loggers is due."""
+        trainer, k = self.trainer, self.trainer.accumulate_grad_batches
+        if k == 1 and not self.measuring:
             self.trained_loss = loss.detach()
             return
         plain = isinstance(weight, float) and weight == 1
-        values = {"loss": loss.detach()} | {k: v if plain else v * weight for k, v in metrics.items()}
-        if parts > 1:
-            first = trainer.fit_loop.epoch_loop.batch_idx % parts == 0
-            before = {} if first else self._means
-            values = {k: v / parts + before.get(k, 0) for k, v in values.items()}
+        values = {"loss": loss.detach()} | {name: v if plain else v * weight for name, v in metrics.items()}
+        if k > 1:
+            before = {} if trainer.fit_loop.batch_idx % k == 0 else self._means
+            values = {name: v / k + before.get(name, 0) for name, v in values.items()}
         self._means, self.trained_loss = values, values["loss"]
-        if self.measuring and not trainer.fit_loop._should_accumulate():
+        if self.measuring and update_is_complete(trainer):
             means = values if trainer.world_size == 1 else _mean_over_ranks(values, trainer)
             for name, value in means.items():
                 self.note(f"train/{name}", float(value))
@@ -128,42 +187,25 @@ class Task(L.LightningModule):
 
         Lightning's `log` does more (epoch means, reductions) and takes a millisecond for every name.
         """
-        self._row[name] = value
-        self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
-
-    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        if self._row:
-            row, self._row = self._row, {}
-            now, waited = time.perf_counter(), getattr(self.trainer.train_dataloader, "waited", None)
-            if self._clock is not None and waited is not None:  # of the time since the last row
-                row["time/data_wait"] = (waited - self._clock[1]) / (now - self._clock[0])
-            self._clock = (now, waited)
-            self.trainer._logger_connector.log_metrics(row)
+        self.row[name] = value
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters that the optimiser has and that got one."""
         groups = self.trainer.optimizers[0].param_groups
         return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
-    def log_is_due(self) -> bool:
-        """Do the loggers take a row at this step?"""
-        return self.trainer._logger_connector.should_update_logs
-
-    def _on_before_batch_transfer(self, batch, dataloader_idx: int = 0):
-        """Lightning's way to three hooks that no task or data of ours has; asking who has them takes longer than a
-        small model's optimiser."""
-        return batch
-
-    def _apply_batch_transfer_handler(self, batch, device=None, dataloader_idx: int = 0):
-        on_cpu = device is not None and device.type == "cpu"  # what is there already is not walked through
-        return batch if on_cpu else super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
+        """What is on the CPU already is not walked through."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the norm that is known already; by value as Lightning does."""
+        """Clip by the norm that is known already (a skipped update has none left to clip); by value as Lightning."""
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and self.gradient_norm is not None:
-            if not self.gradient_norm <= gradient_clip_val:
-                torch._foreach_mul_(self.gradients(), gradient_clip_val / (self.gradient_norm + 1e-6))
+            if self.gradient_norm > gradient_clip_val:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                norm = torch.tensor(self.gradient_norm, dtype=torch.float64)
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -178,7 +220,8 @@ class Task(L.LightningModule):
             self._sums[key] = self._sums[key] + item if key in self._sums else item
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{k}": v for k, v in self.validation_means().items()})
+        self.validation = {f"val/{k}": v for k, v in self.validation_means().items()}
+        self.log_dict(self.validation, logger=False)  # for callbacks; train/rows.py hands them to the loggers
 
     def validation_means(self) -> dict[str, float]:
         """Means over all items of the validation set and over all ranks."""
@@ -206,11 +249,11 @@ class Task(L.LightningModule):
         return Report({}, {}, [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["task"] = {"seen": self.seen, "parts": self.micro_batches.parts}
+        checkpoint["task"] = {"seen": self.seen, "parts": self.parts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.seen = checkpoint.get("task", {}).get("seen", 0)
-        self.micro_batches.parts = checkpoint.get("task", {}).get("parts", 1)
+        self.parts = checkpoint.get("task", {}).get("parts", 1)
 
 
 def _mean_over_ranks(values: dict[str, Tensor], trainer) -> dict[str, Tensor]:
@@ -218,6 +261,3 @@ def _mean_over_ranks(values: dict[str, Tensor], trainer) -> dict[str, Tensor]:
     names = sorted(values)
     stacked = torch.stack([values[k].double().reshape(()) for k in names])
     return dict(zip(names, trainer.strategy.reduce(stacked, reduce_op="mean")))
-
-
-Task.training_step.__signature__ = inspect.signature(Task.training_step)  # Lightning asks for it at every step

@@ -16,17 +16,22 @@ from typing import Any, NoReturn
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EarlyStopping as LightningsEarlyStopping
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from ssmzoo.train.checkpointer import Checkpointer, validation_is_due
+from ssmzoo.tasks.accumulation import update_is_complete
+from ssmzoo.train.checkpointer import Checkpointer, end_after_this_step, validation_is_due
 from ssmzoo.train.errors import RESUME_ME
 from ssmzoo.train.ledger import rank, resume_command, write_status
+from ssmzoo.train.report import write_interrupted
 
 
 def stop(run_dir: Path, why: str) -> NoReturn:
     """End this process with the status that says 'resume me'."""
     write_status(run_dir, "stopped")
+    if rank() == 0:
+        write_interrupted(run_dir, f"stopped: {why}")
     print(f"{why}; continue with: {resume_command(run_dir)}", flush=True)
     sys.exit(RESUME_ME)
 
@@ -121,17 +126,14 @@ class StopOnSignal(L.Callback):
         print(f"\n{self.received}: finishing this step, then saving (again to stop at once)", flush=True)
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        asked = (
-            trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
-            if trainer.world_size > 1
-            else self.received is not None
-        )
-        if asked and not trainer.fit_loop._should_accumulate():
+        asked = self.received is not None
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and update_is_complete(trainer):
             self.received = self.received or "signal on another rank"
             if trainer.global_step != self.checkpointer.saved_step:
                 self.checkpointer.save(trainer)
-            trainer.should_stop = True
-            trainer.fit_loop.epoch_loop.min_steps = trainer.fit_loop.min_epochs = None
+            end_after_this_step(trainer)
             if not validation_is_due(trainer):  # one that is due belongs to the run, which saves again after it
                 trainer.limit_val_batches = 0
 
@@ -152,8 +154,27 @@ class TimeLimit(Timer):
     """`trainer.max_time`, training time over all resumes of a run; it ends a run between updates, never within one."""
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        if trainer.fit_loop._should_accumulate():
+        if not update_is_complete(trainer):
             return
         super().on_train_batch_end(trainer, task, outputs, batch, batch_idx)
         if self.time_remaining() <= 0 and trainer.is_global_zero:
             print(f"trainer.max_time is over at step {trainer.global_step}: ending", flush=True)
+
+
+class EarlyStopping(LightningsEarlyStopping):
+    """Lightning's, with the patience of the configuration, not of the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state | {"patience": self.patience})
+
+
+class NewSettings(L.Callback):
+    """A resumed run goes on with learning rate, weight decay, betas ... as they are configured now."""
+
+    def on_train_start(self, trainer, task) -> None:
+        fresh = task.optim(task.model)
+        optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+        factor = fresh["lr_scheduler"]["scheduler"].lr_lambdas[0](scheduler.last_epoch)
+        scheduler.base_lrs = list(fresh["lr_scheduler"]["scheduler"].base_lrs)
+        for group, new, peak in zip(optimizer.param_groups, fresh["optimizer"].param_groups, scheduler.base_lrs):
+            group |= {k: v for k, v in new.items() if k != "params"} | {"lr": peak * factor}

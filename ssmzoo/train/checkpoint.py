@@ -26,9 +26,11 @@ from ssmzoo.checkpoint_files import (
     FORMAT,
     INDEX,
     MANIFEST,
+    TRAINER,
     WEIGHTS,
     find_checkpoint,
     inside,
+    read_index,
     read_json,
     read_manifest,
     read_weights,
@@ -40,8 +42,6 @@ from ssmzoo.zoo import load_model
 
 __all__ = ["FolderCheckpointIO", "find_checkpoint", "last_good_checkpoint", "load_model", "read_json", "read_manifest"]
 __all__ += ["read_weights", "remove_leftovers", "write_checkpoint", "write_text"]
-
-TRAINER = "trainer.ckpt"
 
 
 def _flush(path: Path) -> None:
@@ -137,12 +137,12 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
     A damaged one is named and passed over. Raises CheckpointError when that leaves none.
     """
     store = Path(run_dir) / "checkpoints"
-    if not (store / INDEX).exists():
+    index = read_index(store)
+    if index is None:
         return None
-    index = read_json(store / INDEX)
-    others = {*index.get("recent", []), *(b["name"] for b in index.get("best", []))} - {index.get("last")}
+    others = {*index["recent"], *(b["name"] for b in index["best"])} - {index["last"]}
     problems = []
-    for name in [n for n in (index.get("last"), *sorted(others, reverse=True)) if n is not None]:
+    for name in [n for n in (index["last"], *sorted(others, reverse=True)) if n is not None]:
         try:
             folder = inside(store, name)
             if TRAINER not in read_manifest(folder).get("files", {}):

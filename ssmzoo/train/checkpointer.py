@@ -12,18 +12,36 @@ from typing import Any
 
 import lightning as L
 
-from ssmzoo.train.checkpoint import INDEX, read_json, remove_leftovers, write_text
+from ssmzoo.checkpoint_files import INDEX, MANIFEST, read_index, read_json
+from ssmzoo.tasks.accumulation import update_is_complete
+from ssmzoo.train.checkpoint import remove_leftovers, write_text
+from ssmzoo.train.errors import TrainingFailed
 
 LONGEST_WAIT = 64  # optimiser steps between two tries to write a checkpoint
 
 
 def validation_is_due(trainer) -> bool:
     """Does a validation follow this batch, or did it just, by the interval and not because the run is to stop?"""
-    stop, trainer.should_stop = trainer.should_stop, False
-    try:
-        return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-    finally:
-        trainer.should_stop = stop
+    every, loop = trainer.check_val_every_n_epoch, trainer.fit_loop
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
+        return False
+    if trainer.val_check_batch == math.inf:  # the loader has no length
+        return trainer.is_last_batch
+    done = (loop.total_batch_idx if every is None else loop.batch_idx) + 1
+    return done % trainer.val_check_batch == 0
+
+
+def last_step(trainer) -> bool:
+    """Has the run reached the end that its configuration names?"""
+    epochs = trainer.max_epochs
+    over = trainer.is_last_batch and epochs not in (None, -1) and trainer.current_epoch + 1 >= epochs
+    return over or trainer.global_step == trainer.max_steps
+
+
+def end_after_this_step(trainer) -> None:
+    """Let Lightning stop now, with a validation, whatever smallest number of steps or epochs it was given."""
+    trainer.should_stop = True
+    trainer.fit_loop.epoch_loop.min_steps = trainer.fit_loop.min_epochs = None
 
 
 class Checkpointer(L.Callback):
@@ -47,7 +65,7 @@ class Checkpointer(L.Callback):
         every_n_steps: int = 0,
         every_n_minutes: float = 0.0,
         keep_best: int = 1,
-        keep_last: int = 1,
+        keep_last: int = 2,
     ):
         if keep_last < 1 or keep_best < 0 or every_n_steps < 0 or every_n_minutes < 0:
             raise ValueError(
@@ -57,8 +75,8 @@ class Checkpointer(L.Callback):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.keep_best, self.keep_last = keep_best, keep_last
         self.index: dict[str, Any] = {"last": None, "recent": [], "best": [], "monitor": self.monitor, "mode": mode}
-        if (self.folder / INDEX).exists():
-            self.index |= read_json(self.folder / INDEX)
+        self.index |= read_index(self.folder) or {}
+        self.index |= {"monitor": self.monitor, "mode": mode}
         self.saved_step, self._saved_time = -1, time.monotonic()
         self.failures, self._try_again_at = 0, math.inf  # writes that failed in a row; step of the next try
 
@@ -66,21 +84,14 @@ class Checkpointer(L.Callback):
         if trainer.is_global_zero:
             remove_leftovers(self.folder)
 
-    def on_save_checkpoint(self, trainer, task, checkpoint) -> None:
-        """Lightning logs a step after this point: its metrics go along, or a killed run would miss one row."""
-        checkpoint["step_metrics"] = {
-            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
-        } | {"epoch": float(trainer.current_epoch)}
-
     def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
-        step, metrics = checkpoint["global_step"] - 1, checkpoint.get("step_metrics")
         self.saved_step = checkpoint["global_step"]
-        if metrics and (step + 1) % trainer.log_every_n_steps == 0:
-            trainer.loggers[0].complete(step, metrics)
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if step in (0, self.saved_step) or trainer.fit_loop._should_accumulate() or validation_is_due(trainer):
+        step, complete = trainer.global_step, update_is_complete(trainer)
+        if complete and last_step(trainer):
+            end_after_this_step(trainer)  # so that the last steps are validated, too
+        if step in (0, self.saved_step) or not complete or validation_is_due(trainer):
             return
         late = self.every_n_minutes and time.monotonic() - self._saved_time > 60 * self.every_n_minutes
         due = (
@@ -90,17 +101,35 @@ class Checkpointer(L.Callback):
             or (self.every_n_minutes and trainer.world_size > 1 and trainer.strategy.broadcast(bool(late)))
         )
         # the last step is saved here and not in on_train_end, where averaged weights have taken the place of the own
-        if due or trainer.should_stop or step == trainer.max_steps:
+        if due or trainer.should_stop:
             self.save(trainer)
 
     def on_validation_end(self, trainer, task) -> None:
         """After a validation that only the end of the run asked for, the state from before it stays the last."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        extra = self.saved_step == trainer.global_step and not validation_is_due(trainer)
-        self.save(trainer, self._value(trainer), whole=False if extra else None)
+        if self.saved_step == trainer.global_step and not validation_is_due(trainer):
+            if trainer.is_global_zero:
+                self._add_metrics(self.index["last"], trainer)
+        else:
+            self.save(trainer, self._value(trainer))
+
+    def _add_metrics(self, name: str, trainer) -> None:
+        """A validation of weights that were saved before it."""
+        manifest, value = self.folder / name / MANIFEST, self._value(trainer)
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        try:
+            write_text(manifest, json.dumps(read_json(manifest) | {"metrics": metrics}, indent=1))
+            self._record(name, trainer.global_step, value, whole=True)
+        except (OSError, ValueError) as error:
+            print(f"warning: the last validation could not be noted with {name} ({error})", flush=True)
 
     def on_train_end(self, trainer, task) -> None:
+        if self._not_finite(trainer):
+            raise TrainingFailed(
+                f"weights are NaN or Inf at step {trainer.global_step}; the last good checkpoint is kept. "
+                f"Lower optim.lr, raise optim.warmup_steps, or set trainer.precision=32-true"
+            )
         for seconds in (0, 1, 2, 4):
             if self.saved_step == trainer.global_step and not self.failures:
                 return
@@ -117,11 +146,18 @@ class Checkpointer(L.Callback):
         whole  with the trainer's state, so that a run can continue from it; None: when no update is half done
         """
         step, store = trainer.global_step, trainer.strategy.checkpoint_io
-        whole = not trainer.fit_loop._should_accumulate() if whole is None else whole
+        whole = update_is_complete(trainer) if whole is None else whole
         if not whole:
             self._try_again_at = min(self._try_again_at, step + 1)
             if value is None or not self._would_be_kept(value):
                 return
+        if self._not_finite(trainer):
+            if trainer.is_global_zero:
+                print(
+                    f"warning: weights are NaN or Inf at step {step}: not saved, the last good ones stay",
+                    flush=True,
+                )
+            return
         name = trainer.strategy.broadcast(self._free_name(step))
         store.weights_only = not whole
         trainer.save_checkpoint(self.folder / name)
@@ -137,6 +173,12 @@ class Checkpointer(L.Callback):
         elif whole:
             self.saved_step, self._saved_time = step, time.monotonic()
             self.failures, self._try_again_at = 0, math.inf
+
+    @staticmethod
+    def _not_finite(trainer) -> bool:
+        """Is a weight NaN or infinite on any rank?"""
+        bad = any(not p.isfinite().all() for p in trainer.lightning_module.model.parameters())
+        return trainer.strategy.reduce_boolean_decision(bad, all=False) if trainer.world_size > 1 else bad
 
     def _would_be_kept(self, value: float) -> bool:
         if len(self.index["best"]) < self.keep_best or not self.keep_best:

@@ -9,12 +9,13 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.presets import config_dir, config_names, model_class
+from ssmzoo.safe_yaml import read_yaml
 from ssmzoo.suggest import nearest
-from ssmzoo.train import sweep
+from ssmzoo.train import changes, sweep
+from ssmzoo.train.ranges import out_of_range
 
 
 class ConfigError(ValueError):
@@ -51,7 +52,7 @@ CALLED = {  # config node -> what its keys are arguments of, when the node has n
     "callbacks.ema": "lightning.pytorch.callbacks.EMAWeightAveraging",
     "callbacks.early_stopping": "lightning.pytorch.callbacks.EarlyStopping",
 }
-LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity"), "tensorboard": ()}
+LOGGER_KEYS = {"csv": (), "wandb": ("project", "mode", "entity", "group", "tags"), "tensorboard": ()}
 TOP_LEVEL = (
     "seed",
     "runs_dir",
@@ -67,28 +68,60 @@ TOP_LEVEL = (
 FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 
 
+def plain_config(content: Any, what: str) -> dict[str, Any]:
+    """A configuration from a file that may be a stranger's: plain containers, in which nothing is resolved.
+
+    Ours are saved resolved. Raises ConfigError, naming the key and not its value, for a `${...}` (it could ask for
+    environment variables) and for a `_target_` anywhere but in model, task and data.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what} does not hold a table of keys")
+    for key, value in changes.flatten(content).items():
+        if isinstance(value, (list, tuple)) and any(isinstance(v, (dict, list)) for v in value):
+            plain_config({str(i): v for i, v in enumerate(value)}, f"{what}, {key}")
+        if "${" in f"{key}{value}" and not re.fullmatch(r"\$\{sizes:\w+\}", str(value)):
+            raise ConfigError(f"{what}: {key} holds a ${{...}}, which is not resolved in files of others: refused")
+        place, _, last = key.rpartition(".")
+        if last == "_target_" and place not in ("model", "task", "data"):
+            raise ConfigError(f"{what}: {key} is refused: only model, task and data name a class")
+    return content
+
+
 def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
-    """The class or function a `_target_` names, which must lie under `prefix` and be defined in this package."""
+    """The class that the `_target_` of a data module or task names, or the callable behind a config node of CALLED.
+
+    A class must be of the kind meant for its place (a LightningDataModule in ssmzoo.data, a Task in ssmzoo.tasks): a
+    configuration runs nothing else of the package.
+    """
     module, _, name = str(target).rpartition(".")
-    known = prefix == "ssmzoo." and target in CALLED.values()
-    if not (module.startswith(prefix) or known):
+    known = target in CALLED.values()
+    kinds = {k: v for k, v in PLACES.items() if k.startswith(prefix) and module.startswith(k)}
+    if not (kinds or known and prefix == "ssmzoo."):
         raise ConfigError(f"_target_ {target!r} is refused: it must lie inside {prefix.rstrip('.')}")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"_target_ {target!r} cannot be imported: {error}") from None
-    if not (callable(found) and getattr(found, "__module__", "").startswith("ssmzoo.") or known):
-        raise ConfigError(f"_target_ {target!r} is refused: it is not defined in ssmzoo")
+    if known:
+        return found
+    kind = _class_at(next(iter(kinds.values())))
+    if not (inspect.isclass(found) and issubclass(found, kind) and found.__module__.startswith("ssmzoo.")):
+        raise ConfigError(f"_target_ {target!r} is refused: it is not a {kind.__name__} of ssmzoo")
     return found
 
 
+PLACES = {"ssmzoo.data.": "lightning.pytorch.LightningDataModule", "ssmzoo.tasks.": "ssmzoo.tasks.base.Task"}
+
+
+def _class_at(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def build_node(node: dict, prefix: str, **injected):
-    """Instantiate `{"_target_": ..., **arguments}`, nested ones first; every target must lie inside `prefix`."""
-    arguments = {
-        k: build_node(v, prefix) if isinstance(v, dict) and "_target_" in v else v
-        for k, v in node.items()
-        if k != "_target_"
-    }
+    """Instantiate `{"_target_": ..., **arguments}`; the arguments are plain, and the class is of `prefix`'s kind."""
+    plain_config({prefix.split(".")[1].replace("tasks", "task"): node}, "the configuration")
+    arguments = {k: v for k, v in node.items() if k != "_target_"}
     return locate(node["_target_"], prefix)(**arguments, **injected)
 
 
@@ -112,7 +145,7 @@ def _default_task(data: str) -> str | None:
     """The task that the class of a file in configs/data names; None where it names none."""
     files = [config_dir() / "data" / f"{data}.yaml"]
     while files and files[-1].exists():
-        content = yaml.safe_load(files.pop().read_text(encoding="utf-8")) or {}
+        content = read_yaml(files.pop()) or {}
         if "_target_" in content:
             return getattr(locate(content["_target_"]), "default_task", None)
         parents = [p for p in content.get("defaults", []) if isinstance(p, str) and p != "_self_"]
@@ -157,11 +190,10 @@ def check(cfg: DictConfig) -> None:
                 f"known: {', '.join(sorted(known))}"
             )
     check_combinations(cfg)
-    if cfg.trainer.get("max_steps", -1) == 0 or cfg.trainer.get("max_steps", -1) < -1:
-        raise ConfigError(
-            f"trainer.max_steps is {cfg.trainer.max_steps}{origin('trainer.max_steps')}; it must be positive (or -1 "
-            f"with max_epochs or max_time)"
-        )
+    wrong = out_of_range(OmegaConf.to_container(cfg, resolve=False))
+    if wrong is not None:
+        key, value, expected = wrong
+        raise ConfigError(f"{key} is {value}{origin(key)}; expected {expected}")
 
 
 def _check_logger(logger) -> None:
@@ -202,8 +234,7 @@ def _file_with(path: list[str], group: str, name: str | None) -> str:
     file = config_dir() / group / f"{name}.yaml"
     if name is None or not file.exists():
         return ""
-    text = file.read_text(encoding="utf-8")
-    content = yaml.safe_load(text) or {}
+    text, content = file.read_text(encoding="utf-8"), read_yaml(file) or {}
     inside = path if "@package _global_" in text else path[1:] if path[0] == group else []
     if inside and _has(content, inside):
         return f"configs/{group}/{name}.yaml"
@@ -317,6 +348,9 @@ def plural(group: str) -> str:
     return group if group == "data" else f"{group}s"
 
 
+LISTED = ("model", "task", "data", "experiment", "optim", "trainer", "logger")  # that `ssmzoo list` knows
+
+
 def explain_hydra_error(error: Exception) -> str:
     """One line for the errors Hydra raises while composing, with the nearest valid names."""
     text = str(error)
@@ -328,6 +362,8 @@ def explain_hydra_error(error: Exception) -> str:
             f"; choose one of {', '.join(names)}"
             if len(names) <= 12
             else f"; `ssmzoo list {plural(group)}` prints all {len(names)}"
+            if group in LISTED
+            else f"; there are {', '.join(names)}"
         )
         return f"unknown {group or 'config'} {name!r}{nearest(name, names)}{choices}"
     key = re.search(r"Could not override '([^']+)'", text)

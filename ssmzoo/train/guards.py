@@ -29,7 +29,7 @@ class Guards(L.Callback):
                 raise ValueError(f"callbacks.guards.{name} is {value}; it must not be negative")
         self.run_dir, self.max_skips, self.spike, self.halve_batch = Path(run_dir), max_skips, spike, halve_batch
         self.skipped_in_a_row, self.skipped, self._mean, self._batch = 0, 0, None, None
-        self.gradient_norm = float("nan")
+        self.gradient_norm = self.loss = float("nan")
         self.dead_experts, self._load, self._loads, self._dead = dead_experts, None, 0, None
 
     def state_dict(self) -> dict:
@@ -39,7 +39,7 @@ class Guards(L.Callback):
         self.skipped_in_a_row, self.skipped, self._mean = state["skipped_in_a_row"], state["skipped"], state["mean"]
 
     def on_fit_start(self, trainer, task) -> None:
-        task.micro_batches.enabled = self.halve_batch
+        task.halve_batch = self.halve_batch
 
     def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
         self._batch = batch
@@ -73,7 +73,7 @@ class Guards(L.Callback):
                 f"Lower optim.lr, raise optim.warmup_steps, or set trainer.precision=32-true"
             )
         print(f"warning: update skipped at {where}", flush=True)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # without gradients nothing is clipped and no parameter moves
 
     def _dump(self) -> str:
         file = self.run_dir / "bad_batch.pt"

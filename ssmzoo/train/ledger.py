@@ -8,18 +8,27 @@ A run that says `running` while its process is gone was killed; `read_status` ca
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
 import shlex
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from ssmzoo.train.checkpoint import INDEX, find_checkpoint, read_json, write_text
+from ssmzoo.checkpoint_files import find_checkpoint, read_index
+from ssmzoo.safe_yaml import read_yaml
+from ssmzoo.train import changes
+from ssmzoo.train.checkpoint import write_text
+from ssmzoo.train.config import LOGGER_KEYS, plain_config
 from ssmzoo.train.errors import UserError, user_errors
 
 RUN_DIR = "SSMZOO_RUN_DIR"  # environment variable by which the processes of one run find its folder
+LOCK = ".lock"  # held by the process that trains
 
 
 def rank() -> int:
@@ -43,6 +52,8 @@ def write_status(run_dir: Path, status: str, note: str = "") -> None:
     if rank() > 0:
         return
     note = f"{os.getpid()} {socket.gethostname()} {_started(os.getpid())}" if status == "running" else note
+    if not run_dir.is_dir():  # removed while the run went on, which is said elsewhere
+        return
     try:
         write_text(run_dir / "status.txt", f"{status}\n{note}\n")
     except OSError as error:
@@ -73,25 +84,32 @@ def _alive(process: int) -> bool:
     return True
 
 
+class Run(NamedTuple):
+    """Which run a command means.
+
+    folder     of the run; of a new one, which nobody has claimed yet, the name may still change (`claimed`)
+    resuming   go on with a run that is there;  named  its name was typed
+    """
+
+    cfg: DictConfig
+    folder: Path
+    resuming: bool
+    named: bool
+
+
 @user_errors
-def choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
-    """(configuration, run folder, resuming?); a resumed run takes its saved configuration plus what is typed now."""
+def choose_run(cfg: DictConfig) -> Run:
+    """A new run, or one that goes on with its saved configuration and what is typed now (see `changes`)."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra_cfg = HydraConfig.get()
     if cfg.get("config") is not None:
         cfg = _again(cfg, Path(cfg.config), hydra_cfg)
     model_name = cfg.get("model_name") or hydra_cfg.runtime.choices.model
-    sweep = hydra_cfg.mode.name == "MULTIRUN"
-    name = f"{cfg.name}-{hydra_cfg.job.num}" if sweep else str(cfg.name)
-    new = Path(cfg.runs_dir) / model_name / name
-    if sweep and "optuna" in str(hydra_cfg.sweeper._target_):  # a search that goes on counts its jobs from 0 again
-        number = itertools.count(int(hydra_cfg.job.num))
-        while new.exists():
-            new = new.with_name(f"{cfg.name}-{next(number)}")
+    named = any(o.lstrip("+").startswith("name=") for o in hydra_cfg.overrides.task)
+    new = Path(cfg.runs_dir) / _folder_name("model_name", model_name) / _name(cfg, hydra_cfg)
     if cfg.resume == "auto":
-        named = any(o.startswith("name=") for o in hydra_cfg.overrides.task)
-        if sweep and not named:
+        if hydra_cfg.mode.name == "MULTIRUN" and not named:
             raise UserError("resume=auto in a sweep needs the sweep's name=, which says which runs are meant")
         run_dir = (new if (new / "config.yaml").exists() else None) if named else newest_unfinished(new.parent)
     else:
@@ -99,37 +117,139 @@ def choose_run(cfg: DictConfig) -> tuple[DictConfig, Path, bool]:
     if run_dir is None:
         if rank() > 0:
             new = Path(os.environ.get(RUN_DIR, new))
-        elif (new / "config.yaml").exists():
+        elif (new / "config.yaml").exists() and named:
             raise UserError(f"{new} holds a run already; choose another name= or continue it with resume={new}")
         OmegaConf.update(cfg, "resume", None)
         OmegaConf.update(cfg, "model_name", model_name, force_add=True)
-        return cfg, new, False
+        return Run(cfg, new, False, named)
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"resume={cfg.resume}: {run_dir} is not a run folder (no config.yaml)")
+    if cfg.resume != "auto" and named and cfg.name != run_dir.name:
+        raise UserError(f"name={cfg.name} belongs to a new run; {run_dir} keeps its name")
     status, note = read_status(run_dir)
     if status == "running" and rank() == 0 and note.split()[1:2] == [socket.gethostname()]:
-        process = note.split()[0]
-        raise UserError(f"{run_dir} is being trained by process {process}; stop that first (kill {process})")
-    return _merge(cfg, run_dir, hydra_cfg), run_dir, True
+        raise _busy(run_dir)
+    return Run(_continued(cfg, run_dir, hydra_cfg), run_dir, True, named)
+
+
+def _name(cfg: DictConfig, hydra_cfg) -> str:
+    """The run folder's name, with the job's number in a sweep."""
+    name = _folder_name("name", cfg.name)
+    if hydra_cfg.mode.name != "MULTIRUN":
+        return name
+    number = itertools.count(int(hydra_cfg.job.num))
+    name = f"{name}-{next(number)}"
+    if "optuna" in str(OmegaConf.select(hydra_cfg, "sweeper._target_")):  # one that goes on counts from 0 again
+        model_name = cfg.get("model_name") or hydra_cfg.runtime.choices.model
+        while (Path(cfg.runs_dir) / model_name / name).exists():
+            name = f"{cfg.name}-{next(number)}"
+    return name
+
+
+def _folder_name(key: str, value) -> str:
+    """A name that stays inside the folder of runs."""
+    path = Path(str(value))
+    if value in (None, "") or path.is_absolute() or not path.parts or ".." in path.parts:
+        raise UserError(f"{key}={value}: give a name below runs_dir, neither empty nor a path to elsewhere")
+    return str(value)
+
+
+def _saved(run_dir: Path) -> dict:
+    return plain_config(read_yaml(run_dir / "config.yaml"), str(run_dir / "config.yaml"))
 
 
 def _again(cfg: DictConfig, source: Path, hydra_cfg) -> DictConfig:
-    """The configuration of an earlier run, under the name and in the folder of this one."""
+    """The configuration of an earlier run with what is typed now, under the name and in the folder of this one."""
     run_dir = source if source.is_dir() else source.parent
     if not (run_dir / "config.yaml").exists():
         raise UserError(f"config={source}: neither a run folder nor its config.yaml")
-    merged = _merge(cfg, run_dir, hydra_cfg)
+    saved, choices = _saved(run_dir), hydra_cfg.runtime.choices
+    if choices.model != saved.get("model_name") and f"model={choices.model}" in hydra_cfg.overrides.task:
+        saved |= {"model_name": choices.model, "model": {}}  # nothing of the other model's arguments stays
+    merged = _with_changes(saved, cfg, hydra_cfg)[0]
     for key in ("name", "runs_dir", "resume"):
         OmegaConf.update(merged, key, cfg[key])
     return merged
 
 
-def _merge(cfg: DictConfig, run_dir: Path, hydra_cfg) -> DictConfig:
-    saved = OmegaConf.load(run_dir / "config.yaml")
-    typed = [o.lstrip("+") for o in hydra_cfg.overrides.task if not o.startswith("~")]
-    groups = set(hydra_cfg.runtime.choices)
-    typed = [o for o in typed if o.split("=")[0] not in groups | {"resume", "config", "name", "runs_dir"}]
-    return OmegaConf.merge(saved, OmegaConf.from_dotlist(typed))
+def _continued(cfg: DictConfig, run_dir: Path, hydra_cfg) -> DictConfig:
+    """The configuration of a run that goes on; what is typed now applies where it can, or is refused."""
+    merged, found = _with_changes(_saved(run_dir), cfg, hydra_cfg)
+    changes.refuse_fixed(found, run_dir)
+    if found and rank() == 0:
+        print(
+            f"{run_dir} goes on with {', '.join(f'{k}={v} (was {old})' for k, (old, v) in found.items())}", flush=True
+        )
+    return merged
+
+
+def _with_changes(saved: dict, cfg: DictConfig, hydra_cfg) -> tuple[DictConfig, dict]:
+    """(saved configuration with what the command line says otherwise, {key: (saved, typed)})."""
+    own = f"model={saved.get('model_name')}"  # its own model, named again
+    typed = [o for o in hydra_cfg.overrides.task if o.lstrip("+") != own]
+    found = changes.changed(cfg, saved, changes.typed_keys(typed, hydra_cfg.runtime.choices))
+    merged = OmegaConf.create(saved)
+    for key, (_, value) in found.items():
+        OmegaConf.update(merged, key, value, force_add=True)
+    kind = OmegaConf.select(merged, "logger.kind")
+    if "logger.kind" in found:  # nothing of the other logger's options stays
+        merged.logger = {k: v for k, v in merged.logger.items() if k == "kind" or k in LOGGER_KEYS.get(kind, ())}
+    return merged, found
+
+
+def _busy(run_dir: Path) -> UserError:
+    note = read_status(run_dir)[1].split()
+    who = f"process {note[0]} on {note[1]}" if len(note) == 3 else "another process"
+    how = f" (kill {note[0]})" if len(note) == 3 else ""
+    return UserError(f"{run_dir} is being trained by {who}; stop that first{how}")
+
+
+@contextlib.contextmanager
+def claimed(run: Run) -> Iterator[Path]:
+    """The folder of a run, for this process alone until it ends in whatever way. Raises UserError when it is taken.
+
+    A new run that was not named takes the next name; further ranks follow the first, which claims for all.
+    """
+    if rank() > 0:
+        yield run.folder
+        return
+    folder = run.folder
+    for number in itertools.count(2):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / LOCK)
+        if lock is not None and (run.resuming or not (folder / "config.yaml").exists()):
+            break
+        if lock is not None:
+            lock.close()
+        if run.named and lock is not None:
+            raise UserError(f"{folder} holds a run already; choose another name= or continue it with resume={folder}")
+        if run.named or run.resuming:
+            raise _busy(folder)
+        folder = run.folder.with_name(f"{run.folder.name}-{number}")
+    try:
+        yield folder
+    finally:
+        lock.close()
+
+
+def _lock(path: Path):
+    """The open file, locked for this process and not for those that it forks; None when another process has it.
+
+    The kernel lets go of it when the process is gone. Where a file system knows no locks nothing is held back.
+    """
+    file = open(path, "a+")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not POSIX
+        pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+        print(f"warning: {path} cannot be locked ({error}): let no second process continue this run", flush=True)
+    return file
 
 
 def newest_unfinished(folder: Path) -> Path | None:
@@ -146,5 +266,5 @@ def newest_unfinished(folder: Path) -> Path | None:
 def best_value(run_dir: Path) -> float:
     """The monitored value of a run's best checkpoint; nan when it has none."""
     find_checkpoint(run_dir)
-    best = read_json(run_dir / "checkpoints" / INDEX).get("best") or [{"value": float("nan")}]
+    best = (read_index(run_dir / "checkpoints") or {}).get("best") or [{"value": float("nan")}]
     return float(best[0]["value"])

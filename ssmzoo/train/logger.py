@@ -1,13 +1,9 @@
-"""Loggers: a CSV file that survives a resume, and wandb without a login prompt."""
+"""metrics.csv: a row per logged step, which survives full disks, kills and resumes."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class CSVFile(Logger):
-    """One row per logged step in <run>/metrics.csv. On resume, rows after the checkpoint's step are dropped."""
+    """One row per logged step in <run>/metrics.csv; a row's step is the number of updates done."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -57,9 +53,16 @@ class CSVFile(Logger):
         """The resolved config is in config.yaml beside the file."""
 
     @rank_zero_only
-    def start_after(self, step: int) -> None:
-        """Forget what an earlier process logged beyond the checkpoint it is resumed from."""
-        kept = [row for row in self._rows if row["step"] < step]
+    def continue_after(self, step: int, counted_from_zero: bool = False) -> None:
+        """Forget what an earlier process logged beyond the checkpoint at `step` that the run goes on from.
+
+        counted_from_zero  the rows are older ones, of which the first update's has step 0
+        """
+        if counted_from_zero:
+            for row in self._rows:
+                row["step"] += 1
+            self._written = 0
+        kept = [row for row in self._rows if row["step"] <= step]
         if len(kept) != len(self._rows):
             self._rows, self._written = kept, 0
 
@@ -102,7 +105,6 @@ class CSVFile(Logger):
             writer.writeheader()
         writer.writerows(self._rows[0 if anew else self._written :])
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             if anew:
                 write_text(self.path, text.getvalue())
             else:
@@ -122,78 +124,3 @@ class CSVFile(Logger):
 
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def start_after(loggers: list, step: int) -> None:
-    """Forget what was logged at `step` and later, before a run goes on from there.
-
-    metrics.csv is cut, TensorBoard hides such rows; wandb only appends, so there they appear twice.
-    """
-    for logger in loggers:
-        if isinstance(logger, CSVFile):
-            logger.start_after(step)
-        elif type(logger).__name__ == "TensorBoardLogger":
-            logger._kwargs["purge_step"] = step  # read when its first row is written
-
-
-def wandb_logger(run_dir: Path, project: str, name: str, mode: str | None = None, entity: str | None = None):
-    """Lightning's WandbLogger: online when a key is present, offline otherwise; it never waits for a login."""
-    if mode not in (None, "online", "offline", "disabled"):
-        raise ValueError(f"logger.mode is {mode!r}; choose online, offline, disabled or leave it out")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise ValueError("logger=wandb needs the package wandb: pip install wandb") from None
-    from lightning.pytorch.loggers import WandbLogger
-
-    if mode is None:
-        mode = "online" if _has_wandb_key() else "offline"
-    if mode == "offline":
-        print(f"wandb: no key found or offline asked for; upload later with `wandb sync {run_dir}/wandb/offline-run-*`")
-    identity = Path(run_dir) / "wandb_id.txt"
-    if not identity.exists():
-        identity.write_text(os.urandom(6).hex())
-    return WandbLogger(
-        project=project,
-        name=name,
-        entity=entity,
-        save_dir=str(run_dir),
-        id=identity.read_text().strip(),
-        resume="allow",
-        mode=mode,
-        log_model=False,
-    )
-
-
-@contextlib.contextmanager
-def ending_wandb() -> Iterator[None]:
-    """End wandb's run with the block: the next run of a sweep in this process would go on in it."""
-    status = 1
-    try:
-        yield
-        status = 0
-    finally:
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and getattr(wandb, "run", None) is not None:
-            wandb.finish(exit_code=status)
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def tensorboard_logger(run_dir: Path):
-    """Lightning's TensorBoardLogger, writing into <run>/tensorboard."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    try:
-        return TensorBoardLogger(save_dir=str(run_dir), name="tensorboard", version="")
-    except ModuleNotFoundError:
-        raise ValueError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from None

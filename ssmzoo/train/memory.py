@@ -165,12 +165,13 @@ def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
 
     from ssmzoo.presets import build_model, config_dir
     from ssmzoo.train import config as configuration
-    from ssmzoo.train import optim, run
+    from ssmzoo.train import optim
+    from ssmzoo.train.build import build_data
 
     configuration.register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", configuration.free_overrides(overrides))
-    data, plain = run._build_data(cfg)
+    data, plain = build_data(cfg)
 
     def task():
         factory = functools.partial(optim.build, total_steps=1000, **plain["optim"])

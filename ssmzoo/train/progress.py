@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 
@@ -40,6 +41,17 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def memory_in_use() -> int:
+    """Bytes: the most this process had allocated on its GPU, or what is resident now; takes microseconds."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):  # not Linux
+        return peak_memory()
+
+
 class Progress(L.Callback):
     """Step, loss, learning rate, throughput, memory and time left.
 
@@ -51,6 +63,7 @@ class Progress(L.Callback):
         self._bar = self._job = None
         self._start = self._printed = 0.0
         self._first_seen = self._first_step = 0
+        self._first = True  # no line of this process has been printed
         self.paused = 0.0  # seconds spent in validation, not counted in throughput
         self._paused_at: float | None = None
 
@@ -102,8 +115,8 @@ class Progress(L.Callback):
             if now - self._printed > 0.2:
                 self._printed = now
                 self._bar.update(self._job, completed=trainer.global_step, line=self.line(trainer, task, outputs))
-        elif now - self._printed > self.every_seconds or trainer.global_step == self._first_step + 1:
-            self._printed = now
+        elif now - self._printed > self.every_seconds or self._first:
+            self._printed, self._first = now, False
             print(self.line(trainer, task, outputs), flush=True)
 
     def on_validation_start(self, trainer, task) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 from ssmzoo.train.logger import read_metrics
@@ -14,6 +16,53 @@ def table(rows: dict[str, str]) -> str:
     """Aligned 'name  value' lines."""
     width = max(map(len, rows), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def show(rows: dict[str, str], texts: dict[str, str]) -> None:
+    """The report on the terminal."""
+    print(table(rows))
+    for name, body in texts.items():
+        print(f"\n{name}\n{body}")
+
+
+def backends_line() -> str:
+    """Which backends serve the operators here, and a warning where compiled kernels could be had and are not."""
+    from ssmzoo.ops import BACKENDS, backend_table
+
+    rows = backend_table()
+    serving: dict[str, str] = {}
+    for row in rows:
+        if row.available:
+            serving.setdefault(row.operator, row.backend)
+    counts = {name: list(serving.values()).count(name) for name in BACKENDS}
+    line = f"operators: {', '.join(f'{count} by {name}' for name, count in counts.items() if count)}"
+    lacking = next((row.reason for row in rows if not row.available and "python -m ssmzoo.ops" in row.reason), None)
+    if lacking is None:
+        return f"{line} (`ssmzoo backends` says why)"
+    return f"{line}\nwarning: steps take several times longer than with the compiled kernels: {lacking}"
+
+
+def write_interrupted(run_dir: Path, status: str) -> None:
+    """Curves and a report of what a run got done that did not come to its end; what cannot be written is left out."""
+    from ssmzoo.checkpoint_files import read_index
+
+    try:
+        rows = read_metrics(run_dir / "metrics.csv")
+        index = read_index(run_dir / "checkpoints") or {}
+        monitor = str(index.get("monitor", "val/loss")).removeprefix("val/")
+        figures = draw_curves(run_dir / "metrics.csv", run_dir / "curves.png", monitor, run_dir.name)
+        losses = [r["train/loss"] for r in rows if "train/loss" in r]
+        best = index["best"][0] if index.get("best") else None
+        found = {
+            "status": status,
+            "steps": f"{int(rows[-1]['step']):,}" if rows else "0",
+            "training loss": f"{losses[-1]:.4g} (last)" if losses else "-",
+            f"best val/{monitor}": f"{best['value']:.4g} ({best['name']})" if best else "-",
+        }
+        command, pictures = shlex.join(sys.argv), [figures] if figures else []
+        write_report(run_dir, f"{run_dir.parent.name}: {run_dir.name}", command, found, {}, pictures)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"warning: no report of the run so far ({error})", flush=True)
 
 
 def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path | None:

@@ -26,28 +26,31 @@ class Watchdog(L.Callback):
             raise ValueError(f"callbacks.watchdog.seconds is {seconds}; it must not be negative")
         self.run_dir, self.seconds = Path(run_dir), seconds
         self._doing, self._since, self._reported = "starting", time.monotonic(), 0
+        self._trainer = None
         self._end: threading.Event | None = None
 
     def _beat(self, doing: str) -> None:
+        """doing  may name `{step}`, filled in when it is reported"""
         self._doing, self._since, self._reported = doing, time.monotonic(), 0
 
     def on_train_start(self, trainer, task) -> None:
         self._beat("waiting for the first batch")
+        self._trainer = trainer
         if self.seconds:
             self._end = threading.Event()
             threading.Thread(target=self._watch, args=(self._end,), daemon=True, name="watchdog").start()
 
     def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
-        self._beat(f"computing step {trainer.global_step}")
+        self._beat("computing step {step}")
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        self._beat(f"waiting for data, logging or saving after step {trainer.global_step}")
+        self._beat("waiting for data, logging or saving after step {step}")
 
     def on_validation_batch_start(self, trainer, task, batch, batch_idx, dataloader_idx=0) -> None:
-        self._beat(f"validating at step {trainer.global_step}, batch {batch_idx}")
+        self._beat(f"validating at step {{step}}, batch {batch_idx}")
 
     def on_validation_end(self, trainer, task) -> None:
-        self._beat(f"saving or waiting for data after the validation at step {trainer.global_step}")
+        self._beat("saving or waiting for data after the validation at step {step}")
 
     def teardown(self, trainer, task, stage: str) -> None:
         if self._end is not None:
@@ -65,7 +68,7 @@ class Watchdog(L.Callback):
                 self._report(idle)
 
     def _report(self, idle: float) -> None:
-        frames = sys._current_frames()
+        frames, step = sys._current_frames(), self._trainer.global_step
         main = frames.get(threading.main_thread().ident)
         where = ""
         if main is not None:
@@ -84,7 +87,7 @@ class Watchdog(L.Callback):
         except OSError as error:
             stacks = f"{file} could not be written ({error})"
         print(
-            f"warning: nothing has moved for {clock(idle)}: {self._doing}{where}{state}; {stacks}. "
+            f"warning: nothing has moved for {clock(idle)}: {self._doing.format(step=step)}{where}{state}; {stacks}. "
             f"The run goes on if this ends",
             flush=True,
         )

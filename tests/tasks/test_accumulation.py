@@ -9,6 +9,7 @@ from ssmzoo.data.loader import ResumableLoader
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.moe_mamba import MoEMambaLM
 from ssmzoo.ops import backend
+from ssmzoo.tasks.accumulation import update_is_complete
 from ssmzoo.tasks.formal import FormalLanguage
 from ssmzoo.tasks.language import IGNORE, LanguageModeling
 
@@ -52,7 +53,7 @@ def train(task, batch_size: int, parts: int, folder):
 
     class Keep(L.Callback):
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
-            if not trainer.fit_loop._should_accumulate():
+            if update_is_complete(trainer):
                 losses.append(float(task.trained_loss))
 
     loader = ResumableLoader(Ragged(), batch_size, shuffle=True, seed=3)

@@ -11,6 +11,7 @@ from toy import At, ToyData, make
 
 from ssmzoo.train import checkpoint as files
 from ssmzoo.train.checkpoint import FolderCheckpointIO, last_good_checkpoint
+from ssmzoo.train.errors import TrainingFailed
 from ssmzoo.train.logger import read_metrics
 
 
@@ -64,7 +65,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoints_it_has_no_room_for(small_
     assert seen == [(True, "step-00000005"), (True, "step-00000013")]  # tried again as soon as there was room
     assert names(run)[0] == "step-00000020" and readable(run)
     assert not list((run / "checkpoints").glob(".*"))
-    assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(20))
+    assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(1, 21))
 
 
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint(small_disk, monkeypatch):
@@ -100,20 +101,48 @@ def test_a_read_only_folder_is_reported_and_tried_again(small_disk, capsys):
     out = capsys.readouterr().out
     assert "Read-only file system" in out and out.count("metrics.csv could not be written") <= 3
     assert names(run)[0] == "step-00000012" and readable(run)
-    assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(12))
+    assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(1, 13))
 
 
-def test_a_vanished_folder_is_made_again(tmp_path):
+def test_a_run_whose_folder_is_removed_ends_with_words_and_writes_no_other(tmp_path):
     run = tmp_path / "run"
     trainer, task, _, _ = make(
-        run,
-        first=[At({7: lambda: shutil.rmtree(run)})],
-        max_steps=12,
-        checkpoint={"every_n_steps": 2, "keep_last": 3, "keep_best": 2},
+        run, first=[At({7: lambda: shutil.rmtree(run)})], max_steps=12, checkpoint={"every_n_steps": 2}
     )
+    with pytest.raises(TrainingFailed, match="was removed while the run went on.*step 7"):
+        trainer.fit(task, datamodule=ToyData())
+    assert not run.exists()
+
+
+def test_weights_that_overflow_are_not_kept_and_end_the_run(tmp_path, capsys):
+    def spoil():
+        task.model[0].weight.data.fill_(float("inf"))
+
+    trainer, task, _, _ = make(
+        tmp_path, first=[At({12: spoil})], max_steps=12, checkpoint={"every_n_steps": 4}, limit_val_batches=0
+    )
+    with pytest.raises(TrainingFailed, match="weights are NaN or Inf at step 12"):
+        trainer.fit(task, datamodule=ToyData())
+    assert "not saved" in capsys.readouterr().out and last_good_checkpoint(tmp_path).name == "step-00000008"
+
+
+@pytest.mark.parametrize(
+    "damage", ["", '{"last": ', "[]", '{"last": 3}', None], ids=["empty", "cut", "list", "kind", "gone"]
+)
+def test_an_index_is_put_together_from_whole_checkpoints(tmp_path, damage, capsys):
+    trainer, task, _, _ = make(tmp_path, checkpoint={"every_n_steps": 4, "keep_last": 3}, val_check_interval=6)
     trainer.fit(task, datamodule=ToyData())
-    assert names(run)[0] == "step-00000012" and readable(run)  # and names nothing that went with the folder
-    assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(12))
+    file = tmp_path / "checkpoints/index.json"
+    before = json.loads(file.read_text())
+    file.unlink() if damage is None else file.write_text(damage)
+    shutil.rmtree(tmp_path / "checkpoints" / before["recent"][0])
+    (tmp_path / "checkpoints" / before["recent"][0]).mkdir()  # half of a checkpoint
+    assert last_good_checkpoint(tmp_path).name == before["last"] == "step-00000012"
+    assert "taken together from" in capsys.readouterr().out
+    again, task, checkpointer, _ = make(tmp_path, max_steps=16, checkpoint={"every_n_steps": 4, "keep_last": 3})
+    assert checkpointer.index["recent"] == before["recent"][1:]
+    again.fit(task, datamodule=ToyData(), ckpt_path=last_good_checkpoint(tmp_path), weights_only=True)
+    assert readable(tmp_path) and names(tmp_path)[0] == "step-00000016"
 
 
 def test_a_failing_write_is_survived_whatever_it_raises(tmp_path, monkeypatch, capsys):
@@ -158,25 +187,25 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (run / "checkpoints/.step-00000004.123.tmp").mkdir(parents=True)
     (run / "checkpoints/.index.json.123.tmp").touch()
     (run / "checkpoints/step-00000004").mkdir()  # renamed, but the index did not come to name it
-    (run / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,0.")  # a row cut off
+    (run / "metrics.csv").write_text("step,train/loss\n1,1.0\n2,0.")  # a row cut off
     trainer, task, _, _ = make(run, max_steps=4, checkpoint={"every_n_steps": 4}, val_check_interval=100)
-    trainer.loggers[0].start_after(0)
+    trainer.loggers[0].continue_after(0)
     trainer.fit(task, datamodule=ToyData())
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["index.json", "step-00000004"]
-    assert [r["step"] for r in read_metrics(run / "metrics.csv")] == [0, 1, 2, 3] and readable(run)
+    rows = read_metrics(run / "metrics.csv")
+    assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4] and readable(run)
 
 
 def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ssmzoo.train.logger import start_after, tensorboard_logger
+    from ssmzoo.train.tracking import tensorboard_logger
 
-    for first, last in ((0, 6), (3, 8)):  # killed after step 5, resumed from the checkpoint at 3
-        logger = tensorboard_logger(tmp_path)
-        start_after([logger], first)
-        for step in range(first, last):
+    for after, last in ((None, 6), (3, 8)):  # killed after step 6, resumed from the checkpoint at 3
+        logger = tensorboard_logger(tmp_path, after)
+        for step in range((after or 0) + 1, last + 1):
             logger.log_metrics({"train/loss": float(step)}, step)
         logger.experiment.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(8))
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))

@@ -60,7 +60,7 @@ def test_tensorboard_and_csv_carry_the_same_names_and_steps(train):
     events.Reload()
     found = {(tag, e.step) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
     assert {f for f in found if f[0].startswith(("train/", "val/"))} == seen(rows(run))
-    assert {s for n, s in found if n == "train/loss"} == {1, 3, 5}
+    assert {s for n, s in found if n == "train/loss"} == {2, 4, 6}
 
 
 def test_wandb_and_csv_carry_the_same_names_and_steps(train, monkeypatch, tmp_path):
