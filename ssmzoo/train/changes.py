@@ -24,7 +24,6 @@ RULES: dict[str, str | None] = {  # the first pattern that fits a key: why it is
     "model.*": WEIGHTS,
     "compile": None,
     "grad_checkpointing": None,
-    "n_trials": None,
     "task._target_": WEIGHTS,
     "task.*": None,
     "data.batch_size": None,

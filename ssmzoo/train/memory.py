@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # no public name; torch.export is built on them
+from torch.utils._python_dispatch import TorchDispatchMode  # no public name; PyTorch's own FLOP counter uses it
 
 HOLES = 0.45  # of the step, on a CPU: what glibc's heap holds beyond the tensors (measured: 0.27 to 0.67)
 
@@ -62,8 +61,8 @@ def _guess_index(tensor: Tensor, indices):
 
 
 GUESSES = {  # what depends on values, which fake tensors do not have
-    torch.ops.aten._local_scalar_dense.default: _guess_number,
-    torch.ops.aten.index.Tensor: _guess_index,
+    "aten::_local_scalar_dense": _guess_number,  # Tensor.item
+    "aten::index.Tensor": _guess_index,
 }
 
 
@@ -76,20 +75,19 @@ class Peak(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if isinstance(args[0] if args else None, FakeTensor) and func in GUESSES:
-            out = GUESSES[func](*args)
+        if isinstance(args[0] if args else None, FakeTensor) and func.name() in GUESSES:
+            out = GUESSES[func.name()](*args)
             if out is NotImplemented:
                 out = func(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.follow(tensor)
+        for tensor in tensors_in(out):
+            self.follow(tensor)
         return out
 
     def follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # of one object as long as the memory lives
         if key in self._known:
             return
         size = storage.nbytes()
@@ -101,6 +99,13 @@ class Peak(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Tensors in what an operation returns: one, or lists of some."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def size_of(tensors) -> int:
@@ -118,7 +123,7 @@ def trace_step(task, batch: dict[str, Any], precision: str = "32-true", real: bo
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
     def step() -> None:
-        kept = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+        kept = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.autocast("cpu", dtype=half, enabled=half is not None):
             out = task.step(kept, training=True)
             loss = out.loss if out.auxiliary is None else out.loss + out.auxiliary
@@ -233,13 +238,12 @@ def _materialise(task) -> None:
     """Tensors instead of meta tensors; what was one parameter in two places stays one."""
     places: dict[int, list] = {}
     for module in task.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, name))
     task.to_empty(device="cpu")
     for (module, name), *others in places.values():
         for other, its_name in others:
-            other._parameters[its_name] = module._parameters[name]
+            setattr(other, its_name, getattr(module, name))
 
 
 def _largest_unit(model: nn.Module) -> int:

@@ -1,0 +1,107 @@
+"""What is typed when a run goes on: every key of every config is applied or refused, and what applies does act."""
+
+import json
+
+import pytest
+from test_config_keys import GROUPS, content
+from test_ranges import homes
+
+from ssmzoo.presets import config_names
+from ssmzoo.train import changes
+from ssmzoo.train.changes import NOT_OF_THE_RUN, RULES, flatten, rule
+from ssmzoo.train.config import FREE_ROOTS, LOGGER_KEYS, TOP_LEVEL
+
+TINY = [
+    "model=lstm",
+    "data.batch_size=8",
+    "data.val_samples=4",
+    "data.test_length=20",
+    "data.test_samples=2",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "name=a",
+]
+
+
+def every_key() -> set[str]:
+    """Of every config file, and every argument of what they configure."""
+    import inspect
+
+    keys = set(TOP_LEVEL) - {"resume", "config", "name", "runs_dir"}
+    for group in GROUPS:
+        for name in config_names(group):
+            found, text = content(group, name)
+            found = found if "@package _global_" in text else {group: found}
+            keys |= {k for k in flatten(found) if k.split(".")[0] in FREE_ROOTS}
+    for called, node in homes():
+        keys |= {f"{node}.{p}" for p in inspect.signature(called).parameters}
+    return keys | {f"logger.{key}" for kind in LOGGER_KEYS.values() for key in kind}
+
+
+def test_every_key_of_every_config_falls_under_a_rule_and_every_rule_has_keys():
+    keys = every_key()
+    assert len(keys) > 200
+    for key in keys:
+        rule(key)
+    with pytest.raises(KeyError):
+        rule("sead")
+    assert set(NOT_OF_THE_RUN) == {"resume", "config", "name", "runs_dir", "n_trials"}
+    used = {next(p for p in RULES if changes.fnmatch.fnmatchcase(key, p)) for key in keys}
+    assert set(RULES) == used
+
+
+@pytest.fixture
+def run(call, tmp_path):
+    assert call(*TINY, "trainer.gradient_clip_val=0.5", "callbacks.early_stopping.patience=7")[0] == 0
+    return tmp_path / "runs/lstm/a"
+
+
+REFUSED = [
+    ("seed=7", "random states"),
+    ("model.state_size=7", "weights were made"),
+    ("data.max_length=9", "which sample comes next"),
+    ("optim.name=sgd", "optimiser's state"),
+    ("optim=adamw", "optimiser's state"),
+    ("optim.layer_decay=0.5", "optimiser's state"),
+    ("callbacks.ema.decay=0.9", "average began"),
+    ("init_from=nowhere", "weights of its own"),
+    ("model=rnn", "weights were made"),
+    ("name=b", "keeps its name"),
+]
+
+
+@pytest.mark.parametrize("typed, reason", REFUSED, ids=[t for t, _ in REFUSED])
+def test_what_is_fixed_is_refused_in_one_line_and_the_run_stays_as_it_was(call, run, typed, reason):
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    status, _, err = call(f"resume={run}", typed, "trainer.max_steps=6")
+    assert status == 2 and err.count("\n") == 1 and reason in err, err
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+    status, out, _ = call(f"resume={run}", "trainer.max_steps=6")  # which goes on as before
+    assert status == 0 and "trainer.max_steps=6 (was 4)" in out
+
+
+def test_what_may_change_acts_from_the_first_step_on(call, run):
+    import torch
+
+    from ssmzoo.train.logger import read_metrics
+
+    new = ["optim.lr=0.5", "optim.weight_decay=0.25", "optim.betas=[0.5,0.6]", "optim.schedule_kind=constant"]
+    more = ["optim.warmup_steps=0", "trainer.max_steps=6", "callbacks.early_stopping.patience=3"]
+    status, out, err = call(f"resume={run}", *new, *more)
+    assert status == 0, err
+    assert "optim.lr=0.5 (was 0.003)" in out
+    rates = {int(r["step"]): r["optim/lr"] for r in read_metrics(run / "metrics.csv") if "optim/lr" in r}
+    assert rates[5] == rates[6] == 0.5 and rates[4] < 0.1
+    last = run / "checkpoints" / json.loads((run / "checkpoints/index.json").read_text())["last"]
+    state = torch.load(last / "trainer.ckpt", weights_only=True)
+    group = state["optimizer_states"][0]["param_groups"][0]
+    assert (group["lr"], group["betas"]) == (0.5, (0.5, 0.6)) and group["weight_decay"] in (0.25, 0.0)
+    stopping = next(v for k, v in state["callbacks"].items() if "EarlyStopping" in k)
+    assert stopping["patience"] == 3
+
+
+def test_the_same_command_again_changes_nothing(call, run):
+    status, out, _ = call(*TINY, "trainer.gradient_clip_val=0.5", "callbacks.early_stopping.patience=7", "resume=auto")
+    assert status == 0 and "is finished" in out and "goes on with" not in out
