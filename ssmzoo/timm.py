@@ -23,6 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
 from ssmzoo.presets import config_dir, list_models, model_class, read_model_config  # noqa: E402
 from ssmzoo.released.family import find  # noqa: E402
+from ssmzoo.released.files import WRAPPERS, read_state_dict  # noqa: E402
 from ssmzoo.suggest import nearest  # noqa: E402
 
 IMAGENET = dict(
@@ -59,10 +60,19 @@ def default_indices(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A released (or our own) state dict under our names; positions are resized to the model's grid."""
-    for key in ("model_ema", "model", "state_dict"):
+    for key in WRAPPERS:  # of files that timm fetched; those on disk are opened by `from_file`
         state = state.get(key, state)
     convert = find(type(model).__module__.rpartition(".")[2], "from_official")
     return convert(model, state) if convert else state
+
+
+def from_file(cls: type[nn.Module], overlay: dict | None) -> dict | None:
+    """A pretrained_cfg_overlay whose file is read here: by the family's choice of weights, and running nothing."""
+    if not overlay or not overlay.get("file"):
+        return overlay
+    family = cls.__module__.rpartition(".")[2]
+    state = read_state_dict(overlay["file"], find(family, "WRAPPERS") or WRAPPERS)
+    return {key: value for key, value in overlay.items() if key != "file"} | {"state_dict": state}
 
 
 def register(name: str) -> None:
@@ -74,6 +84,8 @@ def register(name: str) -> None:
         for key in kwargs:
             if key not in known and key not in BUILDER and key not in getattr(cls, "old_arguments", ()):
                 raise TypeError(f"{name} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
+        if pretrained and "pretrained_cfg_overlay" in kwargs:
+            kwargs["pretrained_cfg_overlay"] = from_file(cls, kwargs["pretrained_cfg_overlay"])
         features = dict(out_indices=default_indices(cls, arguments | kwargs), feature_cls="getter")
         return build_model_with_cfg(
             cls,

@@ -17,6 +17,7 @@ from ssmzoo.presets import (  # noqa: F401
     model_class,
     read_model_config,
 )
+from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import fit_state_dict
 
@@ -25,7 +26,8 @@ def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn
     """Build a model of the zoo by name.
 
     name        one of `list_models()`
-    checkpoint  a run folder or checkpoint of ours whose weights are loaded; its architecture must be the one asked for
+    checkpoint  a run folder or checkpoint of ours, or a released file in official names, whose weights are loaded; its
+                architecture must be the one asked for
     overrides   constructor arguments that replace the preset's
 
     Sizes that a data set decides when training (vocab_size, num_classes) take the constructor's default unless given.
@@ -33,7 +35,7 @@ def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn
     """
     model = build_preset(name, **overrides)
     if checkpoint is not None:
-        fit_state_dict(model, read_weights(checkpoint), what=f"model {name!r}")
+        fit_state_dict(model, to_ours(model, read_weights(checkpoint)), what=f"model {name!r}")
     return model
 
 

@@ -1,5 +1,6 @@
 """`ssmzoo info MODEL`: parameters, constructor arguments and where the code is, without allocating the weights.
 
+`ssmzoo info FILE` says what a file or folder of released weights is: family, sizes, wrapper, what to load it with.
 `ssmzoo info MODEL --memory --batch 16 --gpus 8` predicts what a training step needs, also without running it.
 """
 
@@ -8,14 +9,16 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+from pathlib import Path
 
-from ssmzoo.presets import build_model, describe_config, model_class, read_model_config
+from ssmzoo.presets import build_model, config_names, describe_config, model_class, read_model_config
+from ssmzoo.released.files import SUFFIXES
 from ssmzoo.suggest import nearest
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("info", help="size, arguments and source of a model")
-    parser.add_argument("model", help="a name of `ssmzoo list models`")
+    parser.add_argument("model", help="a name of `ssmzoo list models`, or a file or folder of weights")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -33,6 +36,8 @@ def run(args) -> None:
         return memory(args)
     if args.batch is not None or args.gpus is not None:
         raise ValueError("--batch and --gpus belong to --memory, the prediction of a training step; give it too")
+    if is_file(args.model):
+        return weights(args)
     import torch
 
     config = read_model_config(args.model)
@@ -61,6 +66,19 @@ def run(args) -> None:
     for name, parameter in parameters.items():
         value = node.get(name, parameter.default)
         print(f"  {name:<22} {'(required)' if value is inspect.Parameter.empty else value}")
+
+
+def is_file(name: str) -> bool:
+    """A path of weights rather than a model's name: it exists, or is written like one."""
+    return "/" in name or Path(name).suffix in SUFFIXES or (Path(name).exists() and name not in config_names("model"))
+
+
+def weights(args) -> None:
+    if args.overrides:
+        raise ValueError(f"{args.overrides[0]!r}: a file of weights takes no constructor arguments here")
+    from ssmzoo.released.describe import describe
+
+    print("\n".join(describe(args.model)))
 
 
 def memory(args) -> None:

@@ -151,17 +151,12 @@ def load(args):
 
 def load_released(name: str, file: str):
     """A preset with the weights of a released .pth or .safetensors file."""
-    from ssmzoo.released.files import read_state_dict
-    from ssmzoo.released.fit import fit_state_dict
+    from ssmzoo.presets import build_preset
     from ssmzoo.zoo import create_model
 
-    model = create_model(name)
-    if not hasattr(model, "size_multiple"):
+    if not hasattr(build_preset(name), "size_multiple"):
         raise ValueError(f"--model {name} does not restore pictures; see `ssmzoo list models`")
-    state = read_state_dict(file)
-    state.pop("relative_position_index_SA", None)  # a constant that MambaIRv2 files carry
-    fit_state_dict(model, state, what=f"model {name!r}")
-    return model
+    return create_model(name, checkpoint=file)
 
 
 def restore_one(model, source: Path, target: Path, args) -> None:

@@ -30,12 +30,7 @@ TABLES = (MODEL,)
 def official(state: dict[str, Tensor], **given):
     """The four official classes, told apart by their keys. `init_state` is complex, or real with a last axis of 2."""
     config = MODEL.complete(given)
-    renamed = {
-        key: torch.view_as_complex(value.contiguous())
-        if key.endswith("init_state") and not value.is_complex()
-        else value
-        for key, value in ONE_LAYER.to_ours(state).items()
-    }
+    renamed = to_ours(state)
     model = _OfficialComplexDiagonal(
         config["input_size"],
         config["output_size"],
@@ -47,6 +42,18 @@ def official(state: dict[str, Tensor], **given):
         scale_eigv=config["scale_eigv"],
     )
     return model, renamed
+
+
+def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = ONE_LAYER.to_ours(state)
+    for key, value in state.items():
+        if key.endswith("init_state") and not value.is_complex():
+            state[key] = torch.view_as_complex(value.contiguous())
+    return state
+
+
+def from_official(model: ComplexDiagonalModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return to_ours(state)
 
 
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:

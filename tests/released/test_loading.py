@@ -12,6 +12,7 @@ from ssmzoo.checkpoint_files import read_weights
 from ssmzoo.released.family import families, to_official
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import role
+from ssmzoo.released.golden import relative_error
 from ssmzoo.train.init_from import start_from
 
 TINY = {  # small enough to build in no time, by family; every family with models of ours is here
@@ -29,6 +30,11 @@ TINY = {  # small enough to build in no time, by family; every family with model
     ),
     "adventurer": lambda: ssmzoo.create_model("adventurer_tiny", depth=2, embed_dim=64, img_size=32, num_classes=3),
     "spatial_mamba": lambda: ssmzoo.create_model("spatial_mamba_tiny", depths=[1, 1], embed_dim=8, num_classes=3),
+    "sd_ssm": lambda: ssmzoo.create_model("sd_ssm", input_size=3, num_classes=4, state_size=6),
+    "complex_diagonal_ssm": lambda: ssmzoo.create_model(
+        "complex_diagonal_ssm", input_size=3, num_classes=4, state_size=6
+    ),
+    "regular_rnn_baselines": lambda: ssmzoo.create_model("lstm", input_size=3, num_classes=4, state_size=6),
     "mambair": lambda: ssmzoo.create_model("mambair_light_x2", embed_dim=30, depths=[1, 1]),
     "mambair_v2": lambda: ssmzoo.create_model("mambair_v2_light_x2", depths=[1, 1], num_heads=[2, 2], embed_dim=16),
 }
@@ -63,7 +69,7 @@ def test_no_embedding_head_or_norm_starts_from_random_values_unsaid(family, tmp_
         )
         with pytest.raises(CheckpointError, match=f"{name.split('.')[-1]}|only .* of the model's"):
             start_from(TINY[family](), str(tmp_path / "w.safetensors"))
-    assert seen
+    assert seen or family in ("complex_diagonal_ssm", "regular_rnn_baselines")  # they have linear layers only
 
 
 def test_a_head_for_other_classes_stays_new_and_is_said_with_its_share(tmp_path):
@@ -150,3 +156,33 @@ def test_an_unknown_checkpoint_is_no_random_model(tmp_path):
     with pytest.raises(ValueError, match="unknown family 'mamab'"):
         ssmzoo.load_official("mamab", {})
     assert read_weights(folder(tmp_path, HF)).keys() == to_official("mamba_hf", TINY["mamba_hf"]()).keys()
+
+
+@pytest.mark.parametrize("family", TOLD)
+def test_info_says_what_a_file_is(family, tmp_path, capsys):
+    from ssmzoo.cli.main import main
+
+    torch.save({"model": to_official(family, TINY[family]()), "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(SystemExit, match="0"):
+        main(["info", str(tmp_path / "w.pth")])
+    out = capsys.readouterr().out
+    assert f"w.pth: {family}\n" in out and "taken from   model" in out and "epoch 3" in out
+    assert f"ssmzoo.load_official('{family}'" in out
+
+
+def test_both_routes_take_the_same_weights_of_one_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    import ssmzoo.timm  # noqa: F401
+
+    small = dict(depths=[1, 1], dims=[8, 16], num_classes=3)
+    released = ssmzoo.create_model("vmamba_tiny", **small)
+    state = to_official("vmamba", released)
+    torch.save({"model": state, "model_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "w.pth")
+    x = torch.randn(1, 3, 32, 32)
+    overlay = dict(file=str(tmp_path / "w.pth"), num_classes=3)  # timm would replace the head of 1000
+    through_timm = timm.create_model("vmamba_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **small).eval()
+    here = ssmzoo.load_official("vmamba", tmp_path / "w.pth").eval()
+    by_name = ssmzoo.create_model("vmamba_tiny", checkpoint=str(tmp_path / "w.pth"), **small).eval()
+    expected = released.eval()(x)
+    for model in (through_timm, here, by_name):
+        assert relative_error(model(x), expected) < 1e-5
