@@ -82,7 +82,9 @@ def test_second_derivatives_and_who_serves():
     torch.testing.assert_close(*second, rtol=1e-4, atol=1e-4)
     half = [v.detach().bfloat16() for v in given]
     assert ops.chosen_backend(ops.gated_layer_norm, *half) == "torch"
-    assert relative_error(ops.gated_layer_norm(*half), ops.gated_layer_norm(*given)) < 2e-2
+    exact = ops.gated_layer_norm(*(v.double() for v in half))
+    rounding = torch.finfo(torch.bfloat16).eps / 2  # of the norm, of the gate and of their product
+    assert relative_error(ops.gated_layer_norm(*half), exact) < 3 * rounding
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.chosen_backend(ops.gated_layer_norm, *given) == "torch"
     assert ops.chosen_backend(ops.gated_layer_norm, *(v.detach()[..., :0] for v in given)) == "torch"

@@ -142,7 +142,7 @@ def mamba_chunk_scan_combined(
     dt = time_steps(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
     y, state = ssd_scan.reference(x.to(dtype) * dt.unsqueeze(-1), dt * A.to(dtype), B, C, initial_states, seq_idx)
     if D is not None:
-        y = y + x.to(dtype) * (D if D.ndim == 2 else D.unsqueeze(-1)).to(dtype)
+        y = y + x.to(dtype) * (D if D.ndim == 2 else D.unsqueeze(-1).expand(x.shape[2:])).to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     states = [state] if return_final_states else []
