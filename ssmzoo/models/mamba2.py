@@ -2,7 +2,7 @@
 
     x <- x + Mamba2(RMSNorm(x)) for every layer;   logits = W_head RMSNorm(x), W_head tied to the embedding
 
-The mixer and its equations are in layers/mixers/mamba2.py; the container, its initialisation and the attention hybrid
+The mixer and its equations are in layers/mixers/mamba2.py; the skeleton, its initialisation and the attention hybrid
 are those of ssmzoo/models/mamba.py. Paper and code agree; the released single-token steps differ from the released
 whole-sequence form where a time-step limit is set (they do not clamp), and ours follow the whole-sequence form.
 Source: Dao & Gu 2024 (arXiv 2405.21060); state-spaces/mamba modules/{mamba2,mamba2_simple,mha}.py and Hugging Face

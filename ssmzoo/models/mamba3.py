@@ -192,9 +192,9 @@ class Mamba3(nn.Module):
 
     def _phases(self, dt: Tensor, ang: Tensor, state: Mamba3State | None, seq_idx: Tensor | None) -> Tensor:
         """Running sum of the rotations within each document, (b l h m) in [0, 2 pi)."""
-        turn = dt[..., None] * (math.pi * torch.tanh(fp32(ang)))[:, :, None]
-        start = torch.zeros_like(turn[:, 0]) if state is None else state.phase
-        return phase_sums(turn, start, seq_idx)
+        rotation = dt[..., None] * (math.pi * torch.tanh(fp32(ang)))[:, :, None]
+        start = torch.zeros_like(rotation[:, 0]) if state is None else state.phase
+        return phase_sums(rotation, start, seq_idx)
 
     def _last(self, phase, S, k, v, state, padding) -> Mamba3State:
         """State after the last real token of every row; rows without one keep theirs."""
@@ -211,28 +211,28 @@ class Mamba3(nn.Module):
         return Mamba3State(keep[0], S, keep[1], keep[2])
 
 
-def phase_sums(turn: Tensor, start: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """start + cumulative sum of turn (b l h m), modulo 2 pi, from zero again where seq_idx changes.
+def phase_sums(rotation: Tensor, start: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """start + cumulative sum of rotation (b l h m), modulo 2 pi, from zero again where seq_idx changes.
 
     Chunks are summed on their own, so that the error stays small however long the sequence; documents are kept apart by
     masks instead of differences, so that no gradient passes between them.
     """
-    l = turn.shape[1]
+    l = rotation.shape[1]
     q = min(PHASE_CHUNK, l)
-    turn = F.pad(turn, (0, 0, 0, 0, 0, -l % q)).unflatten(1, (-1, q))  # (b c q h m)
+    rotation = F.pad(rotation, (0, 0, 0, 0, 0, -l % q)).unflatten(1, (-1, q))  # (b c q h m)
     if seq_idx is None:
-        sums = turn.cumsum(2)
+        sums = rotation.cumsum(2)
         ends = sums[:, :, -1] % (2 * math.pi)
         before = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0)).cumsum(1) + start[:, None]
         return ((sums + before[:, :, None]) % (2 * math.pi)).flatten(1, 2)[:, :l]
     number = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long(), (1, 0)).cumsum(1)  # 0 continues `start`
     number = torch.cat([number, number[:, -1:].expand(-1, -l % q)], dim=1).unflatten(1, (-1, q))  # (b c q)
     same = (number[..., None] == number[:, :, None]).tril()  # (b c q q)
-    sums = torch.einsum("bcts,bcshm->bcthm", same.to(turn.dtype), turn)
+    sums = torch.einsum("bcts,bcshm->bcthm", same.to(rotation.dtype), rotation)
     ends, last = sums[:, :, -1] % (2 * math.pi), number[:, :, -1]  # (b c h m), (b c)
-    chunks = torch.arange(last.shape[1], device=turn.device)
+    chunks = torch.arange(last.shape[1], device=rotation.device)
     earlier = (number[..., None] == last[:, None, None]) & (chunks < chunks[:, None, None])  # (b c q c)
-    before = torch.einsum("bctj,bjhm->bcthm", earlier.to(turn.dtype), ends)
+    before = torch.einsum("bctj,bjhm->bcthm", earlier.to(rotation.dtype), ends)
     before = before + torch.where((number == 0)[..., None, None], start[:, None, None], 0.0)
     return ((sums + before) % (2 * math.pi)).flatten(1, 2)[:, :l]
 

@@ -153,8 +153,8 @@ class StepByStep:
 
 
 class AttentionMask:
-    """The inputs of transformers' classes: forward(input_ids, attention_mask), 1 for real tokens. A tuple in the second
-    place is the state to continue from, as in every model of the zoo."""
+    """The inputs of transformers' classes: forward(input_ids, attention_mask), 1 for real tokens. A tuple in second
+    position is the state to continue from, as in every model of the zoo."""
 
     def forward(
         self,
@@ -164,12 +164,15 @@ class AttentionMask:
         state: tuple | None = None,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        prefix: int | Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
         if isinstance(attention_mask, tuple):
             attention_mask, state = None, attention_mask
         if attention_mask is not None:
             mask = attention_mask.bool()
-        return super().forward(input_ids, state, mask=mask, seq_idx=seq_idx)
+        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, logits_to_keep=logits_to_keep)
+        return super().forward(input_ids, state, **more)
 
 
 def golden_lm(case) -> dict[str, Tensor]:

@@ -214,6 +214,7 @@ def test_folders_with_config_json(family, config, file, tmp_path):
     if hf:
         mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
         torch.testing.assert_close(loaded(ids, mask).logits[0, 2:], model(ids[:1, 2:]).logits[0])
+        torch.testing.assert_close(loaded(ids, logits_to_keep=1).logits, loaded(ids).logits[:, -1:])
         out = loaded(ids[:, :3])
         torch.testing.assert_close(loaded(ids[:, 3:], out.state).logits, model(ids).logits[:, 3:])
 
