@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.eager import eager, needs_grad
+from ssmzoo.ops.transforms import batched
 
 LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
 TENSORS = (Tensor, Tensor | None)
@@ -142,6 +143,7 @@ class Differentiable:
         """By the name of the argument, for those that have one."""
         saved, *tensors = ctx.saved_tensors  # read once: gradient checkpointing recomputes them for one reading only
         _, backend, values = ctx.call
+        values = list(values)  # the context must not keep the tensors alive
         for i, tensor in zip(self.positions, tensors):
             values[i] = tensor
         a = self.Inputs(*values)
@@ -149,9 +151,10 @@ class Differentiable:
             if all(d is None for d in dresults):
                 return {}
             dresults = (torch.zeros_like(self.like(a)[0]), *dresults[1:])
-        if torch.is_grad_enabled() and self.twice is not None:
+        by_torch = torch.is_grad_enabled() or batched(*dresults)
+        if by_torch and self.twice is not None:
             return self.differentiable_gradients(a, dresults[0])
-        if torch.is_grad_enabled() or not eager(*dresults, saved, *tensors):
+        if by_torch or not eager(*dresults, saved, *tensors):
             found = zip(self.tensors, self.backward_op(*dresults, saved, *a, backend), tensors)
             return {name: grad for name, grad, t in found if t is not None and t.is_floating_point()}
         return self.kernels[backend].backward(a, self.recomputed(a, saved, backend), *dresults)
@@ -165,7 +168,10 @@ class Differentiable:
     def differentiable_gradients(self, a: tuple, dresult: Tensor) -> dict[str, Tensor]:
         names = [n for n in self.tensors if getattr(a, n) is not None and getattr(a, n).requires_grad]
         given = [getattr(a, name) for name in names]
-        return dict(zip(names, torch.autograd.grad(self.twice(a), given, dresult, create_graph=True)))
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = self.twice(a)
+        return dict(zip(names, torch.autograd.grad(y, given, dresult, create_graph=again)))
 
     def _define(self, refer: str) -> None:
         name, count, inputs = self.name, len(self.results), self.Inputs

@@ -22,6 +22,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether gradients come in batches, by torch.autograd.grad(is_grads_batched=True): as tensors without memory."""
+    try:
+        for t in tensors:
+            if t is not None:
+                t.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return True
+    return False
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Maps (b c h w) with their channels next to each other in memory; as they are under torch.func, whose vmap has no
     rule for this layout."""

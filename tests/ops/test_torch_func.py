@@ -98,3 +98,20 @@ def test_kernels_refuse_and_name_a_backend_that_serves(case, backend):
     function, tensors, _ = case
     with ops.backend(backend), pytest.raises(ops.BackendError, match=r"torch: available"):
         jvp(function, tensors, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # on the kernels, and on torch
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:Batching rule not implemented")
+def test_batched_gradients(case, dtype):
+    """torch.autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) calls it."""
+    function, tensors, _ = case
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    results = function(*leaves)
+    result = results[0] if isinstance(results, tuple) else results
+    given = torch.randn(2, *result.shape, dtype=result.dtype)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    got = torch.autograd.grad(result, leaves, given, is_grads_batched=True, **options)
+    for i in range(2):
+        expected = torch.autograd.grad(result, leaves, given[i], **options)
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-4)
