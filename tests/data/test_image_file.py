@@ -209,3 +209,22 @@ def test_linked_folders_are_read_once(tmp_path):
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "loop").symlink_to(tmp_path / "data")
     assert [p.name for p in find_pictures(tmp_path / "data")] == ["a.png"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_bytes_give_a_picture_or_an_error_with_the_name(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    assert read_picture(path).levels.shape[:2] == (24, 31)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, min(len(whole), 400), rng.integers(1, 6)):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(1, len(damaged) + 1)] if rng.random() < 0.3 else damaged)
+        for reader in (read_picture, read_image8):
+            try:
+                reader(path)
+            except ImageError as error:
+                assert str(path) in str(error)
