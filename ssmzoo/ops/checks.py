@@ -12,17 +12,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def expect(name: str, tensor: Tensor | None, axes: Sequence[str], sizes: dict[str, int]) -> None:
     """Check that `tensor`, unless None, has these axes; sizes of axes seen for the first time go into `sizes`."""
-    if tensor is None:
-        return
-    shape = tensor.shape
-    if len(shape) == len(axes):
-        for axis, size in zip(axes, shape):
-            if sizes.setdefault(axis, size) != size:
-                break
-        else:
-            return
-    wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
-    raise ValueError(f"{name} has shape {tuple(shape)}, expected ({wanted})")
+    if tensor is not None and not _fits(tensor.shape, axes, sizes):
+        raise _misfit(name, tensor, axes, sizes)
 
 
 def expect_floats(a: tuple, sizes: dict[str, int], /, **tensors: Sequence[str]) -> dict[str, int]:
@@ -30,6 +21,7 @@ def expect_floats(a: tuple, sizes: dict[str, int], /, **tensors: Sequence[str]) 
 
     They hold real floating-point numbers, lie where the first argument lies and have these axes, written as letters or
     as a tuple of longer names ("bl", ("b", "l-1")); any axes for "...".
+
     Returns `sizes`, into which the sizes of new axes go.
     """
     device = a[0].device
@@ -37,13 +29,27 @@ def expect_floats(a: tuple, sizes: dict[str, int], /, **tensors: Sequence[str]) 
         tensor = getattr(a, name)
         if tensor is None:
             continue
-        if axes != "...":
-            expect(name, tensor, axes, sizes)
+        if axes != "..." and not _fits(tensor.shape, axes, sizes):
+            raise _misfit(name, tensor, axes, sizes)
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}, where the first argument lies")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected float32, float64, bfloat16 or float16")
     return sizes
+
+
+def _fits(shape: torch.Size, axes: Sequence[str], sizes: dict[str, int]) -> bool:
+    if len(shape) != len(axes):
+        return False
+    for axis, size in zip(axes, shape):
+        if sizes.setdefault(axis, size) != size:
+            return False
+    return True
+
+
+def _misfit(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, int]) -> ValueError:
+    wanted = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
+    return ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")
 
 
 def expect_seq_idx(seq_idx: Tensor | None, device: torch.device, sizes: dict[str, int]) -> None:

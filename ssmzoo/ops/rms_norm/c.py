@@ -26,7 +26,7 @@ def _call(function, a, dy=None, y=None, scale=None, dx=None, dweight=None) -> No
 
 def forward(a, save: bool):
     """The rows' 1 / sqrt(mean(x^2) + eps) are kept."""
-    y, scale = a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape[:-1]) if save else None
+    y, scale = torch.empty_like(a.x.contiguous()), a.x.new_empty(a.x.shape[:-1]) if save else None
     commit(y)
     _call(FORWARD, a, y=y, scale=scale)
     return (y,), scale
