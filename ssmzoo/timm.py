@@ -111,6 +111,7 @@ BUILDER = (
     "out_indices",
     "feature_cls",
     "cache_dir",
+    "pretrained_model_args",
     "pretrained_strict",
     "output_fmt",
 )  # read by timm's builder, not by our constructors

@@ -21,8 +21,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def eager(*tensors: Tensor | None) -> bool:
     """Whether nothing traces, transforms or wraps these tensors, so that their memory can be read at once."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        return False
     # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
-    if torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:
         if t is not None and (type(t) not in PLAIN or t.is_meta):

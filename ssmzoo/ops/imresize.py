@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.eager import eager
+
 
 def keys_cubic(t: Tensor) -> Tensor:
     """Keys' cubic convolution kernel with a = -0.5, support [-2, 2]."""
@@ -21,7 +23,6 @@ def keys_cubic(t: Tensor) -> Tensor:
     return torch.where(t <= 1, near, torch.where(t <= 2, far, torch.zeros_like(t)))
 
 
-@functools.lru_cache(maxsize=64)
 def resize_taps(length: int, scale: float, antialias: bool = True) -> tuple[Tensor, Tensor]:
     """Indices (m p) int64 and weights (m p) float64 that resize an axis of `length` by `scale`; m = ceil(length scale).
 
@@ -36,9 +37,16 @@ def resize_taps(length: int, scale: float, antialias: bool = True) -> tuple[Tens
     at = torch.floor(u - width / 2)[:, None] + torch.arange(taps)[None, :]  # 1-based
     weights = keys_cubic(stretch * (u[:, None] - at))
     weights = weights / weights.sum(dim=1, keepdim=True)
-    used = (weights != 0).any(dim=0)  # taps that no output needs
-    period = (at.long() - 1)[:, used] % (2 * length)
-    return torch.minimum(period, 2 * length - 1 - period), weights[:, used]
+    period = (at.long() - 1) % (2 * length)
+    return torch.minimum(period, 2 * length - 1 - period), weights
+
+
+@functools.lru_cache(maxsize=64)
+def kept_taps(length: int, scale: float, antialias: bool) -> tuple[Tensor, Tensor]:
+    """`resize_taps` without the taps that no output needs."""
+    index, weights = resize_taps(length, scale, antialias)
+    used = (weights != 0).any(dim=0)
+    return index[:, used], weights[:, used]
 
 
 def imresize(image: Tensor, scale: float, antialias: bool = True) -> Tensor:
@@ -53,8 +61,9 @@ def imresize(image: Tensor, scale: float, antialias: bool = True) -> Tensor:
         raise ValueError(f"scale is {scale}; it must be positive")
     if not image.is_floating_point():
         raise ValueError(f"imresize takes floating-point images in [0, 1], got {image.dtype}; divide by 255 first")
+    taps = kept_taps if eager(image) else resize_taps  # what a trace makes must not be kept
     for dim in (-2, -1):
-        index, weight = (t.to(image.device) for t in resize_taps(image.shape[dim], float(scale), antialias))
+        index, weight = (t.to(image.device) for t in taps(image.shape[dim], float(scale), antialias))
         moved = image.movedim(dim, -1)
         moved = (moved[..., index] * weight.to(image.dtype)).sum(dim=-1)
         image = moved.movedim(-1, dim)

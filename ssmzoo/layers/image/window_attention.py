@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.ops.eager import eager
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 MASKED = -100.0  # added to the logits of pairs from different regions, as in the released models
@@ -50,6 +51,8 @@ def _shift_mask(height: int, width: int, w: int, shift: int, device: torch.devic
 
 def shift_mask(height: int, width: int, w: int, shift: int, device: torch.device) -> Tensor:
     """(m w*w w*w) float: 0 inside a region of the rolled map, -100 between regions that are no neighbours."""
+    if not eager():  # what a trace makes must not be kept
+        return _shift_mask.__wrapped__(height, width, w, shift, device)
     with torch.inference_mode(False), torch.no_grad():  # the cached tensor may be used for training later
         return _shift_mask(height, width, w, shift, device)
 
