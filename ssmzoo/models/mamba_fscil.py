@@ -23,6 +23,7 @@ Source: Li et al. 2024 (arXiv 2407.06136); the public project Mamba-FSCIL carrie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.image.backbone import ImageBackbone
 from ssmzoo.layers.image.fused import depthwise_conv, fused_causal_convs, fused_depthwise
+from ssmzoo.layers.image.patch_embed import height_width
 from ssmzoo.layers.image.ss2d import init_directional_, project_by, project_steps, scan_directions, time_steps_by
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.ops import cross_merge, cross_scan
@@ -246,7 +248,7 @@ class MambaFSCIL(nn.Module):
         backbone_args: dict | None = None,
         in_chans: int = 3,
         num_classes: int = 100,
-        img_size: int = 32,
+        img_size: int | Sequence[int] = 32,
         out_channels: int | None = None,
         d_state: int = 16,
         version: str = "ssm",
@@ -261,7 +263,7 @@ class MambaFSCIL(nn.Module):
             )
         self.num_classes = num_classes
         with torch.no_grad():
-            width, rows, columns = self.feature_map(torch.zeros(1, in_chans, img_size, img_size)).shape[1:]
+            width, rows, columns = self.feature_map(torch.zeros(1, in_chans, *height_width(img_size))).shape[1:]
         if rows != columns:
             raise ValueError(f"{backbone} makes a map of {rows}x{columns} positions; it must be square")
         features = out_channels or width

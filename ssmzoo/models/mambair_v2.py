@@ -18,11 +18,13 @@ Letters: b batch, y x rows and columns, n = y*x tokens, d width C, e inner width
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.deprecated import into, old_arguments
 from ssmzoo.layers.image.backbone import recomputed
 from ssmzoo.layers.image.restoration import RestorationNet, init_restoration, residual_conv
 from ssmzoo.layers.image.ss2d import init_directional_
@@ -223,6 +225,15 @@ class ASSB(nn.Module):
         return x + self.conv(y.mT.unflatten(-1, size)).flatten(2).mT
 
 
+class SwinOptions(NamedTuple):
+    """See `MambaIRv2`."""
+
+    qkv_bias: bool = True
+    patch_norm: bool = True
+    ape: int = 0
+
+
+@old_arguments(qkv_bias=into("swin", "qkv_bias"), patch_norm=into("swin", "patch_norm"), ape=into("swin", "ape"))
 class MambaIRv2(RestorationNet):
     """Images (b c y x) in [0, 1] to restored images (b c s*y s*x), any size. The defaults are the Base model's body.
 
@@ -234,7 +245,9 @@ class MambaIRv2(RestorationNet):
     inner_rank, num_tokens     rank and number of classes of the prompt pool
     convffn_kernel_size        taps of the feed-forward's depthwise convolution; 5 in the light model
     light                      gated feed-forward of the light model
-    ape                        side of the padded image for a learned position table, 0 for none (all published models)
+    swin                       {"qkv_bias": True, "patch_norm": True, "ape": 0}, as in all published models: bias of the
+                               attention's projection, norm of the first tokens, side of the padded image for a
+                               learned position table (0: none)
     bicubic_skip               see `RestorationNet`
     routing                    'gumbel': classes sampled, also at test time, as released; 'argmax': the likeliest
     """
@@ -253,12 +266,10 @@ class MambaIRv2(RestorationNet):
         num_tokens: int = 128,
         convffn_kernel_size: int = 5,
         mlp_ratio: float = 2.0,
-        qkv_bias: bool = True,
-        patch_norm: bool = True,
         img_range: float = 1.0,
         resi_connection: str = "1conv",
         light: bool = False,
-        ape: int = 0,
+        swin: dict | None = None,
         routing: str = "gumbel",
         bicubic_skip: bool = False,
     ):
@@ -270,7 +281,7 @@ class MambaIRv2(RestorationNet):
         heads = (num_heads,) * len(depths) if isinstance(num_heads, int) else tuple(num_heads)
         if len(heads) != len(depths):
             raise ValueError(f"num_heads has {len(heads)} entries and depths {len(depths)}; give one per group")
-        self.window_size = window_size
+        self.window_size, (qkv_bias, patch_norm, ape) = window_size, SwinOptions(**(swin or {}))
         hidden = int(embed_dim * mlp_ratio)
 
         def ffn() -> nn.Module:

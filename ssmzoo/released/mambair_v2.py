@@ -42,7 +42,8 @@ def official(state: dict[str, Tensor], **given):
     size, patch, ape = (config.pop(key) for key in ("img_size", "patch_size", "ape"))
     if config["upsampler"] not in ("pixelshuffle", "pixelshuffledirect", "nearest+conv"):
         config |= {"upsampler": "", "upscale": 1}
-    model = MambaIRv2(**config, light=light, ape=int(ape))
+    swin = {key: config.pop(key) for key in ("qkv_bias", "patch_norm")} | {"ape": int(ape)}
+    model = MambaIRv2(**config, light=light, swin=swin)
     if ape:
         rows, columns = (size, size) if isinstance(size, int) else size
         table = torch.zeros(1, (rows // patch) * (columns // patch), config["embed_dim"])

@@ -5,11 +5,13 @@ import torch
 
 import ssmzoo
 from ssmzoo.layers.image.ss2d import SS2D
+from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba, VSSBlock
 from ssmzoo.zoo import build_model
 
 SMALL = dict(depths=(1, 1), dims=8)
+V2 = dict(embed_dim=12, depths=(1,), num_heads=2, window_size=4, inner_rank=3, num_tokens=4, d_state=2)
 VIM = dict(depth=2, embed_dim=8, d_state=2, img_size=32)
 PAIRS = [
     (VMamba, SMALL | dict(mlp_act="relu"), SMALL | dict(mlp={"act": "relu"})),
@@ -20,6 +22,8 @@ PAIRS = [
     (VMamba, SMALL | dict(pos_embed=True, img_size=64), SMALL | dict(pos_embed=64)),
     (VMamba, SMALL | dict(img_size=64), SMALL),
     (VMamba, SMALL | dict(mixer={"out_act": "gelu"}), SMALL | dict(mixer={"out_norm": "layer+gelu"})),
+    (MambaIRv2, V2 | dict(qkv_bias=False, ape=8), V2 | dict(swin={"qkv_bias": False, "ape": 8})),
+    (MambaIRv2, V2 | dict(patch_norm=False), V2 | dict(swin={"patch_norm": False})),
     (SS2D, dict(d_model=8, out_act="gelu", out_norm="conv"), dict(d_model=8, out_norm="conv+gelu")),
     (Vim, VIM | dict(rope="branch", rope_reference=7), VIM | dict(rope="branch", rope_options={"reference": 7})),
     (

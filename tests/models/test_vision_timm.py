@@ -193,3 +193,61 @@ def test_pools_image_sizes_channels_and_depth_rates(name):
     model.set_grad_checkpointing()
     assert model.grad_checkpointing and model.num_features == model.feature_info[-1]["num_chs"]
     assert list(model.no_weight_decay())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("told", [True, False])
+def test_hub_round_trip(name, told, tmp_path):
+    """What `push_to_hf_hub` writes is read back by `timm.create_model`, with and without arguments named."""
+    from timm.models import save_for_hf
+
+    arguments = ALL[name] | (dict(img_size=(64, 96)) if name in PLAIN else {})
+    model = timm.create_model(name, num_classes=7, **arguments).eval()
+    save_for_hf(model, tmp_path, model_args=arguments if told else None)
+    loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), torch.randn(2, 3, 64, 96)
+    assert loaded.num_classes == 7 and torch.equal(loaded(x), model(x))
+
+
+def what_timm_does_with_models():
+    """Every public function of timm.models whose first argument is a model."""
+    import inspect
+
+    for helper in sorted(dir(timm.models)):
+        function = getattr(timm.models, helper)
+        if inspect.isfunction(function) and not helper.startswith("_"):
+            if next(iter(inspect.signature(function).parameters), None) == "model":
+                yield helper
+
+
+HELPERS = {  # how each is called, and what holds for its answer
+    "create_feature_extractor": None,
+    "get_graph_node_names": None,
+    "get_model_args": lambda f, m, p: f(m)["num_classes"] == 7,
+    "get_model_input_config": lambda f, m, p: f(m)["first_conv"] == m.first_conv,
+    "get_model_traits": lambda f, m, p: f(m)["num_classes"] == 7,
+    "load_checkpoint": lambda f, m, p: not f(m, str(p)).missing_keys,
+    "load_custom_pretrained": None,
+    "load_pretrained": None,
+    "model_parameters": lambda f, m, p: len(list(f(m, exclude_head=True))) == len(list(m.parameters())) - 2,
+    "push_to_hf_hub": None,  # needs a network; its local part is `save_for_hf`
+    "reparameterize_model": lambda f, m, p: f(m).state_dict().keys() == m.state_dict().keys(),
+    "resume_checkpoint": lambda f, m, p: f(m, str(p)) is None,
+    "save_for_hf": lambda f, m, p: f(m, p.parent / "hub") is None and (p.parent / "hub" / "config.json").is_file(),
+}
+
+
+@pytest.mark.parametrize("helper", what_timm_does_with_models())
+@pytest.mark.parametrize("name", ALL)
+def test_helpers_of_timm(name, helper, tmp_path):
+    model, file = create(name, num_classes=7).eval(), tmp_path / "weights.pth"
+    torch.save({"state_dict": model.state_dict()}, file)
+    function, right = getattr(timm.models, helper), HELPERS[helper]
+    if right is not None:
+        assert right(function, model, file)
+    elif helper in ("create_feature_extractor", "get_graph_node_names"):
+        arguments = (["patch_embed"],) if helper == "create_feature_extractor" else ()
+        with pytest.raises(TypeError, match="torch.fx's symbolic tracing"):
+            function(model, *arguments)
+    elif helper in ("load_pretrained", "load_custom_pretrained"):
+        with pytest.raises(RuntimeError, match="[Nn]o pretrained weights exist"):
+            timm.create_model(name, pretrained=True, **ALL[name])

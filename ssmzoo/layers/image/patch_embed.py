@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 def check_image(x: Tensor, in_chans: int, smallest: int, model: str) -> None:
     """ValueError unless x is (b in_chans y x) of floats with both sides at least `smallest` pixels."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            f"{model} depends on the size of its images, which torch.fx's symbolic tracing (create_feature_extractor "
+            f"of timm) cannot follow; take features_only=True or forward_intermediates, or torch.export for a graph"
+        )
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(
             f"{model} takes images of shape (batch, {in_chans}, height, width), got {tuple(x.shape)}"
