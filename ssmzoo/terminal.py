@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # C0 but for tab, newline and return; delete; C1; and what reorders text (bidirectional overrides and isolates)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+COLOUR = re.compile(r"\\x1b(\[[\d;]*m)")  # as `printable` writes it
+
 
 def printable(text: str) -> str:
     r"""Control characters as Python writes them: "\x1b[2J" instead of a cleared screen."""
@@ -17,13 +19,19 @@ def printable(text: str) -> str:
 
 
 class Printable:
-    """A text stream that writes `printable` text to another; `raw` is that other one."""
+    """A text stream that writes `printable` text to another; `raw` is that other one.
+
+    colours  let colour codes through, and no others, while a library prints lines of its own in colour
+    """
+
+    colours = False
 
     def __init__(self, raw):
         self.raw = raw
 
     def write(self, text: str) -> int:
-        self.raw.write(printable(text))
+        shown = printable(text)
+        self.raw.write(COLOUR.sub("\x1b\\1", shown) if self.colours else shown)
         return len(text)
 
     def writelines(self, lines) -> None:

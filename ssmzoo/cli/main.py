@@ -8,6 +8,7 @@ import sys
 import traceback
 
 from ssmzoo import __version__
+from ssmzoo.terminal import plain_output
 
 COMMANDS = ("list", "info", "backends", "verify", "generate", "restore", "probe", "bench", "runs", "ckpt")
 
@@ -53,6 +54,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    with plain_output():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["train"], ["eval"]):
         from ssmzoo.cli import train as entry

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 from pathlib import Path
 from typing import NamedTuple
-
-from ssmzoo.cli.ckpt import flatten
 
 
 class Run(NamedTuple):
@@ -35,6 +32,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def run(args) -> None:
     if args.what[0] == "compare":
         return compare([read_run(Path(p)) for p in args.what[1:]], args.metric, Path(args.out))
+    if len(args.what) > 1:
+        raise ValueError(
+            f"runs takes one folder, got {', '.join(args.what)} (to compare runs: `ssmzoo runs compare ...`)"
+        )
     root = Path(args.what[0])
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder of runs")
@@ -42,47 +43,63 @@ def run(args) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder as a row; raises ValueError when it is none."""
-    from omegaconf import OmegaConf
-
+    """A run folder as a row; raises ValueError, naming the file, when it is none or is damaged."""
+    from ssmzoo.checkpoint_files import read_index
+    from ssmzoo.safe_yaml import read_yaml
+    from ssmzoo.train.changes import flatten
     from ssmzoo.train.ledger import read_status
     from ssmzoo.train.logger import read_metrics
 
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} is not a run folder (no config.yaml)")
-    config = flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    rows = read_metrics(folder / "metrics.csv")
+    content = read_yaml(folder / "config.yaml")
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / 'config.yaml'} does not hold a table of keys")
+    try:
+        rows = read_metrics(folder / "metrics.csv")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / 'metrics.csv'} cannot be read: {error}") from None
     status, note = read_status(folder)
-    index_file = folder / "checkpoints" / "index.json"
-    index = json.loads(index_file.read_text()) if index_file.exists() else {}
+    index = read_index(folder / "checkpoints") or {}
     best = index["best"][0]["value"] if index.get("best") else None
     last_change = max((f.stat().st_mtime for f in folder.glob("*.csv")), default=0)
     return Run(
         folder,
-        config,
+        flatten(content),
         status,
         note,
-        index.get("monitor", "val/loss"),
-        index.get("mode", "min"),
+        str(index.get("monitor", "val/loss")),
+        str(index.get("mode", "min")),
         best,
-        int(rows[-1]["step"]) + 1 if rows else 0,
+        int(rows[-1]["step"]) if rows else 0,
         max(0.0, last_change - (folder / "config.yaml").stat().st_mtime),
     )
+
+
+def read_all(root: Path) -> tuple[list[Run], list[str]]:
+    """(runs below a folder, what is wrong with those that cannot be read)."""
+    runs, damaged = [], []
+    for file in sorted(root.rglob("config.yaml")):
+        if (file.parent / "metrics.csv").exists() or (file.parent / "status.txt").exists():
+            try:
+                runs.append(read_run(file.parent))
+            except (ValueError, OSError) as error:
+                damaged.append(f"{file.parent}: {error}")
+    return runs, damaged
 
 
 def list_runs(root: Path) -> None:
     from ssmzoo.train.progress import clock
 
-    folders = [f.parent for f in sorted(root.rglob("config.yaml"))]
-    runs = [read_run(f) for f in folders if (f / "metrics.csv").exists() or (f / "status.txt").exists()]
-    if not runs:
+    runs, damaged = read_all(root)
+    if not runs and not damaged:
         print(f"no runs in {root}")
         return
-    models = {r.config.get("model_name"): [] for r in runs}
+    models: dict[object, list[Run]] = {}
     for r in runs:
-        models[r.config.get("model_name")].append(r)
+        models.setdefault(r.config.get("model_name"), []).append(r)
     differing = {name: differing_keys(members) for name, members in models.items()}
-    width = max(len(str(r.folder)) for r in runs)
+    width = max((len(str(r.folder)) for r in runs), default=3)
     print(f"{'run':<{width}}  {'status':<9}{'steps':>7}{'time':>9}  best")
     for r in runs:
         best = f"{r.monitor} {r.best:.4f}" if r.best is not None else "-"
@@ -94,40 +111,66 @@ def list_runs(root: Path) -> None:
             print(f"    {r.note}")
         if r.status not in ("finished", "running"):
             print(f"    python train.py resume={shlex.quote(str(r.folder))}")
+    for line in damaged:
+        print(f"damaged: {line}")
 
 
 def differing_keys(runs: list[Run]) -> list[str]:
     """Configuration keys whose values are not the same in all runs (names and folders left out)."""
-    keys = sorted({k for r in runs for k in r.config} - {"name", "runs_dir", "resume"})
+    keys = sorted({k for r in runs for k in r.config} - {"name", "runs_dir", "resume", "config"})
     return [k for k in keys if len({repr(r.config.get(k)) for r in runs}) > 1]
 
 
+def not_seeds(keys: list[str], runs: list[Run]) -> list[str]:
+    """Without `seed`, and what every run took from it (data.seed)."""
+    return [k for k in keys if any(r.config.get(k) != r.config.get("seed") for r in runs)]
+
+
+def label(run: Run, varied: list[str], per_model: dict[object, list[str]]) -> str:
+    """What a run does otherwise than the others, but for its seed.
+
+    Of runs of several models: the model, the keys outside `model` that differ and exist in both (learning rates among
+    them, which models bring along), and the arguments in which the runs of this model differ.
+    """
+    name = run.config.get("model_name")
+    shown = [k for k in varied if k != "model_name" and not k.startswith("model.")]
+    shown += [k for k in per_model[name] if k.startswith("model.")]
+    head = [str(name)] if "model_name" in varied else []
+    return ", ".join([*head, *(f"{k}={run.config[k]}" for k in shown if k in run.config)]) or "all"
+
+
 def compare(runs: list[Run], metric: str | None, png: Path) -> None:
-    """Mean and standard deviation over seeds per configuration, and their curves with bands."""
+    """Mean and standard deviation over seeds per configuration, and their curves with bands.
+
+    Only `seed` is pooled: every other key that varies is part of the label.
+    """
     if len(runs) < 2:
         raise ValueError("runs compare needs at least two run folders")
     from ssmzoo.train.logger import read_metrics
 
     metric = metric or runs[0].monitor
     good = max if metric == runs[0].monitor and runs[0].mode == "max" else min
-    varied = [k for k in differing_keys(runs) if k != "seed" and not k.endswith(".seed")]
+    varied = not_seeds(differing_keys(runs), runs)
+    members: dict[object, list[Run]] = {}
+    for r in runs:
+        members.setdefault(r.config.get("model_name"), []).append(r)
+    per_model = {name: not_seeds(differing_keys(of_one), of_one) for name, of_one in members.items()}
     groups: dict[str, list[dict[int, float]]] = {}
     for r in runs:
-        curve = {int(row["step"]) + 1: row[metric] for row in read_metrics(r.folder / "metrics.csv") if metric in row}
+        curve = {int(row["step"]): row[metric] for row in read_metrics(r.folder / "metrics.csv") if metric in row}
         if not curve:
             raise ValueError(f"{r.folder} has no {metric} in metrics.csv")
-        same_model = "model_name" not in varied
-        label = ", ".join(f"{k}={r.config.get(k)}" for k in varied) if same_model else str(r.config["model_name"])
-        groups.setdefault(label or "all", []).append(curve)
+        groups.setdefault(label(r, varied, per_model), []).append(curve)
     column = max(18, len(metric) + 9)
     width = max(40, *(len(name) + 2 for name in groups))
-    print(f"{'configuration':<{width}}{'runs':>5}{'final ' + metric:>{column}}{'sd':>10}{'best':>10}")
+    print(f"{'configuration':<{width}}{'runs':>5}{'final ' + metric:>{column}}{'sd':>10}{'best':>10}{'at step':>9}")
     for name, curves in groups.items():
-        finals = [c[max(c)] for c in curves]
-        sd = statistics.stdev(finals) if len(finals) > 1 else 0.0
+        finals, last = [c[max(c)] for c in curves], sorted({max(c) for c in curves})
         best = good(good(c.values()) for c in curves)
-        shown = f"{sd:.4f}" if len(finals) > 1 else "-"
-        print(f"{name:<{width}}{len(curves):>5}{statistics.mean(finals):>{column}.4f}{shown:>10}{best:>10.4f}")
+        shown = f"{statistics.stdev(finals):.4f}" if len(finals) > 1 else "-"
+        steps = f"{last[0]}" if len(last) == 1 else f"{last[0]}-{last[-1]}"
+        mean = statistics.mean(finals)
+        print(f"{name:<{width}}{len(curves):>5}{mean:>{column}.4f}{shown:>10}{best:>10.4f}{steps:>9}")
     draw(groups, metric, png)
     print(f"curves in {png}")
 
@@ -156,7 +199,7 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
                 alpha=0.2,
                 linewidth=0,
             )
-    axes.set(xlabel="optimiser step", ylabel=metric, title="mean over seeds, band: one standard deviation")
+    axes.set(xlabel="optimiser step", ylabel=metric, title="means over seeds, bands: one standard deviation")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(png, dpi=120)

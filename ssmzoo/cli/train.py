@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from ssmzoo.presets import config_dir
+from ssmzoo.terminal import plain_output
 
 USER_ERROR, FAILED = 2, 1
 
@@ -23,6 +24,11 @@ def evaluate() -> None:
 
 
 def _run(config_name: str) -> None:
+    with plain_output():
+        _run_plainly(config_name)
+
+
+def _run_plainly(config_name: str) -> None:
     arguments = [a for a in sys.argv[1:] if a != "--traceback"]
     show_all = len(arguments) < len(sys.argv) - 1
     try:

@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from ssmzoo.terminal import raw
+
 
 class NoProfiler(PassThroughProfiler):
     """Lightning opens a context around every hook of every callback, fifty times a step: this one costs nothing."""
@@ -72,10 +74,16 @@ class Progress(L.Callback):
         self._first_seen, self._first_step = task.seen, trainer.global_step
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
+        from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self._bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[line]}"))
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[line]}"),
+            console=Console(file=raw(sys.stdout)),
+        )
         self._job = self._bar.add_task("training", total=self._total(trainer), line="")
         self._bar.start()
 

@@ -95,7 +95,8 @@ def begin(objects: Objects, folder: Path) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(objects.plain)))
     os.environ[ledger.RUN_DIR] = str(folder)  # processes that Lightning starts from here belong to the same run
     roles = optim.roles_table(objects.task.model, objects.plain["optim"].get("decay", "roles"))
-    print(f"{objects.model_name} in {folder}\n{roles}\n{backends_line()}", flush=True)
+    rate = f"learning rate {objects.plain['optim'].get('lr', 1e-3):g} at its peak"
+    print(f"{objects.model_name} in {folder}\n{roles}\n{rate}\n{backends_line()}", flush=True)
     ledger.write_status(folder, "running")
 
 

@@ -21,6 +21,7 @@ def run_job(action: Callable, cfg) -> float:
 
     job = HydraConfig.get()
     what = {"job": int(job.job.num), "overrides": [o.lstrip("+") for o in job.overrides.task]}
+    what |= {"lr": cfg.get("optim", {}).get("lr")}
     try:
         value = action(cfg)
     except SystemExit as stop:
@@ -46,7 +47,8 @@ def _note(what: dict) -> None:
 @contextmanager
 def notes() -> Iterator[Callable[[], list[dict]]]:
     """Jobs started inside, in this process or others, note their ends; the function given returns them in order."""
-    path = Path.cwd() / f".sweep-{os.getpid()}.jsonl"
+    path, hydras = Path.cwd() / f".sweep-{os.getpid()}.jsonl", Path.cwd() / "multirun.yaml"
+    theirs = hydras.exists()  # somebody's own, which stays
 
     def read() -> list[dict]:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -57,6 +59,8 @@ def notes() -> Iterator[Callable[[], list[dict]]]:
         yield read
     finally:
         os.environ.pop(NOTES, None)
+        if path.exists() and not theirs:  # Hydra's copy of the sweep's configuration, which every run folder has
+            hydras.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 
@@ -66,6 +70,10 @@ def summary(ends: list[dict]) -> tuple[str, int]:
     lines = [f"sweep: {len(ends)} runs, " + ", ".join(f"{n} {status}" for status, n in count.items() if n)]
     common = set.intersection(*(set(e["overrides"]) for e in ends)) if len(ends) > 1 else set()
     differing = [" ".join(o for o in e["overrides"] if o not in common) for e in ends]
+    rates = {e.get("lr") for e in ends}
+    if len(rates) > 1:  # models bring learning rates along: those that nobody typed are shown, too
+        rated = [f"{d} (optim.lr={e['lr']:g})" if e.get("lr") is not None else d for d, e in zip(differing, ends)]
+        differing = [d if "optim.lr=" in d else r for d, r in zip(differing, rated)]
     width = max(map(len, differing))
     for e, overrides in zip(ends, differing):
         end = f"{e['value']:.4f}" if e["status"] == "finished" else e["why"]

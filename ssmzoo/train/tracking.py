@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
+from ssmzoo.terminal import Printable
+
 MODES = ("online", "offline", "disabled", "shared")
 
 
@@ -34,6 +36,7 @@ def wandb_logger(
         raise ValueError("logger=wandb needs the package wandb: pip install wandb") from None
     from lightning.pytorch.loggers import WandbLogger
 
+    Printable.colours = True  # wandb's lines
     settings = wandb.setup().settings
     if mode is None and settings.mode == "online" and not _has_key(settings):
         mode = "offline"
