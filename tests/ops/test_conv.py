@@ -192,6 +192,10 @@ def test_c_traces_and_repeats_exactly():
         grad.sum().backward()
     step = (torch.randn(2, 50), torch.randn(2, 50, 3), leaves["weight"].detach(), None, "silu", None, None)
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d_update.default, step)
+    tokens = torch.randn(2, 3, 50).transpose(1, 2)
+    rows, seen = torch.tensor([4, 1]), torch.tensor([0, 7], dtype=torch.int32)
+    step = (tokens, torch.randn(5, 50, 3), leaves["weight"].detach(), None, None, seen, rows)
+    torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d_update.default, step)
 
 
 @pytest.mark.parametrize(

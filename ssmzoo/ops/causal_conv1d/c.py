@@ -58,13 +58,26 @@ register("c", Kernel(forward, backward), device="cpu", missing=MISSING, unsuppor
 
 
 def _update(a) -> Tensor:
-    x, y = a.x.contiguous(), a.x.new_empty(a.x.shape)
-    rows, seen = (None if t is None else t.long().contiguous() for t in (a.conv_state_indices, a.cache_seqlens))
-    rows = checked(rows, a.conv_state)
-    pointers = [None if t is None else t.data_ptr() for t in (x, a.conv_state, a.weight, a.bias, y, rows, seen)]
-    (b, c), length = x.shape[:2], x.shape[2] if x.ndim == 3 else 1
-    UPDATE(*pointers, b, c, length, a.conv_state.shape[2], a.weight.shape[1], a.activation is not None)
-    return y
+    x, rows, seen = a.x.contiguous(), a.conv_state_indices, a.cache_seqlens
+    rows = None if rows is None else checked(rows, a.conv_state).long().contiguous()
+    seen = None if seen is None else seen.long().contiguous()
+    y = torch.empty_like(x)
+    UPDATE(
+        x.data_ptr(),
+        a.conv_state.data_ptr(),
+        a.weight.data_ptr(),
+        None if a.bias is None else a.bias.data_ptr(),
+        y.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        None if seen is None else seen.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        x.shape[2] if x.ndim == 3 else 1,
+        a.conv_state.shape[2],
+        a.weight.shape[1],
+        a.activation is not None,
+    )
+    return y if x is a.x or a.x.is_contiguous() else torch.empty_like(a.x).copy_(y)  # strides as tracers expect them
 
 
 TRACED_UPDATE = in_place("causal_conv1d_update", causal_conv1d_update.Arguments, "conv_state", _update, like="x")
