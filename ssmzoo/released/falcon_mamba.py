@@ -1,0 +1,35 @@
+"""Falcon-Mamba in the naming of Hugging Face transformers (Apache-2.0): FalconMambaForCausalLM, and the model alone.
+
+The tensors are those of mamba_hf: only config.json (model_type) tells the two apart.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmzoo.models.falcon_mamba import FalconMambaLM
+from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.hugging_face import MAMBA, infer_mamba, mamba_mixer, official_hf_lm, to_hf
+from ssmzoo.released.language import AttentionMask, from_official, golden_lm
+
+__all__ = ["MODELS", "MODEL_TYPE", "TABLES", "from_official", "golden", "infer", "official", "to_official"]
+MODEL_TYPE = "falcon_mamba"
+MODELS = (FalconMambaLM,)
+CONFIG = Arguments("FalconMambaForCausalLM", MAMBA.honoured | {"mixer_rms_eps": 1e-6}, MAMBA.inert)
+TABLES = (CONFIG,)
+infer, to_official = infer_mamba, to_hf
+
+
+def official(state: dict, **given):
+    """The arguments are FalconMambaConfig's. Without a head in the file the outputs are the last hidden states."""
+    config = CONFIG.complete(given)
+    mixer = mamba_mixer(config) | {"mixer_rms_eps": config["mixer_rms_eps"]}
+    return official_hf_lm(FalconMambaHF, state, config, mixer, tied=True)
+
+
+class FalconMambaHF(AttentionMask, FalconMambaLM):
+    """Falcon-Mamba with the inputs of transformers' FalconMambaForCausalLM."""
+
+
+def golden(case) -> dict[str, Tensor]:
+    return golden_lm(case) if "logits" in case.outputs else case.run_official()
