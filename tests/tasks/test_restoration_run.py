@@ -283,7 +283,8 @@ def test_a_colour_picture_meets_a_grey_model_and_the_others_go_on(call, monkeypa
     from ssmzoo import create_model
 
     torch.save(create_model("mambair_jpeg", embed_dim=30, depths=[1], d_state=2).state_dict(), tmp_path / "w.pth")
-    monkeypatch.setattr("ssmzoo.zoo.create_model", lambda name: create_model(name, embed_dim=30, depths=[1], d_state=2))
+    small = {"embed_dim": 30, "depths": [1], "d_state": 2}
+    monkeypatch.setattr("ssmzoo.zoo.create_model", lambda name, **more: create_model(name, **small, **more))
     write_picture(tmp_path / "in" / "colour.png", Picture(photo((9, 9))))
     write_picture(tmp_path / "in" / "grey.png", Picture(photo((9, 9))[..., :1]))
     status, out, err = call(
