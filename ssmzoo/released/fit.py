@@ -89,3 +89,16 @@ def same_head(state: dict[str, Tensor], head: str, embedding: str) -> bool:
     return head not in state or (
         state[head].shape == state[embedding].shape and torch.equal(state[head], state[embedding])
     )
+
+
+def refuse_other_constants(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Tables that the model computes instead of storing may be in a file, if they are the same ones (to 16 bits).
+
+    Those for another image size or length are not compared. Raises CheckpointError.
+    """
+    for key, value in state.items():
+        there = expected.get(key)
+        if there is None or value.shape[1:] != there.shape[1:]:
+            raise CheckpointError(f"{key} {tuple(value.shape)} of the file has no place in the model")
+        if len(value) == len(there) and not torch.allclose(value.detach().float(), there.float(), atol=1e-2):
+            raise CheckpointError(f"{key} of the file is not the table that the model computes")

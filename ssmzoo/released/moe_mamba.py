@@ -18,6 +18,7 @@ from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba, MoEMambaLM
 from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.moe import CHOICE, SWITCH, WITHOUT, official_moe
 from ssmzoo.released.names import Names, add_prefix, cut_prefix
@@ -69,8 +70,7 @@ def official(state: dict[str, Tensor], **given):
     switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
     losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and config["zloss_weight"] > 0)
     model = _OfficialLM(DecoderLM(config["vocab_size"], d, blocks), losses)
-    kept = {key: value for key, value in state.items() if ".rope." not in key}
-    return model, add_prefix("model.", names(modules, parallel).to_ours(kept))
+    return model, add_prefix("model.", names(modules, parallel).to_ours(without_tables(state)))
 
 
 def sublayer(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
@@ -164,9 +164,17 @@ def names(block_modules, parallel: bool) -> Names:
 
 
 def from_official(model: DecoderLM, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = {key: value for key, value in state.items() if ".rope." not in key}
     block = model.blocks[0]
-    return names(list(block.layers), "shared" in block.norms).to_ours(kept)
+    return names(list(block.layers), "shared" in block.norms).to_ours(without_tables(state))
+
+
+def without_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the rotary tables: ours are computed, different ones are refused."""
+    tables = {key: value for key, value in state.items() if ".rope." in key}
+    for key, value in tables.items():
+        cos, sin = rotary_tables(value.shape[1], value.shape[0])
+        refuse_other_constants({key: value}, {key: cos if key.endswith("cos") else sin})
+    return {key: value for key, value in state.items() if key not in tables}
 
 
 def to_official(module: nn.Module, state: dict[str, Tensor], cutoff: int | None = None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssmzoo.models.vim import Vim, VimMixer
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, one_of, resize_plain_positions
 from ssmzoo.released.infer import part, ratio
 from ssmzoo.released.vmamba import SCAN_INITIAL
@@ -63,7 +64,10 @@ def official(state: dict[str, Tensor], **given):
 
 def from_official(model: Vim, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released (or our own) state dict under our names, positions resized to this model's grid."""
-    state = {key: value for key, value in state.items() if not key.startswith("rope.")}
+    state = dict(state)
+    if rotary := {key: state.pop(key) for key in list(state) if key.startswith("rope.")}:
+        angles = released_angles(model.grid, model.embed_dim, model.rope_options.reference)
+        refuse_other_constants(rotary, {"rope.freqs_cos": angles.cos(), "rope.freqs_sin": angles.sin()})
     if "cls_token_head" in state:
         state["cls_token"] = torch.cat([state.pop("cls_token_head"), state.pop("cls_token_tail")], dim=1)
     return resize_plain_positions(model, state)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from paths import GOLDEN
 from safetensors.torch import save_file
 
 import ssmzoo
@@ -12,7 +13,7 @@ from ssmzoo.checkpoint_files import read_weights
 from ssmzoo.released.family import families, to_official
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import role
-from ssmzoo.released.golden import relative_error
+from ssmzoo.released.golden import GoldenCase, relative_error
 from ssmzoo.train.init_from import start_from
 
 TINY = {  # small enough to build in no time, by family; every family with models of ours is here
@@ -186,3 +187,19 @@ def test_both_routes_take_the_same_weights_of_one_file(tmp_path):
     expected = released.eval()(x)
     for model in (through_timm, here, by_name):
         assert relative_error(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family, case, key",
+    [
+        ("vim", "classifier_rope_meanpool", "rope.freqs_cos"),
+        ("moe_mamba", "transformer", "encoder.blocks.block_0.block.residual_attention.layer.attention.rope.sin"),
+        ("mambair_v2", "light_x3", "relative_position_index_SA"),
+    ],
+)
+def test_other_constants_than_ours_are_refused(family, case, key):
+    case = GoldenCase.load(GOLDEN / family / f"{case}.json")
+    state = {k: v.detach() for k, v in case.params.items()}
+    ssmzoo.load_official(family, state, **case.official_kwargs)
+    with pytest.raises(CheckpointError, match=f"{key} of the"):
+        ssmzoo.load_official(family, state | {key: state[key] + 1}, **case.official_kwargs)
