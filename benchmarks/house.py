@@ -19,6 +19,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -255,10 +256,9 @@ def lightning_hooks() -> set[str]:
 def constructors(root: Path) -> tuple[int, int]:
     """(most arguments of a block, of a registered model), `self` not counted."""
     registered = {
-        line.split()[-1].rpartition(".")[2]
+        target.rpartition(".")[2]
         for file in (root / "configs" / "model").rglob("*.yaml")
-        for line in file.read_text().splitlines()
-        if "_target_" in line
+        for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text())
     }
     blocks, models = 0, 0
     for part in ("layers", "models"):
