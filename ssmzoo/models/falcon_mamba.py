@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.mamba import Mamba
+from ssmzoo.layers.norm import fp32
 from ssmzoo.models.mamba import MambaLM
 
 
 class NormedProjection(nn.Linear):
-    """x (... e) -> [dt | B | C] (... r+2n), each part divided by its root mean square, computed in fp32."""
+    """x (... e) -> [dt | B | C] (... r+2n), each part divided by its root mean square, in fp32 or better."""
 
     def __init__(self, d_inner: int, parts: tuple[int, int, int], eps: float):
         super().__init__(d_inner, sum(parts), bias=False)
@@ -25,7 +26,7 @@ class NormedProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         split = super().forward(x).split(self.parts, dim=-1)
-        return torch.cat([F.rms_norm(part.float(), part.shape[-1:], eps=self.eps).to(part.dtype) for part in split], -1)
+        return torch.cat([F.rms_norm(fp32(part), part.shape[-1:], eps=self.eps).to(part.dtype) for part in split], -1)
 
 
 class FalconMambaMixer(Mamba):
