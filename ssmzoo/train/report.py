@@ -66,7 +66,10 @@ def write_interrupted(run_dir: Path, status: str) -> None:
 
 
 def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path | None:
-    """Training loss (light: every logged step, dark: running mean) and the validation curve against steps."""
+    """Training loss (light: every logged step, dark: running mean) and the validation curve against updates.
+
+    A metric of another unit than the loss has axes of its own below.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,19 +80,24 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
     validation = [(r["step"], r[f"val/{monitor}"]) for r in rows if f"val/{monitor}" in r]
     if not train and not validation:
         return None
-    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    apart = bool(train and validation and monitor != "loss")
+    size = (7, 6 if apart else 4)
+    figure, axes = plt.subplots(1 + apart, figsize=size, sharex=True, squeeze=False, constrained_layout=True)
+    upper, lower = axes[0, 0], axes[-1, 0]
     if train:
         steps, values = zip(*train)
-        axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
+        upper.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
         smooth, weight = [], min(0.95, max(0.0, 1 - 25 / len(values)))
         for value in values:
             smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
-        axes.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="training loss")
+        upper.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="training loss")
     if validation:
-        axes.plot(*zip(*validation), color=COLOURS[1], marker="o", linewidth=2, label=f"validation {monitor}")
-    axes.set(xlabel="optimiser step", ylabel="loss" if monitor == "loss" else f"loss, {monitor}", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        lower.plot(*zip(*validation), color=COLOURS[1], marker="o", linewidth=2, label=f"validation {monitor}")
+    upper.set(ylabel="loss" if train else monitor, title=title)
+    lower.set(xlabel="optimiser step", ylabel=monitor if validation else "loss")
+    for one in {upper, lower}:
+        one.grid(alpha=0.3)
+        one.legend()
     figure.savefig(png, dpi=120)
     plt.close(figure)
     return png

@@ -94,3 +94,32 @@ def test_answers_of_strings_are_weighted_too(tmp_path, monkeypatch):
     assert again == pytest.approx(losses, rel=1e-12)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_samples_are_weighted_where_no_item_has_a_label(tmp_path):
+    """Micro-batches of a task that counts samples: 3 of 4 are one of 12, in the short last update of an epoch too."""
+    from toy import Regression, ToyData
+
+    def go(batch_size: int, parts: int) -> list[float]:
+        torch.manual_seed(0)
+        task, losses = Regression(torch.nn.Linear(8, 1)), []
+
+        class Keep(L.Callback):
+            def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+                if update_is_complete(trainer):
+                    losses.append(float(task.trained_loss))
+
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = L.Trainer(
+            max_epochs=2,
+            accumulate_grad_batches=parts,
+            accelerator="cpu",
+            limit_val_batches=0,
+            callbacks=[Keep()],
+            default_root_dir=tmp_path,
+            **quiet,
+        )
+        trainer.fit(task, datamodule=ToyData(batch_size=batch_size))
+        return losses
+
+    assert go(4, 3) == pytest.approx(go(12, 1), rel=1e-5)
