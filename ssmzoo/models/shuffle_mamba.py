@@ -122,6 +122,7 @@ class ShuffleMamba(Vim):
 class ShuffleMambaReg(PlainBackbone):
     """Image classifier on k register tokens. (b c y x) -> (b num_classes); the defaults are the base size.
 
+    img_size, patch_size     built size, one number or (height, width), and the side of a patch
     n_registers, cls_reduce  k, and the factor by which `neck` narrows each register before they are joined
     shuffle_rate             see `ShuffleMamba`; forward takes u and perm as there
     num_features             d, the channels of `forward_features`; `head_hidden_size` is k d / cls_reduce
