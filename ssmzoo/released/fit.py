@@ -8,15 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.released.family import looks_like
+from ssmzoo.released.family import family_of, looks_like
 from ssmzoo.released.files import CheckpointError
 
 HEADS = ("head", "lm_head", "classifier", "readout")
 POSITIONS = ("pos_embed", "pos_embed_cls", "cls_token", "absolute_pos_embed")
 
 
-def fit_state_dict(module: nn.Module, state: dict[str, Tensor], what: str = "the model") -> None:
+def fit_state_dict(
+    module: nn.Module, state: dict[str, Tensor], what: str = "the model", family: str | None = None
+) -> None:
     """Load `state` strictly; raise CheckpointError listing missing and unexpected keys and wrong shapes.
+
+    family  the one that was asked for: a hint that the file looks like it would help nobody
 
     Tensors of another floating type become the module's, with a warning that names both.
     """
@@ -34,7 +38,8 @@ def fit_state_dict(module: nn.Module, state: dict[str, Tensor], what: str = "the
         if keys
     ]
     if problems:
-        raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + looks_like(state))
+        hint = "" if family is not None and family_of(state) == family else looks_like(state)
+        raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + hint)
     say_conversion(own, state, what)
     module.load_state_dict(state)
 

@@ -39,7 +39,7 @@ def load_official(family, checkpoint=None, **official_kwargs) -> nn.Module:
         check_names(family, official_kwargs)
     family, state, config = read(family, checkpoint)
     module, ours = build(family, state, arguments_of(family, config, argument_names(family)) | official_kwargs)
-    fit_state_dict(module, ours, what=f"the official {family} model")
+    fit_state_dict(module, ours, what=f"the official {family} model", family=family)
     return module.eval()
 
 

@@ -290,7 +290,7 @@ def test_released_checkpoints_that_do_not_fit():
         ssmzoo.load_official("spatial_mamba", {k: v for k, v in state.items() if k != "norm.weight"}, **kwargs)
     with pytest.raises(CheckpointError, match="num_classes is 7, but the tensors say 5"):
         ssmzoo.load_official("spatial_mamba", state, **(kwargs | {"num_classes": 7}))
-    with pytest.raises(CheckpointError, match=r"unexpected keys 1: more; by .* looks like .* family 'spatial_mamba'"):
+    with pytest.raises(CheckpointError, match="unexpected keys 1: more$"):
         ssmzoo.load_official("spatial_mamba", state | {"more": torch.zeros(1)}, **kwargs)
     for family, more in (("spatial_mamba", kwargs), ("vmamba", {})):  # with a table where theirs has none, or another
         with pytest.raises(CheckpointError, match="looks like a checkpoint of family 'vim'"):
