@@ -29,11 +29,8 @@ RULES: dict[str, str | None] = {  # the first pattern that fits a key: why it is
     "data.batch_size": None,
     "data.num_workers": None,
     "data.path": None,  # moved to another disk
-    "data.root": None,
     "data.val_path": None,
-    "data.val_paths": None,
     "data.cache_dir": None,
-    "data.download": None,
     "data.val_*": None,
     "data.test_*": None,
     "data.*": ORDER,
@@ -84,8 +81,9 @@ def typed_keys(overrides: Sequence[str], choices: dict[str, Any]) -> list[str]:
 
 def _keys_of(file: Path, group: str) -> list[str]:
     content = read_yaml(file) or {}
-    body = {k: v for k, v in content.items() if k not in ("defaults", "hydra", *NOT_OF_THE_RUN)}
     whole = "@package _global_" in file.read_text(encoding="utf-8")
+    others = ("defaults", "hydra", *NOT_OF_THE_RUN) if whole else ("defaults",)
+    body = {k: v for k, v in content.items() if k not in others}
     return list(flatten(body if whole else {group: body})) if body else []
 
 

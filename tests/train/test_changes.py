@@ -29,7 +29,7 @@ def every_key() -> set[str]:
     """Of every config file, and every argument of what they configure."""
     import inspect
 
-    keys = set(TOP_LEVEL) - {"resume", "config", "name", "runs_dir"}
+    keys = set(TOP_LEVEL) - set(NOT_OF_THE_RUN)
     for group in GROUPS:
         for name in config_names(group):
             found, text = content(group, name)
@@ -63,7 +63,7 @@ REFUSED = [
     ("model.state_size=7", "weights were made"),
     ("data.max_length=9", "which sample comes next"),
     ("optim.name=sgd", "optimiser's state"),
-    ("optim=adamw", "optimiser's state"),
+    ("optim=adam", "optimiser's state"),
     ("optim.layer_decay=0.5", "optimiser's state"),
     ("callbacks.ema.decay=0.9", "average began"),
     ("init_from=nowhere", "weights of its own"),
