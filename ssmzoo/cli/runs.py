@@ -146,6 +146,7 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     """
     if len(runs) < 2:
         raise ValueError("runs compare needs at least two run folders")
+    from ssmzoo.tasks.metrics.recall import draw_memory, memory_point
     from ssmzoo.train.logger import read_metrics
 
     metric = metric or runs[0].monitor
@@ -156,11 +157,14 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
         members.setdefault(r.config.get("model_name"), []).append(r)
     per_model = {name: not_seeds(differing_keys(of_one), of_one) for name, of_one in members.items()}
     groups: dict[str, list[dict[int, float]]] = {}
+    memory: dict[str, list[tuple[float, float]]] = {}
     for r in runs:
         curve = {int(row["step"]): row[metric] for row in read_metrics(r.folder / "metrics.csv") if metric in row}
         if not curve:
             raise ValueError(f"{r.folder} has no {metric} in metrics.csv")
         groups.setdefault(label(r, varied, per_model), []).append(curve)
+        if point := memory_point(r.folder / "recall.csv"):
+            memory.setdefault(label(r, varied, per_model), []).append(point)
     column = max(18, len(metric) + 9)
     width = max(40, *(len(name) + 2 for name in groups))
     print(f"{'configuration':<{width}}{'runs':>5}{'final ' + metric:>{column}}{'sd':>10}{'best':>10}{'at step':>9}")
@@ -173,6 +177,8 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
         print(f"{name:<{width}}{len(curves):>5}{mean:>{column}.4f}{shown:>10}{best:>10.4f}{steps:>9}")
     draw(groups, metric, png)
     print(f"curves in {png}")
+    if len(memory) > 1:
+        print(f"accuracy against bytes of state in {draw_memory(memory, png.with_stem(png.stem + '_memory'))}")
 
 
 def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> None:

@@ -3,7 +3,7 @@
 Every causal mixer is `forward(x, state=None, *, mask=None, seq_idx=None) -> (y, state)`, with `prefix=None` as well if
 it can read leading positions in both directions. Its state is a NamedTuple of
 tensors with the batch first; a model's state is a tuple of its layers' states. Nothing is hidden in modules, so a state
-can be kept, copied, reordered or differentiated through like any other value.
+can be kept, copied, reordered or differentiated through like any other value. `state_bytes` tells how much it is.
 
 Padding is handled by moving the real tokens of every row to the front, once per call: afterwards left padding, right
 padding and holes are the same thing, a row of `lengths[i]` real tokens followed by slots that nothing may look at.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ModelOutput(NamedTuple):
@@ -140,6 +140,20 @@ def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
 def select_rows(state: Any, rows: Tensor) -> Any:
     """The state of the sequences `rows` (integer tensor): reorder, drop or repeat members of a batch."""
     return map_state(lambda tensor: tensor.index_select(0, rows), state)
+
+
+def state_bytes(model: nn.Module, length: int) -> int:
+    """Bytes of state that a sequence of `length` tokens leaves behind, in the model's precision.
+
+    Every causal mixer tells its own by a method `state_bytes(length)`; this is their sum, 0 for a model without any.
+    """
+    return sum(m.state_bytes(length) for m in model.modules() if hasattr(m, "state_bytes"))
+
+
+def itemsize(module: nn.Module) -> tuple[int, int]:
+    """Bytes of a number in the precision of a module's parameters, and in that of its recurrences: at least fp32."""
+    size = next((p.element_size() for p in module.parameters() if p.is_floating_point()), 4)
+    return size, max(4, size)
 
 
 def detach(state: Any) -> Any:

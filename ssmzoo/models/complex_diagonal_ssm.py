@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.state import ModelOutput, refuse_prefix
+from ssmzoo.layers.state import ModelOutput, itemsize, refuse_prefix
 from ssmzoo.ops import complex_scan
 
 
@@ -99,6 +99,9 @@ class ComplexDiagonalSSM(nn.Module):
         h = complex_scan(a, b, h0)
         last = h[:, -1] if h.shape[1] else h0
         return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), ComplexState(torch.view_as_real(last))
+
+    def state_bytes(self, length: int) -> int:
+        return 2 * self.d_state * itemsize(self)[1]
 
 
 class ComplexDiagonalModel(nn.Module):

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
 from ssmzoo.layers.rope import rotate
-from ssmzoo.layers.state import Padding, call_aligned
+from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.ops import trapezoidal_scan
 
@@ -158,6 +158,10 @@ class Mamba3(nn.Module):
         if mask is not None:
             y = y * mask.mask[..., None]
         return self.out_proj(y), self._last(phase, S, k, v, state, mask)
+
+    def state_bytes(self, length: int) -> int:
+        (size, wide), h, n = itemsize(self), self.nheads, self.d_state
+        return h * (wide * (self.n_angles + self.headdim * n) + size * (self.rank * n + self.headdim))
 
     def _merge(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate, norm and, for MIMO, the weighted sum over ranks. y (b l r h p), z (b l h p) -> (b l hp)"""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.layers.state import ModelOutput, refuse_prefix
+from ssmzoo.layers.state import ModelOutput, itemsize, refuse_prefix
 from ssmzoo.ops.transforms import transformed
 
 
@@ -101,6 +101,9 @@ class RNNModel(nn.Module):
             state = after
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
+
+    def state_bytes(self, length: int) -> int:
+        return sum(s.numel() * itemsize(self)[0] for s in self.allocate_state(1) if s is not None)
 
     def allocate_state(self, batch_size: int, device=None, dtype=None) -> RNNState:
         """The state before the first token: zeros."""

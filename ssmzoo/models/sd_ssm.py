@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.state import ModelOutput, refuse_prefix
+from ssmzoo.layers.state import ModelOutput, itemsize, refuse_prefix
 from ssmzoo.ops import dense_scan
 
 
@@ -120,6 +120,9 @@ class SDSSM(nn.Module):
             all_steps=all_steps,
         )
         return h, SDSSMState(last)
+
+    def state_bytes(self, length: int) -> int:
+        return self.d_state * itemsize(self)[1]
 
 
 class SDSSMModel(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmzoo.layers.state import state_bytes
 from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics.recall import CaseTable, example_accuracy
 
@@ -60,7 +61,8 @@ class Recall(Task):
     def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
         data = self.trainer.datamodule
         table = self.cases(data)
-        table.write_csv(run_dir / "recall.csv", data.axes)
+        held = self.state_bytes(data)
+        table.write_csv(run_dir / "recall.csv", data.axes, {case: n for case, (_, n) in held.items()})
         trained = set(data.train_cases)
         rows = {
             "validation cross entropy": f"{validation['cross_entropy']:.5f} nats per answer",
@@ -71,29 +73,14 @@ class Recall(Task):
             rows["accuracy beyond the trained sizes"] = (
                 f"{100 * table.mean(beyond):.2f} % (mean of {len(beyond)} sizes)"
             )
-        if (held := self.state_bytes(data)) is not None:
-            rows["state"] = f"{held[0]:,} bytes a sequence after {held[1]} tokens, {held[2]:,} after {held[3]}"
+        if held:
+            short, long = min(held.values()), max(held.values())
+            rows["state"] = f"{short[1]:,} bytes a sequence after {short[0]} tokens, {long[1]:,} after {long[0]}"
         figure = table.draw(run_dir / "recall.png", data.axes, trained, f"{type(self.model).__name__} on {data.bench}")
         return Report(rows, {f"{data.bench}, every test size": table.lines(data.axes, trained)}, [figure])
 
-    @torch.no_grad()
-    def state_bytes(self, data) -> tuple[int, int, int, int] | None:
-        """(bytes of carried state, after how many tokens) twice, at the shortest and longest test sequence; None for
-        models that carry none."""
-        found = []
-        for case in (min(data.test_cases), max(data.test_cases)):
-            ids = data.example(case).to(self.device)
-            tensors = _tensors(self.model(ids).state)
-            if not tensors:
-                return None
-            found += [sum(t.numel() * t.element_size() for t in tensors), ids.shape[1]]
-        return tuple(found)
-
-
-def _tensors(state) -> list[Tensor]:
-    """All tensors in nested containers."""
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    return [t for part in state for t in _tensors(part)] if isinstance(state, (list, tuple)) else []
+    def state_bytes(self, data) -> dict[tuple[int, int], tuple[int, int]]:
+        """{test case: (length, bytes of state after it)}; empty for models whose mixers do not tell."""
+        lengths = {case: data.example(case).shape[1] for case in data.test_cases}
+        found = {case: (n, state_bytes(self.model, n)) for case, n in lengths.items()}
+        return found if all(held for _, held in found.values()) else {}

@@ -10,7 +10,7 @@ from ssmzoo.data.recall.benches import BENCHES
 from ssmzoo.data.recall.data import RecallData
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.presets import config_dir
-from ssmzoo.tasks.metrics.recall import CaseTable, example_accuracy
+from ssmzoo.tasks.metrics.recall import CaseTable, example_accuracy, memory_point
 from ssmzoo.tasks.recall import Recall
 from ssmzoo.train.config import paired_overrides
 
@@ -126,8 +126,27 @@ def test_an_oracle_is_right_everywhere_and_a_guess_is_not(tmp_path):
     table = task.cases(data)
     assert table.accuracy((36, 4)) == table.accuracy((64, 4)) == 1 and table.sums[36, 4][0] == 20
     out = task.step(data.training_batch(0), training=False)
-    assert out.metrics["accuracy"] == 1 and out.count == 32 and task.state_bytes(data) is None
+    assert out.metrics["accuracy"] == 1 and out.count == 32 and task.state_bytes(data) == {}
     model = MambaLM(256, 16, 1)
     assert Recall(model).cases(data).accuracy((36, 4)) < 0.2
-    few, _, many, longest = Recall(model).state_bytes(data)
-    assert few == many > 0 and longest == 64
+    held = Recall(model).state_bytes(data)
+    assert held[36, 4][1] == held[64, 4][1] > 0 and held[64, 4][0] == 64
+
+
+def test_runs_are_compared_by_the_state_that_they_carry(call, tmp_path):
+    for model in ("mamba", "transformer"):
+        arguments = [f"model={model}", "data=mqar", f"runs_dir={tmp_path}", *SMALL, *SIZES, *MODELS[model]]
+        assert call(*arguments)[0] == 0
+    held = {}
+    for model in ("mamba", "transformer"):
+        rows = list(csv.DictReader((tmp_path / model / "a" / "recall.csv").open()))
+        held[model] = [int(row["state_bytes"]) for row in rows]
+        assert memory_point(tmp_path / model / "a" / "recall.csv")[0] == pytest.approx(sum(held[model]) / 3)
+    assert len(set(held["mamba"])) == 1 and held["transformer"][2] == 2 * held["transformer"][0]
+    runs = [str(tmp_path / model / "a") for model in held]
+    status, out, err = call("runs", "compare", *runs, f"--out={tmp_path / 'both.png'}", entry="ssmzoo")
+    assert (status, err) == (0, "") and "accuracy against bytes of state in" in out
+    assert (tmp_path / "both_memory.png").stat().st_size > 0
+    (tmp_path / "mamba" / "a" / "recall.csv").write_text("length,pairs,accuracy\n16,2,0.5\n")  # of an older version
+    status, out, _ = call("runs", "compare", *runs, f"--out={tmp_path / 'older.png'}", entry="ssmzoo")
+    assert status == 0 and "bytes of state" not in out

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.rope import rope_table, rotate
-from ssmzoo.layers.state import Padding, call_aligned
+from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
@@ -136,6 +136,9 @@ class Attention(nn.Module):
         y, state = attend(q, k, v, state, rope_dim=self.d_head if self.rope else 0, rope_base=self.rope_base, **more)
         return self.output_projection(y), state
 
+    def state_bytes(self, length: int) -> int:
+        return kv_bytes(self, length, self.n_heads * self.d_head)
+
 
 class MHA(nn.Module):
     """Causal mixer (b l d) -> (b l d); its state grows with the sequence.
@@ -203,6 +206,15 @@ class MHA(nn.Module):
             up, gate = mlp.chunk(2, dim=-1)
             y = torch.cat([y, up * F.silu(gate)], dim=-1)
         return self.out_proj(y), state._replace(conv=conv)
+
+    def state_bytes(self, length: int) -> int:
+        convolution = self.qkv_dim * self.d_conv * itemsize(self)[0]
+        return kv_bytes(self, length, self.num_heads_kv * self.head_dim) + convolution
+
+
+def kv_bytes(module: nn.Module, keys: int, width: int) -> int:
+    """Bytes of so many keys and values of `width` channels, with their positions."""
+    return keys * (2 * width * itemsize(module)[0] + 8)
 
 
 def positions(b: int, l: int, device, state: KVState | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:

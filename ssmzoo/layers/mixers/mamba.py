@@ -25,7 +25,7 @@ from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.state import Padding, call_aligned, is_step
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_step, selective_scan_fn
 
 NO_STEP = -1e4  # before the softplus: dt = 0 exactly, so that padding neither decays nor feeds the state
@@ -161,6 +161,10 @@ class Mamba(nn.Module):
         )
         y = y.transpose(1, 2)
         return (y if padding is None else y * padding.mask[..., None]), MambaState(window, h)
+
+    def state_bytes(self, length: int) -> int:
+        size, wide = itemsize(self)
+        return self.d_inner * (self.d_conv * size + self.d_state * wide)
 
     @property
     def A(self) -> Tensor:

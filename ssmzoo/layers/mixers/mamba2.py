@@ -28,7 +28,7 @@ from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.state import Padding, call_aligned, is_step
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
 
 
@@ -193,6 +193,10 @@ class Mamba2(nn.Module):
             self._skip().reshape(h, -1).expand(h, p),
         )
         return y.reshape(len(y), 1, -1), Mamba2State(conv, S)
+
+    def state_bytes(self, length: int) -> int:
+        size, wide = itemsize(self)
+        return self.widths[3] * self.d_conv * size + self.d_ssm * self.d_state * wide
 
     @property
     def A(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +41,12 @@ class CaseTable:
         found = [self.accuracy(case) for case in cases if case in self.sums]
         return float(np.mean(found)) if found else float("nan")
 
-    def write_csv(self, path: Path, axes: tuple[str, str]) -> None:
-        lines = [f"{axes[0]},{axes[1]},accuracy,standard_error,examples"]
+    def write_csv(self, path: Path, axes: tuple[str, str], state_bytes: dict[tuple[int, int], int]) -> None:
+        """One line per case; state_bytes: of a sequence, empty when the model's mixers do not tell."""
+        lines = [f"{axes[0]},{axes[1]},accuracy,standard_error,examples,state_bytes"]
         for case in sorted(self.sums):
-            n = int(self.sums[case][0])
-            lines.append(f"{case[0]},{case[1]},{self.accuracy(case):.6f},{self.error(case):.6f},{n}")
+            n, held = int(self.sums[case][0]), state_bytes.get(case, "")
+            lines.append(f"{case[0]},{case[1]},{self.accuracy(case):.6f},{self.error(case):.6f},{n},{held}")
         path.write_text("\n".join(lines) + "\n")
 
     def lines(self, axes: tuple[str, str], trained) -> str:
@@ -84,3 +87,36 @@ class CaseTable:
         figure.savefig(png, dpi=120)
         plt.close(figure)
         return png
+
+
+def memory_point(recall_csv: Path) -> tuple[float, float] | None:
+    """(bytes of state, accuracy) of a run, means over its cases; None for a file that does not hold both."""
+    if not recall_csv.exists():
+        return None
+    with recall_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not all(row.get("state_bytes") and row.get("accuracy") for row in rows):
+        return None
+    return tuple(statistics.mean(float(row[key]) for row in rows) for key in ("state_bytes", "accuracy"))
+
+
+def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path) -> Path:
+    """Accuracy against bytes of state; {configuration: (bytes, accuracy) of each of its runs}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for name, runs in points.items():
+        held, right = zip(*runs)
+        right = [100 * r for r in right]
+        spread = statistics.stdev(right) if len(right) > 1 else 0.0
+        ax.errorbar(statistics.mean(held), statistics.mean(right), spread, fmt="o", capsize=3, label=name)
+    ax.set(xscale="log", xlabel="state (bytes a sequence, mean over the test sizes)", ylabel="accuracy (%)")
+    ax.set_title("recall against memory (bars: one standard deviation over seeds)", fontsize=9)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+    return png
