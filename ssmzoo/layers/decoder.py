@@ -38,8 +38,11 @@ class Block(nn.Module):
     """Pre-norm residual sublayers by name, in series, or in parallel behind one shared norm.
 
     layers     the sublayers in order | norm: class of the norms, called with d_model
+    residual   None for x + y, or a method (name, x, y) -> the stream after sublayer `name` has computed y
     forward    x (b l d) -> x (b l d); the mixer's state, {name: state} when there are several mixers; aux of sublayers
     """
+
+    residual: Callable[[str, Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class Block(nn.Module):
                 aux.append(extra)
             else:
                 y = layer(u)
-            x = x + y
+            x = x + y if self.residual is None else self.residual(name, x, y)
         return x, states[self.mixers[0]] if single else states, aux
 
 

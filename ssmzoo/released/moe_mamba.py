@@ -25,7 +25,7 @@ from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
 
 MODELS = (MoEMambaLM, TransformerLM)
-TELLING_KEYS = r"router|expert|^encoder\.blocks\.block_\d+\."
+TELLING_KEYS = r"router|expert"
 
 
 SHAPE = "a shape that the official class fixes; ours takes any"

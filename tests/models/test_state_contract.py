@@ -36,6 +36,7 @@ TINY = {
     "pad_vocab_size_multiple": 1,
 }
 TINY_BY_CLASS = {
+    "CheemsLM": {"d_ff": 8, "layer_pattern": "SA", "n_experts": 9, "experts_per_head": 2, "d_retrieval": 4},
     "Mamba2LM": {"ssm_cfg": {"d_state": 4, "headdim": 8, "chunk_size": 4}},
     "Mamba3LM": {"ssm_cfg": {"d_state": 8, "headdim": 8, "chunk_size": 4}},
 }
@@ -53,6 +54,10 @@ MORE = {  # corners that no preset reaches
             "attn_cfg": {"num_heads": 4, "num_heads_kv": 2, "d_conv": 3, "rotary_emb_dim": 4, "mlp_dim": 10},
             "ssm_cfg": {"d_state": 4, "headdim": 8, "d_ssm": 24, "dt_limit": (0.01, 0.05), "norm_before_gate": True},
         },
+    ),
+    "cheems: growing states, a dense MLP, biases, hidden keys": (
+        "cheems",
+        {"a_mode": "raw", "n_experts": 0, "bias": True, "mask_ratio": 0.4, "n_kv_heads": 1, "tie_embeddings": False},
     ),
     "mamba3: several inputs and outputs": (
         "mamba3",

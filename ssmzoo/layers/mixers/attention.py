@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.short_conv import short_conv
+from ssmzoo.layers.position import document_positions
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.ops.transforms import scaled_dot_product_attention
@@ -219,14 +220,8 @@ def kv_bytes(module: nn.Module, keys: int, width: int) -> int:
 
 def positions(b: int, l: int, device, state: KVState | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """(b l): position of every token in its document, and the document's number in the chunk (0 continues state)."""
-    slot = torch.arange(l, device=device).expand(b, l)
-    done = 0 if state is None else state.position.amax(1, keepdim=True) + 1  # (b 1) tokens of the open document
-    if seq_idx is None:
-        return slot + done, torch.zeros_like(slot)
-    new = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    document = new.cumsum(1)
-    start = torch.where(new, slot, 0).cummax(1).values
-    return torch.where(document == 0, slot + done, slot - start), document
+    done = None if state is None else state.position.amax(1) + 1
+    return document_positions(b, l, device, done, seq_idx)
 
 
 def visible(
