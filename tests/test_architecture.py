@@ -26,6 +26,7 @@ BESIDE = {  # these stand beside the order: what they import
 }
 KNOW_DATA = ("inference", "train", "verify", "cli", "probes")
 KNOW_PROBES = ("verify", "cli")
+KNOW_TIMM = ("inference",)
 IMPORTS = house.imports(ROOT)
 
 
@@ -38,6 +39,7 @@ def allowed(here: str) -> set[str]:
         return set()
     left = BESIDE[here] if here in BESIDE else ORDER[: ORDER.index(here)]
     more = ("data",) * (here in KNOW_DATA) + ("probes",) * (here in KNOW_PROBES)
+    more += ("timm",) * (here in KNOW_TIMM)
     return {here, *left, *more, *LEAVES}
 
 

@@ -139,6 +139,18 @@ def _step():
     }
 
 
+def _delta(per_channel: bool):
+    b, l, h, n, p = 2, 5, 2, 3, 2
+    return {
+        "q": _normal(b, l, h, n),
+        "k": F.normalize(_normal(b, l, h, n), dim=-1),
+        "v": _normal(b, l, h, p),
+        "g": -_positive(b, l, h, n) if per_channel else -_positive(b, l, h),
+        "beta": 2 * torch.sigmoid(_normal(b, l, h)),
+        "initial_state": _normal(b, h, n, p),
+    }
+
+
 def _trapezoidal():
     b, l, r, h, p, n = 2, 4, 2, 2, 3, 2
     return {
@@ -233,6 +245,10 @@ EXAMPLES = {
         lambda: {"x": _normal(2, 3), "z": _normal(2, 3), "weight": _normal(3), "bias": _normal(3)},
     ),
     "rms_norm": _example(ops.rms_norm, lambda: {"x": _normal(2, 3), "weight": _normal(3)}),
+    "gated_delta_rule": _example(ops.gated_delta_rule, functools.partial(_delta, False), seq_idx=SEQ_IDX, chunk_size=2),
+    "gated_delta_rule: a decay per channel": _example(
+        ops.gated_delta_rule, functools.partial(_delta, True), seq_idx=SEQ_IDX, chunk_size=2
+    ),
     "mamba_step": _example(ops.mamba_step, _step),
     "complex_scan": _example(
         _complex_scan,

@@ -19,9 +19,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     average = actions.add_parser("average", help="mean of the weights of several checkpoints of one model")
     average.add_argument("checkpoints", nargs="+")
     average.add_argument("--out", required=True, help="new checkpoint folder")
-    export = actions.add_parser("export", help="weights alone, for other programs")
-    export.add_argument("checkpoint")
-    export.add_argument("--out", required=True, help="file ending in .safetensors or .pt")
+    export = actions.add_parser("export", help="weights for other programs, in their names and files")
+    export.add_argument("checkpoint", help="a run folder, a checkpoint, or a released file or folder")
+    export.add_argument("--to", metavar="FORMAT", help="the program's layout; --to list names them")
+    export.add_argument("--out", help="new folder; without --to: a file ending in .safetensors or .pt")
     return parser
 
 
@@ -105,6 +106,31 @@ def average(args) -> None:
 
 
 def export(args) -> None:
+    if args.to == "list":
+        return list_formats(args.checkpoint)
+    if args.out is None:
+        raise ValueError("--out is missing: the folder to make, or without --to a file ending in .safetensors or .pt")
+    if args.to is None:
+        return export_file(args)
+    from ssmzoo.inference.export import export as write
+
+    out = write(args.checkpoint, args.to, args.out)
+    for file in sorted(out.iterdir()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+
+
+def list_formats(checkpoint: str) -> None:
+    """Every format, and for those that this model does not have the reason."""
+    from ssmzoo.inference.export import formats
+    from ssmzoo.inference.export.source import read_source
+
+    source = read_source(checkpoint)
+    for name, format in formats().items():
+        reason = format.refuse(source)
+        print(f"{name:<13} {format.__doc__.splitlines()[0] if reason is None else f'no: {reason}'}")
+
+
+def export_file(args) -> None:
     import torch
     from safetensors.torch import save_file
 

@@ -22,6 +22,7 @@ from ssmzoo.ops.drop_in import (
     mamba_inner_fn,
     mamba_split_conv1d_scan_combined,
 )
+from ssmzoo.ops.gated_delta_rule import gated_delta_rule
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
@@ -54,6 +55,7 @@ __all__ = [
     "cross_selective_scan",
     "dense_scan",
     "depthwise_conv2d",
+    "gated_delta_rule",
     "gated_layer_norm",
     "linear_act",
     "mamba_chunk_scan",

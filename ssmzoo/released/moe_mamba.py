@@ -25,7 +25,7 @@ from ssmzoo.released.names import Names, add_prefix, cut_prefix
 from ssmzoo.suggest import nearest
 
 MODELS = (MoEMambaLM, TransformerLM)
-TELLING_KEYS = r"router|expert"
+TELLING_KEYS = r"router|expert|^encoder\.blocks\.block_\d+\."
 
 
 SHAPE = "a shape that the official class fixes; ours takes any"

@@ -47,7 +47,7 @@ class Sharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning asks for it before both are known
         super().setup_environment()
 
     def shard(self, model: nn.Module) -> None:
@@ -62,7 +62,7 @@ class Sharded(ModelParallelStrategy):
         return {k: whole(v) for k, v in self.lightning_module.state_dict().items()}
 
     def optimizer_state(self, optimizer) -> dict[str, Any]:
-        found = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        found = getattr(optimizer, "optimizer", optimizer).state_dict()
         states = {i: {k: whole(v) for k, v in state.items()} for i, state in found["state"].items()}
         return found | {"state": states}
 

@@ -227,3 +227,17 @@ def test_nothing_below_model_task_and_data_names_a_class():
     with pytest.raises(ConfigError, match="only model, task and data"):
         build_node({"_target_": "ssmzoo.data.text.TextData", "corpus": {"_target_": "x"}}, "ssmzoo.data.")
     assert configuration.plain_config({"model": {"vocab_size": "${sizes:vocab_size}"}}, "here")
+
+
+def test_a_run_says_which_backends_serve_and_warns_where_kernels_could_be_had(call, monkeypatch):
+    import ssmzoo.ops
+    from ssmzoo.ops.native import REBUILD
+    from ssmzoo.train.report import backends_line
+
+    assert "operators: " in call(*TINY, "trainer.max_steps=1")[1]
+    rows = ssmzoo.ops.backend_table()
+    without = [r for r in rows if r.backend in ("torch", "reference")]
+    lost = type(rows[0])(rows[0].operator, rows[0].backend, False, f"the kernels are not compiled; run `{REBUILD}`")
+    monkeypatch.setattr(ssmzoo.ops, "backend_table", lambda: [lost, *without])
+    assert "by torch" in backends_line() and "warning: steps take several times longer" in backends_line()
+    assert REBUILD in backends_line()
