@@ -21,6 +21,7 @@ ORDER += ("train", "verify", "cli")  # a part imports itself, leaves, and what s
 BESIDE = {  # these stand beside the order: what they import
     "data": ("ops",),
     "probes": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo", "inference", "data"),
+    "hf": ("inference",),
     "timm": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo"),
     "__init__": (),
 }

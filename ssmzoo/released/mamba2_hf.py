@@ -43,8 +43,10 @@ MAMBA2 = Arguments(
     | {
         **{"pad_token_id": (1, TOKENS), "bos_token_id": (0, TOKENS), "eos_token_id": (2, TOKENS)},
         **{"chunk_size": (256, KERNEL), "time_step_rank": ("auto", "read by no code")},
+        "intermediate_size": (None, "expand * hidden_size once more, for serving engines"),
         **{"time_step_min": (0.001, INITIAL), "time_step_max": (0.1, INITIAL), "time_step_floor": (1e-4, INITIAL)},
     },
+    {"rms_norm": (True, "transformers' Mamba-2 has RMSNorm only")},  # what serving engines ask for
 )
 TABLES = (MAMBA2,)
 to_official = to_hf

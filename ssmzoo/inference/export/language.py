@@ -105,6 +105,8 @@ def why_not_transformers(model: MambaLM) -> str | None:
         return "transformers' Mambas have no attention layers"
     if any(block.mlp is not None for block in model.backbone.layers):
         return "transformers' Mambas have no gated MLP (d_intermediate)"
+    if (first := mixers(model)[0]).d_inner % first.d_model:
+        return f"transformers' expand is a whole number, this model's {first.d_inner / first.d_model:.4g}"
     for mixer in mixers(model, Mamba2):
         o = mixer.options
         if mixer.norm is None or o.norm_before_gate or o.D_has_hdim or o.learnable_init_states or mixer.d_mlp:
@@ -137,6 +139,7 @@ def transformers_config(source: Source) -> dict[str, Any]:
         "model_type": find(family, "MODEL_TYPE"),
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         **fields,
+        "expand": first.d_inner // first.d_model,
         "layer_norm_epsilon": norm_eps(model),
         "residual_in_fp32": model.backbone.residual_in_fp32,
         "tie_word_embeddings": is_tied(model),

@@ -58,14 +58,20 @@ class Source(NamedTuple):
 def read_source(path: str | Path) -> Source:
     """A run folder, a checkpoint of ours, or a released file or folder. Raises CheckpointError."""
     path = Path(path).expanduser()
-    ours = path if path.is_dir() else path.parent
-    if not path.exists() or any((ours / name).exists() for name in (MANIFEST, INDEX, "checkpoints")):
+    if not path.exists() or is_ours(path):
         model, manifest = load_model(path)
         return Source(model, manifest, str(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the types in the file: they are kept, below
         model = load_official(path)
     return Source(model, {}, str(path))
+
+
+def is_ours(path: Any) -> bool:
+    """Is it a run folder, a checkpoint folder or a file inside one?"""
+    folder = Path(path).expanduser() if isinstance(path, (str, Path)) else None
+    folder = folder.parent if folder is not None and folder.is_file() else folder
+    return folder is not None and any((folder / name).exists() for name in (MANIFEST, INDEX, "checkpoints"))
 
 
 def family_of_class(cls: type | None, attribute: str = "official") -> str | None:
