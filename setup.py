@@ -15,6 +15,7 @@ NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 class BuildWithKernels(build_py):
     def run(self):
+        shutil.rmtree(Path(self.build_lib, "ssmzoo"), ignore_errors=True)  # sources that are gone by now
         super().run()
         if not self.editable_mode:  # a checkout has them beside the package, a wheel inside
             for folder in ("configs", "benchmarks"):

@@ -17,34 +17,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.native.sources import source_hash
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
 PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())  # to four strides
 REBUILD = "python -m ssmzoo.ops.native.build"
 LEVELS = ("avx512", "avx2", "neon", "plain")  # best first
 
 
-def _load() -> tuple[ctypes.CDLL | None, str, str | None]:
-    """(library, instruction set, why there is none)"""
+def _is_of_sources(library: ctypes.CDLL, operators: Path) -> bool:
+    """Was it compiled from the files that lie beside it? Arguments are packed as these expect, not as others did."""
+    beside = source_hash(operators)
+    carried = getattr(library, "ssmzoo_source_hash", None)
+    if carried is not None:
+        carried.restype = ctypes.c_char_p
+    return not beside or (carried is not None and carried() == beside.encode())
+
+
+def _load(folder: Path) -> tuple[ctypes.CDLL | None, str, str | None]:
+    """(library of a folder, instruction set, why there is none)"""
     wanted = os.environ.get("SSMZOO_NATIVE", "")
     if wanted == "off":
         return None, "", "switched off by SSMZOO_NATIVE=off"
     if wanted and wanted not in LEVELS:
         return None, "", f"SSMZOO_NATIVE={wanted!r}, expected one of {', '.join(LEVELS)} or off"
-    found = {level: path for level in LEVELS if (path := Path(__file__).parent / f"_kernels.{level}.so").exists()}
+    found = {level: path for level in LEVELS if (path := folder / f"_kernels.{level}.so").exists()}
     try:
         for path in reversed(found.values()):  # the lowest runs everywhere and knows what the machine supports
             runs_here = ctypes.CDLL(str(path)).ssmzoo_cpu_runs
             break
         for level, path in found.items():
             if (not wanted or wanted == level) and runs_here(level.encode()):
-                return ctypes.CDLL(str(path)), level, None
+                library = ctypes.CDLL(str(path))
+                if not _is_of_sources(library, folder.parent):
+                    return None, "", f"the compiled kernels are not those of the sources beside them; run `{REBUILD}`"
+                return library, level, None
     except (OSError, AttributeError) as error:
         return None, "", f"{path.name} cannot be used ({error}); rebuild it with `{REBUILD}`"
     missing = "are not compiled" if not found else f"are not compiled for {wanted or 'this machine'}"
     return None, "", f"the kernels {missing}; run `{REBUILD}` (needs a C compiler)"
 
 
-KERNELS, LEVEL, MISSING = _load()
+KERNELS, LEVEL, MISSING = _load(Path(__file__).parent)
 VECTOR_LENGTH = 1 if KERNELS is None else KERNELS.ssmzoo_vector_length()  # floats
 
 
@@ -52,9 +66,7 @@ def kernel(name: str, argtypes: list | None = None):
     """(function of the library or None, why it is missing or None); the function takes one int64 array by default."""
     if KERNELS is None:
         return None, MISSING
-    function = getattr(KERNELS, name, None)
-    if function is None:
-        return None, f"the compiled library is older than the sources; run `{REBUILD}`"
+    function = getattr(KERNELS, name)
     function.argtypes = [ctypes.c_void_p] if argtypes is None else argtypes
     function.restype = None
     return function, None
@@ -63,11 +75,10 @@ def kernel(name: str, argtypes: list | None = None):
 def _use_torch_threads() -> None:
     """Let torch's OpenMP threads run our tasks (see parallel.c), found by the C interface of that runtime."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    use_team = getattr(KERNELS, "ssmzoo_use_team", None)
-    if use_team is None or not library.exists():
+    if KERNELS is None or not library.exists():
         return
     with contextlib.suppress(OSError, AttributeError):  # torch without OpenMP: our own threads
-        use_team(ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p))
+        KERNELS.ssmzoo_use_team(ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p))
 
 
 _use_torch_threads()
@@ -77,7 +88,7 @@ LARGE = 1 << 20  # bytes; smaller blocks are recycled by the allocator
 
 def commit(*tensors: Tensor | None) -> None:
     """Have the memory of large results, which a kernel will fill, ready in one go instead of a page fault per 4 KiB."""
-    for t in tensors if _COMMIT is not None else ():  # None: a library older than the sources
+    for t in tensors if _COMMIT is not None else ():
         if t is not None and (size := t.numel() * t.element_size()) >= LARGE:
             _COMMIT(t.data_ptr(), size, torch.get_num_threads())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OPERATORS = HERE.parent
+SOURCES = runpy.run_path(str(HERE / "sources.py"))  # by path: an installation runs this file before the package exists
 FLAGS = [
     "-std=gnu11",
     "-O3",
@@ -70,12 +72,13 @@ def build(target: Path = HERE) -> list[Path]:
     cache.mkdir(exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     headers = b"".join(h.read_bytes() for h in sorted(OPERATORS.glob("*/*.h")))
+    carried = {"hash.c": [f'-DSSMZOO_SOURCE_HASH="{SOURCES["source_hash"]()}"']}
     objects: dict[str, list[Path]] = {level: [] for level in levels()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
         for source in sorted(OPERATORS.glob("*/*.c")):
             for level, flags in levels().items():
-                command = [*cc, *FLAGS, *flags, f"-I{HERE}", "-c", str(source)]
+                command = [*cc, *FLAGS, *flags, *carried.get(source.name, ()), f"-I{HERE}", "-c", str(source)]
                 content = source.read_bytes() + headers + " ".join(command).encode()
                 obj = cache / f"{source.stem}.{level}.{hashlib.sha256(content).hexdigest()[:16]}.o"
                 objects[level].append(obj)
