@@ -121,6 +121,10 @@ def _spatial():
     }
 
 
+def _recurrence():
+    return {"a": torch.sigmoid(_normal(2, 5, 3)), "x": _normal(2, 5, 3), "initial_state": _normal(2, 3)}
+
+
 def _step():
     b, d, e, n, r, k = 2, 3, 4, 3, 2, 4
     return {
@@ -244,6 +248,8 @@ EXAMPLES = {
         ops.gated_layer_norm,
         lambda: {"x": _normal(2, 3), "z": _normal(2, 3), "weight": _normal(3), "bias": _normal(3)},
     ),
+    "gated_linear_recurrence": _example(ops.gated_linear_recurrence, _recurrence),
+    "gated_linear_recurrence: reverse": _example(ops.gated_linear_recurrence, _recurrence, reverse=True),
     "rms_norm": _example(ops.rms_norm, lambda: {"x": _normal(2, 3), "weight": _normal(3)}),
     "gated_delta_rule": _example(ops.gated_delta_rule, functools.partial(_delta, False), seq_idx=SEQ_IDX, chunk_size=2),
     "gated_delta_rule: a decay per channel": _example(

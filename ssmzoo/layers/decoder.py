@@ -61,6 +61,7 @@ class Block(nn.Module):
         """Remember what each sublayer takes: a wrapper that replaces one later is called like the original."""
         self.takes = {name: frozenset(inspect.signature(m.forward).parameters) for name, m in layers.items()}
         self.mixers = [name for name, takes in self.takes.items() if "state" in takes]
+        self.packs_prefixes = {name: getattr(layers[name], "packed_prefix", False) for name in self.mixers}
 
     def sublayers(self) -> list[tuple[str, nn.Module | None, nn.Module]]:
         """(name, norm, layer) in order; the norm is None where the last norm's output is used again."""
@@ -207,11 +208,16 @@ def leading_positions(
 ) -> Tensor | None:
     """How many leading real tokens of every row may be read in both directions, (b) int64; None for none at all.
 
-    Raises ValueError unless the prefix lies whole in the first call, every row is one document, and every mixer reads
-    prefixes.
+    prefix   one number for all rows, one per row, or, for packed documents, a bool tensor (b l) that is True at the
+             leading positions of every document that are read so; it comes back as it is, real tokens in front
+
+    Raises ValueError unless the prefix lies whole in the first call, at the beginning of a document (without a bool
+    tensor: of the only one of its row), and every mixer reads prefixes.
     """
     b, length = input_ids.shape[:2]
     prefix = torch.as_tensor(prefix, device=input_ids.device)
+    if prefix.dtype == torch.bool and prefix.ndim:
+        return packed_prefixes(prefix, input_ids, state, padding, seq_idx, blocks)
     if prefix.ndim > 1 or prefix.is_floating_point() or prefix.dtype == torch.bool or prefix.numel() not in (1, b):
         raise ValueError(f"prefix must be an integer or {b} of them, got {prefix.dtype} {tuple(prefix.shape)}")
     if not torch.compiler.is_compiling():
@@ -224,17 +230,60 @@ def leading_positions(
         if not prefix.any():
             return None
     if state is not None or seq_idx is not None:
-        which = "state" if state is not None else "seq_idx"
+        which = "state" if state is not None else "seq_idx (of packed documents, say the positions: a bool tensor)"
         raise ValueError(f"prefix belongs to the beginning of one sequence per row and does not go with {which}")
+    check_mixers(blocks, packed=False)
+    return prefix.expand(b).long()
+
+
+def packed_prefixes(
+    prefix: Tensor,
+    input_ids: Tensor,
+    state: Any,
+    padding: Padding | None,
+    seq_idx: Tensor | None,
+    blocks: Iterable[Block],
+) -> Tensor | None:
+    """The bool form of `leading_positions`; seq_idx has its real tokens in front already."""
+    if prefix.shape != input_ids.shape[:2]:
+        raise ValueError(f"prefix has shape {tuple(prefix.shape)}, input_ids want {tuple(input_ids.shape[:2])}")
+    if padding is not None:
+        prefix = padding.align(prefix) & padding.mask
+    if not torch.compiler.is_compiling():
+        begins = prefix[:, 1:] & ~prefix[:, :-1]  # where a prefix begins inside of a row
+        if seq_idx is not None:
+            begins = begins & (seq_idx[:, 1:] == seq_idx[:, :-1])
+        if begins.any():
+            row, at = (int(i) for i in begins.nonzero()[0])
+            raise ValueError(f"prefix begins at position {at + 1} of row {row}, which does not begin a document")
+        if not prefix.any():
+            return None
+    if state is not None:
+        raise ValueError("prefix belongs to the beginning of a sequence and does not go with state")
+    check_mixers(blocks, packed=True)
+    return prefix
+
+
+def check_mixers(blocks: Iterable[Block], packed: bool) -> None:
+    """Raise ValueError unless all mixers read prefixes (of packed documents)."""
     for i, block in enumerate(blocks):
         for name in block.mixers:
-            if "prefix" not in block.takes[name]:
-                layer = type(dict((n, m) for n, _, m in block.sublayers())[name]).__name__
-                raise ValueError(
-                    f"prefix: {layer} (block {i}, {name}) reads in one direction only; leave prefix out, or use a "
-                    "model all of whose mixers read prefixes"
-                )
-    return prefix.expand(b).long()
+            if "prefix" in block.takes[name] and (block.packs_prefixes[name] or not packed):
+                continue
+            layer = type(dict((n, m) for n, _, m in block.sublayers())[name]).__name__
+            reads = "in one direction only" if "prefix" not in block.takes[name] else "one prefix per row only"
+            raise ValueError(
+                f"prefix: {layer} (block {i}, {name}) reads {reads}; leave prefix out, or use a "
+                "model all of whose mixers read prefixes"
+            )
+
+
+def reads_prefixes(model: nn.Module) -> bool:
+    """Whether a model may be given the prefixes of packed documents. A model whose settings leave no layer that makes
+    use of them has an attribute `reads_prefixes = False`."""
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    able = all("prefix" in b.takes[name] and b.packs_prefixes[name] for b in blocks for name in b.mixers)
+    return bool(blocks) and able and getattr(model, "reads_prefixes", True)
 
 
 def layer_pattern(pattern: str, n_layer: int, kinds: Mapping[str, Any]) -> list:

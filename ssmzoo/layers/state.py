@@ -1,7 +1,8 @@
 """What models carry along a sequence, and padding that must not touch it.
 
 Every causal mixer is `forward(x, state=None, *, mask=None, seq_idx=None) -> (y, state)`, with `prefix=None` as well if
-it can read leading positions in both directions. Its state is a NamedTuple of
+it can read leading positions in both directions, and a class attribute `packed_prefix = True` if it can do so in every
+one of the documents of a packed row (`inside_prefix`). Its state is a NamedTuple of
 tensors with the batch first; a model's state is a tuple of its layers' states. Nothing is hidden in modules, so a state
 can be kept, copied, reordered or differentiated through like any other value. `state_bytes` tells how much it is.
 
@@ -117,6 +118,14 @@ def conv_window(
         index = slots - width
     same = seq_idx.gather(1, index.clamp(min=0)) == seq_idx[:, -1:]
     return window * same[:, None]
+
+
+def inside_prefix(prefix: Tensor, length: int) -> Tensor:
+    """The positions that may be read in both directions, (b l) bool, from what mixers are given: the number of leading
+    ones in every row (b), or, for packed documents, these positions themselves (b l)."""
+    if prefix.ndim == 2:
+        return prefix
+    return torch.arange(length, device=prefix.device) < prefix[:, None]
 
 
 def refuse_prefix(prefix: Any, model: str) -> None:

@@ -24,6 +24,7 @@ from ssmzoo.ops.drop_in import (
 )
 from ssmzoo.ops.gated_delta_rule import gated_delta_rule
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
+from ssmzoo.ops.gated_linear_recurrence import gated_linear_recurrence
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.moe_dispatch import router_logits
@@ -57,6 +58,7 @@ __all__ = [
     "depthwise_conv2d",
     "gated_delta_rule",
     "gated_layer_norm",
+    "gated_linear_recurrence",
     "linear_act",
     "mamba_chunk_scan",
     "mamba_chunk_scan_combined",

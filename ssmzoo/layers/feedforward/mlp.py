@@ -10,7 +10,12 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.suggest import nearest
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": Tensor.sigmoid,
+}
 GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}  # act(x W_gate) * (x W_1)
 
 

@@ -25,7 +25,7 @@ from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.position import document_positions
 from ssmzoo.layers.rope import rope_table, rotate
-from ssmzoo.layers.state import Padding, call_aligned, itemsize
+from ssmzoo.layers.state import Padding, call_aligned, inside_prefix, itemsize
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
@@ -52,7 +52,7 @@ def attend(
     """q (b l h p), k and v (b l j p), not yet rotated -> y (b l hp), state.
 
     rope_dim   channels of each head that rotate; 0: no positions | scale: default 1 / sqrt(p)
-    prefix     (b) leading positions that see each other in both directions
+    prefix     (b) leading positions that see each other in both directions, or (b l) bool of packed documents
     """
     b, l = q.shape[:2]
     position, document = positions(b, l, q.device, state, seq_idx)
@@ -85,6 +85,8 @@ class Attention(nn.Module):
     d_head      width of a head when it is not d_model / n_heads
     rope        whether queries and keys rotate by their positions
     """
+
+    packed_prefix = True
 
     def __init__(
         self,
@@ -150,6 +152,8 @@ class MHA(nn.Module):
     rotary_emb_dim       channels of each head that rotate; 0: no positions
     softmax_scale        default 1 / sqrt(p)
     """
+
+    packed_prefix = True
 
     def __init__(
         self,
@@ -232,8 +236,9 @@ def visible(
     l = position.shape[1]
     allowed = (document[:, :, None] == document[:, None, :]).tril()
     if prefix is not None:
-        inside = torch.arange(l, device=position.device) < prefix[:, None]  # (b l)
-        allowed = allowed | inside[:, :, None] & inside[:, None, :]
+        inside = inside_prefix(prefix, l)  # (b l)
+        same = document[:, :, None] == document[:, None, :]
+        allowed = allowed | same & inside[:, :, None] & inside[:, None, :]
     if padding is not None:
         itself = torch.eye(l, dtype=torch.bool, device=position.device)
         allowed = allowed & padding.mask[:, None, :] | itself
