@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssmzoo
+from ssmzoo.layers.decoder import reads_prefixes
 from ssmzoo.layers.state import map_state, select_rows
 from ssmzoo.presets import build_model, model_class, read_model_config
 
@@ -59,6 +60,9 @@ MORE = {  # corners that no preset reaches
         "cheems",
         {"a_mode": "raw", "n_experts": 0, "bias": True, "mask_ratio": 0.4, "n_kv_heads": 1, "tie_embeddings": False},
     ),
+    "gated_ssm: released form": ("gated_ssm", {"layer_pattern": "C", "form": "released"}),
+    "gated_ssm: causal": ("gated_ssm", {"layer_pattern": "C"}),
+    "hawk: odd channels": ("hawk", {"d_state": 5, "d_conv": 2, "layer_pattern": "CB"}),
     "mamba3: several inputs and outputs": (
         "mamba3",
         {
@@ -313,3 +317,65 @@ def test_a_prefix_is_read_whole_or_refused_in_words(name):
     assert_close(torch.cat([first.logits, second.logits], dim=1), whole)
     with pytest.raises(ValueError, match="does not go with state"):
         model(ids[:, 7:], first.state, prefix=2)
+
+
+@every_model
+@few
+@given(sizes=splits(LENGTH - 5))
+def test_after_a_whole_prefix_any_split_is_one_pass(name, sizes):
+    model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
+    try:
+        whole, gradients = with_gradients(model, lambda: model(ids, prefix=5).logits, weights)
+    except ValueError as refusal:
+        assert "reads in one direction only" in str(refusal)
+        return
+
+    def split():
+        first = model(ids[:, :5], prefix=5)
+        rest = feed(model, ids[:, 5:].split(sizes, dim=1), first.state)[0]
+        return torch.cat([first.logits, rest], dim=1)
+
+    got, got_gradients = with_gradients(model, split, weights)
+    assert_close(got, whole)
+    assert_close(got_gradients, gradients)
+
+
+@every_model
+@few
+@given(lengths=splits(LENGTH), data=st.data())
+def test_packed_documents_have_prefixes_of_their_own(name, lengths, data):
+    """Also among padding: rows of one document and holes."""
+    model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
+    if not reads_prefixes(model):
+        with pytest.raises(ValueError, match="reads"):
+            model(ids, prefix=torch.arange(LENGTH).expand(BATCH, -1) < 5)
+        return
+    prefixes = [data.draw(st.integers(0, n)) for n in lengths]
+    inside = torch.cat([torch.arange(n) < p for n, p in zip(lengths, prefixes)]).expand(BATCH, -1)
+    seq_idx = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(BATCH, -1)
+
+    def alone():
+        return torch.cat([model(d, prefix=p).logits for d, p in zip(ids.split(lengths, 1), prefixes)], dim=1)
+
+    expected, gradients = with_gradients(model, alone, weights)
+    got, got_gradients = with_gradients(model, lambda: model(ids, seq_idx=seq_idx, prefix=inside).logits, weights)
+    assert_close(got, expected)
+    assert_close(got_gradients, gradients)
+    mask = torch.ones(BATCH, LENGTH + 3, dtype=torch.bool)
+    mask[:, [0, 4, LENGTH]] = False
+    padded, there = torch.zeros(BATCH, LENGTH + 3, dtype=torch.long), torch.zeros(BATCH, LENGTH + 3, dtype=torch.bool)
+    number = there.long()
+    padded[mask], there[mask], number[mask] = ids.flatten(), inside.flatten(), seq_idx.flatten()
+    logits = model(padded, mask=mask, seq_idx=number, prefix=there).logits
+    assert_close(logits[mask].view_as(expected), expected)
+
+
+@every_model
+def test_a_prefix_in_the_middle_of_a_document_is_refused(name):
+    model, (ids, _, _, _) = tiny_model(name), one_pass(name)
+    inside = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    inside[1, 3:5] = True
+    with pytest.raises(ValueError, match="does not begin a document|reads in one direction only"):
+        model(ids, prefix=inside)
+    with pytest.raises(ValueError, match="prefix has shape|reads in one direction only"):
+        model(ids, prefix=inside[:, 1:])
