@@ -32,10 +32,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ssmzoo.ops.eager import static_facts
 from ssmzoo.ops.transforms import transformed
 
 BACKENDS = ("mamba_ssm", "triton", "c", "torch", "reference")
 FORMER_NAMES = {"cuda": "mamba_ssm", "native": "c"}
+PLANS = 512  # kinds of call that an operator remembers, so that their checks and the choice are made once
 OPERATORS: dict[str, Callable] = {}  # public function by name, in order of definition
 
 
@@ -54,6 +56,7 @@ class Backend:
     broken       function without arguments for the table alone: why an install does not work, None when it does; for
                  what takes too long to find out when ssmzoo is imported, and is found by `unsupported` otherwise
     composite    the form made of torch's own functions alone, which serves while `transformed()`; None: refuse then
+    eager        the function again, for calls that nothing traces, transforms or watches; None: the function itself
     """
 
     name: str
@@ -63,6 +66,7 @@ class Backend:
     unsupported: Callable[[tuple], str | None] | None = None
     broken: Callable[[], str | None] | None = None
     composite: Callable | None = None
+    eager: Callable | None = None
 
     def objection(self, a: tuple) -> str | None:
         if self.missing is not None:
@@ -99,7 +103,7 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
     """
     if reference is None:
         return functools.partial(op, check=check, parts=parts)
-    name, backends, bind = reference.__name__, {}, _binder(reference)
+    name, backends, plans, bind = reference.__name__, {}, {}, _binder(reference)
     positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(reference).parameters.values())
 
     @functools.wraps(reference)
@@ -107,12 +111,20 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
         if len(args) > positional:
             raise TypeError(f"{name}() takes {positional} positional arguments but {len(args)} were given")
         a = bind(*args, **kwargs)
+        facts = None if _observers else static_facts(a)
+        if facts is not None and (plan := plans.get((_override, facts))) is not None:
+            return plan(a)
         if check is not None:
             check(a)
         if _observers:
             return _observed(name, backends, parts, args, kwargs)
         chosen = _choose(name, backends, a)
-        return chosen.composite(a) if transformed() else chosen.function(a)
+        if facts is None:
+            return chosen.serve(a)
+        if len(plans) >= PLANS:
+            plans.clear()
+        plan = plans[_override, facts] = chosen.eager or chosen.function
+        return plan(a)
 
     def register(
         backend: str,
@@ -122,6 +134,7 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
         unsupported: Callable[[tuple], str | None] | None = None,
         broken: Callable[[], str | None] | None = None,
         composite: Callable | None = None,
+        eager: Callable | None = None,
     ):
         """Register a function of the tuple of arguments; see Backend for the keywords.
 
@@ -132,7 +145,8 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
 
         def keep(function: Callable) -> Callable:
             plain = composite or (function if backend in ("torch", "reference") else None)
-            backends[backend] = Backend(backend, function, device, missing, unsupported, broken, plain)
+            backends[backend] = Backend(backend, function, device, missing, unsupported, broken, plain, eager)
+            plans.clear()
             ordered = sorted(backends.items(), key=lambda item: BACKENDS.index(item[0]))
             backends.clear()
             backends.update(ordered)

@@ -4,10 +4,47 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
-from ssmzoo.ops.transforms import transformed
+from ssmzoo.ops.transforms import functorch_transforms_active, transformed
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def static_facts(a: tuple) -> tuple | None:
+    """What checks of arguments and the choice of a backend rest on, hashable: the modes at work; of every tensor of `a`
+    shape, strides, dtype, device and requires_grad; every other argument as it is.
+
+    None while anything compiles, traces, transforms or watches, or when a tensor is of a subclass: then nothing is
+    remembered from one call to the next.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or functorch_transforms_active()
+        or forward_ad._current_level >= 0  # see `transformed`
+        or dispatch_modes()
+        or has_torch_function(a)
+    ):
+        return None
+    facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    for value in a:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            facts += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        elif value is None or kind in (bool, int, float, str):
+            facts += (kind, value)
+        elif kind is tuple:
+            for t in value:
+                if type(t) not in PLAIN:
+                    return None
+                facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+        else:
+            return None
+    return tuple(facts)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -23,8 +60,7 @@ def eager(*tensors: Tensor | None) -> bool:
     """Whether nothing traces, transforms or wraps these tensors, so that their memory can be read at once."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
-    # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
-    if torch._C._len_torch_dispatch_stack():
+    if dispatch_modes():
         return False
     for t in tensors:
         if t is not None and (type(t) not in PLAIN or t.is_meta):

@@ -129,6 +129,16 @@ class Differentiable:
             results, _ = self.kernels[backend].forward(a, False)
         return results[0] if len(self.results) == 1 else results[: len(self.results)]
 
+    def eager(self, backend: str, a: tuple) -> Tensor | tuple[Tensor, ...]:
+        """The same for a tuple of `Inputs` that nothing traces, transforms or watches."""
+        if torch.is_grad_enabled():
+            tensors = [getattr(a, name) for name in self.tensors]
+            if needs_grad(*tensors):
+                results = _Eager.apply(self, backend, a, *tensors)
+                return results[0] if len(self.results) == 1 else results
+        results, _ = self.kernels[backend].forward(a, False)
+        return results[0] if len(self.results) == 1 else results
+
     def contiguous_gradients(self, a: tuple) -> dict[str, Tensor]:
         given = {name: getattr(a, name) for name in self.tensors}
         return {n: t.new_empty(t.shape) for n, t in given.items() if t is not None and t.is_floating_point()}

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+functorch_transforms_active = torch._C._are_functorch_transforms_active  # see `transformed`
+
 
 def transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp ...) or a level of forward-mode differentiation is at work.
@@ -19,7 +21,7 @@ def transformed() -> bool:
     Neither can be asked for in public: torch.func has no query, and `forward_ad` tells a level from one tensor at a
     time (unpack_dual), at ten times the cost.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def batched(*tensors: Tensor | None) -> bool:

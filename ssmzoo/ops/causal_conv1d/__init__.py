@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,7 +131,14 @@ CONVOLUTION = Differentiable(
 def register(backend: str, kernel: Kernel, **why_not) -> None:
     """Serve causal_conv1d_fn by a kernel; the keywords are those of Backend."""
     CONVOLUTION.kernels[backend] = kernel
-    causal_conv1d_fn.register(backend, **why_not)(lambda a: with_final_states(CONVOLUTION(a, backend), a))
+    eager = functools.partial(_convolve, functools.partial(CONVOLUTION.eager, backend))
+    traced = functools.partial(_convolve, lambda inputs: CONVOLUTION(inputs, backend))
+    causal_conv1d_fn.register(backend, eager=eager, **why_not)(traced)
+
+
+def _convolve(convolution: Callable, a: tuple) -> Tensor | tuple[Tensor, Tensor]:
+    out = convolution(CONVOLUTION.Inputs(a.x, a.weight, a.bias, a.seq_idx, a.initial_states, a.activation))
+    return with_final_states(out, a) if a.return_final_states else out
 
 
 def check_causal_conv1d_update(a) -> None:

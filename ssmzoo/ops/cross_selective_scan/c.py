@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,8 +52,9 @@ def _tiling(b: int, e: int) -> tuple[int, int]:
 
 def _pack(a: Inputs, results: list[Tensor | None], save: bool) -> bytes:
     b, h, w, e = a.u.shape
-    tensors = [a.u, a.steps, a.dt_proj, a.dt_bias, a.A, a.D, *results]
-    flat = [t.flatten(1, 2) if t is not None and t.ndim == 4 else t for t in tensors]
+    flat = [a.u.flatten(1, 2), a.steps.flatten(1, 2), a.dt_proj, a.dt_bias, a.A, a.D]
+    for t in results:
+        flat.append(t.flatten(1, 2) if t is not None and t.ndim == 4 else t)
     sizes = b, e, h, w, a.A.shape[1], a.dt_proj.shape[2]
     return pack(flat, *sizes, save, COLUMNS[a.scans], REVERSED[a.scans], _tiling(b, e)[0], torch.get_num_threads())
 
@@ -87,9 +90,15 @@ def why_not(a) -> str | None:
     return why_not_float(a.x, a.x_proj, a.dt_proj, a.dt_bias, a.A, a.D)
 
 
-@cross_selective_scan.register("c", device="cpu", missing=MISSING, unsupported=why_not)
-def cross_selective_scan_c(a) -> Tensor:
-    u = a.x.permute(0, 2, 3, 1)
-    steps = linear_act(u, a.x_proj.flatten(0, 1)).float().contiguous()  # (b h w 4(r+2n))
-    parameters = (t.float().contiguous() for t in (a.dt_proj, a.dt_bias, a.A, a.D))
-    return SCAN(Inputs(u.float().contiguous(), steps, *parameters, a.scans), "c").to(a.x.dtype)
+def _scan(scan: Callable, a: tuple) -> Tensor:
+    u, dtype = a.x.permute(0, 2, 3, 1), torch.float32
+    steps = linear_act(u, a.x_proj.flatten(0, 1)).to(dtype).contiguous()  # (b h w 4(r+2n))
+    u, dt_proj, dt_bias = u.to(dtype).contiguous(), a.dt_proj.to(dtype).contiguous(), a.dt_bias.to(dtype).contiguous()
+    A, D = a.A.to(dtype).contiguous(), a.D.to(dtype).contiguous()
+    return scan(Inputs(u, steps, dt_proj, dt_bias, A, D, a.scans)).to(a.x.dtype)
+
+
+EAGERLY = functools.partial(_scan, functools.partial(SCAN.eager, "c"))
+cross_selective_scan.register("c", device="cpu", missing=MISSING, unsupported=why_not, eager=EAGERLY)(
+    functools.partial(_scan, lambda inputs: SCAN(inputs, "c"))
+)

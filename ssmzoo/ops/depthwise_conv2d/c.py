@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ssmzoo.ops.depthwise_conv2d import depthwise_conv2d
 from ssmzoo.ops.depthwise_conv2d.torch import depthwise_conv2d_torch
 from ssmzoo.ops.eager import why_not_eager
-from ssmzoo.ops.library import Differentiable, Kernel, select
+from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, commit, kernel, pack
 
 FORWARD, MISSING = kernel("ssmzoo_depthwise_conv2d_forward")
@@ -22,16 +25,10 @@ def _call(function, a, results: list[Tensor | None]) -> None:
     threads, tiles = torch.get_num_threads(), -(-d // VECTOR_LENGTH)
     per_task = min(CACHE // (6 * (w + 2) * 4 * VECTOR_LENGTH), -(-tiles * b // threads), tiles)
     sizes = b, h, w, d, a.stride, ACTIVATIONS[a.act], a.rectify, max(1, per_task), threads
-    tensors = [a.x, _taps(a), a.bias, *results]
-    function(pack(tensors, *sizes))
-
-
-def _taps(a) -> Tensor:
-    """(d 1 3 3) -> (9 d); a residual is one more in the centre."""
-    taps = a.weight.flatten(1).t().clone(memory_format=torch.contiguous_format)
+    taps = a.weight.flatten(1).t().clone(memory_format=torch.contiguous_format)  # (9 d)
     if a.residual:
-        taps[4] += 1
-    return taps
+        taps[4] += 1  # one more in the centre
+    function(pack([a.x, taps, a.bias, *results], *sizes))
 
 
 def forward(a, save: bool):
@@ -64,6 +61,11 @@ def why_not(a) -> str | None:
     return why_not_eager(a.x, a.weight, a.bias)
 
 
-@depthwise_conv2d.register("c", device="cpu", missing=MISSING, unsupported=why_not)
-def depthwise_conv2d_c(a) -> Tensor:
-    return CONVOLUTION(a if a.x.stride(-1) == 1 else select(type(a), a, x=a.x.contiguous()), "c")
+def _convolve(convolution: Callable, a: tuple) -> Tensor:
+    return convolution(a if a.x.stride(-1) == 1 else a._replace(x=a.x.contiguous()))
+
+
+EAGERLY = functools.partial(_convolve, functools.partial(CONVOLUTION.eager, "c"))
+depthwise_conv2d.register("c", device="cpu", missing=MISSING, unsupported=why_not, eager=EAGERLY)(
+    functools.partial(_convolve, lambda a: CONVOLUTION(a, "c"))
+)

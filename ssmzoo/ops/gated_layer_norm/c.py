@@ -5,6 +5,7 @@ Torch takes three forwards, and keeps two results more for its gradients.
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -60,4 +61,7 @@ def why_not(a) -> str | None:
     return why_not_eager(a.x, a.z, a.weight, a.bias)
 
 
-gated_layer_norm.register("c", device="cpu", missing=MISSING, unsupported=why_not)(lambda a: NORM(a, "c"))
+EAGERLY = functools.partial(NORM.eager, "c")
+gated_layer_norm.register("c", device="cpu", missing=MISSING, unsupported=why_not, eager=EAGERLY)(
+    lambda a: NORM(a, "c")
+)

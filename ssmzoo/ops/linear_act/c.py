@@ -5,6 +5,7 @@ Torch takes three further passes over memory for a linear map with an activation
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -18,7 +19,9 @@ from ssmzoo.ops.native import VECTOR_LENGTH, kernel
 
 FORWARD, MISSING = kernel("ssmzoo_act")
 BACKWARD, _ = kernel("ssmzoo_linear_backward")
-if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+# Private: the only product of torch with an activation behind it; torch.compile uses it for the same purpose.
+POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if POINTWISE is None:
     MISSING = "this torch has no oneDNN"
 CODES = {None: 0, "gelu": 1, "relu": 2, "silu": 3}
 ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}  # gelu: exact
@@ -27,7 +30,7 @@ ROWS = 1024  # at least, for a thread of its own; fewer rows are shared by colum
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None = None) -> Tensor:
     attribute, algorithm = ONEDNN[act]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+    return POINTWISE(x, weight, bias, attribute, [], algorithm)
 
 
 def _act(h: Tensor, act: str) -> Tensor:
@@ -39,7 +42,8 @@ def _act(h: Tensor, act: str) -> Tensor:
 def forward(a, save: bool):
     """What the slope of the activation is found from is kept: y of a ReLU, otherwise what goes in."""
     if not save or a.act in (None, "relu"):
-        y = _onednn(a.x, a.weight, a.bias, a.act)
+        attribute, algorithm = ONEDNN[a.act]
+        y = POINTWISE(a.x, a.weight, a.bias, attribute, [], algorithm)
         return (y,), y if a.act is not None and save else None
     h = _onednn(a.x, a.weight, a.bias)
     return (_act(h, a.act),), h
@@ -79,4 +83,5 @@ def why_not(a) -> str | None:
     return why_not_eager(a.x, a.weight, a.bias)
 
 
-linear_act.register("c", device="cpu", missing=MISSING, unsupported=why_not)(lambda a: LINEAR(a, "c"))
+EAGERLY = functools.partial(LINEAR.eager, "c")
+linear_act.register("c", device="cpu", missing=MISSING, unsupported=why_not, eager=EAGERLY)(lambda a: LINEAR(a, "c"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -16,19 +17,16 @@ from ssmzoo.ops.rms_norm.torch import rms_norm_torch
 FORWARD, MISSING = kernel("ssmzoo_rms_norm")
 BACKWARD, _ = kernel("ssmzoo_rms_norm_backward")
 ROWS = 64  # per task
-
-
-def _call(function, a, dy=None, y=None, scale=None, dx=None, dweight=None) -> None:
-    x, weight, dim = a.x.contiguous(), a.weight.contiguous(), a.x.shape[-1]
-    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, dy, y, scale, dx, dweight)]
-    function(struct.pack("11qd", *pointers, x.numel() // dim, dim, ROWS, torch.get_num_threads(), a.eps))
+LAYOUT = "11qd"  # x, weight, dy, y, scale, dx, dweight; rows, dim, rows per task, threads; eps
 
 
 def forward(a, save: bool):
     """The rows' 1 / sqrt(mean(x^2) + eps) are kept."""
-    y, scale = torch.empty_like(a.x.contiguous()), a.x.new_empty(a.x.shape[:-1]) if save else None
+    x, weight, dim = a.x.contiguous(), a.weight.contiguous(), a.x.shape[-1]
+    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1]) if save else None
     commit(y)
-    _call(FORWARD, a, y=y, scale=scale)
+    pointers = x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), scale.data_ptr() if save else 0, 0, 0
+    FORWARD(struct.pack(LAYOUT, *pointers, x.numel() // dim, dim, ROWS, torch.get_num_threads(), a.eps))
     return (y,), scale
 
 
@@ -36,7 +34,9 @@ def backward(a, scale: Tensor, dy: Tensor) -> dict[str, Tensor]:
     dy = dy.contiguous()
     dx, parts = torch.empty_like(dy), dy.new_empty(-(-scale.numel() // ROWS), dy.shape[-1])
     commit(dx)
-    _call(BACKWARD, a, dy=dy, scale=scale, dx=dx, dweight=parts)
+    x, weight, dim = a.x.contiguous(), a.weight.contiguous(), a.x.shape[-1]
+    pointers = [t.data_ptr() for t in (x, weight, dy)] + [0] + [t.data_ptr() for t in (scale, dx, parts)]
+    BACKWARD(struct.pack(LAYOUT, *pointers, x.numel() // dim, dim, ROWS, torch.get_num_threads(), a.eps))
     return {"x": dx, "weight": parts.sum(0)}
 
 
@@ -50,4 +50,5 @@ def why_not(a) -> str | None:
     return why_not_eager(a.x, a.weight, autocast=True, empty=True)
 
 
-rms_norm.register("c", device="cpu", missing=MISSING, unsupported=why_not)(lambda a: NORM(a, "c"))
+EAGERLY = functools.partial(NORM.eager, "c")
+rms_norm.register("c", device="cpu", missing=MISSING, unsupported=why_not, eager=EAGERLY)(lambda a: NORM(a, "c"))

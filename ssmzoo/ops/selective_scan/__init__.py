@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
-from ssmzoo.ops.library import Differentiable, Kernel, select, without
+from ssmzoo.ops.library import Differentiable, Kernel, without
 
 
 def check_selective_scan(a) -> None:
@@ -147,16 +150,21 @@ SCAN = Differentiable(
 def register(backend: str, kernel: Kernel, **why_not) -> None:
     """Serve selective_scan_fn by a kernel; the keywords are those of Backend."""
 
-    def run(a):
-        B, C = (M.unsqueeze(1) if M.ndim == 3 else M for M in (a.B, a.C))
-        if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1]:
-            groups = max(B.shape[1], C.shape[1])
-            B, C = (M.expand(-1, groups, -1, -1) for M in (B, C))
-        out, last_state = SCAN(select(SCAN.Inputs, a, B=B, C=C), backend)
-        return (out, last_state) if a.return_last_state else out
-
     SCAN.kernels[backend] = kernel
-    selective_scan_fn.register(backend, **why_not)(run)
+    eager = functools.partial(_with_equal_groups, functools.partial(SCAN.eager, backend))
+    traced = functools.partial(_with_equal_groups, lambda inputs: SCAN(inputs, backend))
+    selective_scan_fn.register(backend, eager=eager, **why_not)(traced)
+
+
+def _with_equal_groups(scan: Callable, a: tuple) -> Tensor | tuple[Tensor, Tensor]:
+    B, C = a.B, a.C
+    B, C = B.unsqueeze(1) if B.ndim == 3 else B, C.unsqueeze(1) if C.ndim == 3 else C
+    if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1]:
+        groups = max(B.shape[1], C.shape[1])
+        B, C = B.expand(-1, groups, -1, -1), C.expand(-1, groups, -1, -1)
+    u, delta, A, _, _, D, z, delta_bias, delta_softplus, return_last_state, *rest = a
+    out, last_state = scan(SCAN.Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, *rest))
+    return (out, last_state) if return_last_state else out
 
 
 def why_not_complex(a) -> str | None:
