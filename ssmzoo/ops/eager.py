@@ -18,8 +18,8 @@ def static_facts(a: tuple) -> tuple | None:
     """What checks of arguments and the choice of a backend rest on, hashable: the modes at work; of every tensor of `a`
     shape, strides, dtype, device and requires_grad; every other argument as it is.
 
-    None while anything compiles, traces, transforms or watches, or when a tensor is of a subclass: then nothing is
-    remembered from one call to the next.
+    None while anything compiles, traces, transforms or watches, and for tensors of a subclass or without memory: then
+    nothing is remembered from one call to the next.
     """
     if (
         torch.compiler.is_compiling()
@@ -34,12 +34,14 @@ def static_facts(a: tuple) -> tuple | None:
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_meta:
+                return None
             facts += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
         elif value is None or kind in (bool, int, float, str):
             facts += (kind, value)
         elif kind is tuple:
             for t in value:
-                if type(t) not in PLAIN:
+                if type(t) not in PLAIN or t.is_meta:
                     return None
                 facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
         else:
