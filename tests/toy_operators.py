@@ -170,6 +170,13 @@ def _trapezoidal():
     }
 
 
+def _taylor():
+    b, l, h, f, p = 2, 5, 2, 2, 3
+    return {"q": _normal(b, l, h, f), "k": _normal(b, l, h, f), "v": _normal(b, l, h, p)} | {
+        "state": ops.taylor_state(_normal(b, 3, h, f), _normal(b, 3, h, p))
+    }
+
+
 def _complex_scan(a, b, initial_state):
     """Pairs (... 2) of real and imaginary parts in and out."""
     return torch.view_as_real(ops.OPERATORS["complex_scan"](*map(torch.view_as_complex, (a, b, initial_state))))
@@ -261,6 +268,12 @@ EXAMPLES = {
         lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},
     ),
     "trapezoidal_scan": _example(ops.OPERATORS["trapezoidal_scan"], _trapezoidal, seq_idx=SEQ_IDX[:, :4], chunk_size=2),
+    "taylor_attention": _example(
+        ops.taylor_attention,
+        _taylor,
+        seq_idx=SEQ_IDX,
+        mask=torch.tensor([[True, False, True, True, True], [True, True, True, True, False]]),
+    ),
     "permute_tokens": _example(
         ops.OPERATORS["permute_tokens"],
         lambda: {"x": _normal(2, 3, 2)},
