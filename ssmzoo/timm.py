@@ -6,7 +6,8 @@
 
 Every published size in configs/model whose class is an image backbone appears under its name; there is no list to edit
 (the laptop sizes, which bring a task along, are left to `ssmzoo.create_model`).
-`pretrained_cfg_overlay=dict(file="released.pth")` with pretrained=True loads a released checkpoint.
+pretrained=True fetches the released weights that `ssmzoo weights list` names; with
+`pretrained_cfg_overlay=dict(file="released.pth")` it loads a file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
 from ssmzoo.presets import config_dir, list_models, model_class, read_model_config  # noqa: E402
+from ssmzoo.released.catalogue import Asset, Hub, entries_of, find_weights  # noqa: E402
 from ssmzoo.released.family import find  # noqa: E402
 from ssmzoo.released.files import WRAPPERS, read_state_dict  # noqa: E402
 from ssmzoo.suggest import nearest  # noqa: E402
@@ -39,15 +41,32 @@ def arguments_of(name: str) -> tuple[type[nn.Module], dict]:
     return model_class(node.pop("_target_")), node
 
 
-def describe(cls: type[ImageBackbone], arguments: dict) -> dict:
-    """timm's `default_cfg` of a preset."""
-    cfg = IMAGENET | dict(input_size=(3, DEFAULT_SIZE, DEFAULT_SIZE), classifier=cls.classifier)
+def describe(name: str, cls: type[ImageBackbone], arguments: dict) -> dict:
+    """timm's `default_cfg` of a preset, with what the catalogue says about its released weights."""
+    cfg = IMAGENET | dict(input_size=(3, DEFAULT_SIZE, DEFAULT_SIZE), classifier=cls.classifier) | released(name)
     if issubclass(cls, FourStage):
         side = DEFAULT_SIZE
         for _ in range(len(arguments["depths"]) + 1):
             side = -(-side // 2)
         return cfg | dict(pool_size=(side, side), first_conv=cls.first_conv)
     return cfg | dict(pool_size=None, first_conv=cls.first_conv)
+
+
+def released(name: str) -> dict:
+    """Source, licence and preparation of pictures of the released weights; {} where none are known."""
+    entry = next(iter(entries_of(name)), None)
+    if entry is None:
+        return {}
+    cfg: dict = {"license": entry.licence, "notes": (entry.metric,) if entry.metric else ()}
+    if isinstance(entry.source, Hub):
+        cfg |= {"hf_hub_id": f"{entry.source.repo}@{entry.source.revision}", "hf_hub_filename": entry.source.file}
+    elif isinstance(entry.source, Asset):
+        cfg |= {"url": entry.source.url}
+    if entry.picture:
+        size, picture = entry.picture.size, entry.picture
+        cfg |= {"input_size": (3, size, size), "crop_pct": picture.crop, "mean": picture.mean, "std": picture.std}
+        cfg |= {"interpolation": picture.interpolation}
+    return cfg
 
 
 def default_indices(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...]:
@@ -60,9 +79,10 @@ def default_indices(cls: type[ImageBackbone], arguments: dict) -> tuple[int, ...
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A released (or our own) state dict under our names; positions are resized to the model's grid."""
-    for key in WRAPPERS:  # of files that timm fetched; those on disk are opened by `from_file`
+    family = type(model).__module__.rpartition(".")[2]
+    for key in find(family, "WRAPPERS") or WRAPPERS:  # of files that timm fetched; others are opened by `from_file`
         state = state.get(key, state)
-    convert = find(type(model).__module__.rpartition(".")[2], "from_official")
+    convert = find(family, "from_official")
     return convert(model, state) if convert else state
 
 
@@ -75,6 +95,18 @@ def from_file(cls: type[nn.Module], overlay: dict | None) -> dict | None:
     return {key: value for key, value in overlay.items() if key != "file"} | {"state_dict": state}
 
 
+def with_weights(name: str, cls: type[nn.Module], given: dict) -> dict:
+    """Keyword arguments whose overlay holds tensors: of its file, or else the released ones of the preset."""
+    overlay = given.get("pretrained_cfg_overlay") or {}
+    if any(overlay.get(key) for key in ("file", "state_dict", "url", "hf_hub_id")) or given.get("pretrained_cfg"):
+        return given | {"pretrained_cfg_overlay": from_file(cls, overlay)}
+    from ssmzoo.released.download import fetch
+
+    entry = find_weights(name)
+    state = {"state_dict": read_state_dict(fetch(entry), entry.wrappers)}
+    return dict(entry.model) | given | {"pretrained_cfg_overlay": dict(entry.model) | overlay | state}
+
+
 def register(name: str) -> None:
     """Make timm know the preset `name`."""
     cls, arguments = arguments_of(name)
@@ -84,8 +116,8 @@ def register(name: str) -> None:
         for key in kwargs:
             if key not in known and key not in BUILDER and key not in getattr(cls, "old_arguments", ()):
                 raise TypeError(f"{name} takes no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}")
-        if pretrained and "pretrained_cfg_overlay" in kwargs:
-            kwargs["pretrained_cfg_overlay"] = from_file(cls, kwargs["pretrained_cfg_overlay"])
+        if pretrained:
+            kwargs = with_weights(name, cls, kwargs)
         features = dict(out_indices=default_indices(cls, arguments | kwargs), feature_cls="getter")
         return build_model_with_cfg(
             cls,
@@ -100,7 +132,7 @@ def register(name: str) -> None:
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = f"{cls.__name__} with the preset {name!r} of ssmzoo."
     globals()[name] = entrypoint
-    default_cfgs.update(generate_default_cfgs({name: describe(cls, arguments)}))
+    default_cfgs.update(generate_default_cfgs({name: describe(name, cls, arguments)}))
     register_model(entrypoint)
 
 

@@ -1,4 +1,4 @@
-"""Models by name, with weights: fresh ones, or those of a run folder or checkpoint of ours."""
+"""Models by name, with weights: fresh ones, released ones, or those of a run folder or checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -17,23 +17,38 @@ from ssmzoo.presets import (  # noqa: F401
     model_class,
     read_model_config,
 )
+from ssmzoo.released.catalogue import find_weights, split_name
 from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import fit_state_dict
+from ssmzoo.released.pretrained import build_pretrained
 
 
-def create_model(name: str, *, checkpoint: str | None = None, **overrides) -> nn.Module:
+def create_model(name: str, *, pretrained: bool | str = False, checkpoint: str | None = None, **overrides) -> nn.Module:
     """Build a model of the zoo by name.
 
-    name        one of `list_models()`
+    name        one of `list_models()`, or with the tag of a released file: "mambair_denoise.sigma25"
+    pretrained  True or a tag: with the weights that its authors released, fetched if need be (`ssmzoo weights list`)
     checkpoint  a run folder or checkpoint of ours, or a released file in official names, whose weights are loaded; its
                 architecture must be the one asked for
-    overrides   constructor arguments that replace the preset's
+    overrides   constructor arguments that replace the preset's. A pretrained classifier with another num_classes gets a
+                new head, with a warning.
 
     Sizes that a data set decides when training (vocab_size, num_classes) take the constructor's default unless given.
-    Raises ValueError for an unknown name, TypeError for an unknown argument.
+    Raises ValueError for an unknown name, TypeError for an unknown argument, DownloadError for weights that cannot be
+    had.
     """
-    model = build_preset(name, **overrides)
+    preset, tag = (name, "") if name in config_names("model") else split_name(name)
+    if pretrained and checkpoint is not None:
+        raise ValueError("give either pretrained or checkpoint: both name weights")
+    if pretrained:
+        if tag and pretrained not in (True, tag):
+            raise ValueError(f"{name!r} names the file {tag!r} and pretrained the file {pretrained!r}")
+        read_model_config(preset)  # a misspelt name is no missing file
+        return build_pretrained(find_weights(preset, tag or pretrained), **overrides)
+    if tag:
+        raise ValueError(f"{name!r} names released weights; add pretrained=True, or leave out .{tag} for a fresh model")
+    model = build_preset(preset, **overrides)
     if checkpoint is not None:
         fit_state_dict(model, to_ours(model, read_weights(checkpoint)), what=f"model {name!r}")
     return model

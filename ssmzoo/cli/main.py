@@ -10,7 +10,7 @@ import traceback
 from ssmzoo import __version__
 from ssmzoo.terminal import plain_output
 
-COMMANDS = ("list", "info", "backends", "verify", "generate", "restore", "probe", "bench", "runs", "ckpt")
+COMMANDS = ("list", "info", "backends", "verify", "generate", "restore", "probe", "bench", "runs", "ckpt", "weights")
 
 
 class Parser(argparse.ArgumentParser):

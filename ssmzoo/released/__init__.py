@@ -17,7 +17,9 @@
         YIELDS_TO       but for those of the families named here
         MODEL_TYPE      what config.json says in transformers' folders
         WRAPPERS        which container of a file holds the published weights, where that is not the usual one
+        CATALOGUE       the files that its authors released (catalogue.py): source, licence, arguments, published metric
 
-load.py puts these together; files.py and unpickle.py read files and run nothing from them; fit.py loads tensors or says
-what does not fit; golden.py compares with stored cases; describe.py says what a file is.
+load.py puts these together; download.py fetches released files and pretrained.py puts them into models; files.py and
+unpickle.py read files and run nothing from them; fit.py loads tensors or says what does not fit; golden.py compares
+with stored cases; describe.py says what a file is.
 """

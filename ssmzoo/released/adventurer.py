@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmzoo.models.adventurer import Adventurer, AdventurerBlock
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, resize_plain_positions
 from ssmzoo.released.infer import part, ratio
 from ssmzoo.released.mamba2 import BLOCK as MAMBA2
@@ -90,3 +91,24 @@ def told_of_mixer(state: dict[str, Tensor], d: int, given: Mapping[str, Any]) ->
     if "d_state" not in (given.get("ssm_cfg") or {}):
         told["mamba_d_state"] = (len(state["conv1d.weight"]) - e) // 2
     return told
+
+
+WRAPPERS = ("model", "state_dict", "model_ema")  # what the authors evaluate
+CATALOGUE = tuple(
+    Weights(
+        f"adventurer_{preset}",
+        Hub(f"Wangf3014/{repo}", file),
+        arguments={"rms_norm": True, "mamba_d_state": 64, "mamba_expand": 2, "img_size": size},
+        picture=Picture(size, crop),
+        metric=f"ImageNet-1k top-1 {top1}",
+    )
+    for preset, repo, file, size, crop, top1 in (
+        ("tiny", "Adventurer", "adventurer_tiny_patch16_224.pth", 224, 0.875, 78.2),
+        ("small", "Adventurer", "adventurer_small_patch16_224.pth", 224, 0.875, 81.8),
+        ("base", "Adventurer", "adventurer_base_patch16_224.pth", 224, 0.875, 82.6),
+        ("large", "Adventurer", "adventurer_large_patch16_224.pth", 224, 0.875, 83.4),
+        ("tiny_patch1", "Patch_Scaling", "adventurer_tiny_patch1_224.pth", 224, 1.0, 81.9),
+        ("small_patch1", "Patch_Scaling", "adventurer_small_patch1_224.pth", 224, 1.0, 83.8),
+        ("base_patch1", "Patch_Scaling", "adventurer_base_patch1_224.pth", 224, 1.0, 84.6),
+    )
+)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ssmzoo.models.falcon_mamba import FalconMambaLM
 from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.hugging_face import MAMBA, infer_mamba, mamba_mixer, official_hf_lm, to_hf
 from ssmzoo.released.language import AttentionMask, from_official, golden_lm
 
-__all__ = ["MODELS", "MODEL_TYPE", "TABLES", "from_official", "golden", "infer", "official", "to_official"]
+__all__ = ["CATALOGUE", "MODELS", "MODEL_TYPE", "TABLES", "from_official", "golden", "infer", "official", "to_official"]
 MODEL_TYPE = "falcon_mamba"
 MODELS = (FalconMambaLM,)
 CONFIG = Arguments("FalconMambaForCausalLM", MAMBA.honoured | {"mixer_rms_eps": 1e-6}, MAMBA.inert)
@@ -33,3 +34,13 @@ class FalconMambaHF(AttentionMask, FalconMambaLM):
 
 def golden(case) -> dict[str, Tensor]:
     return golden_lm(case) if "logits" in case.outputs else case.run_official()
+
+
+CATALOGUE = (
+    Weights(
+        "falcon_mamba_7b",
+        Hub("tiiuae/falcon-mamba-7b", "model.safetensors.index.json", "080ad94b3619e2c2d0afa59bafdc6113465b7006"),
+        **{"licence": "TII Falcon-Mamba License 2.0", "bytes": 14_545_401_832, "tokenizer": "tiiuae/falcon-mamba-7b"},
+        note="16-bit weights in three shards",
+    ),
+)

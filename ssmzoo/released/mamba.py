@@ -10,6 +10,7 @@ from torch import Tensor
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
     BACKBONE,
@@ -22,7 +23,17 @@ from ssmzoo.released.language import (
     to_official,
 )
 
-__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+__all__ = [
+    "CATALOGUE",
+    "MODELS",
+    "TABLES",
+    "TELLING_KEYS",
+    "from_official",
+    "golden",
+    "infer",
+    "official",
+    "to_official",
+]
 MODELS = (MambaLM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.x_proj\.weight")
 DT = {"dt_min": (0.001, INITIAL), "dt_max": (0.1, INITIAL), "dt_init_floor": (1e-4, INITIAL)}
@@ -69,3 +80,38 @@ class OfficialMamba(StepByStep, Mamba):
 
 def golden(case) -> dict[str, Tensor]:
     return golden_lm(case) if "n_layer" in case.official_kwargs else case.run_official()
+
+
+PILE = (  # preset, revision, bytes, SHA-256
+    ("130m", "c4dcd5d65dff7d0bff5a4c97e30d82e57190f1b0", 516_618_642)
+    + ("29a023467229397eb03fd31e088c08c9193b734249f0c07d51af03873162e723",),
+    ("370m", "b6c47221dc4908532cc9773d469d6b8cbe3f0762", 1_486_219_538)
+    + ("d2193f87805948c4d01234056d9fbb04ff9a55dbf70547ab7329af971dfdef37",),
+    ("790m", "557be521b8e2f9c53c00f552cee8b03adfa2e69b", 3_172_970_770)
+    + ("2101e887b173fd431552d9d2cc8e2cc18f234648d504be851f1ccec50aaf0ae3",),
+    ("1.4b", "ef1092d8dc2123005d7d608c12665be82cd4c576", 5_488_869_150)
+    + ("d342e29cf5713830877b54a51cbd7c48bf02b1c10aa2e2169a2988669d71f191",),
+    ("2.8b", "b342b33a0c4718008a85682ffbb94a0a51d7ea16", 11_073_592_474)
+    + ("ef6452a6515c6a33f2a2febd53e58602dfb17e5c0871d25c29cf88285a80c09c",),
+)
+CATALOGUE = tuple(
+    Weights(
+        f"mamba_{size}",
+        Hub(f"state-spaces/mamba-{size}", "pytorch_model.bin", revision),
+        **{"licence": "apache-2.0", "bytes": n, "sha256": digest, "tokenizer": NEOX},
+        arguments={"vocab_size": 50277, "residual_in_fp32": True},
+        note="trained on 300 B tokens of the Pile",
+    )
+    for size, revision, n, digest in PILE
+)
+CATALOGUE += (
+    Weights(
+        "mamba_2.8b",
+        Hub("state-spaces/mamba-2.8b-slimpj", "pytorch_model.bin", "0ac3b9882ed9da9990e95a7cdf8fdc6c73bc4107"),
+        tag="slimpj",
+        **{"licence": "apache-2.0", "bytes": 11_073_601_434, "tokenizer": NEOX},
+        sha256="63d17331bd1f8412ec22dd4d05bd4d839b54817b711545b93d8410b180436221",
+        arguments={"vocab_size": 50277, "residual_in_fp32": True},
+        note="trained on 600 B tokens of SlimPajama",
+    ),
+)

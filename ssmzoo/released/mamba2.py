@@ -12,6 +12,7 @@ from torch import Tensor
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.models.mamba2 import Mamba2LM
 from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
     BACKBONE,
@@ -25,7 +26,17 @@ from ssmzoo.released.language import (
 )
 from ssmzoo.released.mamba import DT
 
-__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+__all__ = [
+    "CATALOGUE",
+    "MODELS",
+    "TABLES",
+    "TELLING_KEYS",
+    "from_official",
+    "golden",
+    "infer",
+    "official",
+    "to_official",
+]
 MODELS = (Mamba2LM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.dt_bias", r"mixer\.conv1d")
 SHARED = {"d_conv": 4, "expand": 2, "ngroups": 1, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True}
@@ -118,3 +129,28 @@ def unclamped(case) -> dict:
         return kwargs | {"ssm_cfg": dict(kwargs["ssm_cfg"]) | {"clamp_steps": False}}
     simple = is_simple(case.params, kwargs) or "embeddings.weight" in case.params
     return kwargs if simple else kwargs | {"clamp_steps": False}
+
+
+CATALOGUE = tuple(
+    Weights(
+        f"mamba2_{size}",
+        Hub(f"state-spaces/mamba2-{size}", "pytorch_model.bin", revision),
+        **{"licence": licence, "bytes": n, "sha256": digest, "tokenizer": NEOX, "metric": metric},
+        arguments={"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 16},
+        note="trained on 300 B tokens of the Pile; 16-bit weights",
+    )
+    for size, revision, licence, n, digest, metric in (
+        (
+            *("130m", "3a5aea0c25d0fb43cc360e2c2aac82c26e3eed49", None, 258_059_314),
+            *("f786aff903d8b6f2cef67ff2b1db06a9f44e7780340e6ea6d3dead16b52fc501", ""),
+        ),
+        ("370m", "main", None, None, None, ""),
+        ("780m", "main", "apache-2.0", None, None, ""),
+        ("1.3b", "main", "apache-2.0", None, None, ""),
+        (
+            *("2.7b", "99b226cc377d131cccc610ed4346db564f381f1e", "apache-2.0", 5_405_424_282),
+            "254d89bfef6dd9f44c8e3f54e0730af3f10c482969117cb37fb33486348b00be",
+            "zero shot: LAMBADA perplexity 4.10, accuracy 69.7 %; HellaSwag 66.6 %; PIQA 76.4 %",
+        ),
+    )
+)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmzoo.models.mamba import MambaLM
+from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.hugging_face import MAMBA, infer_mamba, mamba_mixer, official_hf_lm, to_hf
 from ssmzoo.released.language import AttentionMask, from_official, golden_lm
 
 __all__ = [
+    "CATALOGUE",
     "MODELS",
     "MODEL_TYPE",
     "TABLES",
@@ -38,3 +40,20 @@ class MambaHF(AttentionMask, MambaLM):
 
 def golden(case) -> dict[str, Tensor]:
     return golden_lm(case) if "logits" in case.outputs else case.run_official()
+
+
+CATALOGUE = tuple(
+    Weights(
+        f"mamba_{size}",
+        Hub(f"state-spaces/mamba-{size}-hf", "model.safetensors", revision),
+        tag="hf",
+        licence="apache-2.0",
+        tokenizer=f"state-spaces/mamba-{size}-hf",
+        note="the same weights in transformers' naming",
+    )
+    for size, revision in (
+        ("130m", "main"),
+        ("370m", "14e4f0139736c06e3d2bef0ebce116cc6f371b11"),
+        ("790m", "main"),
+    )
+)

@@ -11,6 +11,7 @@ from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.mambair import RSSB, MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.released.arguments import PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.catalogue import Hub, Weights, on_drive
 from ssmzoo.released.image import with_bias
 from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.vmamba import SCAN_INITIAL
@@ -170,3 +171,36 @@ def squeeze_of(state: dict[str, Tensor]) -> int:
     if not factors:
         raise ValueError("the channel-attention widths of this checkpoint follow no common squeeze factor")
     return factors[0]
+
+
+CLASSIC = "11Kiy_0hmMyDjMvW7MmbUT6tO9n5JrDeB 1u0VcESEduHu-GBCC6vDGQt9qXSX2AKdn 1YXggWIsi-auCjmPQDvW9FjB1f9fZK0hN"
+LIGHT = "1eWovtH7YvEn2Bm9wBK5REOhbIgapsLxM 1JoC3fwah5Xo0Z1s8DnmXQlsctKQjs1Hx 1jIz579k_16569HFVF-76KgqAbJaJoDgF"
+NOISE = "1w5Y502iKSkqhP-OpleppPmk6PAnvWPdr 1qSPy6B7Jvi7PDHM1fl8Q88kn7ckwtusK 1O2o9xPruX8MtUL4qmuxV4Vfsef8L_jLM"
+JPEG = "1kncutEIAq9MvD8w6If6VZD7hkRkRcXWr 1hIIJQR59XmizMapxLOWtihhF3R7prYu3 1XbuIsLuCtwV78cVMYLuWXm-hNQDsbn6M"
+DRIVE = (  # preset, tags, ids on Google Drive, published PSNR (dB) and SSIM
+    *zip(
+        *(("mambair_classic_x2", "mambair_classic_x3", "mambair_classic_x4"), ("", "", ""), CLASSIC.split()),
+        ("Urban100 34.15 / 0.9446", "Urban100 29.93 / 0.8841", "Urban100 27.68 / 0.8287"),
+    ),
+    *zip(
+        *(("mambair_light_x2", "mambair_light_x3", "mambair_light_x4"), ("", "", ""), LIGHT.split()),
+        ("Urban100 32.92 / 0.9356", "Urban100 29.00 / 0.8689", "Urban100 26.75 / 0.8051"),
+    ),
+    *zip(
+        *(3 * ("mambair_denoise",), ("sigma15", "sigma25", "sigma50"), NOISE.split()),
+        ("Urban100 35.17", "Urban100 32.99", "Urban100 30.07"),
+    ),
+    *zip(
+        *(3 * ("mambair_jpeg",), ("q10", "q30", "q40"), JPEG.split()),
+        ("Classic5 30.27 / 0.8256", "Classic5 33.74 / 0.8965", "Classic5 34.53 / 0.9084"),
+    ),
+    ("mambair_unet", "", "1iMcapgaT7VPfR2UFYy21KbX3rUHFJCU8", "SIDD 39.89 / 0.960"),
+)
+SEEN = {  # those that the hub is known to hold as well
+    "1YXggWIsi-auCjmPQDvW9FjB1f9fZK0hN": Hub("cguoh/MambaIR", "MambaIRv1_ckpt/MambaIR_classicSRx4.pth"),
+    "1qSPy6B7Jvi7PDHM1fl8Q88kn7ckwtusK": Hub("cguoh/MambaIR", "MambaIRv1_ckpt/ColorDN_MambaIR_level25.pth"),
+}
+CATALOGUE = tuple(
+    Weights(preset, SEEN.get(key) or on_drive(key), tag, licence="apache-2.0", metric=f"PSNR (/ SSIM) {metric}")
+    for preset, tag, key, metric in DRIVE
+)

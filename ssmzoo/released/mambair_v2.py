@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from ssmzoo.layers.image.window_attention import relative_position_index
 from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.catalogue import Asset, Weights
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.infer import part, ratio
 from ssmzoo.released.mambair import WITHOUT as MAMBAIR
 from ssmzoo.released.mambair import WRAPPERS, infer_restoration
 
-__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "WRAPPERS", "from_official", "infer", "official", "to_official"]
+__all__ = [
+    "CATALOGUE",
+    "MODELS",
+    "TABLES",
+    "TELLING_KEYS",
+    "WRAPPERS",
+    "from_official",
+    "infer",
+    "official",
+    "to_official",
+]
 
 MODELS = (MambaIRv2,)
 TELLING_KEYS = r"embeddingA|\.assm\.|\.win_mhsa\."
@@ -83,3 +94,34 @@ def from_official(model: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tenso
 def to_official(module: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released names, with the index of relative positions that its state dicts hold."""
     return {**state, "relative_position_index_SA": relative_position_index(module.window_size)}
+
+
+RELEASE = "https://github.com/csguoh/MambaIR/releases/download/v1.0/"
+PUBLISHED = {  # PSNR (dB) / SSIM
+    **{"light_x2": "Urban100 33.26 / 0.9378", "light_x3": "Urban100 29.01 / 0.8689"},
+    **{"light_x4": "Urban100 26.82 / 0.8079", "base_x2": "Urban100 34.49 / 0.9468"},
+    **{"base_x3": "Urban100 30.28 / 0.8905", "base_x4": "Urban100 27.89 / 0.8344"},
+    **{"denoise.sigma15": "Urban100 35.42", "jpeg.q10": "Classic5 30.37 / 0.8269"},
+    **{"jpeg.q30": "Classic5 33.81 / 0.8970", "jpeg.q40": "Classic5 34.64 / 0.9093"},
+}
+DIGESTS = {
+    "small_x4": "374d91798ffd901b76504068b5bcb47ea58cba9b8f889ac627428c3c34f3545d",
+    "large_x4": "9f9090cda07ed4b8498c2db9863c8c263cd300f445017ec77b7fc8babbb8a78d",
+}
+ASSETS = {f"light_x{s}": f"mambairv2_lightSR_x{s}.pth" for s in (2, 3, 4)}
+ASSETS |= {
+    f"{k}_x{s}": f"mambairv2_classicSR_{k.title()}_x{s}.pth" for k in ("small", "base", "large") for s in (2, 3, 4)
+}
+ASSETS |= {"denoise.sigma15": "mambairv2_ColorDN_15.pth"} | {
+    f"jpeg.q{q}": f"mambairv2_jpeg_q{q}.pth" for q in (10, 30, 40)
+}
+CATALOGUE = tuple(
+    Weights(
+        f"mambair_v2_{name.partition('.')[0]}",
+        Asset(RELEASE + file),
+        name.partition(".")[2],
+        **{"licence": "apache-2.0", "sha256": DIGESTS.get(name)},
+        metric=f"PSNR (/ SSIM) {PUBLISHED[name]}" if name in PUBLISHED else "",
+    )
+    for name, file in ASSETS.items()
+)

@@ -11,11 +11,12 @@ from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.res_vmamba import ResVMamba
 from ssmzoo.models.vmamba import VSSBlock
 from ssmzoo.released.arguments import RECOMPUTE, Arguments
+from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, act_name, official_norm, official_stages, one_of, with_bias
 from ssmzoo.released.vmamba import DOWNSAMPLE, SCAN_INITIAL, from_official, is_block, to_official, to_ours
 from ssmzoo.released.vmamba import infer as told_of_vmamba
 
-__all__ = ["MODELS", "TELLING_KEYS", "from_official", "infer", "official", "to_official"]
+__all__ = ["CATALOGUE", "MODELS", "TELLING_KEYS", "from_official", "infer", "official", "to_official"]
 MODELS = (ResVMamba,)
 TELLING_KEYS = r"(^|\.)fuse\.\d"
 
@@ -98,3 +99,15 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     told = {names.get(key, key): value for key, value in told_of_vmamba(state, given).items()}
     table = BLOCK if is_block(to_ours(state)) else VSSM
     return {key: value for key, value in told.items() if key in table.names}
+
+
+CATALOGUE = (
+    Weights(
+        "res_vmamba_small",
+        Hub("ms57rd/Res-VMamba", "ckpt_epoch_166.pth", "ac94ddd83f143b157ab6b66d5236af415d603d2c"),
+        **{"licence": "mit", "bytes": 711_402_283, "picture": Picture()},
+        arguments={"ssm_ratio": 2.0, "mlp_ratio": 0.0, "downsample_version": "v1"},
+        model={"num_classes": 241},
+        metric="CNFOOD-241 (the authors' split) top-1 79.54",
+    ),
+)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms
 from ssmzoo.released.infer import part
 from ssmzoo.released.vim import from_official, mixer_arguments, slow_path, told_of_mixer
 
-__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "infer", "official"]
+__all__ = ["CATALOGUE", "MODELS", "TABLES", "TELLING_KEYS", "from_official", "infer", "official"]
 MODELS = (ShuffleMamba, ShuffleMambaReg)
 TELLING_KEYS = r"pos_embed_cls|norm_neck"
 SHARED = {
@@ -78,3 +79,16 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
         if "neck.weight" in state:
             told["cls_reduce"] = told["embed_dim"] // len(state["neck.weight"])
     return told
+
+
+WRAPPERS = ("model", "state_dict", "model_ema")  # what the authors of Mamba-Reg evaluate
+CATALOGUE = tuple(  # ShuffleMamba's own weights are not released; Mamba-Reg has the tensors of the one with registers
+    Weights(
+        f"mamba_reg_{size}",
+        Hub("Wangf3014/Mamba-Reg", f"mambar_{size}_patch16_224.pth"),
+        arguments={"rms_norm": True, "shuffle_rate": 0.0},
+        picture=Picture(crop=1.0),
+        metric=f"ImageNet-1k top-1 {top1}",
+    )
+    for size, top1 in (("small", 81.4), ("base", 83.0), ("large", 83.6))
+)

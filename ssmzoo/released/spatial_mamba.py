@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.image.mlp import make_mlp
 from ssmzoo.models.spatial_mamba import SpatialMamba, SpatialMambaBlock, StateFusion, StructureAwareSSM
 from ssmzoo.released.arguments import INITIAL, PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.catalogue import Picture, Weights, on_drive
 from ssmzoo.released.image import LOADED, RUNNER, act_name, is_pyramid, official_stages
 from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.names import cut_prefix
@@ -118,3 +119,20 @@ def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return cut_prefix("backbone.", state)
+
+
+CATALOGUE = tuple(
+    Weights(
+        f"spatial_mamba_{size}",
+        on_drive(key),
+        licence="apache-2.0",
+        arguments={"d_state": 1, "dt_init": "random"},
+        picture=Picture(),
+        metric=f"ImageNet-1k top-1 {top1}",
+    )
+    for size, key, top1 in (
+        ("tiny", "19kXoqGSTuKKs4AHbdUSrdKZTwTWenLIW", 83.5),
+        ("small", "1Wb3sYoWLpgmWrmHMYKwdgDwGPZaqM28O", 84.6),
+        ("base", "1k8dHp2QRCOqBSgAi36YkhZp_O8LqOPjM", 85.3),
+    )
+)

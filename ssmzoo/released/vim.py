@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssmzoo.models.vim import Vim, VimMixer
 from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, one_of, resize_plain_positions
 from ssmzoo.released.infer import part, ratio
@@ -166,3 +167,31 @@ def released_angles(grid: tuple[int, int], d: int, reference: int) -> Tensor:
         (torch.arange(side) / side * reference)[:, None].mul(frequencies).repeat_interleave(2, dim=1) for side in grid
     )
     return torch.cat(torch.broadcast_tensors(rows[:, None], columns[None]), dim=-1).flatten(0, 1)
+
+
+WRAPPERS = ("model", "state_dict", "model_ema")  # the best file was chosen, and is measured, by `model`
+TINY = ("hustvl/Vim-tiny-midclstok", "757b3e9ff444134ea9a44dcf4c61a252d4758807")
+SMALL = ("hustvl/Vim-small-midclstok", "44c393461368b766fdc822619d0ad8af7dc887fa")
+BASE = ("hustvl/Vim-base-midclstok", "main")
+CATALOGUE = tuple(
+    Weights(
+        f"vim_{preset}",
+        Hub(repo, file, revision),
+        **{"licence": "apache-2.0", "bytes": n, "sha256": digest, "picture": Picture()},
+        arguments={"final_pool_type": "mean", "if_divide_out": True, "use_middle_cls_token": True, "stride": stride},
+        metric=f"ImageNet-1k top-1 {top1}, top-5 {top5}",
+    )
+    for preset, (repo, revision), file, stride, top1, top5, n, digest in (
+        (
+            *("tiny", TINY, "vim_t_midclstok_76p1acc.pth", 16, 76.1, 93.0, 115_013_118),
+            "fedb1e60267f3bc7b2a8443f2ddead8d39e019d10247a87252162b3789801fd5",
+        ),
+        (
+            *("tiny_plus", TINY, "vim_t_midclstok_ft_78p3acc.pth", 8, 78.3, 94.2, 116_650_558),
+            "9847490c5c3ca36cc38caf8be537b726f326a1b5b15764b0bde650934ac35b54",
+        ),
+        ("small", SMALL, "vim_s_midclstok_80p5acc.pth", 16, 80.5, 95.1, None, None),
+        ("small_plus", SMALL, "vim_s_midclstok_ft_81p6acc.pth", 8, 81.6, 95.4, None, None),
+        ("base", BASE, "vim_b_midclstok_81p9acc.pth", 16, 81.9, 95.8, None, None),
+    )
+)

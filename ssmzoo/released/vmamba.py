@@ -16,6 +16,7 @@ from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.models.vmamba import VMamba, VSSBlock
 from ssmzoo.ops import cross_merge, cross_scan
 from ssmzoo.released.arguments import INITIAL, RECOMPUTE, Arguments
+from ssmzoo.released.catalogue import Asset, Picture, Weights
 from ssmzoo.released.image import (
     LOADED,
     RUNNER,
@@ -33,6 +34,7 @@ from ssmzoo.released.operators import FunctionModule
 
 MODELS = (VMamba,)
 TELLING_KEYS = r"(op|self_attention)\.x_proj_weight|classifier\.norm"
+WRAPPERS = ("model", "state_dict", "model_ema")  # the averaged weights were copied into `model` before the release
 YIELDS_TO = (
     "mambair",
     "mambair_v2",
@@ -368,3 +370,31 @@ def told_of_mixer(state: dict[str, Tensor], given: Mapping[str, Any], init: str 
 def rank_of(rank: int, d: int) -> dict[str, Any]:
     """The rank of the time step if it is not the one that "auto" means: stages of other widths have other ranks."""
     return {} if rank == math.ceil(d / 16) else {"dt_rank": rank}
+
+
+RELEASE = "https://github.com/MzeroMiko/VMamba/releases/download/%23{tag}/{file}"
+V2 = {"forward_type": "v05_noz", "ssm_d_state": 1, "ssm_conv_bias": False, "mlp_ratio": 4.0}
+V2 |= {"downsample_version": "v3", "patchembed_version": "v2", "norm_layer": "ln2d"}
+V0 = {"forward_type": "v0", "ssm_d_state": 16, "ssm_conv_bias": True, "mlp_ratio": 0.0}
+V0 |= {"downsample_version": "v1", "patchembed_version": "v1", "norm_layer": "ln", "ssm_ratio": 2.0}
+CATALOGUE = tuple(
+    Weights(
+        f"vmamba_{preset}",
+        Asset(RELEASE.format(tag="v0cls" if "vanilla" in preset else "v2cls", file=file)),
+        licence="mit",
+        arguments=V0 if "vanilla" in preset else V2 | {"ssm_ratio": ratio},
+        picture=Picture(),
+        metric=f"ImageNet-1k top-1 {top1}",
+    )
+    for preset, file, top1, ratio in (
+        ("tiny", "vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6, 1.0),
+        ("tiny_s2l5", "vssm_tiny_0230_ckpt_epoch_262.pth", 82.5, 2.0),
+        ("small", "vssm_small_0229_ckpt_epoch_222.pth", 83.6, 2.0),
+        ("small_s1l20", "vssm1_small_0229s_ckpt_epoch_240.pth", 83.3, 1.0),
+        ("base", "vssm_base_0229_ckpt_epoch_237.pth", 83.9, 2.0),
+        ("base_s1l20", "vssm1_base_0229s_ckpt_epoch_225.pth", 83.8, 1.0),
+        ("vanilla_tiny", "vssmtiny_dp01_ckpt_epoch_292.pth", 82.2, 2.0),
+        ("vanilla_small", "vssmsmall_dp03_ckpt_epoch_238.pth", 83.5, 2.0),
+        ("vanilla_base", "vssmbase_dp06_ckpt_epoch_241.pth", 83.7, 2.0),
+    )
+)

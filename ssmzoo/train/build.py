@@ -24,7 +24,7 @@ from ssmzoo.train.checkpoint import FolderCheckpointIO
 from ssmzoo.train.checkpointer import Checkpointer
 from ssmzoo.train.errors import UserError, user_errors
 from ssmzoo.train.guards import Guards
-from ssmzoo.train.init_from import start_from
+from ssmzoo.train.init_from import start_from, start_pretrained
 from ssmzoo.train.logger import CSVFile
 from ssmzoo.train.manifest import manifest
 from ssmzoo.train.progress import NoProfiler, Progress
@@ -56,6 +56,8 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     model = build_model(plain["model"])
     if plain.get("init_from") and not resuming:  # a resumed run has weights of its own
         print(start_from(model, plain["init_from"]), flush=True)
+    if plain.get("pretrained") and not resuming:
+        print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
     if plain.get("grad_checkpointing"):
         if not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"grad_checkpointing=true: {type(model).__name__} has no set_grad_checkpointing()")

@@ -60,6 +60,7 @@ TOP_LEVEL = (
     "resume",
     "config",
     "init_from",
+    "pretrained",
     "compile",
     "grad_checkpointing",
     "model_name",
@@ -158,6 +159,8 @@ def check(cfg: DictConfig) -> None:
     for key in cfg:
         if key not in TOP_LEVEL + FREE_ROOTS:
             raise ConfigError(f"unknown key {key!r}{origin(str(key))}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
+    if cfg.get("init_from") and cfg.get("pretrained"):
+        raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
     for key, kind in (("seed", int), ("compile", bool), ("grad_checkpointing", bool)):
         if not _fits(cfg.get(key, kind()), kind):
             given = f"{cfg[key]!r} ({type(cfg[key]).__name__})"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ssmzoo.checkpoint_files import read_weights
+from ssmzoo.released.catalogue import find_weights
 from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import Taken, compare, role, share
+from ssmzoo.released.pretrained import released_state
 
 
 def start_from(model: nn.Module, path: str) -> str:
@@ -17,22 +19,32 @@ def start_from(model: nn.Module, path: str) -> str:
     with its share of the parameters, as is a layer that the file lacks. Raises CheckpointError when an embedding or a
     norm would stay new, when a head is not in the file, or when less than half of the model's values are there.
     """
-    found = to_ours(model, read_weights(path))
+    return take(model, to_ours(model, read_weights(path)), f"init_from={path}", str(path))
+
+
+def start_pretrained(model: nn.Module, name: str, tag: str | bool) -> str:
+    """As `start_from`, with the released weights of a preset, which are fetched if need be."""
+    entry = find_weights(name, tag)
+    return take(model, released_state(model, entry), f"pretrained={tag}", f"{entry.name} ({entry.source})")
+
+
+def take(model: nn.Module, found: dict[str, Tensor], asked: str, source: str) -> str:
+    """Copy what fits; raise CheckpointError for what must not stay new. `asked` and `source` are for the messages."""
     own, taken = model.state_dict(), compare(model, found)
     values, total = (sum(own[k].numel() for k in keys) for keys in (taken.fits, own))
     if 2 * values < total:
         raise CheckpointError(
-            f"init_from={path}: only {len(taken.fits)} of the model's {len(own)} tensors are there with "
+            f"{asked}: only {len(taken.fits)} of the model's {len(own)} tensors are there with "
             f"the same shape ({values:,} of {total:,} values); are these weights of another model?"
         )
     if problem := _missing(model, found, taken):
-        raise CheckpointError(f"init_from={path}: {problem}")
+        raise CheckpointError(f"{asked}: {problem}")
     model.load_state_dict(taken.fits, strict=False)
     new = taken.reshaped + taken.absent
     more = f"; new: {', '.join(new[:4])}{' ...' if len(new) > 4 else ''} ({share(model, new)})" if new else ""
     left = [k for k in found if k not in own]
     more += f"; not used: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""
-    return f"starting from {path}: {len(taken.fits)} of {len(own)} tensors{more}"
+    return f"starting from {source}: {len(taken.fits)} of {len(own)} tensors{more}"
 
 
 def _missing(model: nn.Module, found: dict, taken: Taken) -> str:

@@ -1,0 +1,75 @@
+"""Every entry of every family's catalogue: facts of the right form, and arguments that build its preset's tensors."""
+
+import re
+
+import pytest
+import torch
+
+from ssmzoo.presets import build_preset, config_names
+from ssmzoo.released import catalogue as weights
+from ssmzoo.released import language, mambair_v2
+from ssmzoo.released.family import families, find, to_official
+from ssmzoo.released.load import argument_names, build
+
+ENTRIES = weights.catalogue()
+
+
+def test_every_family_with_published_files_is_there():
+    assert set(families("CATALOGUE")) == {entry.family for entry in ENTRIES.values()}
+    assert len(ENTRIES) > 60 and {"mamba", "vmamba", "vim", "mambair", "mambair_v2"} <= set(families("CATALOGUE"))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_states_facts_of_the_right_form(name):
+    entry = ENTRIES[name]
+    assert entry.preset in config_names("model")
+    assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
+    assert entry.bytes is None or entry.bytes > 1000
+    assert set(entry.arguments) <= set(argument_names(entry.family))
+    source = entry.source
+    if isinstance(source, weights.Hub):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo) and re.fullmatch("main|[0-9a-f]{40}", source.revision)
+    elif isinstance(source, weights.Asset):
+        assert source.url.startswith("https://") and "#" not in source.url
+    else:
+        assert source.link.startswith("https://") and source.todo
+    assert weights.split_name(name) == (entry.preset, entry.tag)
+    assert weights.find_weights(entry.preset, entry.tag) is entry
+
+
+def on_cpu(function):
+    """For what is computed and compared by value."""
+
+    def call(*args):
+        with torch.device("cpu"):
+            return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_official_arguments_build_the_tensors_of_the_preset(name, monkeypatch):
+    entry = ENTRIES[name]
+    monkeypatch.setattr(language, "same_head", lambda state, head, embedding: head not in state or tied)
+    monkeypatch.setattr(mambair_v2, "relative_position_index", on_cpu(mambair_v2.relative_position_index))
+    with torch.device("meta"):
+        model = build_preset(entry.preset, **entry.model)
+        tied = hasattr(model, "lm_head") and model.lm_head.weight is model.backbone.embedding.weight
+        state = to_official(entry.family, model)
+        official, _ = build(entry.family, dict(state), dict(entry.arguments))
+        convert = find(entry.family, "from_official")
+        ours = convert(model, dict(state)) if convert else state
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    assert isinstance(official, type(model))
+    assert {key: value.shape for key, value in official.state_dict().items()} == own
+    assert {key: value.shape for key, value in ours.items()} == own
+
+
+def test_no_tag_and_wrong_tags_are_refused_with_the_right_ones():
+    with pytest.raises(ValueError, match="choose one: mambair_denoise.sigma15, mambair_denoise.sigma25"):
+        weights.find_weights("mambair_denoise", True)
+    with pytest.raises(ValueError, match="no released file 'sigma26'; nearest: sigma25"):
+        weights.find_weights("mambair_denoise", "sigma26")
+    with pytest.raises(ValueError, match="no released weights are known for 'mamba_100m'"):
+        weights.find_weights("mamba_100m", True)
+    assert weights.find_weights("mamba_2.8b", True).tag == "" and weights.find_weights("mamba_2.8b", "slimpj")
