@@ -38,11 +38,11 @@ class Block(nn.Module):
     """Pre-norm residual sublayers by name, in series, or in parallel behind one shared norm.
 
     layers     the sublayers in order | norm: class of the norms, called with d_model
-    residual   None for x + y, or a method (name, x, y) -> the stream after sublayer `name` has computed y
+    residual   None for x + y, or a method (name, x, u, y) -> the stream after sublayer `name` made y of u = norm(x)
     forward    x (b l d) -> x (b l d); the mixer's state, {name: state} when there are several mixers; aux of sublayers
     """
 
-    residual: Callable[[str, Tensor, Tensor], Tensor] | None = None
+    residual: Callable[[str, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Block(nn.Module):
                 aux.append(extra)
             else:
                 y = layer(u)
-            x = x + y if self.residual is None else self.residual(name, x, y)
+            x = x + y if self.residual is None else self.residual(name, x, u, y)
         return x, states[self.mixers[0]] if single else states, aux
 
 

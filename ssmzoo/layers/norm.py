@@ -41,23 +41,32 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm with a SiLU gate. y, z (... dim) -> (... dim)
+    """RMSNorm with a gate. y, z (... dim) -> (... dim)
 
-        RMS(y SiLU(z)) weight          norm_before_gate=False
-        RMS(y) weight SiLU(z)          norm_before_gate=True
+        RMS(y act(z)) weight          norm_before_gate=False
+        RMS(y) weight act(z)          norm_before_gate=True
 
     The mean square is taken over groups of `group_size` neighbouring channels (all of them by default).
+    activation   act: silu or sigmoid
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, group_size: int | None = None, norm_before_gate: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = False,
+        activation: str = "silu",
+    ):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size or dim, norm_before_gate
+        self.activation = {"silu": F.silu, "sigmoid": torch.sigmoid}[activation]
         if dim % self.group_size:
             raise ValueError(f"group_size must divide the {dim} channels, got {group_size}")
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y, gate = fp32(y), F.silu(fp32(z))
+        y, gate = fp32(y), self.activation(fp32(z))
         if not self.norm_before_gate:
             y = y * gate
         size = (self.group_size,)

@@ -57,7 +57,7 @@ class CheemsBlock(Block):
         mixer = (self.kind, self.pre_sequence_layernorm, getattr(self, self.kind))
         return [mixer, ("feed_forward", self.pre_state_layernorm, self.feed_forward)]
 
-    def residual(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def residual(self, name: str, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
         scale = self.post_state_residual if name == "feed_forward" else self.post_sequence_residual
         return scale(x) + self.dropout(y)
 

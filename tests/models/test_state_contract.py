@@ -38,6 +38,15 @@ TINY = {
 }
 TINY_BY_CLASS = {
     "CheemsLM": {"d_ff": 8, "layer_pattern": "SA", "n_experts": 9, "experts_per_head": 2, "d_retrieval": 4},
+    "GatedDeltaNetLM": {"num_heads": 2, "head_dim": 3, "num_v_heads": 4, "layer_pattern": "D"},
+    "KimiDeltaLM": {"head_dim": 4, "d_ff": 8},
+    "HybridLM": {
+        "n_layer": 6,
+        "d_ff": 8,
+        "head_dim": 8,
+        "layer_pattern": "MSDKLA",
+        "mixers": {"M": {"d_state": 4}, "S": {"d_state": 4}, "D": {"conv_size": 2}, "A": {"rotary_emb_dim": 4}},
+    },
     "Mamba2LM": {"ssm_cfg": {"d_state": 4, "headdim": 8, "chunk_size": 4}},
     "Mamba3LM": {"ssm_cfg": {"d_state": 8, "headdim": 8, "chunk_size": 4}},
 }
@@ -63,6 +72,10 @@ MORE = {  # corners that no preset reaches
     "gated_ssm: released form": ("gated_ssm", {"layer_pattern": "C", "form": "released"}),
     "gated_ssm: causal": ("gated_ssm", {"layer_pattern": "C"}),
     "hawk: odd channels": ("hawk", {"d_state": 5, "d_conv": 2, "layer_pattern": "CB"}),
+    "gated_deltanet: attention, tied": (
+        "gated_deltanet",
+        {"layer_pattern": "DA", "attn_cfg": {"num_heads": 2}, "tie_embeddings": True, "allow_neg_eigval": False},
+    ),
     "mamba3: several inputs and outputs": (
         "mamba3",
         {
