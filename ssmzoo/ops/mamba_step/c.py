@@ -12,14 +12,15 @@ from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.native import kernel
 
 STEP, MISSING = kernel("ssmzoo_mamba_step")
-MAX_ROWS, MAX_WEIGHTS = 4, 2**21  # beyond these, matrix products on several threads win
+MAX_ROWS, MAX_WEIGHTS = 4, 2**21  # every row reads all weights: beyond these, products of matrices win
 
 
 def why_not(a) -> str | None:
     if torch.is_grad_enabled():
         return "serves decoding: without gradients"
-    if a.u.shape[0] > MAX_ROWS or (a.in_proj is not None and a.in_proj.numel() > MAX_WEIGHTS):
-        return f"serves up to {MAX_ROWS} sequences and input projections of up to {MAX_WEIGHTS} weights"
+    rows, weights = a.u.shape[0], 0 if a.in_proj is None else a.in_proj.numel()
+    if rows > MAX_ROWS or (rows > 1 and weights > MAX_WEIGHTS):
+        return f"serves one sequence, or up to {MAX_ROWS} with input projections of up to {MAX_WEIGHTS} weights"
     for t in a[1:]:
         if t is not None and not t.is_contiguous():
             return f"computes with contiguous tensors, got strides {t.stride()}"
