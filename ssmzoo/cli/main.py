@@ -10,7 +10,7 @@ import traceback
 from ssmzoo import __version__
 from ssmzoo.terminal import plain_output
 
-COMMANDS = ("list", "info", "backends", "verify", "generate", "restore", "probe", "bench", "runs", "ckpt", "weights")
+COMMANDS = tuple("list info backends verify generate restore probe bench runs ckpt weights predict score embed".split())
 
 
 class Parser(argparse.ArgumentParser):

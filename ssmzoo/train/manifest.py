@@ -27,8 +27,16 @@ def manifest(run, trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "first_row": 1,  # the step of the first update's row in metrics.csv, which was 0 once
     }
+    if hasattr(data, "classes") and hasattr(data, "normalisation"):
+        content |= {"classes": list(data.classes), "picture": picture(data)}
     tokenizer = getattr(data, "tokenizer", None)
     return content | ({"tokenizer": tokenizer.to_dict()} if tokenizer is not None else {})
+
+
+def picture(data) -> dict[str, Any]:
+    """How validation pictures are prepared, as `ssmzoo.released.catalogue.Picture` has it."""
+    mean, std = data.normalisation()
+    return {"size": data.image_size, "crop": data.crop_pct, "mean": list(mean), "std": list(std)}
 
 
 @functools.cache
