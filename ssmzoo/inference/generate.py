@@ -84,9 +84,16 @@ class Sampling:
 
 @torch.no_grad()
 def prefill(
-    model: nn.Module, input_ids: Tensor, state: Any = None, *, mask: Tensor | None = None, chunk: int | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    state: Any = None,
+    *,
+    mask: Tensor | None = None,
+    chunk: int | None = None,
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Any]:
-    """Read a prompt, in chunks of at most `chunk` tokens if given (the same result in less memory).
+    """Read a prompt, in chunks of at most `chunk` tokens if given (the same result in less memory), or whole and in
+    both directions.
 
     input_ids (b l), mask (b l) bool or None: True = real token. Returns the logits (b v) after the last position, and
     the state. Pad on the left, so that the last position is real in every row.
@@ -95,7 +102,11 @@ def prefill(
     if length == 0:
         raise ValueError("input_ids has length 0; a prompt needs at least one token")
     _check("chunk", chunk, chunk is None or chunk >= 1, "at least 1, or None for one pass")
+    if bidirectional and chunk is not None:
+        raise ValueError(f"prefill_chunk = {chunk}: a prompt that is read in both directions is read whole")
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    if bidirectional:
+        last["prefix"] = length if mask is None else mask.sum(1)
     for start in range(0, length, chunk or length):
         part = slice(start, start + (chunk or length))
         logits, state, _ = model(input_ids[:, part], state, mask=None if mask is None else mask[:, part], **last)
@@ -110,6 +121,7 @@ def stream(
     stop_tokens: Collection[int] = (),
     prefill_chunk: int | None = None,
     vocab_size: int | None = None,
+    bidirectional: bool = False,
     **sampling,
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, (b) int64 on the CPU; FINISHED (-1) where a sequence has ended.
@@ -118,6 +130,7 @@ def stream(
     stop_tokens    ids that end a sequence; they are not yielded
     prefill_chunk  read the prompts in pieces of so many tokens
     vocab_size     draw only from the first so many ids, for models whose head is wider than the tokenizer's vocabulary
+    bidirectional  read the prompts in both directions, with models that read prefixes
     sampling       the arguments of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, greedy, seed
 
     The model is in eval mode meanwhile. Raises ValueError for unusable arguments and for logits that are NaN.
@@ -126,16 +139,17 @@ def stream(
         _check(name, value, value is None or value >= 1, "at least 1")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     input_ids, mask = pad_left(prompts, device)
+    reading = {"chunk": prefill_chunk, "bidirectional": bidirectional}
     return _steps(
-        model, input_ids, mask, max_new_tokens, Sampling(**sampling), sorted(stop_tokens), prefill_chunk, vocab_size
+        model, input_ids, mask, max_new_tokens, Sampling(**sampling), sorted(stop_tokens), reading, vocab_size
     )
 
 
-def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, prefill_chunk, vocab_size) -> Iterator[Tensor]:
+def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, reading, vocab_size) -> Iterator[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        logits, state = prefill(model, input_ids, mask=mask, chunk=prefill_chunk)
+        logits, state = prefill(model, input_ids, mask=mask, **reading)
         generator = torch.Generator(logits.device)
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=logits.device)

@@ -54,9 +54,8 @@ class LanguageModeling(Task):
         self._trained_dropped: Tensor | None = None
 
     def step(self, batch, training: bool) -> StepOutput:
-        ids, labels = batch["input_ids"], batch["labels"]  # (b l)
-        out = self.model(ids, seq_idx=batch.get("seq_idx"))
-        loss, count = token_cross_entropy(out.logits, labels)
+        out = self.read(batch)
+        loss, count = token_cross_entropy(out.logits, batch["labels"])
         losses = {k: v for k, v in out.aux.items() if k.endswith("_loss")}
         metrics = {k: v.detach() for k, v in out.aux.items() if v.numel() == 1}
         if not training:
@@ -67,6 +66,10 @@ class LanguageModeling(Task):
         self.expert_load = out.aux.get("tokens_per_expert")
         auxiliary = sum(losses.values()) if losses else None
         return StepOutput(loss, metrics | {"cross_entropy": loss.detach()}, count, auxiliary)
+
+    def read(self, batch):
+        """The model's output for a batch of ids (b l)."""
+        return self.model(batch["input_ids"], seq_idx=batch.get("seq_idx"))
 
     def items(self, batch) -> int:
         return batch["input_ids"].numel()
