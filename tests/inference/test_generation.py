@@ -15,6 +15,7 @@ from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.moe_mamba import MoEMambaLM
 from ssmzoo.train.checkpoint import write_checkpoint
+from ssmzoo.zoo import create_model
 
 PROMPTS = [[5, 3, 8, 1, 1, 9, 20, 4], [7], [2, 2, 6, 11, 30]]
 
@@ -74,6 +75,24 @@ def test_chunked_prefill_gives_the_same_logits(model, chunk):
     whole, _ = prefill(model, ids, mask=mask)
     torch.testing.assert_close(prefill(model, ids, mask=mask, chunk=chunk)[0], whole, rtol=1e-4, atol=1e-5)
     assert generate(model, PROMPTS, 6, greedy=True, prefill_chunk=chunk) == generate(model, PROMPTS, 6, greedy=True)
+
+
+@pytest.mark.parametrize("name", ["transformer", "gated_ssm", "hawk"])
+def test_prompts_of_unequal_lengths_are_read_in_both_directions(name):
+    sizes = {"d_model": 16, "n_blocks": 2, "n_heads": 2} if name == "transformer" else {"d_model": 16, "d_state": 8}
+    torch.manual_seed(0)
+    model = create_model(name, vocab_size=32, **sizes).eval()
+    input_ids, mask = pad_left(PROMPTS)
+    logits, state = prefill(model, input_ids, mask=mask, bidirectional=True)
+    for i, prompt in enumerate(PROMPTS):
+        alone = model(torch.tensor([prompt]), prefix=len(prompt))
+        torch.testing.assert_close(logits[i], alone.logits[0, -1])
+        after = model(torch.tensor([[3]]), alone.state).logits
+        torch.testing.assert_close(model(torch.tensor([[3]] * 3), state).logits[i], after[0])
+    with pytest.raises(ValueError, match="prefill_chunk = 2: a prompt that is read in both directions is read whole"):
+        generate(model, PROMPTS, 2, prefill_chunk=2, bidirectional=True)
+    with pytest.raises(ValueError, match="reads in one direction only"):
+        generate(MambaLM(32, 16, 1), PROMPTS, 2, bidirectional=True)
 
 
 def test_every_step_reads_one_token_and_the_state_does_not_grow():

@@ -13,8 +13,8 @@ from ssmzoo.tasks.mixture_controller import ControllerSettings, MixtureControlle
 from ssmzoo.tasks.objectives.birdie import reward
 
 TEXT = "".join(f"line {i} says {i * 7919 % 1000} and {i * 104729 % 977}\n" for i in range(4000))
-TINY = ["data=birdie", "data.seq_len=384", "data.batch_size=2", "++data.val_rows=1", "trainer.accelerator=cpu", "name=a",
-        "trainer.log_every_n_steps=1", "++task.sample_tokens=8"]  # fmt: skip
+TINY = ["data=birdie", "data.seq_len=384", "data.batch_size=2", "++data.val_rows=1", "name=a",
+        "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "++task.sample_tokens=8"]  # fmt: skip
 CONTROL = ["++task.controller.uniform_steps=1", "++task.controller.updates=3", "++task.controller.hidden=8"]
 MODELS = {
     "gated_ssm": ["model.d_model=16", "model.d_state=16", "model.n_layer=2"],
