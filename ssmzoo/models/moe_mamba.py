@@ -21,11 +21,13 @@ import functools
 
 from torch import Tensor, nn
 
+from ssmzoo.deprecated import old_arguments, then
 from ssmzoo.layers.decoder import Block, CausalLM
 from ssmzoo.layers.feedforward.moe import MoE, build_moe
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.state import ModelOutput, Padding
+from ssmzoo.models.token_dynamics import choose_scenario
 from ssmzoo.suggest import nearest
 
 ARRANGEMENTS = ("interleaved", "parallel", "inner", "none")
@@ -83,6 +85,7 @@ class DecoderLM(CausalLM):
         return total, total - sum(m.inactive_parameters() for m in self.modules() if isinstance(m, MoE))
 
 
+@old_arguments(scenario=then(choose_scenario))
 class MoEMambaLM(DecoderLM):
     """MoE-Mamba in all the arrangements of its paper; the defaults are its 25M row (542M parameters, 26M active).
 

@@ -6,6 +6,7 @@ import torch
 import ssmzoo
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.mambair_v2 import MambaIRv2
+from ssmzoo.models.token_dynamics import choose_scenario
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba, VSSBlock
 from ssmzoo.zoo import build_model
@@ -53,3 +54,19 @@ def test_a_block_and_the_zoo_take_them_too():
         ssmzoo.create_model("vmamba", mlp_act="relu")
     with pytest.raises(TypeError, match="no argument 'mlp_acts'; nearest: mlp"):
         build_model({"_target_": "ssmzoo.models.vmamba.VMamba", "mlp_acts": "relu"})
+
+
+@pytest.mark.parametrize("arrangement", ["interleaved", "inner"])
+def test_a_scenario_of_moe_mamba_is_chosen_behind_the_constructor(arrangement):
+    small = dict(vocab_size=16, d_model=8, n_blocks=2, n_experts=2, arrangement=arrangement)
+    node = {"_target_": "ssmzoo.models.moe_mamba.MoEMambaLM", **small}
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning, match=r"write choose_scenario\(model, 'mixed'\) behind it"):
+        old = build_model(node | {"scenario": "mixed"})
+    torch.manual_seed(0)
+    new = build_model(node)
+    assert choose_scenario(new, "mixed") == 2
+    assert old.state_dict().keys() == new.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values()))
+    with pytest.warns(DeprecationWarning, match="nothing: it is the default"):
+        assert not [k for k in build_model(node | {"scenario": None}).state_dict() if "parametrizations" in k]
