@@ -8,6 +8,7 @@ import sys
 import traceback
 
 from ssmzoo import __version__
+from ssmzoo.cli import lm_eval
 from ssmzoo.terminal import plain_output
 
 COMMANDS = tuple("list info backends verify generate restore probe bench runs ckpt weights predict score embed".split())
@@ -60,14 +61,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(argv: list[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["train"], ["eval"]):
+    if argv[:1] in (["train"], ["eval"]) and lm_eval.FLAG not in argv:
         from ssmzoo.cli import train as entry
 
         sys.argv = [f"ssmzoo {argv[0]}", *argv[1:]]
         return entry.train() if argv[0] == "train" else entry.evaluate()
-    args = parse(argv)
+    harness = argv[:1] == ["eval"]
+    args = argparse.Namespace(traceback=False) if harness else parse(argv)
     try:
-        sys.exit(args.run(args) or 0)
+        sys.exit((lm_eval.run(argv[1:]) if harness else args.run(args)) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
