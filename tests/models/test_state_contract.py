@@ -37,6 +37,10 @@ TINY = {
     "pad_vocab_size_multiple": 1,
 }
 TINY_BY_CLASS = {
+    "HydraLM": {
+        **{"attn_every": 2, "window": 3, "chunk_size": 2, "n_slots": 3},
+        "pkm": {"n1": 3, "n2": 4, "key_dim": 3, "value_dim": 5, "top_k": 2},
+    },
     "CheemsLM": {"d_ff": 8, "layer_pattern": "SA", "n_experts": 9, "experts_per_head": 2, "d_retrieval": 4},
     "GatedDeltaNetLM": {"num_heads": 2, "head_dim": 3, "num_v_heads": 4, "layer_pattern": "D"},
     "KimiDeltaLM": {"head_dim": 4, "d_ff": 8},
@@ -75,6 +79,10 @@ MORE = {  # corners that no preset reaches
     "gated_deltanet: attention, tied": (
         "gated_deltanet",
         {"layer_pattern": "DA", "attn_cfg": {"num_heads": 2}, "tie_embeddings": True, "allow_neg_eigval": False},
+    ),
+    "hydra_lm: convolutions, no memories, chunks of three": (
+        "hydra_lm",
+        {"ssm": "conv", "workspace": None, "pkm": None, "chunk_size": 3, "n_layer": 3},
     ),
     "mamba3: several inputs and outputs": (
         "mamba3",

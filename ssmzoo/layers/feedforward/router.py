@@ -125,8 +125,10 @@ class TokenChoice(Router):
         return self.top_k
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Groups, Tensor, dict[str, Tensor]]:
-        logits = self.logits(x.flatten(0, 1))  # (t e)
-        mask = None if mask is None else mask.flatten()
+        return self.choose(self.logits(x.flatten(0, 1)), None if mask is None else mask.flatten())
+
+    def choose(self, logits: Tensor, mask: Tensor | None) -> tuple[Groups, Tensor, dict[str, Tensor]]:
+        """logits (t e), mask (t) -> as `forward`."""
         p = logits.softmax(-1)
         weight, expert = p.topk(self.top_k, dim=-1)  # (t k)
         if self.renormalise:
