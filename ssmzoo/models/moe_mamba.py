@@ -18,6 +18,8 @@ Source: arXiv 2401.04081; llm-random (Apache-2.0): lizrd/core/llm.py, research/c
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -90,14 +92,16 @@ class MoEMambaLM(DecoderLM):
     """MoE-Mamba in all the arrangements of its paper; the defaults are its 25M row (542M parameters, 26M active).
 
     n_blocks         pairs of Mamba and MoE; Mamba layers when the arrangement is inner or none
-    n_experts, d_expert  experts per MoE layer and their width (3 d_model by default)
+    n_experts, d_expert  experts per MoE layer and their width (3 d_model by default), or a list of unequal ones
     arrangement      interleaved | parallel | inner | none, as above
     inner_moe        the projections that hold experts when the arrangement is inner: some of conv, gate, output
     moe_every        only every n-th block has experts (the n-th, the 2n-th ...); the others are plain Mamba
     expert           relu | gelu | silu | reglu | geglu | swiglu
-    router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; or
+    router           token_choice, with top_k, capacity_factor (training), balance_weight, z_loss_weight; noisy_top_k,
+                     top_p and competition, likewise (ssmzoo.layers.feedforward.moe.build_moe); or
                      expert_choice, every expert taking top_k / n_experts of the tokens at each time step over the
                      batch: for training and scoring in batches, not for decoding
+    router_options   further arguments of the router, by name, such as {top_p: 0.5} or {penalty_weight: 0.1}
     d_state, expand  of Mamba (ssmzoo.layers.mixers.mamba.Mamba)
 
     Raises ValueError for sizes below 1, top_k > n_experts and unknown names.
@@ -109,7 +113,7 @@ class MoEMambaLM(DecoderLM):
         d_model: int = 512,
         n_blocks: int = 8,
         n_experts: int = 42,
-        d_expert: int | None = None,
+        d_expert: int | Sequence[int] | None = None,
         arrangement: str = "interleaved",
         inner_moe=PROJECTIONS,
         moe_every: int = 1,
@@ -122,13 +126,14 @@ class MoEMambaLM(DecoderLM):
         z_loss_weight: float = 0.0,
         d_state: int = 16,
         expand: float = 2,
+        router_options: Mapping[str, Any] | None = None,
     ):
         check_sizes(
             vocab_size=vocab_size,
             d_model=d_model,
             n_blocks=n_blocks,
             n_experts=n_experts,
-            d_expert=1 if d_expert is None else d_expert,
+            d_expert=d_expert if isinstance(d_expert, int) else 1,
             moe_every=moe_every,
             top_k=top_k,
         )
@@ -150,6 +155,7 @@ class MoEMambaLM(DecoderLM):
             eval_capacity_factor,
             balance_weight,
             z_loss_weight,
+            router_options,
         )
         mamba = dict(d_state=d_state, expand=expand)
 
@@ -163,7 +169,7 @@ class MoEMambaLM(DecoderLM):
             return Block(d_model, layers, parallel=arrangement == "parallel")
 
         super().__init__(vocab_size, d_model, [block(i) for i in range(n_blocks)])
-        self.causal = router == "token_choice" or arrangement == "none"
+        self.causal = router != "expert_choice" or arrangement == "none"
 
     def forward(
         self,
@@ -194,7 +200,7 @@ def check_sizes(**sizes: int) -> None:
 
 def moe_factory(
     n_experts: int,
-    d_expert: int,
+    d_expert: int | Sequence[int],
     expert: str,
     router: str,
     top_k: int,
@@ -202,19 +208,26 @@ def moe_factory(
     eval_capacity_factor: float | None,
     balance_weight: float,
     z_loss_weight: float,
+    router_options: Mapping[str, Any] | None = None,
 ):
     """(d_input, d_output) -> a MoE layer with these settings."""
     if top_k > n_experts:
         raise ValueError(f"top_k = {top_k} experts per token, but there are only n_experts = {n_experts}")
-    options = dict(
-        top_k=top_k,
-        capacity_factor=capacity_factor,
-        eval_capacity_factor=eval_capacity_factor,
-        balance_weight=balance_weight,
-        z_loss_weight=z_loss_weight,
-    )
+    options = dict(z_loss_weight=z_loss_weight)
     if router == "expert_choice":
-        options = dict(fraction=top_k / n_experts, softmax_over="experts", group_by_batch=True, norm=True)
-    return lambda d_input, d_output: build_moe(
-        d_input, n_experts, d_expert, router=router, expert=expert, d_output=d_output, **options
-    )
+        options |= dict(fraction=top_k / n_experts, softmax_over="experts", group_by_batch=True, norm=True)
+    elif router == "top_p":
+        options |= dict(balance_weight=balance_weight)
+    else:
+        factors = dict(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
+        options |= dict(top_k=top_k, balance_weight=balance_weight, **factors)
+    options |= dict(router_options or {})
+    d_expert = d_expert if isinstance(d_expert, int) else [int(w) for w in d_expert]
+
+    def layer(d_input: int, d_output: int) -> MoE:
+        try:
+            return build_moe(d_input, n_experts, d_expert, router=router, expert=expert, d_output=d_output, **options)
+        except TypeError as error:
+            raise ValueError(f"router_options do not fit router {router!r}: {error}") from None
+
+    return layer

@@ -10,14 +10,17 @@ Source: llm-random (Apache-2.0), research/conditional/moe_layers; parameter name
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.feedforward.mlp import resolve_activation
 from ssmzoo.layers.feedforward.router import ExpertChoice, TokenChoice
+from ssmzoo.layers.feedforward.routers import NoisyTopK, TopP
 from ssmzoo.layers.init import truncated_normal_
-from ssmzoo.ops.moe_dispatch import gather_rows, grouped_matmul, scatter_rows
+from ssmzoo.ops.moe_dispatch import Groups, gather_rows, grouped_matmul, scatter_rows
 from ssmzoo.suggest import nearest
 
 
@@ -82,6 +85,27 @@ class Experts(nn.Module):
         return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
+class UnequalExperts(nn.Module):
+    """A bank of experts of unequal widths, one `Experts` each; its forward is that of `Experts`.
+
+    widths    of the experts | further arguments: of Experts
+    """
+
+    def __init__(self, d_model: int, widths: Sequence[int], kind: str = "relu", **experts):
+        super().__init__()
+        if kind == "linear":
+            raise ValueError("a linear expert's output is as wide as the expert: widths must be equal, one number")
+        self.n_experts = len(widths)
+        fan_in = dict(fan_in_experts=len(widths)) | experts
+        self.banks = nn.ModuleList(Experts(d_model, 1, width, kind, **fan_in) for width in widths)
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        parts = rows.split([*sizes, len(rows) - sum(sizes)])
+        out = [bank(part, ends.new_tensor([len(part)])) for bank, part in zip(self.banks, parts)]
+        return torch.cat([*out, out[0].new_zeros(len(parts[-1]), out[0].shape[1])])
+
+
 class MoE(nn.Module):
     """Mixture of experts: forward(x (b l d), mask (b l) bool or None) -> (y (b l d), aux).
 
@@ -105,16 +129,64 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         groups, weight, aux = self.gating(x, mask)
-        tokens = x.flatten(0, 1)  # (t d)
-        rows = self.expert_inner_function(gather_rows(tokens, groups), groups.ends)
-        y = scatter_rows(rows, weight, groups, tokens.shape[0]).unflatten(0, x.shape[:2])
+        y = self.dispatch(x, groups, weight)
         y = y if self.ln is None else self.ln(y)
         return (y if self.shared is None else y + self.shared(x)), aux
+
+    def dispatch(self, x: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+        """The weighted outputs of the chosen experts, (b l d_output)."""
+        tokens = x.flatten(0, 1)  # (t d)
+        rows = self.expert_inner_function(gather_rows(tokens, groups), groups.ends)
+        return scatter_rows(rows, weight, groups, tokens.shape[0]).unflatten(0, x.shape[:2])
 
     def inactive_parameters(self) -> int:
         """Parameters of the experts that an average token does not use."""
         total = sum(p.numel() for p in self.expert_inner_function.parameters())
         return round(total * (1 - self.gating.active_experts / self.gating.n_experts))
+
+
+class CompetitiveMoE(MoE):
+    """A mixture whose experts compete now and then, and whose router (token choice) learns from the outcome.
+
+    In a share `competition` of the training steps every token is sent to all experts; the k whose outputs have the
+    largest norms win and are weighted by the softmax of these norms, and the router's probabilities are drawn towards
+    the softmax over all norms by a squared error of weight `distillation_weight`. Elsewhere the router decides alone.
+    Source: CompeteSMoE (arXiv 2402.02526).
+    """
+
+    def __init__(self, *args, competition: float = 0.1, distillation_weight: float = 5.0, **moe):
+        super().__init__(*args, **moe)
+        if not 0 <= competition <= 1 or distillation_weight < 0:
+            raise ValueError(
+                f"competition = {competition} is a share of the steps, in [0, 1], and distillation_weight = "
+                f"{distillation_weight} must not be negative"
+            )
+        self.competition, self.distillation_weight = competition, distillation_weight
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.training or torch.rand(()) >= self.competition:
+            y, aux = super().forward(x, mask)
+            return y, aux | {"distillation_loss": torch.zeros_like(aux["router_entropy"])}
+        y, error = self.compete(x, mask)
+        _, _, aux = self.gating(x, mask)
+        y = y if self.ln is None else self.ln(y)
+        y = y if self.shared is None else y + self.shared(x)
+        return y, aux | {"distillation_loss": self.distillation_weight * error}
+
+    def compete(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs of the winners (b l d) and the mean squared error of the router."""
+        tokens, e = x.flatten(0, 1), self.gating.n_experts
+        t, k = len(tokens), self.gating.top_k
+        ends = torch.arange(1, e + 1, device=x.device, dtype=torch.int32) * t
+        every = self.expert_inner_function(tokens.repeat(e, 1), ends).unflatten(0, (e, t)).transpose(0, 1)  # (t e d)
+        response = every.float().norm(dim=-1)  # (t e)
+        best, winner = response.topk(k)
+        won = every.gather(1, winner[..., None].expand(t, k, every.shape[-1]))  # (t k d)
+        y = (best.softmax(-1)[..., None].to(won.dtype) * won).sum(1)
+        real = torch.ones_like(response[:, 0]) if mask is None else mask.flatten().to(response.dtype)
+        error = (self.gating.logits(tokens).softmax(-1) - response.detach().softmax(-1)).square().mean(-1)
+        y = (y * real[:, None].to(y.dtype)).unflatten(0, x.shape[:2])
+        return y, (real @ error.to(real.dtype)) / real.sum().clamp(min=1)
 
 
 def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -132,13 +204,19 @@ def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return merged
 
 
-ROUTERS = {"token_choice": TokenChoice, "expert_choice": ExpertChoice}
+ROUTERS = {
+    "token_choice": TokenChoice,
+    "expert_choice": ExpertChoice,
+    "noisy_top_k": NoisyTopK,
+    "top_p": TopP,
+    "competition": TokenChoice,
+}
 
 
 def build_moe(
     d_model: int,
     n_experts: int,
-    d_expert: int,
+    d_expert: int | Sequence[int],
     *,
     router: str = "token_choice",
     expert: str = "relu",
@@ -148,19 +226,33 @@ def build_moe(
     init_scale: float = 0.1,
     **router_options,
 ) -> MoE:
-    """A MoE layer from plain values. router_options go to TokenChoice or ExpertChoice; unknown ones raise TypeError."""
+    """A MoE layer from plain values.
+
+    router          token_choice | expert_choice | noisy_top_k | top_p | competition (token choice, CompetitiveMoE)
+    d_expert        width of the experts, or a list of n_experts widths
+    router_options  go to the router (competition, distillation_weight to CompetitiveMoE); unknown ones raise TypeError
+    """
     if router not in ROUTERS:
         known = ", ".join(ROUTERS)
         raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
+    widths = None if isinstance(d_expert, int) else list(d_expert)
+    if widths is not None:
+        if len(widths) != n_experts or not all(isinstance(w, int) and w > 0 for w in widths):
+            raise ValueError(
+                f"d_expert lists {len(widths)} widths {widths}; expected n_experts = {n_experts} positive ones"
+            )
+        if router != "expert_choice":
+            router_options["widths"] = widths
+    moe, compete = MoE, {}
+    if router == "competition":
+        moe = CompetitiveMoE
+        compete = {k: router_options.pop(k) for k in ("competition", "distillation_weight") if k in router_options}
     gating = ROUTERS[router](d_model, n_experts, init_scale=init_scale, **router_options)
-    experts = Experts(
-        d_model,
-        n_experts,
-        d_expert,
-        expert,
-        d_output,
-        dropout=dropout,
-        init_scale=init_scale,
-        fan_in_experts=gating.active_experts if router == "expert_choice" else None,
-    )
-    return MoE(gating, experts, norm=norm)
+    options = dict(dropout=dropout, init_scale=init_scale, d_output=d_output)
+    if router == "expert_choice":
+        options["fan_in_experts"] = gating.active_experts
+    if widths is None:
+        experts = Experts(d_model, n_experts, d_expert, expert, **options)
+    else:
+        experts = UnequalExperts(d_model, widths, expert, **options)
+    return moe(gating, experts, norm=norm, **compete)

@@ -12,6 +12,7 @@ research/conditional/moe_layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +88,8 @@ class TokenChoice(Router):
     balance_weight        alpha of  alpha e sum_i f_i P_i:  f_i = share of tokens that chose i, counted before dropping
                           and without gradient, P_i = mean probability; over the batches of all processes
     z_loss_weight         w of  w mean_t logsumexp(s_t)^2
+    penalty_weight        w of  w e sum_i f_i (h_i / mean h) P_i:  the balance loss for experts of unequal widths h
+                          (`widths`), in which wide ones cost more
 
     While training in several processes both losses are over the tokens of all of them. `window`, set by whoever adds up
     the gradients of several micro-batches, widens losses and capacity to all of these.
@@ -106,6 +109,8 @@ class TokenChoice(Router):
         balance_weight: float = 0.01,
         z_loss_weight: float = 0.0,
         init_scale: float = 0.1,
+        penalty_weight: float = 0.0,
+        widths: Sequence[int] | None = None,
     ):
         super().__init__(d_model, n_experts, jitter, init_scale)
         if not 1 <= top_k <= n_experts:
@@ -113,8 +118,13 @@ class TokenChoice(Router):
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
             if factor is not None and factor <= 0:
                 raise ValueError(f"{name} must be positive, or None to drop nothing; got {factor}")
-        if min(balance_weight, z_loss_weight) < 0:
-            raise ValueError(f"loss weights must not be negative, got {balance_weight=}, {z_loss_weight=}")
+        if min(balance_weight, z_loss_weight, penalty_weight) < 0:
+            raise ValueError(
+                f"loss weights must not be negative, got {balance_weight=}, {z_loss_weight=}, {penalty_weight=}"
+            )
+        self.penalty_weight = penalty_weight
+        width = torch.ones(n_experts) if widths is None else torch.tensor(widths, dtype=torch.float32)
+        self.register_buffer("width", width / width.mean(), persistent=False)
         self.top_k, self.renormalise = top_k, renormalise
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.balance_weight, self.z_loss_weight = balance_weight, z_loss_weight
@@ -161,6 +171,9 @@ class TokenChoice(Router):
         aux = {}
         if self.balance_weight:
             aux["load_balancing_loss"] = self.balance_weight * self.n_experts * (counts * mass).sum() / total.square()
+        if self.penalty_weight:
+            cost = (counts * self.width.to(mass.dtype) * mass).sum()
+            aux["parameter_penalty_loss"] = self.penalty_weight * self.n_experts * cost / total.square()
         if self.z_loss_weight:
             aux["z_loss"] = self.z_loss_weight * squares / total
         with torch.no_grad():
@@ -188,6 +201,7 @@ class ExpertChoice(Router):
     group_by_batch  the candidates are the batch rows at one time position: nothing leaks along time, but outputs
                     depend on batch mates. Otherwise they are all tokens, and the choice looks into the future
     group_size      > 1 first regroups the tokens (b l) to (group_size, b l / group_size)
+    z_loss_weight   w of  w mean_t logsumexp(s_t)^2, over the tokens of this process and micro-batch
     Not usable for decoding token by token.
     """
 
@@ -201,8 +215,12 @@ class ExpertChoice(Router):
         group_size: int = 1,
         jitter: float = 0.0,
         init_scale: float = 0.1,
+        z_loss_weight: float = 0.0,
     ):
         super().__init__(d_model, n_experts, jitter, init_scale)
+        if z_loss_weight < 0:
+            raise ValueError(f"loss weights must not be negative, got {z_loss_weight=}")
+        self.z_loss_weight = z_loss_weight
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction of the tokens per expert must lie in (0, 1], got {fraction}")
         if softmax_over not in ("tokens", "experts"):
@@ -243,7 +261,12 @@ class ExpertChoice(Router):
         counts = torch.full((self.n_experts,), rows, device=x.device)
         ends = counts.cumsum(0).to(torch.int32)
         groups = Groups(torch.arange(token.numel(), device=x.device), token, ends, counts)
-        return groups, weight.flatten(), self.metrics(logits, token, mask, n * positions)
+        aux = self.metrics(logits, token, mask, n * positions)
+        if self.z_loss_weight:
+            squares, counted = logits.logsumexp(-1).square(), 1.0 if real is None else real[..., 0].to(logits.dtype)
+            total = squares.numel() if real is None else counted.sum().clamp(min=1)
+            aux["z_loss"] = self.z_loss_weight * (squares * counted).sum() / total
+        return groups, weight.flatten(), aux
 
     @torch.no_grad()
     def metrics(self, logits: Tensor, token: Tensor, mask: Tensor | None, n_tokens: int) -> dict[str, Tensor]:
