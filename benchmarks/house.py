@@ -7,7 +7,7 @@ One column for every commit (checked out and compiled in a temporary folder) and
 frames       calls of this package's Python functions in one warm evaluation pass, with files and depth of the stack
 foreign      lines of models/ that exist for released checkpoints: key maps, foreign constructors, hooks of tests
 circles      groups of files that import each other, imports inside functions counted
-operator     files of the selective scan, and places where five or more of its arguments are written out in order
+operator     files of the selective scan, and lists of five or more of its arguments in order
 private      members of torch and Lightning with a leading underscore: used, imported or overridden
 arguments    of the longest constructor of a block (layers/, or a part of a model) and of a registered model
 named        model files that probes/, layers/ or ops/ import
@@ -149,13 +149,13 @@ def circles(root: Path) -> list[list[str]]:
 
 
 def operator(root: Path) -> tuple[int, int]:
-    """(files, places where five or more arguments are written out in order) of the selective scan."""
+    """(files, lists of five or more arguments that are written out in order) of the selective scan."""
     own = ("selective_scan", "selective_scan_op", "selective_scan_torch", "selective_scan_kernels", "cuda")
     files = [
         f for f in sorted((root / "ssmzoo" / "ops").rglob("*")) if f.stem in own or f.parent.name == "selective_scan"
     ]
     files = [f for f in files if f.suffix in (".py", ".c", ".h") and f.is_file()]
-    places = 0
+    lists = 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())) if file.suffix == ".py" else ():
             if isinstance(node, ast.arguments):
@@ -170,8 +170,8 @@ def operator(root: Path) -> tuple[int, int]:
                 written = node.value.replace(",", " ").split()
             else:
                 continue
-            places += sum(name in written for name in SCAN) >= 5
-    return len({f.parent for f in files}), len(files), places
+            lists += sum(name in written for name in SCAN) >= 5
+    return len({f.parent for f in files}), len(files), lists
 
 
 def private_members(root: Path) -> list[str]:
@@ -289,7 +289,7 @@ def measure(root: Path) -> dict[str, str]:
     language, image = frames(root)
     foreign, total = foreign_lines(root)
     found = circles(root)
-    folders, files, places = operator(root)
+    folders, files, lists = operator(root)
     blocks, models = constructors(root)
     sizes = sorted(len(f.read_text(encoding="utf-8").splitlines()) for f in trees(root))
     return {
@@ -297,7 +297,7 @@ def measure(root: Path) -> dict[str, str]:
         "frames of VMamba, 4 blocks (files, depth)": f"{image[0]} ({image[1]}, {image[2]})",
         "foreign lines of models/": f"{foreign:,} of {total:,}",
         "circles of files": str(len(found)),
-        "selective scan: folders, files, argument lists": f"{folders}, {files}, {places}",
+        "selective scan: folders, files, argument lists": f"{folders}, {files}, {lists}",
         "private members of torch and Lightning": str(len(private_members(root))),
         "constructor arguments, block / model": f"{blocks} / {models}",
         "model files named by probes, layers, ops": str(named_models(root)),

@@ -194,7 +194,7 @@ def rows_of(run: Path) -> list[dict[str, float]]:
 
 
 def compare(run: Path, whole: list[dict[str, float]]) -> tuple[int, int]:
-    """(rows, rows that are not the whole run's at the same place)."""
+    """(rows, rows that are not the whole run's at the same step)."""
     rows = rows_of(run)
     return len(rows), sum(a != b for a, b in zip(rows, whole)) + max(0, len(rows) - len(whole))
 

@@ -3,7 +3,7 @@
     python benchmarks/ops.py [--only scan] [--repeats 15] [--out benchmarks/results]
 
 Cases come from every benchmarks/ops_*.py: a list CASES of Case. Every case has a process of its own. Each contender is
-built once, run once to warm up, and then the contenders take turns, so that a change in the machine's mood meets all.
+built once, run once to warm up, and then the contenders alternate, so that a change in the machine's mood meets all.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def run(cases: list[Case], repeats: int, out: Path, only: str) -> None:
-    """Measure the cases in turn, print as they end, write table and picture into `out`."""
+    """Measure the cases one after the other, print as they end, write table and picture into `out`."""
     results = []
     for case in cases:
         values = in_fresh_process(case, repeats)

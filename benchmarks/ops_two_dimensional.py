@@ -56,7 +56,7 @@ def there_and_back(x, backend=None):
 
 
 def indexed(x):
-    """By gathers with the four orders, as many ports do."""
+    """By gathers with the indices of the four scan directions, as many ports do."""
     return there_and_back(x, "reference")
 
 

@@ -1,4 +1,4 @@
-"""What the trainer costs over a bare PyTorch loop: same model, data, optimiser and schedule, in turns in one process.
+"""Cost of the trainer over a bare PyTorch loop: same model, data, optimiser and schedule, alternating in one process.
 
     OMP_NUM_THREADS=1 python benchmarks/trainer_overhead.py moe_mamba rnn sd_ssm
 
@@ -73,7 +73,7 @@ class Bare:
             self.scheduler.step()
 
 
-class InTurns(L.Callback):
+class Alternating(L.Callback):
     """CPU seconds per block of the trainer and of the bare loop."""
 
     def __init__(self, bare: Bare, block: int):
@@ -123,13 +123,15 @@ def measure(model: str, block: int, blocks: int, overrides: list[str]) -> tuple[
     OmegaConf.update(cfg, "model_name", model, force_add=True)
     with tempfile.TemporaryDirectory() as folder:
         run = build(cfg)
-        turns = InTurns(Bare(run.task, run.data, run.plain["trainer"]["gradient_clip_val"]), block)
+        alternating = Alternating(Bare(run.task, run.data, run.plain["trainer"]["gradient_clip_val"]), block)
         trainer = build_loop(run, Path(folder)).trainer
-        trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ != "Checkpointer"] + [turns]
+        trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ != "Checkpointer"] + [alternating]
         gc.collect()
         trainer.fit(run.task, datamodule=run.data)
-    ratios = [t / b for t, b in zip(turns.trainer_times, turns.bare_times)]
-    per_step = [1000 * statistics.median(times) / block for times in (turns.bare_times, turns.trainer_times)]
+    ratios = [t / b for t, b in zip(alternating.trainer_times, alternating.bare_times)]
+    per_step = [
+        1000 * statistics.median(times) / block for times in (alternating.bare_times, alternating.trainer_times)
+    ]
     return per_step[0], per_step[1], 100 * (statistics.median(ratios) - 1)
 
 

@@ -50,7 +50,7 @@ def size() -> None:
 
 
 def speed(names: list[str], sizes: list[int], batch: int, train: bool, repeats: int, drop_path: float | None) -> None:
-    """Images per second of processor time: models take turns, median of `repeats` calls after one warm-up each.
+    """Images per second of processor time: models alternate, median of `repeats` calls after one warm-up each.
 
     drop_path  rate of stochastic depth, None: each model's own; what is dropped costs ours nothing
     """

@@ -9,13 +9,14 @@ import warnings
 from importlib.abc import Loader, MetaPathFinder
 
 MODULES = {
-    "ssmzoo.models.generation": "ssmzoo.inference.generate",
-    "ssmzoo.models.free_a_ssm": "ssmzoo.probes.free_a_ssm",
-    "ssmzoo.models.mamba_reorder": "ssmzoo.models.token_dynamics",
-    "ssmzoo.models.mamba_scenario": "ssmzoo.models.token_dynamics",
+    "ssmzoo.golden": "ssmzoo.released.golden",
     "ssmzoo.layers.attention": "ssmzoo.layers.mixers.attention",
     "ssmzoo.layers.complex_diagonal": "ssmzoo.models.complex_diagonal_ssm",
+    "ssmzoo.layers.drop_path": "ssmzoo.layers.image.drop_path",
     "ssmzoo.layers.dsf": "ssmzoo.probes.dsf_layers",
+    "ssmzoo.layers.heads": "ssmzoo.layers.decoder",
+    "ssmzoo.layers.image_backbone": "ssmzoo.layers.image.backbone",
+    "ssmzoo.layers.image_mlp": "ssmzoo.layers.image.mlp",
     "ssmzoo.layers.mamba": "ssmzoo.layers.mixers.mamba",
     "ssmzoo.layers.mamba2": "ssmzoo.layers.mixers.mamba2",
     "ssmzoo.layers.mamba3": "ssmzoo.models.mamba3",
@@ -23,10 +24,23 @@ MODULES = {
     "ssmzoo.layers.mha": "ssmzoo.layers.mixers.attention",
     "ssmzoo.layers.mlp": "ssmzoo.layers.feedforward.mlp",
     "ssmzoo.layers.moe": "ssmzoo.layers.feedforward.moe",
+    "ssmzoo.layers.patch_embed": "ssmzoo.layers.image.patch_embed",
+    "ssmzoo.layers.plain_backbone": "ssmzoo.layers.image.plain_backbone",
+    "ssmzoo.layers.restoration": "ssmzoo.layers.image.restoration",
     "ssmzoo.layers.router": "ssmzoo.layers.feedforward.router",
     "ssmzoo.layers.scenario": "ssmzoo.models.token_dynamics",
     "ssmzoo.layers.sd_ssm": "ssmzoo.models.sd_ssm",
     "ssmzoo.layers.soft_sort": "ssmzoo.models.token_dynamics",
+    "ssmzoo.layers.ss2d": "ssmzoo.layers.image.ss2d",
+    "ssmzoo.layers.stack": "ssmzoo.layers.decoder",
+    "ssmzoo.layers.window_attention": "ssmzoo.layers.image.window_attention",
+    "ssmzoo.models.free_a_ssm": "ssmzoo.probes.free_a_ssm",
+    "ssmzoo.models.generation": "ssmzoo.inference.generate",
+    "ssmzoo.models.mamba_reorder": "ssmzoo.models.token_dynamics",
+    "ssmzoo.models.mamba_scenario": "ssmzoo.models.token_dynamics",
+    "ssmzoo.official": "ssmzoo.released.load",
+    "ssmzoo.tasks.restore_picture": "ssmzoo.inference.restore",
+    "ssmzoo.tasks.tiling": "ssmzoo.inference.tiling",
 }
 
 

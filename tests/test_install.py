@@ -16,11 +16,11 @@ def python(code, cwd, **environment):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=plain, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("place", ["above", "inside", "beside", "with a folder of the same name", "notebooks"])
-def test_found_from_every_folder(tmp_path, place):
+@pytest.mark.parametrize("folder", ["above", "inside", "beside", "with a folder of the same name", "notebooks"])
+def test_found_from_every_folder(tmp_path, folder):
     (tmp_path / "ssmzoo").mkdir()  # what a clone of the default name looks like from above: an empty namespace
     folders = {"above": ROOT.parent, "inside": ROOT, "beside": tmp_path / "ssmzoo", "notebooks": ROOT / "notebooks"}
-    found = python(SHOW, folders.get(place, tmp_path))
+    found = python(SHOW, folders.get(folder, tmp_path))
     assert found.returncode == 0, found.stderr
     count, name = found.stdout.split()
     assert int(count) >= 100 and name == "RNNModel"

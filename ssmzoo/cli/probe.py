@@ -138,7 +138,7 @@ def expressivity(module, folder: Path, out: Path, command: str) -> int:
 
 
 def load_subject(folder: Path, args: argparse.Namespace):
-    """The model with an input of its kind: text, a picture, or validation data of the run."""
+    """The model with an input that it takes: text, an image, or validation data of the run."""
     from ssmzoo.probes.subject import Subject
     from ssmzoo.zoo import load_model
 

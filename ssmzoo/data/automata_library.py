@@ -86,7 +86,7 @@ def modular_arithmetic(modulus: int = 5) -> Automaton:
     """Digits at even positions, + - * at odd ones; `*` binds tighter, a `-` negates only the digit after it.
 
     State (num, acc, prod): acc is the sum of the finished terms, prod the running signed product of the present one.
-    After + or - a term has just been closed; after * a factor is awaited.
+    After + or - a term has just ended; after * a factor is awaited.
     """
     m = modulus
     num = {(a, p): 1 + a * m + p for a in range(m) for p in range(m)}

@@ -188,7 +188,7 @@ class FormalData(LightningDataModule):
         )
 
     def val_dataloader(self) -> FixedBatches:
-        """Strings up to test_length, drawn apart from the test's; with a query token at eight lengths."""
+        """Strings up to test_length, disjoint from the test's; with a query token at eight lengths."""
         rng = np.random.default_rng([self.seed, 1 << 40])
         if self.query_token:
             lengths = sorted({self.language.closest_length(max(1, self.test_length * i // 8)) for i in range(1, 9)})

@@ -83,7 +83,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
     with Image.open(path) as image:
         check_size(*image.size)
         if image.format == "TIFF":
-            image.load()  # Pillow turns a TIFF upright itself while loading and drops the tag
+            image.load()  # Pillow applies a TIFF's orientation itself while loading and drops the tag
         yield image
 
 
@@ -169,7 +169,7 @@ def _raw(image) -> tuple:
 def _deep_png(image) -> np.ndarray | None:
     """(y x c) uint16 of a 16-bit colour or grey-alpha PNG, which Pillow by itself would cut to 8 bits; otherwise None.
 
-    Pillow's decoder takes the first byte of each big-endian sample when told "16B" and the second when told "16L", so
+    Pillow's decoder takes the first byte of each big-endian sample for "16B" and the second for "16L", so
     reading twice gives both. Grey with alpha has as many bytes per pixel as RGBA and is read as that.
     """
     raw = _raw(image)[0] if image.format == "PNG" else None

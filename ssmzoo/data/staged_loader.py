@@ -9,7 +9,7 @@ from ssmzoo.data.loader import ResumableLoader
 
 
 class StagedLoader:
-    """`stages` [(shuffled loader, batches)] in turn; one epoch is the whole schedule, later ones the last stage."""
+    """`stages` [(shuffled loader, batches)] in sequence; one epoch is the whole schedule, later ones the last stage."""
 
     def __init__(self, stages: list[tuple[ResumableLoader, int]]):
         if not stages or any(batches < 1 for _, batches in stages):

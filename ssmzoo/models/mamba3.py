@@ -218,7 +218,7 @@ class Mamba3(nn.Module):
 def phase_sums(rotation: Tensor, start: Tensor, seq_idx: Tensor | None) -> Tensor:
     """start + cumulative sum of rotation (b l h m), modulo 2 pi, from zero again where seq_idx changes.
 
-    Chunks are summed on their own, so that the error stays small however long the sequence; documents are kept apart by
+    Chunks are summed on their own, so that the error stays small however long the sequence; documents are separated by
     masks instead of differences, so that no gradient passes between them.
     """
     l = rotation.shape[1]

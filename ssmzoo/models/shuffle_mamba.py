@@ -1,7 +1,7 @@
 """ShuffleMamba: stochastic layer-wise shuffle, a regulariser for plain vision Mambas; nothing changes at inference.
 
 While training, layer i of n sees its tokens in a random order with probability p_i = shuffle_rate * i / (n - 1), one
-permutation for the whole batch, class and register tokens included, and its output goes back into place:
+permutation for the whole batch, class and register tokens included, and its output is put back into the original order:
 
     X <- X + Layer(X[:, pi])[:, pi^-1]        u_i < p_i;  pi the identity otherwise
 
@@ -38,7 +38,7 @@ from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import permute_tokens
 
 
-def draw_orders(layers: int, l: int, rate: float, device, u: Tensor | None = None, perm: Tensor | None = None):
+def draw_permutations(layers: int, l: int, rate: float, device, u: Tensor | None = None, perm: Tensor | None = None):
     """(layers l): per layer the identity or, with its probability, a permutation; u and perm as in `ShuffleMamba`."""
     u = torch.rand(layers, device=device) if u is None else u
     perm = torch.rand(layers, l, device=device).argsort(1) if perm is None else perm.long()
@@ -46,9 +46,9 @@ def draw_orders(layers: int, l: int, rate: float, device, u: Tensor | None = Non
     return torch.where((u < p)[:, None], perm, torch.arange(l, device=device))
 
 
-def shuffled_blocks(x: Tensor, layers: nn.ModuleList, orders: Tensor, recompute: bool) -> Tensor:
-    """Tokens (b l d) through residual branches that each see them in an order of their own, orders (n l)."""
-    for order, layer in zip(orders, layers):
+def shuffled_blocks(x: Tensor, layers: nn.ModuleList, permutations: Tensor, recompute: bool) -> Tensor:
+    """Tokens (b l d) through residual branches that each see them in a permutation of their own (n l)."""
+    for order, layer in zip(permutations, layers):
         x = x + permute_tokens(recomputed(recompute, layer, permute_tokens(x, order)), order, inverse=True)
     return x
 
@@ -115,8 +115,8 @@ class ShuffleMamba(Vim):
         x, grid = self.embed(x)
         if not (self.training and self.shuffle_rate > 0):
             return self.norm_f(self.forward_blocks(x, grid))
-        orders = draw_orders(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
-        return self.norm_f(shuffled_blocks(x, self.layers, orders, self.grad_checkpointing))
+        permutations = draw_permutations(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
+        return self.norm_f(shuffled_blocks(x, self.layers, permutations, self.grad_checkpointing))
 
 
 class ShuffleMambaReg(PlainBackbone):
@@ -191,8 +191,8 @@ class ShuffleMambaReg(PlainBackbone):
         x, grid = self.embed(x)
         if not (self.training and self.shuffle_rate > 0):
             return self.norm_f(self.forward_blocks(x, grid))
-        orders = draw_orders(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
-        return self.norm_f(shuffled_blocks(x, self.layers, orders, self.grad_checkpointing))
+        permutations = draw_permutations(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
+        return self.norm_f(shuffled_blocks(x, self.layers, permutations, self.grad_checkpointing))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (b c y x) -> patches and registers, each with positions (b l d), and the grid of the patches."""

@@ -1,6 +1,6 @@
 """SwinIR: restoration by shifted-window attention, whose frame MambaIR keeps and which it is measured against.
 
-Groups of Swin blocks, each group closed by a convolution, on a residual stream that is a map of tokens:
+Groups of Swin blocks, each group ending in a convolution, on a residual stream that is a map of tokens:
 
     X <- X + WindowAttention(LN1 X)             X <- X + MLP(LN2 X)
 

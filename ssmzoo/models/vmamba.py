@@ -118,7 +118,7 @@ def downsampling(kind: str, dim: int, out_dim: int, norm: str) -> nn.Module:
 class VSSBlock(nn.Module):
     """SS2D and an optional MLP, pre-norm. (b y x d) -> (b y x d)
 
-    mixer  the token mixer (SS2D or one of its kind)
+    mixer  the token mixer (SS2D or another with its interface)
     mlp    {"act": "gelu", "gated": False, "drop": 0.0}
     """
 
@@ -133,7 +133,7 @@ class VSSBlock(nn.Module):
     ):
         super().__init__()
         self.norm, self.op = map_norm(norm, dim), mixer
-        self.drop_path = FusedDropPathAdd(drop_path, apart=norm == "ln")
+        self.drop_path = FusedDropPathAdd(drop_path, per_sample=norm == "ln")
         self.mlp = None
         if mlp_ratio > 0:
             self.norm2 = map_norm(norm, dim)

@@ -55,7 +55,7 @@ def mamba_inner_fn(
     x_proj_weight      (r+2n e), without the rows of a B or C that is given; delta_proj_weight (e r)
     out_proj_weight    (d e), out_proj_bias (d)
     A, B, C, D, delta_bias, delta_softplus  as in `selective_scan_fn`; B and C come from x_proj when None. A may be
-                       complex: x_proj then has 2n rows for each, real and imaginary parts in turn
+                       complex: x_proj then has 2n rows for each, real and imaginary parts interleaved
     B_proj_bias, C_proj_bias  (n) added to projected B, C
     b_rms_weight, c_rms_weight (n), dt_rms_weight (e)  RMS norms of B, C and of the projected time step
     checkpoint_lvl     0 or 1: whether upstream's backward recomputes the convolution and the time step, which no
@@ -89,7 +89,7 @@ def mamba_inner_fn(
 
 
 def _coefficient(M: Tensor, bias: Tensor | None, A: Tensor) -> Tensor:
-    """Projected B or C (b l n) -> (b n l), or (b n 2l) with real and imaginary parts in turn for complex A."""
+    """Projected B or C (b l n) -> (b n l), or (b n 2l) with real and imaginary parts interleaved for complex A."""
     M = M if bias is None else M + bias.to(M.dtype)
     return M.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(2) if A.is_complex() else M.mT
 

@@ -25,7 +25,7 @@ DEVICE = "cuda"
 
 @functools.cache
 def load(module: str, name: str):
-    """(function `name` of `module` or None, why there is none); a broken install is told once, as a warning."""
+    """(function `name` of `module` or None, why there is none); a broken install is reported once, as a warning."""
     package = INSTALL[module.partition(".")[0]]
     try:
         return getattr(importlib.import_module(module), name), None

@@ -78,9 +78,7 @@ def enter(model: nn.Module, inputs: Tensor) -> Entry:
     """Find where `inputs` become vectors. ValueError for a model that shows no such point."""
     if not inputs.is_floating_point() and not any(isinstance(m, nn.Embedding) for m in model.modules()):
         if not hasattr(model, "input_size"):
-            raise ValueError(
-                f"{type(model).__name__} has no embedding and no input_size: its ids cannot be taken apart"
-            )
+            raise ValueError(f"{type(model).__name__} has no embedding and no input_size: its ids cannot be embedded")
         values = F.one_hot(inputs, model.input_size).float()
         return Entry(model, inputs, "", values, values.shape, None, ())
     name = entrance(model, image=inputs.is_floating_point())

@@ -46,7 +46,7 @@ def remove(entry: Entry, scores: Tensor, fraction: float, least: bool = False) -
 
 @torch.no_grad()
 def deletion(entry: Entry, scores: Tensor, target: Tensor, fractions: Sequence[float] = FRACTIONS) -> Deletion:
-    """Logit of `target` (b) while vectors are removed in both orders. scores (b l)"""
+    """Logit of `target` (b) while vectors are removed, highest score first and lowest first. scores (b l)"""
     curves = [
         torch.stack(
             [entry.logits(remove(entry, scores, f, least)).gather(1, target[:, None]).mean() for f in fractions]

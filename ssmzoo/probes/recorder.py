@@ -116,14 +116,14 @@ class Recorder:
             **more,
         )
         if whole is not None:
-            scan.directions, scan.extra, scan.orders = whole.directions, whole.extra, self.rows_of(whole.tokens)
+            scan.directions, scan.extra, scan.indices = whole.directions, whole.extra, self.rows_of(whole.tokens)
         if self.positions is not None:
             scan = at_positions(scan, self.positions)
         self.ungated = scan, local
         self.keep(scan)
 
     def rows_of(self, tokens: Tensor) -> Tensor:
-        """The kept members of a batch of orders."""
+        """The kept rows of a batch of token indices."""
         return tokens[: self.rows] if tokens.ndim == 3 else tokens
 
     def mixture(self, b: int, l: int) -> Tensor | None:

@@ -65,7 +65,7 @@ class Scan:
     y          (b e l) output before `gate`, D u included; behind z where the operator gates
     initial_state (b e n) or None | seq_idx (b l) or None
     channels   (e) numbers of the kept channels among `total` (all directions counted) | length: number of steps
-    directions k | orders (k l) or (b k l): the token on which every step of a direction fell; None: in order
+    directions k | indices (k l) or (b k l): the token on which every step of a direction fell; None: in order
     extra      the last so many of these tokens are none of the model's: means over all (Adventurer)
     mixture    (b l l) the scan's tokens are these mixtures of the model's (sorting), or None
     conv       the causal convolution that made u, or None | fusion of the states before they are read, or None
@@ -91,7 +91,7 @@ class Scan:
     total: int
     length: int
     directions: int = 1
-    orders: Tensor | None = None
+    indices: Tensor | None = None
     conv: Convolution | None = None
     gate: Tensor | None = None
     extra: int = 0
@@ -122,12 +122,12 @@ class Scan:
 
     def step_tokens(self) -> Tensor | None:
         """The same of every channel, (e l) or (b e l); None: in order."""
-        return None if self.orders is None else self.by_channel(self.orders)
+        return None if self.indices is None else self.by_channel(self.indices)
 
-    def by_channel(self, orders: Tensor) -> Tensor:
-        """Orders (k l) or (b k l) -> (e p) or (b e p): that of every kept channel's direction, at the kept steps."""
+    def by_channel(self, indices: Tensor) -> Tensor:
+        """Indices (k l) or (b k l) -> (e p) or (b e p): that of every kept channel's direction, at the kept steps."""
         direction = self.channels * self.directions // self.total
-        at = orders[..., direction.to(orders.device), :]
+        at = indices[..., direction.to(indices.device), :]
         return at if self.positions is None else at[..., self.positions]
 
     def direction(self, channel: int) -> int:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ssmzoo.ops import OPERATORS, mix_transitions, observe
-from ssmzoo.ops.cross_scan import orders
+from ssmzoo.ops.cross_scan import scan_indices
 from ssmzoo.probes.recorder import Recorder
 from ssmzoo.probes.scan import Convolution, DenseScan, Fusion, Scan, Taps
 from ssmzoo.probes.softmax_attention import Attention
@@ -33,7 +33,7 @@ from ssmzoo.probes.token_order import TokenOrder, permuted, with_mean
 
 __all__ = ["MEMORY", "Attention", "Convolution", "DenseScan", "Fusion", "Scan", "Taps", "tap"]
 
-MEMORY = 1 << 30  # bytes that a tap keeps unless told otherwise
+MEMORY = 1 << 30  # bytes that a tap keeps by default
 
 
 @contextlib.contextmanager
@@ -232,7 +232,7 @@ class _Observer(Recorder):
     # the order of its tokens
 
     def cross_scan(self, call, x, scans="cross"):
-        self.notes["order"] = TokenOrder(orders(*x.shape[-2:], scans, x.device), 0, *x.shape[:2])
+        self.notes["order"] = TokenOrder(scan_indices(*x.shape[-2:], scans, x.device), 0, *x.shape[:2])
         return call(x, scans)
 
     def bidirectional_scan(self, call, x):

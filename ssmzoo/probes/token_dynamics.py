@@ -1,4 +1,4 @@
-"""Token dynamics: do a layer's weights pull tokens to the origin along depth, or push them apart?
+"""Token dynamics: do a layer's weights pull tokens to the origin along depth, or push them away from each other?
 
 One S6 layer without skip, gate and convolution, residual, in the limit of many layers (decay a > 0, one channel):
 

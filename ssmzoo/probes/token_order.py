@@ -1,7 +1,7 @@
 """On which token of its model every step of a scan falls, put together from the operators that lay tokens out.
 
 An operator seen in a module's forward says how the tokens stand there from now on, for the scans of that module and of
-those that it calls; the orders of callers and callee are composed.
+those that it calls; the permutations of callers and callee are composed.
 
 b batch, l steps, k directions side by side, e channels of one direction.
 """

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmzoo.models.adventurer import Adventurer, AdventurerBlock
-from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, resize_plain_positions
 from ssmzoo.released.infer import part, ratio
@@ -20,7 +20,7 @@ SHARED = {"ssm_cfg": None, "norm_epsilon": 1e-5, "rms_norm": False, "mamba_expan
 WITHOUT = {
     "fused_add_norm": (False, KERNEL),
     "residual_in_fp32": (False, "the residual stream is kept in fp32 here"),
-    **PLACE,
+    **DEVICE,
 }
 MODEL = Arguments(
     "Adventurer",
@@ -80,17 +80,17 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All that has weights; which blocks flip the sequence has none."""
     if "mixer.A_log" in state:
         d = len(state["norm.weight"])
-        return {"d_model": d, "rms_norm": "norm.bias" not in state} | told_of_mixer(part(state, "mixer."), d, given)
-    told = infer_plain(state, given, 1, None)
-    return told and told | told_of_mixer(part(state, "layers.0.mixer."), told["embed_dim"], given)
+        return {"d_model": d, "rms_norm": "norm.bias" not in state} | infer_mixer(part(state, "mixer."), d, given)
+    inferred = infer_plain(state, given, 1, None)
+    return inferred and inferred | infer_mixer(part(state, "layers.0.mixer."), inferred["embed_dim"], given)
 
 
-def told_of_mixer(state: dict[str, Tensor], d: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def infer_mixer(state: dict[str, Tensor], d: int, given: Mapping[str, Any]) -> dict[str, Any]:
     h, e = len(state["A_log"]), state["out_proj.weight"].shape[1]
-    told = {"mamba_expand": ratio(e, d), "ssm_cfg": {"headdim": e // h, "d_conv": state["conv1d.weight"].shape[-1]}}
+    inferred = {"mamba_expand": ratio(e, d), "ssm_cfg": {"headdim": e // h, "d_conv": state["conv1d.weight"].shape[-1]}}
     if "d_state" not in (given.get("ssm_cfg") or {}):
-        told["mamba_d_state"] = (len(state["conv1d.weight"]) - e) // 2
-    return told
+        inferred["mamba_d_state"] = (len(state["conv1d.weight"]) - e) // 2
+    return inferred
 
 
 WRAPPERS = ("model", "state_dict", "model_ema")  # what the authors evaluate

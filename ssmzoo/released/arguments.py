@@ -7,7 +7,7 @@ from typing import Any
 
 from ssmzoo.suggest import nearest
 
-PLACE = {  # where and how the official module is made
+DEVICE = {  # where and how the official module is made
     "device": (None, "where the official module is created"),
     "dtype": (None, "in which type the official module is created; a file brings its own"),
 }
@@ -56,7 +56,7 @@ class Arguments:
         missing = [name for name in self.required if name not in given]
         if missing:
             raise TypeError(
-                f"{self.cls}: {', '.join(missing)} cannot be told from the tensors and must be given by name"
+                f"{self.cls}: {', '.join(missing)} cannot be inferred from the tensors and must be given by name"
             )
         return {name: given.get(name, value) for name, value in self.honoured.items()} | {
             name: given[name] for name in self.required

@@ -7,7 +7,7 @@ from ssmzoo.released.operators import FunctionModule
 
 
 def official(state, activation=None, return_final_states=False):
-    """The official functions (causal_conv1d_ref and causal_conv1d_update_ref, told apart by conv_state) as a module."""
+    """The official functions (causal_conv1d_ref and causal_conv1d_update_ref, by conv_state) as a module."""
 
     def convolve(x, weight, bias=None, seq_idx=None, initial_states=None, conv_state=None, cache_seqlens=None):
         if conv_state is None:

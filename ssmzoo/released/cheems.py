@@ -101,23 +101,23 @@ def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All sizes; only how many experts are taken and which keys are hidden have no weights."""
     at = "model.layers."
-    told: dict[str, Any] = {"num_hidden_layers": count(state, f"{at}#.")}
-    told["vocab_size"], told["hidden_size"] = state["model.word_embed.weight"].shape
-    told["intermediate_size"] = len(state[f"{at}0.feed_forward.up_proj.weight"])
-    told["hidden_bias"] = f"{at}0.feed_forward.up_proj.bias" in state
-    attention = [i for i in range(told["num_hidden_layers"]) if f"{at}{i}.attn.A" in state]
-    told["num_attention_heads"] = len(next(v for k, v in state.items() if k.endswith((".attn.A", ".ssd.A"))))
+    inferred: dict[str, Any] = {"num_hidden_layers": count(state, f"{at}#.")}
+    inferred["vocab_size"], inferred["hidden_size"] = state["model.word_embed.weight"].shape
+    inferred["intermediate_size"] = len(state[f"{at}0.feed_forward.up_proj.weight"])
+    inferred["hidden_bias"] = f"{at}0.feed_forward.up_proj.bias" in state
+    attention = [i for i in range(inferred["num_hidden_layers"]) if f"{at}{i}.attn.A" in state]
+    inferred["num_attention_heads"] = len(next(v for k, v in state.items() if k.endswith((".attn.A", ".ssd.A"))))
     if attention:
         heads, width = state[f"{at}{attention[0]}.attn.dt_proj.weight"].shape
-        told["num_key_value_heads"] = width * heads // told["hidden_size"]
-    period = attention[1] - attention[0] if len(attention) > 1 else told["num_hidden_layers"]
-    told |= {"attn_layer_period": period, "attn_layer_offset": attention[0] if attention else period}
+        inferred["num_key_value_heads"] = width * heads // inferred["hidden_size"]
+    period = attention[1] - attention[0] if len(attention) > 1 else inferred["num_hidden_layers"]
+    inferred |= {"attn_layer_period": period, "attn_layer_offset": attention[0] if attention else period}
     keys = state.get(f"{at}0.feed_forward.keys")
-    told["is_moe"] = keys is not None
+    inferred["is_moe"] = keys is not None
     if keys is not None:
-        told |= {"num_cdmoe_experts": keys.shape[1] ** 2, "num_cdmoe_heads": len(keys)}
-        told["expert_retrieval_size"] = 2 * keys.shape[-1]
-    return told
+        inferred |= {"num_cdmoe_experts": keys.shape[1] ** 2, "num_cdmoe_heads": len(keys)}
+        inferred["expert_retrieval_size"] = 2 * keys.shape[-1]
+    return inferred
 
 
 class OfficialCheems(CheemsLM):

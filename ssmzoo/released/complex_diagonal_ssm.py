@@ -1,4 +1,4 @@
-"""The complex diagonal SSMs of the SD-SSM project as released: four classes, told apart by their keys."""
+"""The complex diagonal SSMs of the SD-SSM project as released: four classes, distinguished by their keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLES = (MODEL,)
 
 
 def official(state: dict[str, Tensor], **given):
-    """The four official classes, told apart by their keys. `init_state` is complex, or real with a last axis of 2."""
+    """The four official classes, by their keys. `init_state` is complex, or real with a last axis of 2."""
     config = MODEL.complete(given)
     renamed = to_ours(state)
     model = _OfficialComplexDiagonal(
@@ -63,8 +63,8 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     embed, inputs = ours["embedding.weight"].shape
     last = max(key for key in ours if key.startswith(f"mlps.{count(ours, 'mlps.#.') - 1}.") and key.endswith("weight"))
-    told = {"state_size": len(ours["blocks.0.init_state"]), "input_size": inputs, "output_size": len(ours[last])}
-    return told | {"embed_size": embed}
+    inferred = {"state_size": len(ours["blocks.0.init_state"]), "input_size": inputs, "output_size": len(ours[last])}
+    return inferred | {"embed_size": embed}
 
 
 class _OfficialComplexDiagonal(ComplexDiagonalModel):

@@ -37,10 +37,14 @@ def describe(path: str | Path) -> list[str]:
         return [*lines, f"keys         {', '.join(list(state)[:6])}"]
     names = [name for table in find(family, "TABLES") or () for name in table.names]
     try:
-        told = join(family, state, arguments_of(family, config, names or None))
+        inferred = join(family, state, arguments_of(family, config, names or None))
     except CheckpointError as error:
         return [*lines, f"arguments    {error}"]
-    return [*lines, *(f"  {name:<22} {value}" for name, value in told.items()), f"load with    {call(family, path)}"]
+    return [
+        *lines,
+        *(f"  {name:<22} {value}" for name, value in inferred.items()),
+        f"load with    {call(family, path)}",
+    ]
 
 
 def call(family: str, path: Path) -> str:

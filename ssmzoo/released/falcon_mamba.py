@@ -1,6 +1,6 @@
 """Falcon-Mamba in the naming of Hugging Face transformers (Apache-2.0): FalconMambaForCausalLM, and the model alone.
 
-The tensors are those of mamba_hf: only config.json (model_type) tells the two apart.
+The tensors are those of mamba_hf: only config.json (model_type) distinguishes the two.
 """
 
 from __future__ import annotations

@@ -104,6 +104,6 @@ def refuse_other_constants(state: dict[str, Tensor], expected: dict[str, Tensor]
     for key, value in state.items():
         there = expected.get(key)
         if there is None or value.shape[1:] != there.shape[1:]:
-            raise CheckpointError(f"{key} {tuple(value.shape)} of the file has no place in the model")
+            raise CheckpointError(f"{key} {tuple(value.shape)} of the file has no parameter in the model")
         if len(value) == len(there) and not torch.allclose(value.detach().float(), there.float(), atol=1e-2):
             raise CheckpointError(f"{key} of the file is not the table that the model computes")

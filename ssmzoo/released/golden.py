@@ -60,7 +60,7 @@ class GoldenCase:
             from safetensors.torch import load_file
 
             tensors = load_file(file)
-        places = {"param": case.params, "input": case.inputs, "output": case.outputs, "lossweight": case.lossweights}
+        parts = {"param": case.params, "input": case.inputs, "output": case.outputs, "lossweight": case.lossweights}
         for key, value in tensors.items():
             if dtype is not None and value.is_floating_point():
                 value = value.to(dtype)
@@ -68,7 +68,7 @@ class GoldenCase:
             if kind in ("grad", "gradin"):
                 case.grads[f"{'param' if kind == 'grad' else 'input'}/{name}"] = value
             else:
-                places.get(kind, case.extra)[name if kind in places else key] = value
+                parts.get(kind, case.extra)[name if kind in parts else key] = value
         for kind, leaves in (("param", case.params), ("input", case.inputs)):
             for name, value in leaves.items():
                 value.requires_grad_(f"{kind}/{name}" in case.grads)

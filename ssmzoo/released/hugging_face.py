@@ -50,8 +50,8 @@ def infer_hf(state: dict[str, Tensor], mixer) -> dict[str, Any]:
     if f"{at}embeddings.weight" not in state:
         return {}
     rows, d = state[f"{at}embeddings.weight"].shape
-    told = {"vocab_size": rows, "hidden_size": d, "num_hidden_layers": count(state, f"{at}layers.#.")}
-    return told | mixer(part(state, f"{at}layers.0.mixer."), d)
+    inferred = {"vocab_size": rows, "hidden_size": d, "num_hidden_layers": count(state, f"{at}layers.#.")}
+    return inferred | mixer(part(state, f"{at}layers.0.mixer."), d)
 
 
 def to_hf(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

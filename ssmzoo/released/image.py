@@ -104,18 +104,18 @@ def layer_norms(model: nn.Module, rms_norm: bool, eps: float) -> nn.Module:
 
 def infer_plain(state: dict[str, Tensor], given, tokens: int, stride: int | None) -> dict[str, Any]:
     """What the tensors of a plain encoder tell. tokens: how many rows of the position table are no patches; stride: of
-    the patches when it is not given (None: they touch). Only square images can be told from a table."""
+    the patches when it is not given (None: they touch). Only square images can be inferred from a table."""
     if "patch_embed.proj.weight" not in state:
         return {}
     d, channels, patch = state["patch_embed.proj.weight"].shape[:3]
-    told = {"embed_dim": d, "channels": channels, "patch_size": patch, "depth": count(state, "layers.#.")}
-    told["rms_norm"] = "norm_f.bias" not in state
+    inferred = {"embed_dim": d, "channels": channels, "patch_size": patch, "depth": count(state, "layers.#.")}
+    inferred["rms_norm"] = "norm_f.bias" not in state
     if "head.weight" in state:
-        told["num_classes"] = len(state["head.weight"])
+        inferred["num_classes"] = len(state["head.weight"])
     if "pos_embed" in state and given.get("img_size") is None:
         patches = state["pos_embed"].shape[1] - tokens
         side = round(patches**0.5)
         if side**2 != patches:
             raise CheckpointError(f"img_size must be given as (height, width): {patches} positions make no square")
-        told["img_size"] = (side - 1) * (given.get("stride") or stride or patch) + patch
-    return told
+        inferred["img_size"] = (side - 1) * (given.get("stride") or stride or patch) + patch
+    return inferred

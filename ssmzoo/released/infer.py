@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmzoo.released.family import find
 from ssmzoo.released.files import CheckpointError
 
-# several values of these give the same shapes, so a given one need not be the one that is told
+# several values of these give the same shapes, so a given one need not be the one that is inferred
 LOOSE = {"vocab_size", "d_intermediate", "expand", "mamba_expand", "mamba_expansion", "ssm_ratio", "mlp_ratio"}
 LOOSE |= {"img_size", "imgsize"}
 
@@ -22,19 +22,19 @@ def join(family: str, state: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
     Raises CheckpointError where a given one contradicts the tensors.
     """
     infer = find(family, "infer")
-    told = infer(state, given) if infer else {}
-    wrong = [f"{key} is {value!r}, but the tensors say {there!r}" for key, value, there in _conflicts(given, told)]
+    inferred = infer(state, given) if infer else {}
+    wrong = [f"{key} is {value!r}, but the tensors say {there!r}" for key, value, there in _conflicts(given, inferred)]
     if wrong:
         raise CheckpointError(f"the checkpoint does not fit the official {family} model: " + "; ".join(wrong[:4]))
-    merged = dict(told) | {key: value for key, value in given.items() if value is not None or key not in told}
-    for key, value in told.items():
+    merged = dict(inferred) | {key: value for key, value in given.items() if value is not None or key not in inferred}
+    for key, value in inferred.items():
         if isinstance(value, dict):
             merged[key] = value | dict(given.get(key) or {})
     return merged
 
 
-def _conflicts(given: Mapping[str, Any], told: Mapping[str, Any], at: str = ""):
-    for key, there in told.items():
+def _conflicts(given: Mapping[str, Any], inferred: Mapping[str, Any], at: str = ""):
+    for key, there in inferred.items():
         value = given.get(key)
         if key in LOOSE or value is None or value == "auto":
             continue

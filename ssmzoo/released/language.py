@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.state import ModelOutput
-from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import same_head
 from ssmzoo.released.infer import count, part
@@ -22,12 +22,12 @@ LM = Arguments(  # the class itself takes a MambaConfig; these are its fields
     {"d_model": 2560, "d_intermediate": 0, "n_layer": 64, "vocab_size": 50277}
     | MODEL
     | {"rms_norm": True, "residual_in_fp32": True, "pad_vocab_size_multiple": 8, "tie_embeddings": None},
-    {"fused_add_norm": (True, KERNEL), "initializer_cfg": (None, "sets initial values"), **PLACE},
+    {"fused_add_norm": (True, KERNEL), "initializer_cfg": (None, "sets initial values"), **DEVICE},
 )
 BACKBONE = Arguments(
     "MixerModel",
     MODEL | {"norm_epsilon": 1e-5, "rms_norm": False, "residual_in_fp32": False},
-    {"fused_add_norm": (False, KERNEL), "initializer_cfg": (None, "sets initial values"), **PLACE},
+    {"fused_add_norm": (False, KERNEL), "initializer_cfg": (None, "sets initial values"), **DEVICE},
     required=("d_model", "n_layer", "d_intermediate", "vocab_size"),
 )
 INERT = {"use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype", "process_group", "sequence_parallel"}
@@ -111,14 +111,17 @@ def infer_lm(state: dict[str, Tensor], mixer) -> dict[str, Any]:
     layers = range(count(state, f"{at}layers.#."))
     attention = [i for i in layers if f"{at}layers.{i}.mixer.A_log" not in state and not _ssm(state, at, i)]
     mixers = [i for i in layers if i not in attention]
-    told: dict[str, Any] = {"d_model": d, "n_layer": len(layers), "vocab_size": rows, "attn_layer_idx": attention}
+    inferred: dict[str, Any] = {"d_model": d, "n_layer": len(layers), "vocab_size": rows, "attn_layer_idx": attention}
     hidden = state.get(f"{at}layers.0.mlp.fc2.weight")
-    told |= {"d_intermediate": 0 if hidden is None else hidden.shape[1], "rms_norm": f"{at}norm_f.bias" not in state}
+    inferred |= {
+        "d_intermediate": 0 if hidden is None else hidden.shape[1],
+        "rms_norm": f"{at}norm_f.bias" not in state,
+    }
     if at and rows % LM.default("pad_vocab_size_multiple"):
-        told["pad_vocab_size_multiple"] = 1
+        inferred["pad_vocab_size_multiple"] = 1
     if mixers:
-        told["ssm_cfg"] = mixer(part(state, f"{at}layers.{mixers[0]}.mixer."), d)
-    return told
+        inferred["ssm_cfg"] = mixer(part(state, f"{at}layers.{mixers[0]}.mixer."), d)
+    return inferred
 
 
 def _ssm(state: dict, at: str, i: int) -> bool:

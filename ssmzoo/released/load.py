@@ -23,7 +23,7 @@ def load_official(family, checkpoint=None, **official_kwargs) -> nn.Module:
     family           the system's name; may be left out (`load_official(checkpoint)`): config.json or the keys tell it
     checkpoint       a path (.pth .pt .bin .safetensors, or a folder, whose config.json adds constructor arguments) or a
                      state dict
-    official_kwargs  the official class's own constructor arguments. Those that are left out are told by the tensors;
+    official_kwargs  the official class's own constructor arguments. What is left out is inferred from the tensors;
                      what they cannot tell takes the official class's default.
     returns          our module; its forward takes the official inputs in order and returns the official outputs
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, INITIAL, KERNEL, Arguments
 from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
@@ -43,7 +43,7 @@ BLOCK = Arguments(
     DT
     | {
         **{"dt_init": ("random", INITIAL), "dt_scale": (1.0, INITIAL), "use_fast_path": (True, KERNEL)},
-        **{"layer_idx": (None, "names the block in a cache"), **PLACE},
+        **{"layer_idx": (None, "names the block in a cache"), **DEVICE},
     },
     required=("d_model",),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.released.arguments import INITIAL, KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, INITIAL, KERNEL, Arguments
 from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
@@ -42,7 +42,7 @@ TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.dt_bias", r"mixer\.
 SHARED = {"d_conv": 4, "expand": 2, "ngroups": 1, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True}
 WITHOUT = DT | {
     **{"conv_init": (None, INITIAL), "A_init_range": ((1, 16), INITIAL), "chunk_size": (256, KERNEL)},
-    **{"use_mem_eff_path": (True, KERNEL), "layer_idx": (None, "names the block in a cache"), **PLACE},
+    **{"use_mem_eff_path": (True, KERNEL), "layer_idx": (None, "names the block in a cache"), **DEVICE},
 }
 ONE_PROCESS = "the weights of one process; tensor-parallel shards must be joined first"
 BLOCK = Arguments(
@@ -85,11 +85,11 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "A_log" not in state:
         return infer_lm(state, functools.partial(mixer, given.get("ssm_cfg") or {}))
     d = state["out_proj.weight"].shape[0]
-    told = {"d_model": d} | mixer(given, state, d)
+    inferred = {"d_model": d} | mixer(given, state, d)
     if is_simple(state, given):
-        told = {k: v for k, v in told.items() if k in SIMPLE.names}
-        told |= {"learnable_init_states": "init_states" in state}
-    return told
+        inferred = {k: v for k, v in inferred.items() if k in SIMPLE.names}
+        inferred |= {"learnable_init_states": "init_states" in state}
+    return inferred
 
 
 def mixer(given: Mapping[str, Any], state: dict[str, Tensor], d: int) -> dict[str, Any]:

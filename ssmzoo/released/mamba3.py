@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmzoo.models.mamba3 import Mamba3, Mamba3LM
-from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
     BACKBONE,
@@ -31,7 +31,7 @@ BLOCK = Arguments(
         **{"d_state": 128, "expand": 2, "headdim": 64, "ngroups": 1, "rope_fraction": 0.5, "A_floor": 1e-4},
         **{"is_outproj_norm": False, "is_mimo": False, "mimo_rank": 4},
     },
-    DT | {"chunk_size": (64, KERNEL), "layer_idx": (None, "names the block in a cache"), **PLACE},
+    DT | {"chunk_size": (64, KERNEL), "layer_idx": (None, "names the block in a cache"), **DEVICE},
     required=("d_model",),
 )
 TABLES = (LM, BACKBONE, BLOCK)
@@ -59,9 +59,9 @@ def mixer(state: dict[str, Tensor], d: int) -> dict[str, Any]:
     rest = state["in_proj.weight"].shape[0] - 2 * e - 3 * h
     fraction = 0.5 if (rest - n // 4) % (2 * r * n) == 0 else 1.0
     product = (rest - int(n * fraction) // 2) // (2 * r)
-    told = {"d_state": n, "ngroups": max(1, product // n), "expand": ratio(e, d), "headdim": e // h}
-    told |= {"rope_fraction": fraction, "is_outproj_norm": "norm.weight" in state, "is_mimo": "mimo_x" in state}
-    return told | ({"mimo_rank": r} if "mimo_x" in state else {})
+    inferred = {"d_state": n, "ngroups": max(1, product // n), "expand": ratio(e, d), "headdim": e // h}
+    inferred |= {"rope_fraction": fraction, "is_outproj_norm": "norm.weight" in state, "is_mimo": "mimo_x" in state}
+    return inferred | ({"mimo_rank": r} if "mimo_x" in state else {})
 
 
 class OfficialMamba3(StepByStep, Mamba3):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.mambair import RSSB, MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
-from ssmzoo.released.arguments import PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.arguments import DEVICE, RECOMPUTE, Arguments
 from ssmzoo.released.catalogue import Hub, Weights, on_drive
 from ssmzoo.released.image import with_bias
 from ssmzoo.released.infer import count, part, ratio
@@ -50,7 +50,7 @@ BLOCK = Arguments(
     {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "is_light_sr": False} | SCAN,
     SCAN_INITIAL | {"norm_layer": WITHOUT["norm_layer"]},
 )
-MIXER = Arguments("SS2D", {"dropout": 0.0} | SCAN, SCAN_INITIAL | PLACE, required=("d_model",))
+MIXER = Arguments("SS2D", {"dropout": 0.0} | SCAN, SCAN_INITIAL | DEVICE, required=("d_model",))
 TABLES = (MODEL, UNET, BLOCK, MIXER)
 
 
@@ -61,7 +61,7 @@ def official(state: dict[str, Tensor], **given):
     if "self_attention.x_proj_weight" in state:
         return official_block(state, **BLOCK.complete(given)), state
     squeeze = squeeze_of(state)
-    if "patch_embed.proj.weight" in state:  # the state sizes of a U-Net, which differ between releases, are told
+    if "patch_embed.proj.weight" in state:  # the state sizes of a U-Net, which differ between releases, are inferred
         return MambaIRUNet(**UNET.complete(given), d_state=states_of_levels(state), squeeze_factor=squeeze), state
     config = MODEL.complete(given)
     if config["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
@@ -101,11 +101,11 @@ def official_ss2d(d_model, d_state, d_conv, expand, dt_rank, dropout, conv_bias,
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All that has weights; img_range has none."""
     if "x_proj_weight" in state:
-        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+        return {"d_model": len(state["out_proj.weight"])} | infer_mixer(state)
     if "self_attention.x_proj_weight" in state:
         light = "conv_blk.cab.1.weight" in state and state["conv_blk.cab.0.weight"].shape[-1] == 1
-        told = {"hidden_dim": len(state["ln_1.weight"]), "is_light_sr": light}
-        return told | told_of_mixer(part(state, "self_attention."))
+        inferred = {"hidden_dim": len(state["ln_1.weight"]), "is_light_sr": light}
+        return inferred | infer_mixer(part(state, "self_attention."))
     if "patch_embed.proj.weight" in state:
         return infer_unet(state)
     return infer_restoration(state, "blocks.0.self_attention.")
@@ -114,14 +114,14 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
 def infer_unet(state: dict[str, Tensor]) -> dict[str, Any]:
     dim, channels = state["patch_embed.proj.weight"].shape[:2]
     levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    told = {"dim": dim, "inp_channels": channels, "out_channels": len(state["output.weight"])}
-    told |= {"num_blocks": [count(state, f"{level}.#.") for level in levels], "bias": "output.bias" in state}
-    told["num_refinement_blocks"] = count(state, "refinement.#.")
+    inferred = {"dim": dim, "inp_channels": channels, "out_channels": len(state["output.weight"])}
+    inferred |= {"num_blocks": [count(state, f"{level}.#.") for level in levels], "bias": "output.bias" in state}
+    inferred["num_refinement_blocks"] = count(state, "refinement.#.")
     first = next((key for key in state if key.endswith("self_attention.out_proj.weight")), None)
     if first is not None:
         d, e = state[first].shape
-        told["mlp_ratio"] = ratio(e, d)
-    return told
+        inferred["mlp_ratio"] = ratio(e, d)
+    return inferred
 
 
 def infer_restoration(state: dict[str, Tensor], mixer: str) -> dict[str, Any]:
@@ -131,12 +131,17 @@ def infer_restoration(state: dict[str, Tensor], mixer: str) -> dict[str, Any]:
     d, channels = state["conv_first.weight"].shape[:2]
     at = "blocks" if mixer.startswith("blocks") else "layers"
     depths = [count(state, f"layers.{i}.residual_group.{at}.#.") for i in range(count(state, "layers.#."))]
-    told = {"embed_dim": d, "in_chans": channels, "depths": depths, "patch_norm": "patch_embed.norm.weight" in state}
-    told["resi_connection"] = "1conv" if "conv_after_body.weight" in state else "3conv"
+    inferred = {
+        "embed_dim": d,
+        "in_chans": channels,
+        "depths": depths,
+        "patch_norm": "patch_embed.norm.weight" in state,
+    }
+    inferred["resi_connection"] = "1conv" if "conv_after_body.weight" in state else "3conv"
     if at == "blocks":
-        scan = told_of_mixer(part(state, f"layers.0.residual_group.{mixer}"))
-        told |= {"d_state": scan["d_state"], "mlp_ratio": scan["expand"]}
-    return told | head_of(state, channels)
+        scan = infer_mixer(part(state, f"layers.0.residual_group.{mixer}"))
+        inferred |= {"d_state": scan["d_state"], "mlp_ratio": scan["expand"]}
+    return inferred | head_of(state, channels)
 
 
 def head_of(state: dict[str, Tensor], channels: int) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def head_of(state: dict[str, Tensor], channels: int) -> dict[str, Any]:
     return {}
 
 
-def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
     d, e = state["out_proj.weight"].shape
     return {
         **{"d_state": state["A_logs"].shape[1], "d_conv": state["conv2d.weight"].shape[-1], "expand": ratio(e, d)},

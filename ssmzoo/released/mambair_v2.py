@@ -64,21 +64,21 @@ def official(state: dict[str, Tensor], **given):
 
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All that has weights: heads and window by the table of relative positions; img_range has none."""
-    told = infer_restoration(state, "layers.0.")
-    if not told:
+    inferred = infer_restoration(state, "layers.0.")
+    if not inferred:
         return {}
     first = "layers.0.residual_group.layers.0."
     assm, hidden = part(state, f"{first}assm."), len(state[f"{first}convffn1.fc1.weight"])
-    told |= {"d_state": assm["selectiveScan.A_logs"].shape[1], "inner_rank": assm["embeddingB.weight"].shape[1]}
-    told |= {"num_tokens": len(assm["embeddingB.weight"]), "mlp_ratio": ratio(hidden, told["embed_dim"])}
+    inferred |= {"d_state": assm["selectiveScan.A_logs"].shape[1], "inner_rank": assm["embeddingB.weight"].shape[1]}
+    inferred |= {"num_tokens": len(assm["embeddingB.weight"]), "mlp_ratio": ratio(hidden, inferred["embed_dim"])}
     tables = [
         state[f"layers.{i}.residual_group.layers.0.win_mhsa.relative_position_bias_table"]
-        for i in range(len(told["depths"]))
+        for i in range(len(inferred["depths"]))
     ]
-    told |= {"window_size": (round(len(tables[0]) ** 0.5) + 1) // 2, "num_heads": [t.shape[1] for t in tables]}
-    told |= {"qkv_bias": f"{first}wqkv.bias" in state, "ape": "absolute_pos_embed" in state}
+    inferred |= {"window_size": (round(len(tables[0]) ** 0.5) + 1) // 2, "num_heads": [t.shape[1] for t in tables]}
+    inferred |= {"qkv_bias": f"{first}wqkv.bias" in state, "ape": "absolute_pos_embed" in state}
     kernel = state.get(f"{first}convffn1.dwconv.depthwise_conv.0.weight")
-    return told | ({} if kernel is None else {"convffn_kernel_size": kernel.shape[-1]})
+    return inferred | ({} if kernel is None else {"convffn_kernel_size": kernel.shape[-1]})
 
 
 def from_official(model: MambaIRv2, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,8 +98,8 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "gating.gate" not in state:
         return {}
     d, experts = state["gating.gate"].shape
-    told = {"dmodel": d, "n_experts": experts, "expert_size": state["expert_inner_function.lin1_weight"].shape[-1]}
-    return told | ({"type": "expert_choice", "use_layer_norm": True} if "ln.l.weight" in state else {})
+    inferred = {"dmodel": d, "n_experts": experts, "expert_size": state["expert_inner_function.lin1_weight"].shape[-1]}
+    return inferred | ({"type": "expert_choice", "use_layer_norm": True} if "ln.l.weight" in state else {})
 
 
 def official_options(

@@ -117,28 +117,28 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if not first:
         return {}
     rows, d = state["embedding_layer.layers.0.weight"].shape
-    told = {"vocab_size": rows, "dmodel": d, "n_blocks": count(state, "encoder.blocks.block_#.")}
+    inferred = {"vocab_size": rows, "dmodel": d, "n_blocks": count(state, "encoder.blocks.block_#.")}
     parallel = any(key.startswith("residual_parallel.") for key in first)
-    told["parallel_blocks"] = parallel
+    inferred["parallel_blocks"] = parallel
     if not parallel and list(first) != sorted(first):  # a file with sorted names hides the order of the sublayers
-        told["block_modules"] = list(dict.fromkeys(key.split(".")[0].removeprefix("residual_") for key in first))
+        inferred["block_modules"] = list(dict.fromkeys(key.split(".")[0].removeprefix("residual_") for key in first))
     feedforward = part(first, "residual_feedforward.layer.feedforward.")
     if "gating.gate" in feedforward:
-        told |= {"n_experts": feedforward["gating.gate"].shape[1]}
-        told |= {"expert_size": feedforward["expert_inner_function.lin1_weight"].shape[-1]}
-        told["ff_mode"] = "expert_choice" if "ln.l.weight" in feedforward else given.get("ff_mode", "token_choice")
+        inferred |= {"n_experts": feedforward["gating.gate"].shape[1]}
+        inferred |= {"expert_size": feedforward["expert_inner_function.lin1_weight"].shape[-1]}
+        inferred["ff_mode"] = "expert_choice" if "ln.l.weight" in feedforward else given.get("ff_mode", "token_choice")
     elif "logging_ff_pre_relu.weight" in feedforward:
-        told |= {"ff_mode": "vanilla", "dff": len(feedforward["logging_ff_pre_relu.weight"])}
+        inferred |= {"ff_mode": "vanilla", "dff": len(feedforward["logging_ff_pre_relu.weight"])}
     table = next((value for key, value in first.items() if key.endswith("rope.cos")), None)
     attention = next((value for key, value in first.items() if key.endswith("attention.input_projection.weight")), None)
     if attention is not None:
-        told["attention_mode"] = "vanilla" if table is None else "rope"
+        inferred["attention_mode"] = "vanilla" if table is None else "rope"
         if table is not None:
-            told |= {"dhead": table.shape[1], "n_att_heads": len(attention) // (3 * table.shape[1])}
+            inferred |= {"dhead": table.shape[1], "n_att_heads": len(attention) // (3 * table.shape[1])}
     inner = next((value for key, value in first.items() if key.endswith("mamba.D")), None)
     if inner is not None:
-        told["mamba_expansion"] = ratio(len(inner), d)
-    return told
+        inferred["mamba_expansion"] = ratio(len(inner), d)
+    return inferred
 
 
 def names(block_modules, parallel: bool) -> Names:

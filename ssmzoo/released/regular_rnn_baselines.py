@@ -23,7 +23,7 @@ TABLES = (ELMAN, LSTM)
 
 
 def official(state: dict[str, Tensor], **given):
-    """ElmanRNN and LSTM, told apart by the height of their gates."""
+    """ElmanRNN and LSTM, distinguished by the height of their gates."""
     gates = state.get("rnn.weight_hh_l0")
     lstm = gates is not None and len(gates) == 4 * gates.shape[1]
     config = (LSTM if lstm else ELMAN).complete(given)
@@ -38,9 +38,9 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "rnn.weight_hh_l0" not in state:
         return {}
     last = next(value for key, value in reversed(state.items()) if not key.startswith("rnn.") and value.ndim == 2)
-    told = {"state_size": state["rnn.weight_hh_l0"].shape[1], "input_size": state["rnn.weight_ih_l0"].shape[1]}
+    inferred = {"state_size": state["rnn.weight_hh_l0"].shape[1], "input_size": state["rnn.weight_ih_l0"].shape[1]}
     layers = sum(key.startswith("rnn.weight_hh_l") for key in state)
-    return told | {"num_layers": layers, "output_size": len(last)}
+    return inferred | {"num_layers": layers, "output_size": len(last)}
 
 
 class _OfficialRNN(RNNModel):

@@ -14,7 +14,7 @@ from ssmzoo.released.arguments import RECOMPUTE, Arguments
 from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, act_name, official_norm, official_stages, one_of, with_bias
 from ssmzoo.released.vmamba import DOWNSAMPLE, SCAN_INITIAL, from_official, is_block, to_official, to_ours
-from ssmzoo.released.vmamba import infer as told_of_vmamba
+from ssmzoo.released.vmamba import infer as infer_vmamba
 
 __all__ = ["CATALOGUE", "MODELS", "TELLING_KEYS", "from_official", "infer", "official", "to_official"]
 MODELS = (ResVMamba,)
@@ -96,9 +96,9 @@ def official_block(hidden_dim, drop_path, norm_layer, mlp_ratio, act_layer, drop
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All that shapes tell, which is all that has weights."""
     names = {"ssm_d_state": "d_state", "ssm_dt_rank": "dt_rank", "ssm_conv": "d_conv", "ssm_conv_bias": "conv_bias"}
-    told = {names.get(key, key): value for key, value in told_of_vmamba(state, given).items()}
+    inferred = {names.get(key, key): value for key, value in infer_vmamba(state, given).items()}
     table = BLOCK if is_block(to_ours(state)) else VSSM
-    return {key: value for key, value in told.items() if key in table.names}
+    return {key: value for key, value in inferred.items() if key in table.names}
 
 
 CATALOGUE = (

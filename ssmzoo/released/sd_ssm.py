@@ -47,9 +47,9 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "block.A_dict" not in state:
         return {}
     last = "readout.2.weight" if "readout.0.weight" in state else "readout.weight"
-    told = {"state_size": len(state["block.A_dict"]), "num_transition_matrices": state["block.A_dict"].shape[-1]}
-    told |= {"input_size": state["block.B.weight"].shape[1], "output_size": len(state[last])}
-    return told | ({"mlp_size": len(state["readout.0.weight"])} if "readout.0.weight" in state else {})
+    inferred = {"state_size": len(state["block.A_dict"]), "num_transition_matrices": state["block.A_dict"].shape[-1]}
+    inferred |= {"input_size": state["block.B.weight"].shape[1], "output_size": len(state[last])}
+    return inferred | ({"mlp_size": len(state["readout.0.weight"])} if "readout.0.weight" in state else {})
 
 
 class _OfficialSDSSM(SDSSMModel):

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg
-from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms
 from ssmzoo.released.infer import part
-from ssmzoo.released.vim import from_official, mixer_arguments, slow_path, told_of_mixer
+from ssmzoo.released.vim import from_official, infer_mixer, mixer_arguments, slow_path
 
 __all__ = ["CATALOGUE", "MODELS", "TABLES", "TELLING_KEYS", "from_official", "infer", "official"]
 MODELS = (ShuffleMamba, ShuffleMambaReg)
@@ -24,7 +24,7 @@ SHARED = {
 }
 WITHOUT = {
     **{"initializer_cfg": (None, "sets initial values"), "fused_add_norm": (False, KERNEL)},
-    **{"residual_in_fp32": (False, "the residual stream is kept in fp32 here"), **PLACE, **RUNNER},
+    **{"residual_in_fp32": (False, "the residual stream is kept in fp32 here"), **DEVICE, **RUNNER},
 }
 SWALLOWED = {
     "num_cls_tokens": (1, "the class swallows it without registers"),
@@ -69,16 +69,16 @@ def official(state: dict[str, Tensor], **given):
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All that has weights; the shuffle rate has none, and the stride shows in the number of positions only."""
     registers = "pos_embed_cls" in state
-    told = infer_plain(state, given, 0 if registers else 1, None if registers else MODEL.default("stride"))
-    if not told:
+    inferred = infer_plain(state, given, 0 if registers else 1, None if registers else MODEL.default("stride"))
+    if not inferred:
         return {}
-    mixer = told_of_mixer(part(state, "layers.0.mixer."))
-    told["ssm_cfg"] = {key: value for key, value in mixer.items() if key != "bimamba_type"}
+    mixer = infer_mixer(part(state, "layers.0.mixer."))
+    inferred["ssm_cfg"] = {key: value for key, value in mixer.items() if key != "bimamba_type"}
     if registers:
-        told |= {"num_cls_tokens": state["cls_token"].shape[1], "stride": told["patch_size"]}
+        inferred |= {"num_cls_tokens": state["cls_token"].shape[1], "stride": inferred["patch_size"]}
         if "neck.weight" in state:
-            told["cls_reduce"] = told["embed_dim"] // len(state["neck.weight"])
-    return told
+            inferred["cls_reduce"] = inferred["embed_dim"] // len(state["neck.weight"])
+    return inferred
 
 
 WRAPPERS = ("model", "state_dict", "model_ema")  # what the authors of Mamba-Reg evaluate

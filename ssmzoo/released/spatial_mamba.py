@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.image.mlp import make_mlp
 from ssmzoo.models.spatial_mamba import SpatialMamba, SpatialMambaBlock, StateFusion, StructureAwareSSM
-from ssmzoo.released.arguments import INITIAL, PLACE, RECOMPUTE, Arguments
+from ssmzoo.released.arguments import DEVICE, INITIAL, RECOMPUTE, Arguments
 from ssmzoo.released.catalogue import Picture, Weights, on_drive
 from ssmzoo.released.image import LOADED, RUNNER, act_name, is_pyramid, official_stages
 from ssmzoo.released.infer import count, part, ratio
@@ -41,7 +41,7 @@ BLOCK = Arguments(
     SCAN_INITIAL | {"norm_layer": EITHER, "use_checkpoint": RECOMPUTE, "num_heads": (8, "unread there")},
     ONE_STATE,
 )
-MIXER = Arguments("StructureAwareSSM", {"dropout": 0.0} | SCAN, SCAN_INITIAL | PLACE, ONE_STATE, required=("d_model",))
+MIXER = Arguments("StructureAwareSSM", {"dropout": 0.0} | SCAN, SCAN_INITIAL | DEVICE, ONE_STATE, required=("d_model",))
 FUSION = Arguments("StateFusion", {}, required=("dim",))
 TABLES = (MODEL, PYRAMID, BLOCK, MIXER, FUSION)
 
@@ -91,25 +91,29 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "kernel_3" in state:
         return {"dim": len(state["kernel_3"])}
     if "x_proj_weight" in state:
-        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+        return {"d_model": len(state["out_proj.weight"])} | infer_mixer(state)
     if "self_attention.x_proj_weight" in state:
-        return {"hidden_dim": len(state["ln_1.weight"])} | told_of_block(state)
+        return {"hidden_dim": len(state["ln_1.weight"])} | infer_block(state)
     depths = [count(state, f"layers.{i}.blocks.#.") for i in range(count(state, "layers.#."))]
     if not depths:
         return {}
     dims = [len(state[f"layers.{i}.blocks.0.ln_1.weight"]) for i in range(len(depths))]
-    told = {"depths": depths, "dims": dims, "mlp_ratio": told_of_block(part(state, "layers.0.blocks.0."))["mlp_ratio"]}
+    inferred = {
+        "depths": depths,
+        "dims": dims,
+        "mlp_ratio": infer_block(part(state, "layers.0.blocks.0."))["mlp_ratio"],
+    }
     stem = next(value for key, value in state.items() if key.startswith("patch_embed.") and value.ndim == 4)
-    told["in_chans"] = stem.shape[1]
-    return told | ({"num_classes": len(state["head.weight"])} if "head.weight" in state else {})
+    inferred["in_chans"] = stem.shape[1]
+    return inferred | ({"num_classes": len(state["head.weight"])} if "head.weight" in state else {})
 
 
-def told_of_block(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_block(state: dict[str, Tensor]) -> dict[str, Any]:
     hidden, d = state["mlp.fc1.weight"].shape[:2]
-    return {"mlp_ratio": ratio(hidden, d)} | told_of_mixer(part(state, "self_attention."))
+    return {"mlp_ratio": ratio(hidden, d)} | infer_mixer(part(state, "self_attention."))
 
 
-def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
     d, e = state["out_proj.weight"].shape[:2]
     return {
         **{"expand": ratio(e, d), "d_conv": state["conv2d.weight"].shape[-1], "conv_bias": "conv2d.bias" in state},

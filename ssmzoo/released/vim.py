@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.models.vim import Vim, VimMixer
-from ssmzoo.released.arguments import KERNEL, PLACE, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.catalogue import Hub, Picture, Weights
 from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.image import RUNNER, infer_plain, layer_norms, one_of, resize_plain_positions
@@ -23,7 +23,7 @@ DIRECTIONS = {"v2": "both", "v1": "shared", "none": "forward"}
 POOLS = {"none": "last", "mean": "avg", "max": "max_logits", "all": "all"}
 WITHOUT = {
     **{"initializer_cfg": (None, "sets initial values"), "fused_add_norm": (True, KERNEL)},
-    **{"residual_in_fp32": (True, "the residual stream is kept in fp32 here"), **PLACE, **RUNNER},
+    **{"residual_in_fp32": (True, "the residual stream is kept in fp32 here"), **DEVICE, **RUNNER},
 }
 MODEL = Arguments(
     "VisionMamba",
@@ -46,7 +46,7 @@ MIXER = Arguments(
         **{"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
         **{"bimamba_type": "none", "if_divide_out": False, "init_layer_scale": None, "use_fast_path": True},
     },
-    SCAN_INITIAL | {"layer_idx": (None, "names the block in a cache"), **PLACE},
+    SCAN_INITIAL | {"layer_idx": (None, "names the block in a cache"), **DEVICE},
     required=("d_model",),
 )
 TABLES = (MODEL, MIXER)
@@ -122,24 +122,24 @@ def slow_path(model: nn.Module, slow: bool) -> nn.Module:
 
 
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All that has weights. The place of the class token, the pooling, if_divide_out and if_rope_residual have none."""
+    """What has weights. The position of the class token, the pooling, if_divide_out and if_rope_residual have none."""
     if "in_proj.weight" in state:
-        return {"d_model": len(state["out_proj.weight"])} | told_of_mixer(state)
+        return {"d_model": len(state["out_proj.weight"])} | infer_mixer(state)
     double = "cls_token_head" in state
     tokens = 2 if double else state["cls_token"].shape[1] if "cls_token" in state else 0
-    told = infer_plain(state, given, tokens, MODEL.default("stride"))
-    if not told:
+    inferred = infer_plain(state, given, tokens, MODEL.default("stride"))
+    if not inferred:
         return {}
-    mixer = told_of_mixer(part(state, "layers.0.mixer."))
-    told |= {"if_cls_token": tokens > 0, "use_double_cls_token": double, "if_abs_pos_embed": "pos_embed" in state}
-    told |= {"d_state": mixer.pop("d_state"), "bimamba_type": mixer.pop("bimamba_type")}
-    told["if_rope"] = any(key.startswith("rope.") for key in state)
+    mixer = infer_mixer(part(state, "layers.0.mixer."))
+    inferred |= {"if_cls_token": tokens > 0, "use_double_cls_token": double, "if_abs_pos_embed": "pos_embed" in state}
+    inferred |= {"d_state": mixer.pop("d_state"), "bimamba_type": mixer.pop("bimamba_type")}
+    inferred["if_rope"] = any(key.startswith("rope.") for key in state)
     if "d_state" in (given.get("ssm_cfg") or {}) or given.get("if_bimamba"):
-        told = {key: value for key, value in told.items() if key not in ("d_state", "bimamba_type")}
-    return told | {"ssm_cfg": mixer}
+        inferred = {key: value for key, value in inferred.items() if key not in ("d_state", "bimamba_type")}
+    return inferred | {"ssm_cfg": mixer}
 
 
-def told_of_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
+def infer_mixer(state: dict[str, Tensor]) -> dict[str, Any]:
     e, n = state["A_log"].shape
     kind = "v2" if "conv1d_b.weight" in state else "v1" if "A_b_log" in state else "none"
     return {

@@ -314,57 +314,57 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     gated_mlp, ours = given.get("gmlp", False), to_ours(state)
     if "x_proj_weight" in ours:
-        return {"d_model": len(ours["out_proj.weight"])} | told_of_mixer(ours, given)
+        return {"d_model": len(ours["out_proj.weight"])} | infer_mixer(ours, given)
     if is_block(ours):
         d = len(ours["norm.weight" if "norm.weight" in ours else "norm2.weight"])
-        return {"hidden_dim": d} | told_of_block(ours, given, gated_mlp, d)
+        return {"hidden_dim": d} | infer_block(ours, given, gated_mlp, d)
     depths = [count(ours, f"layers.{i}.blocks.#.") for i in range(count(ours, "layers.#."))]
     blocks = [part(ours, f"layers.{i}.blocks.0.") for i in range(len(depths))]
     dims = [len(b["norm.weight" if "norm.weight" in b else "norm2.weight"]) for b in blocks]
     stem = ours["patch_embed.proj.weight"].shape
     conv_stem = "patch_embed.conv2.weight" in ours
-    told = {"depths": depths, "dims": dims, "in_chans": stem[1], "patchembed_version": "v2" if conv_stem else "v1"}
-    told |= {"patch_size": 2 * (stem[2] - 1) if conv_stem else stem[2], "posembed": "pos_embed" in ours}
-    told |= {"patch_norm": any(key.startswith("patch_embed.norm") for key in ours)}
+    inferred = {"depths": depths, "dims": dims, "in_chans": stem[1], "patchembed_version": "v2" if conv_stem else "v1"}
+    inferred |= {"patch_size": 2 * (stem[2] - 1) if conv_stem else stem[2], "posembed": "pos_embed" in ours}
+    inferred |= {"patch_norm": any(key.startswith("patch_embed.norm") for key in ours)}
     if "head.weight" in ours:
-        told["num_classes"] = len(ours["head.weight"])
+        inferred["num_classes"] = len(ours["head.weight"])
     if len(depths) > 1:
         kernel = ours.get("layers.0.downsample.conv.weight")
         merging = "v1" if "layers.0.downsample.reduction.weight" in ours else "none"
-        told["downsample_version"] = merging if kernel is None else {2: "v2", 3: "v3"}[kernel.shape[-1]]
+        inferred["downsample_version"] = merging if kernel is None else {2: "v2", 3: "v3"}[kernel.shape[-1]]
     if any("running_mean" in key for key in ours):
-        told["norm_layer"] = "bn"
-    return told | told_of_block(blocks[0], given, gated_mlp, dims[0])
+        inferred["norm_layer"] = "bn"
+    return inferred | infer_block(blocks[0], given, gated_mlp, dims[0])
 
 
-def told_of_block(state: dict[str, Tensor], given: Mapping[str, Any], gated: bool, d: int) -> dict[str, Any]:
+def infer_block(state: dict[str, Tensor], given: Mapping[str, Any], gated: bool, d: int) -> dict[str, Any]:
     mixer = part(state, "op.")
-    told = {"ssm_ratio": 0.0, "mlp_ratio": 0.0}
+    inferred = {"ssm_ratio": 0.0, "mlp_ratio": 0.0}
     if mixer:
         names = {ours: theirs for theirs, ours in NAMES_OF_MIXER.items()}
-        told |= {names.get(key, key): value for key, value in told_of_mixer(mixer, given, "ssm_init").items()}
+        inferred |= {names.get(key, key): value for key, value in infer_mixer(mixer, given, "ssm_init").items()}
     if "mlp.fc2.weight" in state:
-        told["mlp_ratio"] = ratio(state["mlp.fc2.weight"].shape[1], d)
-        told["gmlp"] = len(state["mlp.fc1.weight"]) != state["mlp.fc2.weight"].shape[1]
-    return told
+        inferred["mlp_ratio"] = ratio(state["mlp.fc2.weight"].shape[1], d)
+        inferred["gmlp"] = len(state["mlp.fc1.weight"]) != state["mlp.fc2.weight"].shape[1]
+    return inferred
 
 
-def told_of_mixer(state: dict[str, Tensor], given: Mapping[str, Any], init: str = "initialize") -> dict[str, Any]:
+def infer_mixer(state: dict[str, Tensor], given: Mapping[str, Any], init: str = "initialize") -> dict[str, Any]:
     d, e = state["out_proj.weight"].shape
     heads = state["A_logs"].shape[0] == 4 and state["A_logs"].ndim == 2 and "dt_projs_weight" not in state
-    told = {"ssm_ratio": ratio(e, d), "d_conv": state["conv2d.weight"].shape[-1] if "conv2d.weight" in state else 1}
-    told |= {"conv_bias": "conv2d.bias" in state}
+    inferred = {"ssm_ratio": ratio(e, d), "d_conv": state["conv2d.weight"].shape[-1] if "conv2d.weight" in state else 1}
+    inferred |= {"conv_bias": "conv2d.bias" in state}
     gate = "" if len(state["in_proj.weight"]) == 2 * e else "_noz"
     norm = "_oncnorm" if "out_norm.1.conv.weight" in state else "_ondwconv3" if "out_norm.conv.weight" in state else ""
     form = f"{'m0' if heads else 'v05'}{norm}{gate}"
     if "forward_type" not in given:
-        told["forward_type"] = form
+        inferred["forward_type"] = form
     if given.get("forward_type") in ("v0", "v0seq"):
-        told = {key: value for key, value in told.items() if key not in ("d_conv", "conv_bias")}
+        inferred = {key: value for key, value in inferred.items() if key not in ("d_conv", "conv_bias")}
     if heads:
         rank = state["A_logs"].shape[1]
-        return told | {"dt_rank": rank, "d_state": (state["x_proj_weight"].shape[1] - rank) // 2}
-    return told | rank_of(state["dt_projs_weight"].shape[-1], d) | {"d_state": state["A_logs"].shape[1]}
+        return inferred | {"dt_rank": rank, "d_state": (state["x_proj_weight"].shape[1] - rank) // 2}
+    return inferred | rank_of(state["dt_projs_weight"].shape[-1], d) | {"d_state": state["A_logs"].shape[1]}
 
 
 def rank_of(rank: int, d: int) -> dict[str, Any]:

@@ -68,11 +68,11 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     first: dict[tuple, str] = {}
     kept, tied = {}, {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in first:
-            tied[name] = first[place]
+        memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and memory in first:
+            tied[name] = first[memory]
         else:
-            first[place] = name
+            first[memory] = name
             kept[name] = tensor.detach().cpu().contiguous()
     return kept, tied
 

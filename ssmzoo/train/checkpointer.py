@@ -100,7 +100,7 @@ class Checkpointer(L.Callback):
             or (late and trainer.world_size == 1)
             or (self.every_n_minutes and trainer.world_size > 1 and trainer.strategy.broadcast(bool(late)))
         )
-        # the last step is saved here and not in on_train_end, where averaged weights have taken the place of the own
+        # the last step is saved here and not in on_train_end, where averaged weights have replaced the trained ones
         if due or trainer.should_stop:
             self.save(trainer)
 

@@ -82,8 +82,8 @@ def plain_config(content: Any, what: str) -> dict[str, Any]:
             plain_config({str(i): v for i, v in enumerate(value)}, f"{what}, {key}")
         if "${" in f"{key}{value}" and not re.fullmatch(r"\$\{sizes:\w+\}", str(value)):
             raise ConfigError(f"{what}: {key} holds a ${{...}}, which is not resolved in files of others: refused")
-        place, _, last = key.rpartition(".")
-        if last == "_target_" and place not in ("model", "task", "data"):
+        node, _, last = key.rpartition(".")
+        if last == "_target_" and node not in ("model", "task", "data"):
             raise ConfigError(f"{what}: {key} is refused: only model, task and data name a class")
     return content
 
@@ -91,12 +91,12 @@ def plain_config(content: Any, what: str) -> dict[str, Any]:
 def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
     """The class that the `_target_` of a data module or task names, or the callable behind a config node of CALLED.
 
-    A class must be of the kind meant for its place (a LightningDataModule in ssmzoo.data, a Task in ssmzoo.tasks): a
+    A class must be of the kind expected there (a LightningDataModule in ssmzoo.data, a Task in ssmzoo.tasks): a
     configuration runs nothing else of the package.
     """
     module, _, name = str(target).rpartition(".")
     known = target in CALLED.values()
-    kinds = {k: v for k, v in PLACES.items() if k.startswith(prefix) and module.startswith(k)}
+    kinds = {k: v for k, v in BASES.items() if k.startswith(prefix) and module.startswith(k)}
     if not (kinds or known and prefix == "ssmzoo."):
         raise ConfigError(f"_target_ {target!r} is refused: it must lie inside {prefix.rstrip('.')}")
     try:
@@ -111,7 +111,7 @@ def locate(target: str, prefix: str = "ssmzoo.") -> Callable:
     return found
 
 
-PLACES = {"ssmzoo.data.": "lightning.pytorch.LightningDataModule", "ssmzoo.tasks.": "ssmzoo.tasks.base.Task"}
+BASES = {"ssmzoo.data.": "lightning.pytorch.LightningDataModule", "ssmzoo.tasks.": "ssmzoo.tasks.base.Task"}
 
 
 def _class_at(path: str) -> type:
@@ -216,7 +216,7 @@ GROUPS = ("hparams_search", "debug", "experiment", "model", "callbacks", "logger
 
 
 def origin(key: str) -> str:
-    """Where a key such as optim.lr came from: what was typed, or the file that has it; empty when it cannot be told."""
+    """Where a key such as optim.lr came from: what was typed, or the file that has it; empty when it is unknown."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():

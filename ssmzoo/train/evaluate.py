@@ -1,4 +1,4 @@
-"""`eval.py`: a trained model on its own data or on other data of its kind."""
+"""`eval.py`: a trained model on its own data or on other data for its task."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def resume_command(run_dir: Path) -> str:
 
 
 def _started(process: int) -> str:
-    """When a process began, in the kernel's ticks; '-' where that cannot be told. Numbers of processes are reused."""
+    """When a process began, in the kernel's ticks; '-' where that is unknown. Numbers of processes are reused."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -235,13 +235,13 @@ def predict(cfg_task, batch, batch_size: int, *, precision: str = "32-true", ema
 
 
 def _materialise(task) -> None:
-    """Tensors instead of meta tensors; what was one parameter in two places stays one."""
-    places: dict[int, list] = {}
+    """Tensors instead of meta tensors; what was a tied parameter stays tied."""
+    owners: dict[int, list] = {}
     for module in task.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append((module, name))
+            owners.setdefault(id(parameter), []).append((module, name))
     task.to_empty(device="cpu")
-    for (module, name), *others in places.values():
+    for (module, name), *others in owners.values():
         for other, its_name in others:
             setattr(other, its_name, getattr(module, name))
 

@@ -80,9 +80,9 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
     validation = [(r["step"], r[f"val/{monitor}"]) for r in rows if f"val/{monitor}" in r]
     if not train and not validation:
         return None
-    apart = bool(train and validation and monitor != "loss")
-    size = (7, 6 if apart else 4)
-    figure, axes = plt.subplots(1 + apart, figsize=size, sharex=True, squeeze=False, constrained_layout=True)
+    own_axes = bool(train and validation and monitor != "loss")
+    size = (7, 6 if own_axes else 4)
+    figure, axes = plt.subplots(1 + own_axes, figsize=size, sharex=True, squeeze=False, constrained_layout=True)
     upper, lower = axes[0, 0], axes[-1, 0]
     if train:
         steps, values = zip(*train)

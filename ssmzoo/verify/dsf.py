@@ -30,7 +30,7 @@ def official(
     kernel_size: int = 4,
     reversed: bool = False,
 ):
-    """MHA, MHNA, S6, S6_2, qLSTM, told apart by their keys. layer_idx and use_fast_path choose caches and kernels."""
+    """MHA, MHNA, S6, S6_2, qLSTM, by their keys. layer_idx and use_fast_path choose caches and kernels."""
     del layer_idx, use_fast_path
     if "gates.weight" in state:
         return QLSTM(d_model, expansion_factor, kernel_size, reversed), state

@@ -23,7 +23,7 @@ def official(
     use_delta: bool = True,
     fix_sA: bool = False,
 ):
-    """The released SentimentModel (binary) and MultiClassModel, told apart by their keys."""
+    """The released SentimentModel (binary) and MultiClassModel, distinguished by their keys."""
     binary = "W" not in state
     if cls not in ("SentimentModel", "MultiClassModel"):
         raise ValueError(f"cls is {cls!r}; expected 'SentimentModel' or 'MultiClassModel'")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def golden(case) -> dict[str, Tensor]:
-    """One case of family restoration_eval; which one is told by its inputs. Tensors there are (y x c) RGB or (y x)."""
+    """One case of family restoration_eval; its inputs say which one. Tensors there are (y x c) RGB or (y x)."""
     names = set(case.inputs)
     if "gray" in names:
         return _jpeg(case)

@@ -1,4 +1,4 @@
-"""Automata: known answers, groups, users' own tables and expressions, reproducible strings, test strings kept apart."""
+"""Automata: known answers, groups, users' own tables and expressions, reproducible strings, held-out test strings."""
 
 import itertools
 import json
@@ -53,8 +53,8 @@ def test_structure_tells_commutative_and_solvable():
 
 
 def test_group_from_generators():
-    swap, turn = [1, 0, 2, 3], [1, 2, 3, 0]
-    language = group_automaton([swap, turn])
+    swap, rotate = [1, 0, 2, 3], [1, 2, 3, 0]
+    language = group_automaton([swap, rotate])
     assert language.num_states == 24 and language.num_symbols == 2 and is_group(language)
     assert (permutation_matrices(language).sum(1) == 1).all()
     with pytest.raises(AutomatonError, match=r"generators\[1\].*not a permutation"):

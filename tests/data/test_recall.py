@@ -51,8 +51,8 @@ def last_value(inputs, at, start, keys=1):
     """What stood behind the last occurrence in the context of the key that is asked for."""
     key = inputs[at - keys + 1 : at + 1].tolist()
     step = keys + 1
-    places = [i for i in range(0, start, step) if inputs[i : i + keys].tolist() == key]
-    return inputs[places[-1] + keys]
+    positions = [i for i in range(0, start, step) if inputs[i : i + keys].tolist() == key]
+    return inputs[positions[-1] + keys]
 
 
 @pytest.mark.parametrize("draws", [Draws(3), PublishedDraws(3)], ids=["vectorised", "published"])
@@ -107,8 +107,8 @@ def test_copying_and_induction_and_bits():
         assert content[content > 0].tolist() == label[32:].tolist() and (row[32:] == 15).all()
     inputs, labels = copying.induction_heads(Draws(0), 200, 12, 1, 16)
     for row, label in zip(inputs, labels):
-        places = np.flatnonzero(row == 15)
-        assert len(places) == 2 and places[1] == 11 and label[-1] == row[places[0] + 1]
+        positions = np.flatnonzero(row == 15)
+        assert len(positions) == 2 and positions[1] == 11 and label[-1] == row[positions[0] + 1]
     bits, labels = copying.cumulative_majority(Draws(0), 30, 9, 1)
     assert np.array_equal(labels, [[2 * row[: i + 1].sum() >= i + 1 for i in range(9)] for row in bits])
     bits, labels = copying.cumulative_parity(Draws(0), 30, 9, 1)

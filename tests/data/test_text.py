@@ -266,7 +266,7 @@ def test_an_epoch_predicts_every_token_once(n, seq_len, multiple_of, epoch):
     assert sorted(found) == [(t - 1, t) for t in range(n) if t not in starts]
 
 
-def test_epochs_begin_at_different_places():
+def test_epochs_begin_at_different_offsets():
     windows = Windows(split_of(np.arange(200)), 10, seed=0)
     assert len({int(windows[Draw(0, 0, epoch)]["input_ids"][0]) for epoch in range(8)}) > 4
 

@@ -134,14 +134,14 @@ def test_finished_sequences_do_not_disturb_the_others(model):
     alone = generate(model, [PROMPTS[0]], 10, greedy=True)[0]
     others = [[i, i] for i in range(32)]
     continued = generate(model, others, 10, greedy=True)
-    other, stop, place = next(
+    other, stop, position = next(
         (prompt, token, text.index(token))
         for prompt, text in zip(others, continued)
         for token in text[:5]
         if token not in alone
     )
     both = generate(model, [PROMPTS[0], other], 10, greedy=True, stop_tokens=[stop])
-    assert both[0] == alone and len(both[1]) == place
+    assert both[0] == alone and len(both[1]) == position
 
 
 # ---------------------------------------------------------------- sampling
@@ -171,7 +171,7 @@ LOGITS = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]).
     "options, kept",
     [
         ({}, [{0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]),
-        ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # equally likely tokens are not told apart
+        ({"top_k": 2}, [{1, 3}, {0, 1, 2, 3, 4}]),  # equally likely tokens are not distinguished
         ({"top_p": 0.69}, [{1, 3}, 4]),
         ({"top_p": 0.71}, [{1, 3, 4}, 4]),
         ({"top_p": 1e-6}, [{1}, 1]),

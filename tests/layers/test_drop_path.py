@@ -32,7 +32,7 @@ def test_only_samples_that_count_are_computed():
     seen, x = [], torch.randn(64, 3)
     torch.manual_seed(0)
     FusedDropPathAdd(0.5)(x, lambda x: seen.append(len(x)) or x)
-    FusedDropPathAdd(0.5, apart=False)(x, lambda x: seen.append(len(x)) or x)
+    FusedDropPathAdd(0.5, per_sample=False)(x, lambda x: seen.append(len(x)) or x)
     FusedDropPathAdd(0.5).eval()(x, lambda x: seen.append(len(x)) or x)
     add = FusedDropPathAdd(0.5)
     torch.compile(lambda x: add(x, torch.sin), backend="eager", fullgraph=True)(x)
@@ -49,8 +49,8 @@ def test_only_samples_that_count_are_computed():
 def test_blocks_learn_the_same(build):
     torch.manual_seed(0)
     block, x, results = build().train(), torch.randn(6, 4, 5, 8), []
-    for apart in (True, False):
-        block.drop_path.apart = apart
+    for per_sample in (True, False):
+        block.drop_path.per_sample = per_sample
         block.zero_grad()
         torch.manual_seed(3)
         y = block(x)
@@ -61,7 +61,7 @@ def test_blocks_learn_the_same(build):
 
 
 def test_batch_norm_sees_the_whole_batch():
-    assert not VSSBlock(8, nn.Identity(), norm="bn", drop_path=0.4).drop_path.apart
+    assert not VSSBlock(8, nn.Identity(), norm="bn", drop_path=0.4).drop_path.per_sample
 
 
 def test_half_precision_branches():

@@ -17,9 +17,9 @@ from ssmzoo.ops.moe_dispatch import _grouped_matmul, group_by_expert, grouped_ma
 def naive_groups(expert, n_experts, capacity, mask):
     """Choices per expert, in the order in which they come, first come first served."""
     queues = [[] for _ in range(n_experts)]
-    for place, e in enumerate(expert.flatten().tolist()):
-        if mask is None or mask[place // expert.shape[1]]:
-            queues[e].append(place)
+    for position, e in enumerate(expert.flatten().tolist()):
+        if mask is None or mask[position // expert.shape[1]]:
+            queues[e].append(position)
     return [q[:capacity] for q in queues], [len(q) for q in queues]
 
 

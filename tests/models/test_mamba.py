@@ -283,13 +283,13 @@ def test_mamba3_mimo_against_its_equations():
 
 
 def test_phases_stay_exact_over_long_sequences():
-    turn = torch.rand(1, 5000, 2, 3)
-    exact = turn.double().cumsum(1) + 1
-    got = phase_sums(turn, torch.ones(1, 2, 3), None)
+    rotation = torch.rand(1, 5000, 2, 3)
+    exact = rotation.double().cumsum(1) + 1
+    got = phase_sums(rotation, torch.ones(1, 2, 3), None)
     assert (torch.polar(torch.ones_like(got), got) - torch.polar(torch.ones_like(exact), exact)).abs().max() < 3e-4
     documents = torch.arange(5000)[None] // 777
-    inside = torch.cat([c.double().cumsum(1) for c in turn.split(777, 1)], dim=1)
-    got = phase_sums(turn, torch.zeros(1, 2, 3), documents)
+    inside = torch.cat([c.double().cumsum(1) for c in rotation.split(777, 1)], dim=1)
+    got = phase_sums(rotation, torch.zeros(1, 2, 3), documents)
     assert (torch.polar(torch.ones_like(got), got) - torch.polar(torch.ones_like(inside), inside)).abs().max() < 1e-4
 
 

@@ -175,8 +175,10 @@ def test_attention_is_softmax_of_rotated_dot_products():
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     q, k, v = attention.input_projection(x).view(2, 7, 3, 12).chunk(3, -1)
     angle = torch.arange(7.0, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(2, dtype=torch.float64) * 2 / 4)
-    turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]  # channel i is paired with channel i + width / 2
-    q, k = (torch.complex(t[..., :2], t[..., 2:]) * turn for t in (q, k))
+    rotation = torch.polar(torch.ones_like(angle), angle)[
+        None, :, None
+    ]  # channel i is paired with channel i + width / 2
+    q, k = (torch.complex(t[..., :2], t[..., 2:]) * rotation for t in (q, k))
     scores = torch.einsum("blhp,bshp->bhls", q, k.conj()).real / 2
     scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -math.inf)
     expected = torch.einsum("bhls,bshp->blhp", scores.softmax(-1), v).flatten(2)

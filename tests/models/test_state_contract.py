@@ -211,29 +211,29 @@ def test_single_precision_is_one_pass(name):
 @every_model
 @few
 @given(
-    places=st.lists(st.sets(st.integers(0, 17), min_size=1, max_size=LENGTH), min_size=BATCH, max_size=BATCH),
+    positions=st.lists(st.sets(st.integers(0, 17), min_size=1, max_size=LENGTH), min_size=BATCH, max_size=BATCH),
     sizes=splits(18),
 )
-def test_padding_anywhere_changes_nothing(name, places, sizes):
-    """Rows of unequal length, their tokens at random places among arbitrary other ids, fed in chunks."""
+def test_padding_anywhere_changes_nothing(name, positions, sizes):
+    """Rows of unequal length, their tokens at random positions among arbitrary other ids, fed in chunks."""
     model, (ids, weights, _, _) = tiny_model(name), one_pass(name)
-    places = [sorted(p) for p in places]
+    positions = [sorted(p) for p in positions]
     padded, mask = torch.randint(VOCAB, (BATCH, 18)), torch.zeros(BATCH, 18, dtype=torch.bool)
     padded_weights = weights.new_zeros(BATCH, 18, weights.shape[-1])
-    for i, p in enumerate(places):
+    for i, p in enumerate(positions):
         padded[i, p], mask[i, p], padded_weights[i, p] = ids[i, : len(p)], True, weights[i, : len(p)]
     after = ids[:, -2:]
 
     def alone():
-        rows = [model(ids[i : i + 1, : len(p)]) for i, p in enumerate(places)]
+        rows = [model(ids[i : i + 1, : len(p)]) for i, p in enumerate(positions)]
         nexts = [model(after[i : i + 1], row.state).logits for i, row in enumerate(rows)]
         return torch.cat([row.logits[0] for row in rows] + [n[0] for n in nexts])
 
     def together():
         logits, state = feed(model, padded.split(sizes, dim=1), mask=mask.split(sizes, dim=1))
-        return torch.cat([logits[i, p] for i, p in enumerate(places)] + list(model(after, state).logits))
+        return torch.cat([logits[i, p] for i, p in enumerate(positions)] + list(model(after, state).logits))
 
-    w = torch.cat([weights[i, : len(p)] for i, p in enumerate(places)] + list(weights[:, -2:]))
+    w = torch.cat([weights[i, : len(p)] for i, p in enumerate(positions)] + list(weights[:, -2:]))
     expected, gradients = with_gradients(model, alone, w)
     got, got_gradients = with_gradients(model, together, w)
     assert_close(got, expected)

@@ -11,7 +11,7 @@ from ssmzoo.layers.image.plain_backbone import insert_tokens, split_tokens, toke
 from ssmzoo.layers.image.ss2d import SS2D
 from ssmzoo.models.adventurer import FLIP_RULES, Adventurer, AdventurerBlock
 from ssmzoo.models.res_vmamba import ResVMamba
-from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg, draw_orders
+from ssmzoo.models.shuffle_mamba import ShuffleMamba, ShuffleMambaReg, draw_permutations
 from ssmzoo.models.spatial_mamba import SpatialMamba
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba
@@ -162,11 +162,11 @@ def test_compiles_to_one_graph(family):
 def test_reversing_a_map_exchanges_the_scan_directions():
     mixer = SS2D(8, d_state=2, ssm_ratio=1.0, gate=None)
     x = torch.randn(2, 8, 5, 3)
-    turned = SS2D(8, d_state=2, ssm_ratio=1.0, gate=None)
-    turned.load_state_dict(mixer.state_dict())
+    flipped = SS2D(8, d_state=2, ssm_ratio=1.0, gate=None)
+    flipped.load_state_dict(mixer.state_dict())
     for name in ("x_proj_weight", "dt_projs_weight", "dt_projs_bias"):
-        getattr(turned, name).data.copy_(getattr(mixer, name)[[2, 3, 0, 1]])
-    torch.testing.assert_close(turned.scan(x.flip(2, 3)), mixer.scan(x).flip(1, 2), rtol=1e-4, atol=1e-5)
+        getattr(flipped, name).data.copy_(getattr(mixer, name)[[2, 3, 0, 1]])
+    torch.testing.assert_close(flipped.scan(x.flip(2, 3)), mixer.scan(x).flip(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_spatial_mamba_fuses_with_the_weights_of_the_moment():
@@ -186,9 +186,9 @@ def test_shuffle_is_for_training_only_and_keeps_positions():
     never, always = torch.ones(3), torch.zeros(3)
     torch.testing.assert_close(model.train()(x, never, perm), quiet, rtol=1e-5, atol=1e-6)
     assert (model(x, always, perm) - quiet).abs().max() > 1e-5
-    orders = draw_orders(3, 17, 1.0, x.device, always, perm)
-    assert torch.equal(orders[0], torch.arange(17))  # the first layer never shuffles
-    assert torch.equal(orders[2], perm[2])
+    permutations = draw_permutations(3, 17, 1.0, x.device, always, perm)
+    assert torch.equal(permutations[0], torch.arange(17))  # the first layer never shuffles
+    assert torch.equal(permutations[2], perm[2])
     for layer in model.layers:  # a layer that treats tokens one by one does not notice
         layer.mixer = torch.nn.Identity()
     torch.testing.assert_close(model(x, always, perm), model.eval()(x))

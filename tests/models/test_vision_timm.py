@@ -196,14 +196,14 @@ def test_pools_image_sizes_channels_and_depth_rates(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("told", [True, False])
-def test_hub_round_trip(name, told, tmp_path):
+@pytest.mark.parametrize("named", [True, False])
+def test_hub_round_trip(name, named, tmp_path):
     """What `push_to_hf_hub` writes is read back by `timm.create_model`, with and without arguments named."""
     from timm.models import save_for_hf
 
     arguments = ALL[name] | (dict(img_size=(64, 96)) if name in PLAIN else {})
     model = timm.create_model(name, num_classes=7, **arguments).eval()
-    save_for_hf(model, tmp_path, model_args=arguments if told else None)
+    save_for_hf(model, tmp_path, model_args=arguments if named else None)
     loaded, x = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), torch.randn(2, 3, 64, 96)
     assert loaded.num_classes == 7 and torch.equal(loaded(x), model(x))
 

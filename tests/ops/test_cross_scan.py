@@ -1,4 +1,4 @@
-"""Cross-scan and cross-merge: known orders on a small map, and each the transpose of the other."""
+"""Cross-scan and cross-merge: known scan directions on a small map, and each the transpose of the other."""
 
 import pytest
 import torch

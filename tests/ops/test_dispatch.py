@@ -1,4 +1,4 @@
-"""How a backend is chosen, and what the user is told."""
+"""How a backend is chosen, and what the user reads."""
 
 import os
 import subprocess

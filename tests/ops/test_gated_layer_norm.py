@@ -53,7 +53,7 @@ def test_constant_rows_and_large_gates(backend):
 def test_strides_and_no_gradient(backend):
     x, _, weight, bias = inputs(2, 6, 4, 24)
     wide = torch.randn(2, 6, 4, 48, requires_grad=True)
-    turned = torch.randn(2, 24, 6, 4).permute(0, 2, 3, 1)
+    strided = torch.randn(2, 24, 6, 4).permute(0, 2, 3, 1)
     expected = run("reference", [x, wide.chunk(2, dim=-1)[1], weight, bias], torch.float64)
     with ops.backend(backend):
         y = ops.gated_layer_norm(x, wide.chunk(2, dim=-1)[1], weight, bias)
@@ -63,8 +63,8 @@ def test_strides_and_no_gradient(backend):
         assert relative_error(dwide[..., 24:], expected[2]) < 1e-5 and not dwide[..., :24].any()
         with torch.no_grad():
             torch.testing.assert_close(
-                ops.gated_layer_norm(turned, turned, weight, bias),
-                ops.gated_layer_norm(turned.contiguous(), turned.contiguous(), weight, bias),
+                ops.gated_layer_norm(strided, strided, weight, bias),
+                ops.gated_layer_norm(strided.contiguous(), strided.contiguous(), weight, bias),
             )
 
 

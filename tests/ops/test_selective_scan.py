@@ -340,7 +340,7 @@ def test_torch_sees_a_proper_operator(backend):
 def test_complex_A_is_left_to_the_reference():
     call = {k: v.detach() if torch.is_tensor(v) else v for k, v in inputs(b=1, e=3, l=6, n=2, optional="").items()}
     call["A"] = torch.complex(call["A"], torch.randn(3, 2))
-    call["B"], call["C"] = torch.randn(1, 2, 12), torch.randn(1, 2, 12)  # real and imaginary parts in turn
+    call["B"], call["C"] = torch.randn(1, 2, 12), torch.randn(1, 2, 12)  # real and imaginary parts interleaved
     assert ops.chosen_backend(ops.selective_scan_fn, **call) == "reference"
     y, h = ops.selective_scan_fn(**call, return_last_state=True)
     assert h.is_complex() and y.dtype == torch.float32 and y.isfinite().all()

@@ -24,7 +24,7 @@ from ssmzoo.probes.modules import ModuleTracker
 from ssmzoo.probes.tap import DenseScan, Scan, tap
 
 IMAGE = dict(in_chans=3, num_classes=4)
-MODELS = {  # name, and what sets it apart: (arguments, input)
+MODELS = {  # name, and what distinguishes it: (arguments, input)
     "mamba": (dict(vocab_size=20, d_model=16, n_layer=2), "ids"),
     "mamba_scenario": (dict(vocab_size=20, d_model=16, n_layer=2), "ids"),
     "moe_mamba": (dict(vocab_size=20, d_model=16, n_blocks=2, n_experts=2), "ids"),

@@ -73,7 +73,7 @@ def test_every_rule_is_needed(left_out):
 
 
 def trained(kind):
-    """A model trained here with inputs of its kind: the digits of scikit-learn, or a text."""
+    """A model trained here with inputs that fit: the digits of scikit-learn, or a text."""
     from ssmzoo.zoo import load_model
 
     model, manifest = load_model(CHECKPOINTS / kind)

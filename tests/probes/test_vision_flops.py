@@ -36,5 +36,5 @@ def test_counts_of_a_known_layer_and_no_trace_left():
     x = torch.randn(1, 3, 8, 8)
     before = model.eval()(x)
     found = count_operations(model, 1, 3, 8, 8)
-    assert found["scan"] == 4 * 8 * 4 * (9 + 1)  # four orders of 2x2 positions, 8 channels, one state, skip
+    assert found["scan"] == 4 * 8 * 4 * (9 + 1)  # four scan directions over 2x2 positions, 8 channels, one state, skip
     torch.testing.assert_close(model(x), before)

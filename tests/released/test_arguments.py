@@ -1,5 +1,5 @@
-"""Every argument of every official constructor: honoured, without effect, or refused; what is left out is told by the
-tensors or takes the official class's default."""
+"""Every argument of every official constructor: honoured, without effect, or refused; what is left out is
+inferred from the tensors or takes the official class's default."""
 
 import json
 
@@ -16,8 +16,8 @@ from ssmzoo.released.load import build
 
 TABLES = {f"{family}-{t.cls}": t for family in families("TABLES") for t in find(family, "TABLES")}
 CASES = sorted(GOLDEN.glob("*/*.json"))
-TOLD = [f for f in CASES if find(f.parent.name, "infer") and find(f.parent.name, "official")]
-TOLD = [f for f in TOLD if GoldenCase.load(f).params]
+INFERRED = [f for f in CASES if find(f.parent.name, "infer") and find(f.parent.name, "official")]
+INFERRED = [f for f in INFERRED if GoldenCase.load(f).params]
 GIVEN = {
     "ngroups",
     "n_groups",
@@ -61,26 +61,26 @@ def test_the_tables_hold_every_official_argument_with_its_default(name):
             assert (list(ours) if isinstance(ours, tuple) else ours) == default, argument
 
 
-@pytest.mark.parametrize("file", TOLD, ids=[f"{f.parent.name}/{f.stem}" for f in TOLD])
+@pytest.mark.parametrize("file", INFERRED, ids=[f"{f.parent.name}/{f.stem}" for f in INFERRED])
 def test_what_the_tensors_tell_need_not_be_given(file):
     """Without the arguments that the file tells, the outputs are the official ones."""
     case = GoldenCase.load(file)
-    told = find(case.family, "infer")(case.params, case.official_kwargs)
-    assert told
-    kept = {k: v for k, v in case.official_kwargs.items() if k not in told or k in GIVEN}
+    inferred = find(case.family, "infer")(case.params, case.official_kwargs)
+    assert inferred
+    kept = {k: v for k, v in case.official_kwargs.items() if k not in inferred or k in GIVEN}
     lists = {k: v for k, v in case.official_kwargs.items() if k == "img_size" and isinstance(v, list)}
-    case.meta["official_kwargs"] = kept | lists | ({"n_layer": told["n_layer"]} if "n_layer" in told else {})
+    case.meta["official_kwargs"] = kept | lists | ({"n_layer": inferred["n_layer"]} if "n_layer" in inferred else {})
     outputs, _ = case.check()
     assert outputs < 1e-4
 
 
-@pytest.mark.parametrize("file", TOLD, ids=[f"{f.parent.name}/{f.stem}" for f in TOLD])
+@pytest.mark.parametrize("file", INFERRED, ids=[f"{f.parent.name}/{f.stem}" for f in INFERRED])
 def test_an_argument_that_contradicts_the_tensors_is_named(file):
     case = GoldenCase.load(file)
-    told = find(case.family, "infer")(case.params, case.official_kwargs)
-    name = next(k for k, v in told.items() if type(v) is int and k not in LOOSE | GIVEN)
-    with pytest.raises(CheckpointError, match=f"{name} is {told[name] + 1}, but the tensors say {told[name]}"):
-        build(case.family, case.params, case.official_kwargs | {name: told[name] + 1})
+    inferred = find(case.family, "infer")(case.params, case.official_kwargs)
+    name = next(k for k, v in inferred.items() if type(v) is int and k not in LOOSE | GIVEN)
+    with pytest.raises(CheckpointError, match=f"{name} is {inferred[name] + 1}, but the tensors say {inferred[name]}"):
+        build(case.family, case.params, case.official_kwargs | {name: inferred[name] + 1})
 
 
 def used(case: GoldenCase) -> Arguments | None:
@@ -97,7 +97,7 @@ def twice(value):
     return 2 * value if isinstance(value, (int, float)) else value
 
 
-@pytest.mark.parametrize("file", TOLD, ids=[f"{f.parent.name}/{f.stem}" for f in TOLD])
+@pytest.mark.parametrize("file", INFERRED, ids=[f"{f.parent.name}/{f.stem}" for f in INFERRED])
 def test_arguments_without_effect_have_none(file):
     case = GoldenCase.load(file)
     table = used(case)
@@ -118,7 +118,7 @@ def test_what_is_asked_for_by_name():
     with pytest.raises(CheckpointError, match=r"img_size must be given as \(height, width\)"):
         case = GoldenCase.load(GOLDEN / "vim" / "classifier_midcls.json")
         build("vim", case.params, {k: v for k, v in case.official_kwargs.items() if k != "img_size"})
-    with pytest.raises(TypeError, match="n_layer cannot be told from the tensors"):
+    with pytest.raises(TypeError, match="n_layer cannot be inferred from the tensors"):
         TABLES["mamba-MixerModel"].complete({"d_model": 8, "d_intermediate": 0, "vocab_size": 8})
 
 

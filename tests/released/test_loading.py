@@ -39,14 +39,14 @@ TINY = {  # small enough to build in no time, by family; every family with model
     "mambair": lambda: ssmzoo.create_model("mambair_light_x2", embed_dim=30, depths=[1, 1]),
     "mambair_v2": lambda: ssmzoo.create_model("mambair_v2_light_x2", depths=[1, 1], num_heads=[2, 2], embed_dim=16),
 }
-TOLD = sorted(set(families("MODELS")) & set(families("TELLING_KEYS")) - {"mamba_fscil"})
+INFERRED = sorted(set(families("MODELS")) & set(families("TELLING_KEYS")) - {"mamba_fscil"})
 
 
 def test_every_family_of_models_is_tried():
-    assert TOLD == sorted(TINY)
+    assert INFERRED == sorted(TINY)
 
 
-@pytest.mark.parametrize("family", TOLD)
+@pytest.mark.parametrize("family", INFERRED)
 def test_a_model_starts_from_its_weights_under_official_names(family, tmp_path):
     torch.manual_seed(0)
     source, target = TINY[family](), TINY[family]()
@@ -56,7 +56,7 @@ def test_a_model_starts_from_its_weights_under_official_names(family, tmp_path):
     assert "new" not in said and "not used" not in said
 
 
-@pytest.mark.parametrize("family", TOLD)
+@pytest.mark.parametrize("family", INFERRED)
 def test_no_embedding_head_or_norm_starts_from_random_values_unsaid(family, tmp_path):
     """Each tensor of these roles in turn is taken out of the file: a refusal that names it, or what is said is new."""
     state, seen = TINY[family]().state_dict(), set()
@@ -159,7 +159,7 @@ def test_an_unknown_checkpoint_is_no_random_model(tmp_path):
     assert read_weights(folder(tmp_path, HF)).keys() == to_official("mamba_hf", TINY["mamba_hf"]()).keys()
 
 
-@pytest.mark.parametrize("family", TOLD)
+@pytest.mark.parametrize("family", INFERRED)
 def test_info_says_what_a_file_is(family, tmp_path, capsys):
     from ssmzoo.cli.main import main
 

@@ -91,7 +91,7 @@ def test_folders_with_session_lists(tmp_path):
 
 
 def test_cifar100_layout(monkeypatch):
-    """The field's list on a stand-in for CIFAR-100 with the right labels at its places."""
+    """The field's list on a stand-in for CIFAR-100 with the right labels at its positions."""
     labels = np.random.default_rng(0).integers(0, 60, 50_000)
     for c, row in enumerate(CIFAR100.split(), start=60):
         labels[[int(n) for n in row.split(",")]] = c

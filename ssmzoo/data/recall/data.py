@@ -16,7 +16,7 @@ from ssmzoo.data.recall.draws import Draws
 from ssmzoo.suggest import nearest
 
 CURRICULA = ("mixed", "increasing")
-VALIDATION, TEST = 1 << 40, 1 << 41  # apart from the numbers of training batches
+VALIDATION, TEST = 1 << 40, 1 << 41  # disjoint from the numbers of training batches
 
 
 class RecallData(LightningDataModule):

@@ -33,19 +33,19 @@ class DropPath(nn.Module):
 class FusedDropPathAdd(DropPath):
     """x + DropPath(branch(x)) in one step, so that on a CPU hardly a sample is computed only to be multiplied by 0.
 
-    apart    every sample is treated by itself in the branch (BatchNorm does not); otherwise all of them are computed
-    forward  x (b ...) and the modules of the branch, one behind the other: `add(x, norm, mlp)` is x + mlp(norm(x))
+    per_sample  the branch treats every sample independently (BatchNorm does not); otherwise all samples are computed
+    forward     x (b ...) and the modules of the branch, one behind the other: `add(x, norm, mlp)` is x + mlp(norm(x))
     """
 
-    def __init__(self, p: float = 0.0, apart: bool = True):
+    def __init__(self, p: float = 0.0, per_sample: bool = True):
         super().__init__(p)
-        self.apart = apart
+        self.per_sample = per_sample
 
     def forward(self, x: Tensor, *branch: Callable[[Tensor], Tensor]) -> Tensor:
         if not (self.p and self.training):
             return x + through(branch, x)
         factors = self.factors(x)
-        if self.apart and x.device.type == "cpu" and eager(x):
+        if self.per_sample and x.device.type == "cpu" and eager(x):
             return self.add_kept(x, branch, factors)
         return torch.addcmul(x, through(branch, x), factors)
 

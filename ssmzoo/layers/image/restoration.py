@@ -20,7 +20,7 @@ HEAD_WIDTH = 64  # channels between body and output in the classic heads
 
 
 def residual_conv(dim: int, kind: str) -> nn.Module:
-    """The convolution that closes a residual group: '1conv' is one 3x3, '3conv' a bottleneck of dim / 4."""
+    """The convolution at the end of a residual group: '1conv' is one 3x3, '3conv' a bottleneck of dim / 4."""
     if kind == "1conv":
         return nn.Conv2d(dim, dim, 3, padding=1)
     if kind == "3conv":

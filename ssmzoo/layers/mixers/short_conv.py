@@ -22,7 +22,7 @@ def short_conv(
 ) -> tuple[Tensor, Tensor]:
     """x (b c l) and the window before it (b c width), None for zeros -> y (b c l), the window after it.
 
-    conv   a depthwise nn.Conv1d of `width` taps without padding, or what stands in its place
+    conv   a depthwise nn.Conv1d of `width` taps without padding, or what replaces it
     """
     window = conv_window(x, past, width, padding, seq_idx)
     history = None if past is None or width == 1 else past[..., 1 - width :]  # (b c width-1)

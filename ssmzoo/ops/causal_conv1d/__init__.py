@@ -184,14 +184,14 @@ def causal_conv1d_update(
         past, new = seen[..., size - taps + 1 : size], seen[..., length:]
     else:
 
-        def places(first, count):  # (b c count)
+        def slots(first, count):  # (b c count)
             steps = torch.arange(first, first + count, device=x.device) + cache_seqlens[:, None]
             return (steps % max(size, 1))[:, None].expand(-1, x.shape[1], -1)
 
         rows = rows.clone()  # gather's backward keeps its argument, and conv_state is overwritten below
-        past = rows.gather(2, places(1 - taps, taps - 1)).to(x.dtype)
+        past = rows.gather(2, slots(1 - taps, taps - 1)).to(x.dtype)
         kept = min(length, size)
-        new = rows.scatter(2, places(length - kept, kept), tokens[..., length - kept :].to(rows.dtype))
+        new = rows.scatter(2, slots(length - kept, kept), tokens[..., length - kept :].to(rows.dtype))
     write_rows(conv_state, conv_state_indices, new)
     out = causal_conv1d_fn.reference(tokens, weight, bias, initial_states=past, activation=activation)
     return without_padding(out if x.ndim == 3 else out[..., 0], conv_state_indices)

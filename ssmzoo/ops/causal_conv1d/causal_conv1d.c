@@ -351,8 +351,8 @@ void ssmzoo_causal_conv1d_step(const float *x, float *state, const float *weight
             for (int64_t t = 0; t < l; t++) {
                 float sum = bias ? bias[e] : 0.0f;
                 for (int64_t j = 0; j < k; j++) {
-                    int64_t step = t - (k - 1) + j, place = next + step;
-                    sum += w[j] * (step < 0 ? past[place < 0 ? place + s : place] : now[step]);
+                    int64_t step = t - (k - 1) + j, index = next + step;
+                    sum += w[j] * (step < 0 ? past[index < 0 ? index + s : index] : now[step]);
                 }
                 out[t] = sum;
             }

@@ -34,9 +34,9 @@ def _tap(x, x_stride, first, first_stride, segment, b, c, t, p, inside, channels
         before = inside & (p < 0)
         if segment is not None:
             before = before & (here == 0)
-        place = b * first_stride[0] + c[:, None] * first_stride[1] + (p + K - 1)[None, :] * first_stride[2]
+        offsets = b * first_stride[0] + c[:, None] * first_stride[1] + (p + K - 1)[None, :] * first_stride[2]
         # as the inputs: rounded to their dtype
-        past = tl.load(first + place, own & before[None, :], 0.0).to(x.dtype.element_ty).to(tl.float32)
+        past = tl.load(first + offsets, own & before[None, :], 0.0).to(x.dtype.element_ty).to(tl.float32)
         value = tl.where(before[None, :], past, value)
     return value
 
@@ -95,8 +95,8 @@ def forward(
     y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
     if SILU:
         y = silu(y)
-    place = b * out_stride[0] + c[:, None] * out_stride[1] + t[None, :] * out_stride[2]
-    tl.store(out + place, y.to(out.dtype.element_ty), (c < channels)[:, None] & (t < length)[None, :])
+    offsets = b * out_stride[0] + c[:, None] * out_stride[1] + t[None, :] * out_stride[2]
+    tl.store(out + offsets, y.to(out.dtype.element_ty), (c < channels)[:, None] & (t < length)[None, :])
 
 
 @triton.jit
@@ -129,8 +129,8 @@ def backward_weights(
     read = mask
     if segment is not None:
         read = mask & (tl.load(segment + b * length + t, inside, 0) >= 0)[None, :]
-    place = b * dout_stride[0] + c[:, None] * dout_stride[1] + t[None, :] * dout_stride[2]
-    grad = tl.load(dout + place, read, 0.0).to(tl.float32)
+    offsets = b * dout_stride[0] + c[:, None] * dout_stride[1] + t[None, :] * dout_stride[2]
+    grad = tl.load(dout + offsets, read, 0.0).to(tl.float32)
     if SILU:
         y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
         grad = grad * silu_slope(y)
@@ -172,11 +172,11 @@ def backward_inputs(
         seen = (t >= 0) & (t < length) & (p < length)
         if segment is not None:
             seen = seen & (tl.load(segment + b * length + t, seen, 0) == here)
-        place = b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2]
-        grad = tl.load(dy + place, own[:, None] & seen[None, :], 0.0)
+        offsets = b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2]
+        grad = tl.load(dy + offsets, own[:, None] & seen[None, :], 0.0)
         total += grad * tl.load(weight + c * K + j, own, 0.0)[:, None]
-    place = b * dx_stride[0] + c[:, None] * dx_stride[1] + p[None, :] * dx_stride[2]
-    tl.store(dx + place, total.to(dx.dtype.element_ty), own[:, None] & known[None, :])
+    offsets = b * dx_stride[0] + c[:, None] * dx_stride[1] + p[None, :] * dx_stride[2]
+    tl.store(dx + offsets, total.to(dx.dtype.element_ty), own[:, None] & known[None, :])
     if dfirst is not None:
-        place = b * dfirst_stride[0] + c[:, None] * dfirst_stride[1] + (p + K - 1)[None, :] * dfirst_stride[2]
-        tl.store(dfirst + place, total.to(dfirst.dtype.element_ty), own[:, None] & (p < 0)[None, :])
+        offsets = b * dfirst_stride[0] + c[:, None] * dfirst_stride[1] + (p + K - 1)[None, :] * dfirst_stride[2]
+        tl.store(dfirst + offsets, total.to(dfirst.dtype.element_ty), own[:, None] & (p < 0)[None, :])

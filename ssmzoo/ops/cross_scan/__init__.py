@@ -15,6 +15,8 @@ Source: Liu et al. 2024 (arXiv 2401.10166), section 4.2; MzeroMiko/VMamba classi
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def cross_scan(x: Tensor, scans: str = "cross") -> Tensor:
     Raises ValueError for another rank or an unknown `scans`.
     """
     h, w = x.shape[-2:]
-    at = orders(h, w, scans, x.device)
+    at = scan_indices(h, w, scans, x.device)
     return x.flatten(2)[..., at].movedim(-2, 1)
 
 
@@ -64,11 +66,11 @@ def cross_merge(y: Tensor, scans: str = "cross") -> Tensor:
     returns  (b c l)      in row-major order
     """
     h, w = y.shape[-2:]
-    back = orders(h, w, scans, y.device).argsort(dim=-1)  # (4 l)
+    back = scan_indices(h, w, scans, y.device).argsort(dim=-1)  # (4 l)
     return sum(y[:, k].flatten(2)[..., back[k]] for k in range(4))
 
 
-def orders(h: int, w: int, scans: str, device: torch.device | None = None) -> Tensor:
+def scan_indices(h: int, w: int, scans: str, device: torch.device | None = None) -> Tensor:
     """Index on the row-major map of every position of the four sequences, (4 l) integers."""
     rows = torch.arange(h * w, device=device)
     if scans == "unidirectional":
@@ -77,3 +79,9 @@ def orders(h: int, w: int, scans: str, device: torch.device | None = None) -> Te
     if scans == "paired":
         return torch.stack([rows, rows.flip(0), second, second.flip(0)])
     return torch.stack([rows, second, rows.flip(0), second.flip(0)])
+
+
+def orders(h: int, w: int, scans: str, device: torch.device | None = None) -> Tensor:
+    """Deprecated name of `scan_indices`."""
+    warnings.warn("orders is called scan_indices now", DeprecationWarning, stacklevel=2)
+    return scan_indices(h, w, scans, device)

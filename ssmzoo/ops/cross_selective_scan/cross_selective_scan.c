@@ -1,11 +1,11 @@
-// Four selective scans of a map along four orders, added up, without a copy of the map in any order.
+// Four selective scans of a map in four scan directions, added up, without a permuted copy of the map.
 //
 // For every order k, position p_t at step t, and steps = [dt_r | B | C] of that position and order:
 //     delta_t = softplus(W_k dt_r + bias_k)      h_t = exp(delta_t A_k) h_{t-1} + delta_t u_t B_t
 //     y[p_t] += <h_t, C_t> + D_k u_t
 // Lanes run over channels, VL of them make a tile whose states live in registers. A chunk of steps is gathered from
-// wherever its positions lie into rows [step][VL] in cache, so that all orders cost the same. A task is a batch entry,
-// a part (the orders k = part and part + 2) and some tiles. The backward starts from states saved at chunk starts.
+// wherever its positions lie into rows [step][VL] in cache, so that all directions cost the same. A task is a batch entry,
+// a part (the directions k = part and part + 2) and some tiles. The backward starts from states saved at chunk starts.
 #include "gemm.h"
 #include "parallel.h"
 #include "tensor.h"
@@ -271,7 +271,7 @@ static void sum_lanes(float *rows, int64_t total, int64_t size, float *to, int64
 
 typedef struct {  // [tile][n or r or 1][VL]; rows [tile][CROSS_ROWS][CHUNK][VL]
     float *A2, *w, *bias, *skip, *rows, *steps, *dsteps, *decay, *after;
-    float *turned, *ddt;  // [VL][CHUNK], gradients before the softplus; [r][CHUNK], those of dt_r
+    float *transposed, *ddt;  // [VL][CHUNK], gradients before the softplus; [r][CHUNK], those of dt_r
     float *dh, *dA, *dw, *dbias, *dD, *gB, *gC;  // start at zero
 } cross_memory;
 
@@ -280,7 +280,7 @@ static float *cross_scratch(const cross_task *t, cross_memory *m) {
     int64_t sizes[] = {states, w, one, one, t->tiles * (CROSS_ROWS * CHUNK * VL + PAD), CHUNK * t->c, CHUNK * t->c, block + PAD,
                        block + BACK * VL + PAD, CHUNK * VL, CHUNK * t->a->r, states, states, w, one, one, block + PAD,
                        block + PAD};
-    float **parts[] = {&m->A2, &m->w, &m->bias, &m->skip, &m->rows, &m->steps, &m->dsteps, &m->decay, &m->after, &m->turned,
+    float **parts[] = {&m->A2, &m->w, &m->bias, &m->skip, &m->rows, &m->steps, &m->dsteps, &m->decay, &m->after, &m->transposed,
                        &m->ddt, &m->dh, &m->dA, &m->dw, &m->dbias, &m->dD, &m->gB, &m->gC};
     int64_t total = 0;
     for (int i = 0; i < 18; i++) total += (sizes[i] + 15) / 16 * 16;
@@ -306,8 +306,8 @@ static void finish_cross(const cross_task *t, cross_memory *m, cross_rows r, int
     float *dw = m->dw + tile * t->a->r * VL;
     const gemm_t g = {.A = m->steps, .am = 1, .ak = t->c, .B = r.slope, .ldb = VL, .C = dw, .ldc = VL, .from = dw, .keep = 1};
     gemm(&g, t->a->r, VL, count, GEMM_FULL);
-    transpose(r.slope, VL, count, VL, m->turned, CHUNK);
-    const gemm_t back = {.A = m->w + tile * t->a->r * VL, .am = VL, .ak = 1, .B = m->turned, .ldb = CHUNK, .C = m->ddt,
+    transpose(r.slope, VL, count, VL, m->transposed, CHUNK);
+    const gemm_t back = {.A = m->w + tile * t->a->r * VL, .am = VL, .ak = 1, .B = m->transposed, .ldb = CHUNK, .C = m->ddt,
                          .ldc = CHUNK, .from = tile ? m->ddt : NULL, .keep = 1};
     gemm(&back, t->a->r, CHUNK, VL, GEMM_FULL);
 }

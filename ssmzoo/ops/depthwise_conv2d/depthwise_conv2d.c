@@ -37,7 +37,7 @@ static int64_t row_size(const conv_task *t) { return t->tiles * t->width * VL; }
 static float *kept_row(const conv_task *t, float *rows, int64_t row) {
     return rows + (row + KEPT) % KEPT * row_size(t);
 }
-static float *place(const tensor *of, const conv_task *t, int64_t row) {
+static float *row_of(const tensor *of, const conv_task *t, int64_t row) {
     return (float *)at(of, t->batch, row, 0) + t->channel;
 }
 
@@ -68,7 +68,7 @@ static void fetch_row(const conv_task *t, int64_t row) {
         memset(to, 0, sizeof(float) * (size_t)row_size(t));
         return;
     }
-    const float *from = place(&a->x, t, row);
+    const float *from = row_of(&a->x, t, row);
     for (int64_t j = 0; j < a->w; j++, from += a->x.stride[2])
         for (int64_t tile = 0; tile < t->tiles; tile++) {
             const vf x = v_load_some(from + tile * VL, a->d - t->channel - tile * VL);
@@ -80,7 +80,7 @@ static void hand_over_row(const conv_task *t, int64_t row) {
     const conv_args *a = t->a;
     if (row < 0 || row >= a->h) return;
     const float *from = kept_row(t, t->dx, row), *x = kept_row(t, t->x, row);
-    float *to = place(&a->dx, t, row);
+    float *to = row_of(&a->dx, t, row);
     for (int64_t j = 0; j < a->w; j++, to += a->dx.stride[2])
         for (int64_t tile = 0; tile < t->tiles; tile++) {
             const int64_t here = (tile * t->width + j + 1) * VL;
@@ -102,7 +102,7 @@ typedef struct {
 static line line_of(const conv_task *t, int64_t row, int64_t tile) {
     const conv_args *a = t->a;
     line l = {.taps = t->taps + tile * SUMS * VL, .lanes = a->d - t->channel - tile * VL,
-              .columns = (a->w - 1) / a->stride + 1, .below = place(&a->x, t, row + 2) + tile * VL,
+              .columns = (a->w - 1) / a->stride + 1, .below = row_of(&a->x, t, row + 2) + tile * VL,
               .x_step = a->x.stride[2], .y_down = t->dx ? a->dy.stride[1] : a->y.stride[1]};
     for (int k = 0; k < 3; k++) l.x[k] = kept_row(t, t->x, row * a->stride + k - 1) + tile * t->width * VL;
     if (!t->dx) return l;
@@ -215,7 +215,7 @@ static void forward_task(void *context, int64_t index) {
         for (; next <= i * a->stride + 1; next++) fetch_row(&t, next);
         for (int64_t tile = 0; tile < t.tiles; tile++) {
             const line l = line_of(&t, i, tile);
-            SPECIALISED(a, forward_line, &l, place(&a->y, &t, i) + tile * VL, a->y.stride[2]);
+            SPECIALISED(a, forward_line, &l, row_of(&a->y, &t, i) + tile * VL, a->y.stride[2]);
         }
     }
     free(t.taps);
@@ -229,7 +229,7 @@ static void backward_task(void *context, int64_t index) {
         for (; next <= row * a->stride + 1; next++) fetch_row(&t, next);
         for (int64_t tile = 0; tile < t.tiles; tile++) {
             const line l = line_of(&t, row, tile);
-            SPECIALISED(a, backward_line, &l, place(&a->dy, &t, row) + tile * VL, a->dy.stride[2]);
+            SPECIALISED(a, backward_line, &l, row_of(&a->dy, &t, row) + tile * VL, a->dy.stride[2]);
         }
         for (; done < (row + 1) * a->stride - 1; done++) hand_over_row(&t, done);
     }

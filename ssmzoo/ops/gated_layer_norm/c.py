@@ -23,7 +23,7 @@ ROWS = 64  # per task
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(... d) -> (rows d), the rows apart as they may be"""
+    """(... d) -> (rows d), any row stride"""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 

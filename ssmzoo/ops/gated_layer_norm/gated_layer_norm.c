@@ -5,7 +5,7 @@
 #include "vec.h"
 
 typedef struct {
-    const float *x, *z, *weight, *bias, *dy;  // x, dy (rows, dim) contiguous; rows of z are `gap` apart
+    const float *x, *z, *weight, *bias, *dy;  // x, dy (rows, dim) contiguous; rows of z have stride `gap`
     float *y, *mean, *scale, *dx, *dz, *sums;  // mean, scale (rows); sums (tasks, 2, dim): dweight, dbias
     int64_t gap, rows, dim, share, threads;  // share: rows per task
     double eps;

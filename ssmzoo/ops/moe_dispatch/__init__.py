@@ -37,7 +37,7 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
 class Groups(NamedTuple):
     """Which choices are computed, sorted by expert.
 
-    choice (r)  place of the row in the flattened (t k) choices
+    choice (r)  position of the row in the flattened (t k) choices
     token (r)   the token that the row reads and writes
     ends (e)    int32, one past the last row of every expert; rows from ends[-1] on are computed by nobody
     counts (e)  choices per expert before anything is dropped
@@ -66,12 +66,12 @@ def group_by_expert(
     counts = bounds.diff()
     ends = bounds[1:]
     if capacity is not None:  # close the gaps that dropped choices leave, and put them behind
-        place = torch.arange(t * k, device=expert.device) - bounds[by_expert]  # among the choices of its expert
+        position = torch.arange(t * k, device=expert.device) - bounds[by_expert]  # among the choices of its expert
         limit = F.pad(capacity, (0, 1))[by_expert] if isinstance(capacity, Tensor) and capacity.ndim else capacity
-        fits = (place < limit) & (by_expert < n_experts)
+        fits = (position < limit) & (by_expert < n_experts)
         kept = counts.clamp(max=capacity)
         ends = kept.cumsum(0)
-        slot = torch.where(fits, F.pad(ends - kept, (0, 1))[by_expert] + place, ends[-1] + (~fits).cumsum(0) - 1)
+        slot = torch.where(fits, F.pad(ends - kept, (0, 1))[by_expert] + position, ends[-1] + (~fits).cumsum(0) - 1)
         choice = torch.empty_like(choice).scatter(0, slot, choice)
     return Groups(choice, choice // k, ends.to(torch.int32), counts)
 

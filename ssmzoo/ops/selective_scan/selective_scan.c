@@ -78,7 +78,7 @@ static void forward_tile(const task_info *t, forward_memory *m, coefficients B, 
     float *h = m->h + tile * n * VL, *A2 = m->A2 + tile * n * VL;
     vf bias = v_load(m->bias + tile * VL), skip = v_load(m->skip + tile * VL);
     strip u = bring(t, &a->u, m->u, tile, start, steps), delta = bring(t, &a->delta, m->delta, tile, start, steps);
-    strip z = bring(t, &a->z, m->z, tile, start, steps), out = place(t, &a->out, m->out, tile, start);
+    strip z = bring(t, &a->z, m->z, tile, start, steps), out = strip_of(t, &a->out, m->out, tile, start);
     for (int64_t s = 0; s < steps; s++) {
         __builtin_prefetch(delta.data + s * delta.step + VL);  // the next tile, where channels are contiguous
         __builtin_prefetch(u.data + s * u.step + VL);

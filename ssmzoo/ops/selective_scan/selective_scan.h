@@ -116,15 +116,15 @@ INLINE vf strip_load(strip r, int64_t s) { return v_load(r.data + s * r.step); }
 INLINE void strip_store(strip r, int64_t s, vf x) { v_store(r.data + s * r.step, x); }
 INLINE strip strip_from(strip r, int64_t s) { return (strip){r.data + s * r.step, r.step}; }
 
-// The place of a sequence (b e l) from `start` on: the tensor itself where its channels are contiguous floats, or `buffer`.
-static inline strip place(const task_info *t, const tensor *m, float *buffer, int64_t tile, int64_t start) {
+// Where a sequence lies (b e l) from `start` on: the tensor itself where its channels are contiguous floats, or `buffer`.
+static inline strip strip_of(const task_info *t, const tensor *m, float *buffer, int64_t tile, int64_t start) {
     if (m->dtype != F32 || m->stride[1] != 1 || tile_lanes(t, tile) != VL) return (strip){buffer, VL};
     return (strip){(float *)at(m, t->batch, tile_channel(t, tile), start), m->stride[2]};
 }
 
 static inline strip bring(const task_info *t, const tensor *m, float *buffer, int64_t tile, int64_t start, int64_t steps) {
     if (!m->data) return (strip){buffer, VL};
-    strip r = place(t, m, buffer, tile, start);
+    strip r = strip_of(t, m, buffer, tile, start);
     if (r.data == buffer)
         load_tile(buffer, VL, at(m, t->batch, tile_channel(t, tile), start), m->dtype, m->stride[1], m->stride[2],
                   tile_lanes(t, tile), steps);
@@ -132,7 +132,7 @@ static inline strip bring(const task_info *t, const tensor *m, float *buffer, in
 }
 
 static inline void put_back(const task_info *t, const tensor *m, float *buffer, int64_t tile, int64_t start, int64_t steps) {
-    if (m->data && place(t, m, buffer, tile, start).data == buffer)
+    if (m->data && strip_of(t, m, buffer, tile, start).data == buffer)
         store_tile(buffer, VL, at(m, t->batch, tile_channel(t, tile), start), m->dtype, m->stride[1], m->stride[2],
                    tile_lanes(t, tile), steps);
 }

@@ -2,7 +2,7 @@
 // once, block of states by block of states, so that the sums over lanes, for B and C, are taken once for all tiles.
 #include "selective_scan.h"
 
-// Buffers that are read and written in the same step start at different places of a page: a load just behind a store to
+// Buffers that are read and written in the same step start at different offsets in a page: a load just behind a store to
 // the same offset of another page is held up.
 enum { SHIFT = 16 * 20 };
 enum { BLOCK = 4 };   // states per block
@@ -178,7 +178,7 @@ static void *backward_scratch(const task_info *t, backward_memory *m) {
     m->hand = steps_in_hand(t, HAND);
     m->inputs_gap = INPUTS * m->hand * VL + SHIFT;
     m->rows_gap = ROWS * rows + SHIFT;
-    struct { float **place; int64_t size; } parts[] = {
+    struct { float **start; int64_t size; } parts[] = {
         {&m->dA, states}, {&m->dB, states}, {&m->dC, states}, {&m->dD, vectors}, {&m->dbias, vectors},
         {&m->block.grad_B, BLOCK * rows + SHIFT}, {&m->block.grad_C, BLOCK * rows + SHIFT},  // up to here set to 0
         {&m->dh, states}, {&m->saved, states}, {&m->A2, states}, {&m->bias, vectors}, {&m->skip, vectors},
@@ -191,7 +191,7 @@ static void *backward_scratch(const task_info *t, backward_memory *m) {
     }
     float *p = scratch(sizeof(float) * (size_t)total), *memory = p;
     memset(p, 0, sizeof(float) * (size_t)zeroed);
-    for (int i = 0; i < (int)(sizeof parts / sizeof *parts); p += parts[i++].size) *parts[i].place = p;
+    for (int i = 0; i < (int)(sizeof parts / sizeof *parts); p += parts[i++].size) *parts[i].start = p;
     m->tiles = scratch(sizeof(rows_of_tile) * (size_t)t->tiles);
     return memory;
 }
@@ -204,7 +204,7 @@ static rows_of_tile tile_rows(const task_info *t, const backward_memory *m, int6
     const tensor *tensors[] = {&a->u, &a->delta, &a->dout, &a->z, &a->du, &a->ddelta, NULL, &a->dz};
     strip *strips[] = {&r.u, &r.delta, &r.dout, &r.z, &r.du, &r.ddelta, NULL, &r.dz};
     for (int i = 0; i < 8; i++)
-        if (strips[i]) *strips[i] = strip_from(place(t, tensors[i], buffer + i % INPUTS * m->hand * VL, tile, start), into);
+        if (strips[i]) *strips[i] = strip_from(strip_of(t, tensors[i], buffer + i % INPUTS * m->hand * VL, tile, start), into);
     float **work[] = {&r.dt, &r.x, &r.dy, &r.y, &r.grad_x, &r.grad_dt};
     for (int i = 0; i < ROWS; i++) *work[i] = rows + i * a->chunk * VL;
     r.bias = v_load(m->bias + tile * VL), r.skip = v_load(m->skip + tile * VL);

@@ -3,7 +3,7 @@
 A program takes E channels of one group of one sequence through all chunks of T steps. A chunk is a tile (E T); the n
 states are done one after the other, each an associative scan along T, so that no tensor (b e l n) exists and nothing is
 divided by products of decays. States cross from chunk to chunk through `states` (slot b e n), slot c before chunk c.
-Each place is written by one program, sums over programs are left to the caller: two runs give the same bits.
+Each element is written by one program, sums over programs are left to the caller: two runs give the same bits.
 """
 
 import triton
@@ -26,8 +26,8 @@ def _place(size, blocks, groups, E: tl.constexpr):
 @triton.jit
 def _tile(base, stride, b, e, t, mask):
     """(E T) of a (b e l) tensor in fp32, zeros outside the mask."""
-    places = b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2]
-    return tl.load(base + places, mask, 0.0).to(tl.float32)
+    offsets = b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2]
+    return tl.load(base + offsets, mask, 0.0).to(tl.float32)
 
 
 @triton.jit

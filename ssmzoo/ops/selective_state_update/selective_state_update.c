@@ -70,9 +70,9 @@ static void task(void *context, int64_t index) {
         channels(a, b, o, i, (int)(a->inner - i < VL ? a->inner - i : VL));
 }
 
-static void add_axis(tensor *t, int place) {  // an axis of length 1
-    memmove(t->stride + place + 1, t->stride + place, sizeof(int64_t) * (size_t)(3 - place));
-    t->stride[place] = 0;
+static void add_axis(tensor *t, int axis) {  // an axis of length 1
+    memmove(t->stride + axis + 1, t->stride + axis, sizeof(int64_t) * (size_t)(3 - axis));
+    t->stride[axis] = 0;
 }
 
 void ssmzoo_selective_state_step(const update_args *given) {

@@ -61,15 +61,15 @@ static void load_weights(const spatial_task *t, int64_t tile, float *to) {
 }
 
 static float *kept_row(const spatial_task *t, int64_t tile, int64_t row) {
-    const int64_t place = t->rows == KEPT ? row % KEPT : row;  // all rows are kept otherwise
-    return t->kept + (tile * t->rows + place) * t->width * VL;
+    const int64_t slot = t->rows == KEPT ? row % KEPT : row;  // all rows are kept otherwise
+    return t->kept + (tile * t->rows + slot) * t->width * VL;
 }
 
 static void scan_row(const spatial_task *t, int64_t tile, int64_t row, const float *weights) {
     const spatial_args *a = t->a;
-    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, tile), place = t->batch * a->rows + row;
-    const float *steps = (const float *)a->steps.data + place * cols * (r + 2);
-    const float *u = (const float *)a->u.data + place * cols * a->e + (t->first + tile) * VL;
+    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, tile), index = t->batch * a->rows + row;
+    const float *steps = (const float *)a->steps.data + index * cols * (r + 2);
+    const float *u = (const float *)a->u.data + index * cols * a->e + (t->first + tile) * VL;
     float *to = kept_row(t, tile, row), *inner = to + MARGIN * VL;
     float *kept = t->steps ? t->steps + row * cols * 2 * VL : NULL;
     const vf bias = v_load(weights), rate = v_load(weights + VL);
@@ -98,9 +98,9 @@ static void scan_row(const spatial_task *t, int64_t tile, int64_t row, const flo
 }
 
 // The seven rows that a row is fused from.
-static int64_t neighbour(const spatial_task *t, int64_t row, int place) {
+static int64_t neighbour(const spatial_task *t, int64_t row, int tap) {
     const int distances[REACH] = {-5, -3, -1, 0, 1, 3, 5};
-    row += distances[place];
+    row += distances[tap];
     return row < 0 ? 0 : row >= t->a->rows ? t->a->rows - 1 : row;
 }
 
@@ -122,9 +122,9 @@ INLINE vf fuse(const vf *weight, const float *const *x, int64_t j) {
 
 static void read_out_row(const spatial_task *t, int64_t tile, int64_t row, const float *weights) {
     const spatial_args *a = t->a;
-    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, tile), place = t->batch * a->rows + row;
-    const float *C = (const float *)a->steps.data + place * cols * (r + 2) + r + 1;
-    const int64_t from = place * cols * a->e + (t->first + tile) * VL;
+    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, tile), index = t->batch * a->rows + row;
+    const float *C = (const float *)a->steps.data + index * cols * (r + 2) + r + 1;
+    const int64_t from = index * cols * a->e + (t->first + tile) * VL;
     const float *u = (const float *)a->u.data + from, *x[REACH];
     float *y = (float *)a->y.data + from;
     const vf skip = v_load(weights + 2 * VL);
@@ -173,7 +173,7 @@ void ssmzoo_spatial_scan_forward(const spatial_args *a) {
 
 typedef struct {
     float *g, *dh;      // [l][VL] gradients of states; [cols][VL] of a row of fused states, MARGIN zeros on both sides
-    float *turned;      // [VL][BLOCK] gradients of time steps
+    float *transposed;      // [VL][BLOCK] gradients of time steps
     float *dw;          // [r][VL]
     float *dsteps;      // this task's part, rows of `length` floats
     int64_t length;     // l padded to vectors
@@ -183,9 +183,9 @@ typedef struct {
 // A row of dh and, from it, the gradients of the taps and of C.
 static void read_out_backward(const spatial_task *t, gradients *grad, int64_t row) {
     const spatial_args *a = t->a;
-    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, 0), place = (t->batch * a->rows + row) * cols;
-    const float *C = (const float *)a->steps.data + place * (r + 2) + r + 1, *x[REACH];
-    const float *dy = (const float *)a->dy.data + place * a->e + t->first * VL;
+    const int64_t r = a->r, cols = a->cols, lanes = lanes_of(t, 0), index = (t->batch * a->rows + row) * cols;
+    const float *C = (const float *)a->steps.data + index * (r + 2) + r + 1, *x[REACH];
+    const float *dy = (const float *)a->dy.data + index * a->e + t->first * VL;
     float *dC = grad->dsteps + (r + 1) * grad->length + row * cols;
     vf weight[MERGED], tap[MERGED];
     load_taps(weight, t->weights + (3 + r) * VL);
@@ -275,8 +275,8 @@ static void steps_backward(const spatial_task *t, const gradients *grad) {
         const int64_t n = length - i < BLOCK ? length - i : BLOCK, np = padded(n);
         const float *change = t->steps + i * 2 * VL;
         float *ddt = grad->dsteps + i;
-        transpose(change, 2 * VL, n, VL, grad->turned, np);
-        const gemm_t to_dt = {t->weights + 3 * VL, VL, 1, grad->turned, np, ddt, grad->length, NULL, ddt, 1};
+        transpose(change, 2 * VL, n, VL, grad->transposed, np);
+        const gemm_t to_dt = {t->weights + 3 * VL, VL, 1, grad->transposed, np, ddt, grad->length, NULL, ddt, 1};
         gemm(&to_dt, r, np, VL, GEMM_FULL);
         const gemm_t to_w = {steps + i * (r + 2), 1, r + 2, change, 2 * VL, grad->dw, VL, NULL, grad->dw, 1};
         gemm(&to_w, r, VL, n, GEMM_FULL);
@@ -307,8 +307,8 @@ static void backward_task(void *context, int64_t index) {
     gradients grad = {.length = padded(length)};
     grad.g = t.steps + 2 * length * VL;
     grad.dh = grad.g + (length + MARGIN) * VL;
-    grad.turned = grad.dh + (a->cols + MARGIN) * VL;
-    grad.dw = grad.turned + BLOCK * VL;
+    grad.transposed = grad.dh + (a->cols + MARGIN) * VL;
+    grad.dw = grad.transposed + BLOCK * VL;
     t.raw = grad.dw + a->r * VL;
     t.state = t.raw + a->cols * VL;
     t.weights = t.state + VL;

@@ -10,7 +10,7 @@ and backwards, given dY and the gradient G of S_next:
     da_r = sum over s < r <= t of (dCB o CB)_ts + whole <G, S>
            + sum_{t >= r} <C_t, start_t (dY S)_t> + sum_{s < r} <B_s, end_s (X G)_s>
 Sums of a are accumulated for every pair, never as differences of long sums. Before each stretch of chunks the state is
-saved; the backward finds the states between again. Every place is written by one program; sums over programs are left
+saved; the backward finds the states between again. Every element is written by one program; sums over programs are left
 to the caller.
 """
 
@@ -30,8 +30,8 @@ def _place(heads, width, P: tl.constexpr):
 @triton.jit
 def _rows(base, stride, b, t, head, columns, inside, existing):
     """(Q columns) of a (b l h .) tensor in fp32."""
-    place = b * stride[0] + t[:, None] * stride[1] + head * stride[2] + columns[None, :] * stride[3]
-    return tl.load(base + place, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
+    offsets = b * stride[0] + t[:, None] * stride[1] + head * stride[2] + columns[None, :] * stride[3]
+    return tl.load(base + offsets, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -123,8 +123,8 @@ def forward(
             Y += tl.dot(C_t, tl.trans(S), input_precision=PRECISION) * start[:, None]
             if D is not None:
                 Y += x_t * tl.load(D + h * width + p, own, 0.0)[None, :]
-            place = b * y_stride[0] + t[:, None] * y_stride[1] + h * y_stride[2] + p[None, :] * y_stride[3]
-            tl.store(y + place, Y.to(y.dtype.element_ty), inside[:, None] & own[None, :])
+            offsets = b * y_stride[0] + t[:, None] * y_stride[1] + h * y_stride[2] + p[None, :] * y_stride[3]
+            tl.store(y + offsets, Y.to(y.dtype.element_ty), inside[:, None] & own[None, :])
             S = whole * S + tl.dot(tl.trans(X * end[:, None]), B_t, input_precision=PRECISION)
     tl.store(last + state_at, S, states)
 
@@ -209,17 +209,17 @@ def backward(
             dX += tl.dot(B_t, tl.trans(G), input_precision=PRECISION) * end[:, None]
             dCB = tl.dot(dY, tl.trans(X), input_precision=PRECISION) * L
             tokens = (b * length + t) * heads + h
-            place = block * part_n + tokens[:, None] * n_states + n[None, :]
+            offsets = block * part_n + tokens[:, None] * n_states + n[None, :]
             mask = inside[:, None] & existing[None, :]
             through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]
             pairs = tl.where(row > column, dCB * CB, 0.0)
             da_t = tl.sum(tl.where(row > column, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
             da_t += tl.cumsum(tl.sum(C_t * through, 1), 0, reverse=True)
-            tl.store(dC + place, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
+            tl.store(dC + offsets, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
             through = tl.dot(X, G, input_precision=PRECISION) * end[:, None]
             ending = tl.sum(B_t * through, 1)
             da_t += tl.sum(tl.where(row < column, ending[:, None], 0.0), 0) + whole * tl.sum(G * S)
-            tl.store(dB + place, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
+            tl.store(dB + offsets, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
             tl.store(da + block * part + tokens, da_t, inside)
             if dt is not None:
                 tl.store(ddt + block * part + tokens, tl.sum(dX * x_t, 1), inside)

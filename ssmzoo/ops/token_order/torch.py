@@ -1,4 +1,4 @@
-"""The orders of tokens in PyTorch: whole rows are moved, flipped or mixed."""
+"""Reordering tokens in PyTorch: whole rows are moved, flipped or mixed."""
 
 from __future__ import annotations
 

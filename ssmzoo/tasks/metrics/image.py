@@ -110,7 +110,7 @@ def gaussian_blur_volume(x: Tensor) -> Tensor:
 def ssim_volume(image: Tensor, other: Tensor, crop: int = 0, y_channel: bool = False) -> float:
     """SSIM as MATLAB's ssim takes an H x W x 3 array, as one volume: the number reported for SIDD and DND.
 
-    The Gaussian is 11 x 11 x 11, the borders of all three axes are repeated, and the mean runs over every place.
+    The Gaussian is 11 x 11 x 11, the borders of all three axes are repeated, and the mean runs over every position.
     Arguments as for `psnr`; levels need not be whole numbers.
     """
     a, b = prepare(image, other, crop, y_channel)
