@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.layers.roles import EMBEDDED, named_role
 from ssmzoo.released.family import family_of, looks_like
 from ssmzoo.released.files import CheckpointError
 
 HEADS = ("head", "lm_head", "classifier", "readout")
-POSITIONS = ("pos_embed", "pos_embed_cls", "cls_token", "absolute_pos_embed")
 
 
 def fit_state_dict(
@@ -75,7 +75,7 @@ def role(model: nn.Module, name: str) -> str:
     """'embedding', 'head', 'norm' or '' for a parameter or buffer of a model."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, nn.Embedding) or leaf in POSITIONS:
+    if isinstance(module, nn.Embedding) or named_role(leaf) in EMBEDDED:
         return "embedding"
     if path.rpartition(".")[2] in HEADS or path.split(".")[0] in HEADS:
         return "head"

@@ -8,18 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ssmzoo.layers.roles import TABLES, named_role
 from ssmzoo.suggest import nearest
 
-POSITIONS = (
-    "absolute_pos_embed",
-    "pos_embed",
-    "pos_embed_cls",
-    "cls_token",
-    "cls_token_head",
-    "cls_token_tail",
-    "relative_position_bias_table",
-)
-NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "init_states", "Ds", "A_logs", "dt_projs_bias", *POSITIONS)
 DECAY_RULES = ("roles", "shape", "all")
 
 
@@ -38,16 +29,16 @@ def parameter_roles(model: nn.Module, rule: str = "roles") -> dict[str, str]:
     roles = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            full = f"{module_name}.{name}" if module_name else name
+            full, named = f"{module_name}.{name}" if module_name else name, named_role(name)
             if rule == "all":
                 roles[full] = "decay"
             elif rule == "shape":
                 flat = "one dimension" if parameter.ndim < 2 else "decay"
-                roles[full] = name if name in POSITIONS else flat
+                roles[full] = named if named in TABLES else flat
             elif isinstance(module, nn.Embedding):
                 roles[full] = "embedding"
-            elif name in NO_DECAY_NAMES:
-                roles[full] = "bias" if name.endswith("bias") else name
+            elif named is not None:
+                roles[full] = named
             elif full in listed:
                 roles[full] = "listed by the model"
             elif parameter.ndim < 2 or "norm" in type(module).__name__.lower():

@@ -124,7 +124,7 @@ def test_which_parameters_decay():
     assert roles[mixer + "state_fusion.kernel_3"] == shape[mixer + "state_fusion.kernel_3"] == "decay"
     assert shape[mixer + "Ds"] == shape[mixer + "conv2d.bias"] == "one dimension" and set(every.values()) == {"decay"}
     vim = parameter_roles(create_model("vim_tiny", depth=1, embed_dim=16), "shape")
-    assert vim["layers.0.mixer.A_b_log"] == "decay" and vim["pos_embed"] == "pos_embed"
+    assert vim["layers.0.mixer.A_b_log"] == "decay" and vim["pos_embed"] == "position"
     with pytest.raises(ValueError, match="optim.decay is 'shapes'.*nearest: shape"):
         parameter_roles(model, "shapes")
 

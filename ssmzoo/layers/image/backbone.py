@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssmzoo.layers.image.patch_embed import map_norm
-
-NOT_DECAYED = frozenset("A_logs A_log A_b_log Ds D D_b dt_projs_bias dt_bias pos_embed pos_embed_cls cls_token".split())
+from ssmzoo.layers.roles import named_role
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
@@ -83,8 +82,8 @@ class ImageBackbone(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """State-space parameters and position tables; norms and biases are left out by their shape already."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in NOT_DECAYED}
+        """State-space parameters, biases and position tables; timm leaves out norms by their shape."""
+        return {name for name, _ in self.named_parameters() if named_role(name)}
 
 
 class Stage(nn.Module):

@@ -1,0 +1,52 @@
+"""What a parameter is, over every registered model."""
+
+import pytest
+import torch
+from torch import nn
+
+import ssmzoo
+from ssmzoo.layers.roles import named_role
+from ssmzoo.presets import build_model, model_class, read_model_config
+from ssmzoo.train.optim import parameter_roles
+
+NODES = {}
+for model_name in ssmzoo.list_models():
+    found = read_model_config(model_name)["model"]
+    sizes = {k: 3 for k, v in found.items() if str(v).startswith("${")}  # what only the data knows
+    NODES.setdefault(model_class(found["_target_"]), found | sizes)
+
+
+@pytest.mark.parametrize("cls", NODES, ids=lambda c: c.__name__)
+def test_state_space_parameters_norms_biases_and_embeddings_do_not_decay(cls):
+    with torch.device("meta"):
+        model = build_model(NODES[cls])
+    roles = parameter_roles(model)
+    assert set(roles) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    decays = {name for name, role in roles.items() if role == "decay"}
+    assert decays and all(model.get_parameter(name).ndim > 1 for name in decays)
+    for name in decays:
+        assert not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        assert named_role(name) is None and not name.endswith((".bias", "A_log", "pos_embed"))
+
+
+@pytest.mark.parametrize(
+    "name, role",
+    [
+        ("layers.0.mixer.A_log", "A_log"),
+        ("A_b_log", "A_log"),
+        ("A_logs", "A_log"),
+        ("mixer.D_b", "D"),
+        ("Ds", "D"),
+        ("D", "D"),
+        ("dt_projs_bias", "bias"),
+        ("pos_embed_cls", "position"),
+        ("absolute_pos_embed", "position"),
+        ("cls_token_head", "class token"),
+        ("attn.relative_position_bias_table", "relative position"),
+        ("Delta", None),
+        ("D_matrix", None),
+        ("in_proj.weight", None),
+    ],
+)
+def test_names_that_say_their_role(name, role):
+    assert named_role(name) == role
