@@ -31,7 +31,7 @@ def entry_of(name: str):
 
     preset, tag = split_name(name)
     if not entries_of(preset):
-        read_model_config(preset)  # a misspelt name is told with the nearest model
+        read_model_config(preset)  # a misspelt name is refused with the nearest name
     return find_weights(preset, tag)
 
 
@@ -69,7 +69,7 @@ def show(args) -> None:
         "bytes": f"{entry.bytes:,}" if entry.bytes else "not published",
         "sha256": digest or "not published; recorded at the first download",
         "taken from": f"the first of {', '.join(entry.wrappers)} that the file has",
-        "arguments": arguments or "told by the tensors",
+        "arguments": arguments or "inferred from the tensors",
         "pictures": entry.picture and str(entry.picture).removeprefix("Picture"),
         "tokenizer": entry.tokenizer,
         "published": entry.metric,

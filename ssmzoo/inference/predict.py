@@ -47,7 +47,7 @@ def channels_of(subject: Subject) -> int:
 def read_batches(
     subject: Subject, files: Iterable[Path], batch: int, failed: Callable[[ImageError], None] | None = None
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """(files, images (b c y x)) of at most `batch`; `failed` is told of files that cannot be read, or they raise."""
+    """(files, images (b c y x)) of at most `batch`; `failed` is called for unreadable files, or they raise."""
     transform, mode = transform_of(subject), "L" if channels_of(subject) == 1 else "RGB"
     names: list[Path] = []
     images: list[Tensor] = []

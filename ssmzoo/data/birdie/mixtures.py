@@ -42,8 +42,8 @@ class Configuration:
         _check_numbers(objective, weight, numbers)
         self.weight, self.numbers = float(weight), numbers
         self.kind = objective + "_deshuffling" * bool(numbers.get("shuffle"))
-        told = [k if isinstance(v, bool) else f"{v:g}" for k, v in numbers.items() if v and k in TELLING]
-        self.name = "_".join([self.kind, *told])
+        given = [k if isinstance(v, bool) else f"{v:g}" for k, v in numbers.items() if v and k in TELLING]
+        self.name = "_".join([self.kind, *given])
         self.make: Callable[..., Sample | None] = functools.partial(function, **numbers)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a Mamba language model as other programs write it, told by the model itself."""
+"""The configuration of a Mamba language model as other programs write it, read from the model itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def norm_eps(model: MambaLM) -> float:
     return model.backbone.norm_f.eps
 
 
-def told(source: Source, family: str) -> dict[str, Any]:
+def known(source: Source, family: str) -> dict[str, Any]:
     """What the tensors tell about the constructor of a family, with the sizes of which they tell only the product."""
     model = source.model
     first = next(iter(mixers(model)), None)
@@ -79,7 +79,7 @@ def attn_cfg(mixer: MHA) -> dict[str, Any]:
 def mamba_ssm_config(source: Source) -> dict[str, Any]:
     """The fields of MambaConfig."""
     model, family = source.model, family_of_class(source.cls)
-    fields = told(source, family)
+    fields = known(source, family)
     rows, vocab = len(model.lm_head.weight), model.vocab_size
     multiple = next((m for m in (8, 16, 64, 128, 1) if padded_vocab_size(vocab, m) == rows), None)
     attention = mixers(model, MHA)
@@ -124,7 +124,7 @@ def transformers_config(source: Source) -> dict[str, Any]:
     model, family = source.model, family_of_class(source.cls, "MODEL_TYPE")
     first, table = mixers(model)[0], find(family, "TABLES")[0]
     fields = {name: table.default(name) for name in table.honoured if name not in ("clamp_steps", "n_groups")}
-    fields |= told(source, family)
+    fields |= known(source, family)
     if isinstance(first, Mamba2):
         low, high = first.dt_limit
         fields.pop("time_step_limit")
