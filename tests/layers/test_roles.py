@@ -12,7 +12,8 @@ from ssmzoo.train.optim import parameter_roles
 NODES = {}
 for model_name in ssmzoo.list_models():
     found = read_model_config(model_name)["model"]
-    sizes = {k: 64 if k == "img_size" else 3 for k, v in found.items() if str(v).startswith("${")}  # what only the data knows
+    unknown = [k for k, v in found.items() if str(v).startswith("${")]  # what only the data knows
+    sizes = {k: 64 if k == "img_size" else 3 for k in unknown}
     NODES.setdefault(model_class(found["_target_"]), found | sizes)
 
 
