@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.state import ModelOutput, Padding, left_align
 
 ROUTING = [torch.ops.aten.topk.default]  # kept: a rounding difference could send a token to another expert
-EVERY = {False: 0, True: 1, "full": 1, "selective": 2}  # grad_checkpointing: recompute every so many-th block; 0: none
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+EXPERTS = torch.ops.ssmzoo.grouped_matmul.default
+RECOMPUTE = (False, True, "full", "selective")  # grad_checkpointing
 
 
 class Block(nn.Module):
@@ -148,10 +150,10 @@ class Decoder(nn.Module):
         x = input_ids if input_ids.is_floating_point() else self.embedding(input_ids)  # (b l d)
         if self.residual_in_fp32 and x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        every = EVERY[self.grad_checkpointing] if torch.is_grad_enabled() else 0
+        how = torch.is_grad_enabled() and self.grad_checkpointing
         states, aux = [], []
-        for i, (block, before) in enumerate(zip(blocks, state or (None,) * len(blocks), strict=True)):
-            run = functools.partial(recomputed, block) if every and i % every == 0 else block
+        for block, before in zip(blocks, state or (None,) * len(blocks), strict=True):
+            run = functools.partial(recomputed, block, how) if how else block
             x, after, extra = run(x, before, mask=padding, seq_idx=seq_idx, prefix=prefix)
             states.append(after)
             aux += extra
@@ -161,9 +163,10 @@ class Decoder(nn.Module):
         return x[:, -keep:], tuple(states), merge_aux(aux) if aux else {}
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
-        """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or every
-        second one ("selective"). The choice of experts is always kept."""
-        if enable not in EVERY:
+        """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or all
+        but its projections ("selective"): norms, convolutions, scans, attention and activations, which cost little
+        beside what they hold. The choice of experts is always kept."""
+        if enable not in RECOMPUTE:
             raise ValueError(f"grad_checkpointing is {enable!r}; expected True, False, 'full' or 'selective'")
         self.grad_checkpointing = enable
 
@@ -191,11 +194,27 @@ class CausalLM(Decoder):
         return ModelOutput(self.head(hidden), state, aux)
 
 
-def recomputed(block: Block, *args: Any, **kwargs: Any):
-    """The block, whose activations are computed again in the backward pass."""
-    routes = any(isinstance(m, Router) for m in block.modules())
-    kept = {"context_fn": functools.partial(create_selective_checkpoint_contexts, ROUTING)} if routes else {}
+def recomputed(block: Block, how: bool | str, *args: Any, **kwargs: Any):
+    """The block, whose activations are computed again in the backward pass; how: `Decoder.set_grad_checkpointing`."""
+    routes, kept = any(isinstance(m, Router) for m in block.modules()), {}
+    if how == "selective" or routes:
+        policy = keep_products if how == "selective" else ROUTING
+        kept["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(block, *args, use_reentrant=False, **kept, **kwargs)
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep the products with weights, but not those of low rank (a time step from a few numbers), which are cheap.
+
+    A product of one row is a sum over tokens (router losses), which torch reshapes in place.
+    """
+    if op in ROUTING or op is EXPERTS:
+        return CheckpointPolicy.MUST_SAVE
+    if op in PRODUCTS:
+        (rows, inner), columns = args[-2].shape, args[-1].shape[1]
+        if rows > 1 and columns <= 8 * inner:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def leading_positions(

@@ -28,6 +28,7 @@ from ssmzoo.train.init_from import start_from, start_pretrained
 from ssmzoo.train.logger import CSVFile
 from ssmzoo.train.manifest import manifest
 from ssmzoo.train.progress import NoProfiler, Progress
+from ssmzoo.train.recomputation import set_recomputation
 from ssmzoo.train.rows import Rows
 from ssmzoo.train.tracking import tensorboard_logger, wandb_logger
 from ssmzoo.train.watchdog import Watchdog
@@ -59,9 +60,7 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     if plain.get("pretrained") and not resuming:
         print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
     if plain.get("grad_checkpointing"):
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise UserError(f"grad_checkpointing=true: {type(model).__name__} has no set_grad_checkpointing()")
-        model.set_grad_checkpointing(True)
+        set_recomputation(model, plain["grad_checkpointing"])
     if plain.get("compile"):
         model.compile()
     steps = total_steps(plain["trainer"], data)

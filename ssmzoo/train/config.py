@@ -156,12 +156,19 @@ def _default_task(data: str) -> str | None:
 
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError for a key that nothing takes or a value of the wrong type, before anything is built."""
+    from ssmzoo.layers.decoder import RECOMPUTE
+
     for key in cfg:
         if key not in TOP_LEVEL + FREE_ROOTS:
             raise ConfigError(f"unknown key {key!r}{origin(str(key))}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
     if cfg.get("init_from") and cfg.get("pretrained"):
         raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
-    for key, kind in (("seed", int), ("compile", bool), ("grad_checkpointing", bool)):
+    if cfg.get("grad_checkpointing", False) not in RECOMPUTE:
+        raise ConfigError(
+            f"grad_checkpointing is {cfg.grad_checkpointing!r}{origin('grad_checkpointing')}; expected true (or full), "
+            f"selective or false{nearest(str(cfg.grad_checkpointing), ['full', 'selective'])}"
+        )
+    for key, kind in (("seed", int), ("compile", bool)):
         if not _fits(cfg.get(key, kind()), kind):
             given = f"{cfg[key]!r} ({type(cfg[key]).__name__})"
             raise ConfigError(f"{key} is {given}{origin(key)}; expected {kind.__name__}")

@@ -172,6 +172,7 @@ def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
     from ssmzoo.train import config as configuration
     from ssmzoo.train import optim
     from ssmzoo.train.build import build_data
+    from ssmzoo.train.recomputation import set_recomputation
 
     configuration.register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -182,7 +183,7 @@ def of_run(overrides: list[str]) -> tuple[Memory, int, str]:
         factory = functools.partial(optim.build, total_steps=1000, **plain["optim"])
         model = build_model(plain["model"])
         if plain.get("grad_checkpointing"):
-            model.set_grad_checkpointing(True)
+            set_recomputation(model, plain["grad_checkpointing"])
         return configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
 
     found = longest(next(iter(data.train_dataloader())), getattr(data, "max_length", 0))

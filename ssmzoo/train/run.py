@@ -28,6 +28,7 @@ from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.manifest import threads_note
 from ssmzoo.train.progress import clock
 from ssmzoo.train.quiet import quiet
+from ssmzoo.train.recomputation import describe
 from ssmzoo.train.report import backends_line, draw_curves, show, write_interrupted, write_report
 from ssmzoo.train.tracking import ending_wandb
 
@@ -97,6 +98,8 @@ def begin(objects: Objects, folder: Path) -> None:
     roles = optim.roles_table(objects.task.model, objects.plain["optim"].get("decay", "roles"))
     rate = f"learning rate {objects.plain['optim'].get('lr', 1e-3):g} at its peak"
     print(f"{objects.model_name} in {folder}\n{roles}\n{rate}\n{backends_line()}", flush=True)
+    if said := describe(objects.task.model, objects.plain, objects.data):
+        print(said, flush=True)
     ledger.write_status(folder, "running")
 
 

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssmzoo.layers.decoder import Block, CausalLM, layer_pattern
 from ssmzoo.layers.feedforward.mlp import FeedForward
 from ssmzoo.layers.mixers.attention import MHA, Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.hybrid import HybridLM
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.mamba2 import Mamba2LM
 from ssmzoo.models.moe_mamba import MoEMambaLM
+from ssmzoo.train.memory import Peak
 
 V = 23
 ATTENTION = {"num_heads": 2, "rotary_emb_dim": 4, "d_conv": 0}
@@ -135,11 +138,18 @@ def test_logits_to_keep_are_the_last_ones(build):
     assert model(ids, logits_to_keep=99).logits.shape == model(ids).logits.shape
 
 
+RECOMPUTED = [
+    lambda: MambaLM(V, 16, 2, d_intermediate=8),
+    lambda: MoEMambaLM(V, 16, 2, 3),
+    lambda: HybridLM(V, 16, 6, "MSDKLA", head_dim=8, d_ff=8, n_experts=3),
+]
+
+
 @pytest.mark.parametrize("how", [True, "full", "selective"])
-@pytest.mark.parametrize("build", [lambda: MambaLM(V, 16, 2, d_intermediate=8), lambda: MoEMambaLM(V, 16, 2, 3)])
+@pytest.mark.parametrize("build", RECOMPUTED)
 def test_recomputation_changes_no_gradient(build, how):
     torch.manual_seed(0)
-    model = build()
+    model = build().double()
     ids = torch.randint(V, (2, 9))
     gradients = []
     for mode in (False, how):
@@ -149,6 +159,29 @@ def test_recomputation_changes_no_gradient(build, how):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected True, False, 'full' or 'selective'"):
         model.set_grad_checkpointing("some")
+
+
+def test_selective_recomputation_keeps_the_projections_and_nothing_else():
+    """Between none and all in memory; and in the backward pass every product with weights runs once as without it."""
+    products, peaks = {}, {}
+    for how in (False, "selective", True):
+        torch.manual_seed(0)
+        model = MambaLM(V, 64, 3, d_intermediate=128)
+        model.set_grad_checkpointing(how)
+        ids = torch.randint(V, (2, 200))
+
+        def step(model=model, ids=ids):
+            model(ids).logits.square().mean().backward()
+
+        step()
+        with Peak() as tracker:
+            step()
+        peaks[how] = tracker.peak
+        with FlopCounterMode(display=False) as counter:
+            step()
+        products[how] = counter.get_total_flops()
+    assert peaks[True] < peaks["selective"] < 0.75 * peaks[False]
+    assert products[False] <= products["selective"] < 1.05 * products[False] and products[True] > 1.2 * products[False]
 
 
 class Memory(nn.Module):
