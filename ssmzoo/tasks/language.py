@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmzoo.layers.state import state_bytes
+from ssmzoo.suggest import nearest
 from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics.ngram import unigram_bits_per_byte
+from ssmzoo.tasks.objectives.tokens import SCORES, kept_tokens, select_tokens
 
 IGNORE = -100  # label of a position that is not to be predicted
 
@@ -29,6 +32,8 @@ class LanguageModeling(Task):
     sample_tokens    length of the continuation shown at the end of a run; 0: none
     prompt           its beginning; None: the first `prompt_tokens` tokens of the held-out split
     eval_lengths     contexts `eval.py` measures, as multiples of the trained one
+    keep_tokens      share of the tokens that the training loss is a mean over, the hardest of every batch; 1: all
+    keep_by          what is hard: a token's loss, or the entropy of its prediction
     """
 
     unit = "tokens"
@@ -41,6 +46,8 @@ class LanguageModeling(Task):
         prompt: str | None = None,
         prompt_tokens: int = 64,
         eval_lengths: tuple[int, ...] | list[int] = (1, 2, 4, 8),
+        keep_tokens: float = 1.0,
+        keep_by: str = "loss",
     ):
         super().__init__(model, optim)
         if sample_tokens < 0 or prompt_tokens < 1 or any(n < 1 for n in eval_lengths):
@@ -48,6 +55,12 @@ class LanguageModeling(Task):
                 f"task: sample_tokens={sample_tokens} must be at least 0, prompt_tokens={prompt_tokens} and "
                 f"every one of eval_lengths={list(eval_lengths)} at least 1"
             )
+        if not 0 < keep_tokens <= 1:
+            raise ValueError(f"task.keep_tokens = {keep_tokens} must lie in (0, 1]: a share of the tokens; 1 keeps all")
+        if keep_by not in SCORES:
+            known = " or ".join(SCORES)
+            raise ValueError(f"task.keep_by is {keep_by!r}; expected {known}{nearest(str(keep_by), SCORES)}")
+        self.keep_tokens, self.keep_by = keep_tokens, keep_by
         self.sample_tokens, self.prompt, self.prompt_tokens = sample_tokens, prompt, prompt_tokens
         self.eval_lengths = tuple(eval_lengths)
         self._load: Tensor | None = None  # tokens per expert, summed over the validation
@@ -65,7 +78,11 @@ class LanguageModeling(Task):
             return StepOutput(loss, metrics, count)
         self.expert_load = out.aux.get("tokens_per_expert")
         auxiliary = sum(losses.values()) if losses else None
-        return StepOutput(loss, metrics | {"cross_entropy": loss.detach()}, count, auxiliary)
+        metrics["cross_entropy"] = loss.detach()  # of all tokens
+        if self.keep_tokens < 1:
+            labels = select_tokens(out.logits, batch["labels"], self.keep_tokens, self.keep_by, IGNORE)
+            loss, _ = token_cross_entropy(out.logits, labels)
+        return StepOutput(loss, metrics, count, auxiliary)
 
     def read(self, batch):
         """The model's output for a batch of ids (b l)."""
@@ -75,7 +92,8 @@ class LanguageModeling(Task):
         return batch["input_ids"].numel()
 
     def labelled(self, batch) -> Tensor:
-        return (batch["labels"] != IGNORE).sum()
+        count = (batch["labels"] != IGNORE).sum()
+        return count if self.keep_tokens == 1 else torch.full_like(count, kept_tokens(count, self.keep_tokens))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -94,6 +112,8 @@ class LanguageModeling(Task):
             "bits per byte": f"{validation['bits_per_byte']:.4f}",
             "bits per byte, order-0 (unigram) model": f"{unigram_bits_per_byte(data):.4f}",
         }
+        if length := getattr(data, "seq_len", 0):
+            rows["state"] = f"{state_bytes(self.model, length):,} bytes per sequence of {length} tokens"
         if self._load is not None:
             share = self._load / self._load.sum(-1, keepdim=True).clamp(min=1)
             for layer, row in enumerate(share if share.ndim == 2 else share[None]):

@@ -176,6 +176,7 @@ RANGES: dict[str, Range | Batches] = {
     "task.base_mixup": AT_LEAST_0,
     "task.base_cutmix": AT_LEAST_0,
     "task.base_mix_prob": SHARE,
+    "task.keep_tokens": Range(0, 1, "low"),
     "task.sample_tokens": AT_LEAST_0,
     "task.prompt_tokens": COUNT,
     "task.eval_lengths": COUNT,
