@@ -8,6 +8,9 @@ Source: arXiv 2401.04081; llm-random (Apache-2.0), lizrd/core/llm.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.mlp import FeedForward
 from ssmzoo.layers.mixers.attention import Attention
@@ -20,7 +23,8 @@ class TransformerLM(DecoderLM):
     n_heads           must divide d_model into heads of even width
     d_ff              width of the dense feed-forward, 4 d_model by default; the experts' width when there are experts
     n_experts         0: dense; otherwise a Switch layer in every block (the paper's Transformer-MoE has 32)
-    expert, top_k, capacity_factor, eval_capacity_factor, balance_weight, z_loss_weight   as in MoEMambaLM
+    expert, top_k, capacity_factor, eval_capacity_factor, balance_weight, z_loss_weight,
+    router_options    as in MoEMambaLM
 
     Raises ValueError for bad sizes and unknown names.
     """
@@ -40,6 +44,7 @@ class TransformerLM(DecoderLM):
         balance_weight: float = 0.01,
         z_loss_weight: float = 0.0,
         rope_base: float = 10000.0,
+        router_options: Mapping[str, Any] | None = None,
     ):
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_sizes(vocab_size=vocab_size, d_model=d_model, n_blocks=n_blocks, n_heads=n_heads, d_ff=d_ff, top_k=top_k)
@@ -55,6 +60,7 @@ class TransformerLM(DecoderLM):
             eval_capacity_factor,
             balance_weight,
             z_loss_weight,
+            router_options,
         )
 
         def block() -> Block:

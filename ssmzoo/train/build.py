@@ -56,7 +56,7 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     data, plain = build_data(cfg)
     model = build_model(plain["model"])
     if plain.get("init_from") and not resuming:  # a resumed run has weights of its own
-        print(start_from(model, plain["init_from"]), flush=True)
+        print(start_from(model, plain["init_from"], float(plain.get("upcycle", 0.5))), flush=True)
     if plain.get("pretrained") and not resuming:
         print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
     if plain.get("grad_checkpointing"):

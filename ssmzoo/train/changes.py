@@ -20,6 +20,7 @@ STATE = "the optimiser's state belongs to it"
 RULES: dict[str, str | None] = {  # the first pattern that fits a key: why it is fixed, or None where a change applies
     "seed": "random states and the order of the data follow from it",
     "init_from": "a continued run has weights of its own",
+    "upcycle": "a continued run has weights of its own",
     "pretrained": "a continued run has weights of its own",
     "model_name": WEIGHTS,
     "model.*": WEIGHTS,

@@ -60,6 +60,7 @@ TOP_LEVEL = (
     "resume",
     "config",
     "init_from",
+    "upcycle",
     "pretrained",
     "compile",
     "grad_checkpointing",
@@ -163,6 +164,8 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"unknown key {key!r}{origin(str(key))}{nearest(key, TOP_LEVEL + FREE_ROOTS)}")
     if cfg.get("init_from") and cfg.get("pretrained"):
         raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
+    if not _fits(cfg.get("upcycle", 0.5), float) or not 0 <= cfg.get("upcycle", 0.5) <= 1:
+        raise ConfigError(f"upcycle is {cfg.upcycle!r}{origin('upcycle')}; expected a share of hidden units, 0 to 1")
     if cfg.get("grad_checkpointing", False) not in RECOMPUTE:
         raise ConfigError(
             f"grad_checkpointing is {cfg.grad_checkpointing!r}{origin('grad_checkpointing')}; expected true (or full), "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ssmzoo.adapt.upcycle import upcycled_state
 from ssmzoo.checkpoint_files import read_weights
 from ssmzoo.released.catalogue import find_weights
 from ssmzoo.released.family import to_ours
@@ -12,14 +13,20 @@ from ssmzoo.released.fit import Taken, compare, role, share
 from ssmzoo.released.pretrained import released_state
 
 
-def start_from(model: nn.Module, path: str) -> str:
+def start_from(model: nn.Module, path: str, upcycle: float = 0.5) -> str:
     """Copy the weights of a run folder, checkpoint or released file into a model; returns a sentence on what was taken.
 
     Official names are translated. A head or another layer of another shape (classes, scale) stays new and is listed
-    with its share of the parameters, as is a layer that the file lacks. Raises CheckpointError when an embedding or a
-    norm would stay new, when a head is not in the file, or when less than half of the model's values are there.
+    with its share of the parameters, as is a layer that the file lacks. Where the model has experts and the file a
+    dense feed-forward, the experts are its copies, of whose hidden units a share `upcycle` is drawn anew. Raises
+    CheckpointError when an embedding or a norm would stay new, when a head is not in the file, or when less than half
+    of the model's values are there.
     """
-    return take(model, to_ours(model, read_weights(path)), f"init_from={path}", str(path))
+    found = to_ours(model, read_weights(path))
+    experts = upcycled_state(model, found, upcycle)
+    made = [key for key in experts if key not in found or experts[key].shape != found[key].shape]
+    said = take(model, experts, f"init_from={path}", str(path))
+    return f"{said}; experts made of dense layers, {upcycle:.0%} of their units drawn anew" if made else said
 
 
 def start_pretrained(model: nn.Module, name: str, tag: str | bool) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
-from ssmzoo.ops import ssd_scan
+from ssmzoo.ops import gated_linear_recurrence
 from ssmzoo.ops.checks import resets
 
 
@@ -48,17 +48,17 @@ class ElementwiseSSM(nn.Module):
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         delta, B, C, U = fp32(self.proj(x)).chunk(4, dim=-1)
-        log_alpha, fed = -F.softplus(delta) * F.softplus(fp32(self.lambda_base)), B * U  # (b l d)
-        if mask is not None:  # alpha = 1 and no input
-            log_alpha, fed = log_alpha * mask.mask[..., None], fed * mask.mask[..., None]
+        alpha, fed = torch.exp(-F.softplus(delta) * F.softplus(fp32(self.lambda_base))), B * U  # (b l d)
+        begins = None if seq_idx is None else resets(seq_idx)[..., None]
+        if begins is not None:
+            alpha = alpha.masked_fill(begins, 0)
+        if mask is not None:
+            alpha, fed = alpha.masked_fill(~mask.mask[..., None], 1), fed * mask.mask[..., None]
         first = torch.zeros_like(fed[:, 0]) if state is None else state.s.to(fed.dtype)
-        one = torch.ones_like(fed[:, :, :1, None])  # every channel is a head of width and state 1
-        s, last = ssd_scan(fed[..., None], log_alpha, one, one, first[..., None, None], seq_idx)
-        before = torch.cat([first[:, None], s[:, :-1, :, 0]], dim=1)  # s_{t-1}
-        if seq_idx is not None:
-            before = before.masked_fill(resets(seq_idx)[..., None], 0)
-        y = self.out_ln((C * before).to(x.dtype) + self.skip(x))
-        return y, ElementwiseState(last[..., 0, 0])
+        s = gated_linear_recurrence(alpha, fed, initial_state=first)
+        before = torch.cat([first[:, None], s[:, :-1]], dim=1)  # s_{t-1}
+        before = before if begins is None else before.masked_fill(begins, 0)
+        return self.out_ln((C * before).to(x.dtype) + self.skip(x)), ElementwiseState(s[:, -1].clone())
 
     def state_bytes(self, length: int) -> int:
         return len(self.lambda_base) * itemsize(self)[1]

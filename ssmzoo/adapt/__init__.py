@@ -1,0 +1,1 @@
+"""Functions model -> model: what a trained model may become."""
