@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
 from ssmzoo.layers.norm import fp32
-from ssmzoo.layers.state import Padding, call_aligned, itemsize
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 
 C = 8.0  # of the decay's exponent
 MAX_SLOPE = 1000.0  # of the square root
@@ -40,6 +41,8 @@ class RGLRUState(NamedTuple):
 
 def bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x) for x >= 0 whose derivative is never above MAX_SLOPE, at x = 0 either."""
+    if not x.requires_grad and not torch.is_grad_enabled():
+        return x.clamp(min=0).sqrt()
     steep = x < MIN_ROOT
     root = torch.where(steep, MIN_ROOT, x).sqrt()
     flat = x.detach().clamp(min=0).sqrt() + MAX_SLOPE * (x - x.detach())
@@ -110,6 +113,8 @@ class HawkMixer(nn.Module):
     ) -> tuple[Tensor, RGLRUState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx, prefix=prefix)
+        if is_step(x, state, mask, seq_idx) and prefix is None:
+            return self._step(x, state)
         past, h, begun = (None, None, None) if state is None else state
         side = F.gelu(self.linear_y(x), approximate="tanh")
         documents = None if self.conv_across_documents else seq_idx
@@ -123,6 +128,20 @@ class HawkMixer(nn.Module):
         any_token = torch.ones_like(first[:, 0]) if mask is None else mask.lengths > 0
         begun = any_token if begun is None else begun | any_token
         return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, begun)
+
+    def _step(self, x: Tensor, state: RGLRUState) -> tuple[Tensor, RGLRUState]:
+        """One token (b 1 d), without gradients."""
+        side = F.gelu(self.linear_y(x), approximate="tanh")
+        window = torch.cat([state.conv[..., 1:], self.linear_x(x).transpose(1, 2)], dim=-1)  # (b n k)
+        if is_plain(self.conv_1d):
+            u = torch.addcmul(self.conv_1d.bias, window[..., 0], self.conv_1d.weight[:, 0, 0])
+            for tap in range(1, self.d_conv):
+                u = torch.addcmul(u, window[..., tap], self.conv_1d.weight[:, 0, tap])
+        else:
+            u = self.conv_1d(window)[..., 0]
+        a, u = self.rg_lru(u[:, None], ~state.begun[:, None])
+        h, last = two_way(a, u, state.h, self.m)
+        return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, torch.ones_like(state.begun))
 
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)

@@ -50,6 +50,9 @@ def two_way(
 ) -> tuple[Tensor, Tensor]:
     """Decays a, inputs x (b l n) and the state h (b m) before them -> all states (b l n), the last of the first m."""
     n = x.shape[-1]
+    if h is not None and x.shape[1] == 1 and padding is None and seq_idx is None and prefix is None:
+        last = torch.addcmul(x[:, 0, :m], a[:, 0, :m], h)
+        return (last if m == n else torch.cat([last, x[:, 0, m:]], dim=-1))[:, None], last
     ahead, fed = a[..., :m], x[..., :m]
     if seq_idx is not None:
         ahead = ahead.masked_fill(document_starts(True, seq_idx, x)[..., None], 0)
