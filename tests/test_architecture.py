@@ -22,6 +22,7 @@ BESIDE = {  # these stand beside the order: what they import
     "data": ("ops",),
     "probes": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo", "inference", "data"),
     "hf": ("inference",),
+    "spandrel": ("released",),
     "timm": ("ops", "layers", "presets", "released", "checkpoint_files", "zoo"),
     "__init__": (),
 }

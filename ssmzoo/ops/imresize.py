@@ -37,7 +37,7 @@ def resize_taps(length: int, scale: float, antialias: bool = True) -> tuple[Tens
     at = torch.floor(u - width / 2)[:, None] + torch.arange(taps)[None, :]  # 1-based
     weights = keys_cubic(stretch * (u[:, None] - at))
     weights = weights / weights.sum(dim=1, keepdim=True)
-    period = (at.long() - 1) % (2 * length)
+    period = (at.long() - 1) % torch.full((), 2 * length)  # a tensor: exporters know no number that depends on a size
     return torch.minimum(period, 2 * length - 1 - period), weights
 
 
