@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ssmzoo.adapt.lora import merged
 from ssmzoo.released.files import CheckpointError, read_state_dict
 
 WEIGHTS, MANIFEST, INDEX, TRAINER = "model.safetensors", "manifest.json", "index.json", "trainer.ckpt"
@@ -104,7 +105,12 @@ def read_weights(path: str | Path, prefer: str = "best") -> dict[str, Tensor]:
 
 
 def weights_of(folder: Path, manifest: dict) -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder under all their names."""
+    """The tensors of a checkpoint folder under all the names of its model; LoRA is merged."""
+    return merged(stored_weights(folder, manifest))
+
+
+def stored_weights(folder: Path, manifest: dict) -> dict[str, Tensor]:
+    """The tensors as they were trained, LoRA apart."""
     weights = read_state_dict(folder / WEIGHTS)
     return weights | {name: weights[kept] for name, kept in manifest.get("tied", {}).items() if kept in weights}
 

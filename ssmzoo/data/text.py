@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -299,4 +300,6 @@ def _named_tokenizer(name: str | Mapping) -> Tokenizer | None:
         return from_dict(dict(name))
     if name == "bytes":
         return ByteTokenizer()
+    if Path(name).name == "manifest.json":  # of a checkpoint
+        return from_dict(json.loads(Path(name).read_text("utf-8")).get("tokenizer"))
     return None if name == "bpe" else JsonTokenizer.from_file(name)

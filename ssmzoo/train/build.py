@@ -23,6 +23,7 @@ from ssmzoo.train.callbacks import (
 from ssmzoo.train.checkpoint import FolderCheckpointIO
 from ssmzoo.train.checkpointer import Checkpointer
 from ssmzoo.train.errors import UserError, user_errors
+from ssmzoo.train.finetune import prepare, tokenizer_of
 from ssmzoo.train.guards import Guards
 from ssmzoo.train.init_from import start_from, start_pretrained
 from ssmzoo.train.logger import CSVFile
@@ -53,12 +54,16 @@ class Loop(NamedTuple):
 @user_errors
 def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     """Everything but the Trainer; nothing is written to the run folder."""
+    if not resuming:
+        keep_tokenizer(cfg)
     data, plain = build_data(cfg)
     model = build_model(plain["model"])
     if plain.get("init_from") and not resuming:  # a resumed run has weights of its own
         print(start_from(model, plain["init_from"], float(plain.get("upcycle", 0.5))), flush=True)
     if plain.get("pretrained") and not resuming:
         print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
+    if said := prepare(model, plain.get("freeze"), plain.get("lora")):
+        print(said, flush=True)
     if plain.get("grad_checkpointing"):
         set_recomputation(model, plain["grad_checkpointing"])
     if plain.get("compile"):
@@ -68,6 +73,16 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     factory(model)  # a wrong optimiser setting must not wait for the first step
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
     return Objects(plain.get("model_name", type(model).__name__), data, task, plain)
+
+
+def keep_tokenizer(cfg: DictConfig) -> None:
+    """Set data.tokenizer to that of the weights a run starts from, unless it was typed."""
+    if "tokenizer" not in cfg.data or "command line" in configuration.origin("data.tokenizer"):
+        return
+    found = tokenizer_of(cfg.get("init_from"), cfg.get("model_name"), cfg.get("pretrained"))
+    if found is not None and found != cfg.data.tokenizer:
+        print(f"data.tokenizer={found}, which the weights were trained with", flush=True)
+        cfg.data.tokenizer = found
 
 
 def build_data(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:

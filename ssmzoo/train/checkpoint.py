@@ -35,7 +35,7 @@ from ssmzoo.checkpoint_files import (
     read_manifest,
     read_weights,
     sha256,
-    weights_of,
+    stored_weights,
 )
 from ssmzoo.released.files import CheckpointError, refuse_zip_bomb
 from ssmzoo.zoo import load_model
@@ -196,7 +196,7 @@ class FolderCheckpointIO(CheckpointIO):
             state = torch.load(folder / TRAINER, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{folder / TRAINER} was refused: {_first_line(error)}") from None
-        weights = weights_of(folder, manifest)
+        weights = stored_weights(folder, manifest)
         return state | {"state_dict": {f"model.{k}": v for k, v in weights.items()} | state.pop("task_state", {})}
 
     def remove_checkpoint(self, path) -> None:

@@ -44,6 +44,7 @@ def set_sizes(sizes: dict[str, int]) -> None:
 CALLED = {  # config node -> what its keys are arguments of, when the node has no _target_
     "optim": "ssmzoo.train.optim.build",
     "trainer": "lightning.pytorch.Trainer",
+    "lora": "ssmzoo.adapt.lora.add_lora",
     "callbacks.checkpoint": "ssmzoo.train.checkpointer.Checkpointer",
     "callbacks.guards": "ssmzoo.train.guards.Guards",
     "callbacks.watchdog": "ssmzoo.train.watchdog.Watchdog",
@@ -62,12 +63,14 @@ TOP_LEVEL = (
     "init_from",
     "upcycle",
     "pretrained",
+    "freeze",
+    "lora",
     "compile",
     "grad_checkpointing",
     "model_name",
     "n_trials",
 )
-FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
+FREE_ROOTS = ("model", "task", "data", "optim", "trainer", "logger", "callbacks", "lora")
 
 
 def plain_config(content: Any, what: str) -> dict[str, Any]:
@@ -184,6 +187,7 @@ def check(cfg: DictConfig) -> None:
         _check_node(node, cfg[node], locate(cfg[node]._target_), injected)
     injected = {
         "optim": ("model", "total_steps"),
+        "lora": ("model",),
         "callbacks.checkpoint": ("folder", "monitor", "mode"),
         "callbacks.guards": ("run_dir",),
         "callbacks.profile": ("run_dir",),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ssmzoo.layers.roles import TABLES, named_role
 from ssmzoo.suggest import nearest
+from ssmzoo.train.stages import stage_of
 
 DECAY_RULES = ("roles", "shape", "all")
 
@@ -165,7 +166,7 @@ def build(
     hold_steps   steps at the peak between warm-up and a cosine or linear decay;  the other words of time: `schedule`
     decay        roles | shape | all: which parameters decay, see `parameter_roles`
     layer_decay  < 1: the learning rate of block i of n is multiplied by layer_decay^(n - i), by the model's
-                 `group_matcher`
+                 `group_matcher`, or by the number of the layer where it has none (language models)
     lr_scale     {beginning of parameter names: factor on their learning rate}
 
     Raises ValueError for values out of range.
@@ -255,9 +256,13 @@ def parameter_groups(
 
 
 def _depths(model: nn.Module) -> dict[str, int]:
-    """Depth of every parameter by timm's grouping of the model's `group_matcher`."""
+    """Depth of every parameter: by timm's grouping of the model's `group_matcher`, or by the number of its layer."""
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"optim.layer_decay needs a model with group_matcher(); {type(model).__name__} has none")
+        stages = {name: stage_of(model, name) for name, _ in model.named_parameters()}
+        last = max((s for s in stages.values() if s is not None), default=-1)
+        if last < 0:
+            raise ValueError(f"optim.layer_decay needs numbered layers; {type(model).__name__} has none")
+        return {name: last + 2 if stage is None else stage + 1 for name, stage in stages.items()}
     from timm.models import group_parameters
 
     return group_parameters(model, model.group_matcher(coarse=False), reverse=True)

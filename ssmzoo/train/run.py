@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ssmzoo.adapt.lora import merged
 from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 from ssmzoo.presets import build_model
 from ssmzoo.tasks.micro_batch import is_out_of_memory
@@ -67,7 +68,8 @@ def find_start(folder: Path, objects: Objects) -> Path | None:
         print(f"{folder} has no checkpoint yet: starting at step 0", flush=True)
         return None
     found = {k: tuple(v.shape) for k, v in read_weights(checkpoint).items()}
-    own = {k.replace("_orig_mod.", ""): tuple(v.shape) for k, v in objects.task.model.state_dict().items()}
+    state = {k.replace("_orig_mod.", ""): v for k, v in objects.task.model.state_dict().items()}
+    own = {k: tuple(v.shape) for k, v in merged(state).items()}
     if found != own:
         wrong = sorted(k for k in found.keys() | own.keys() if found.get(k) != own.get(k))
         raise UserError(f"the weights of {checkpoint} are not those of its run's model: {wrong[0]} differs")
