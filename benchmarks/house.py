@@ -1,6 +1,7 @@
 """How the inside of the package looks, for the checkout at hand and for any commit: what a reader has to walk through.
 
     python benchmarks/house.py [COMMIT ...]
+    python benchmarks/house.py --arrows docs/architecture.md   # draws the imports of rooms there, corrects line numbers
 
 One column for every commit (checked out and compiled in a temporary folder) and one for this checkout:
 
@@ -146,6 +147,54 @@ def circles(root: Path) -> list[list[str]]:
         reach[start] = seen
     groups = {frozenset(b for b in reach[a] if a in reach[b]) | {a} for a in graph if a in reach[a]}
     return sorted(sorted(group) for group in groups)
+
+
+def rooms(root: Path) -> dict[str, set[str]]:
+    """Room (first part of a module's name) -> rooms that it imports; single files that import nothing are left out."""
+    graph: dict[str, set[str]] = {}
+    for module, wanted in imports(root).items():
+        here = module.split(".")[1] if "." in module else "ssmzoo"
+        there = {m.split(".")[1] for m in wanted if "." in m} - {here}
+        graph[here] = graph.get(here, set()) | there
+    leaves = {room for room, wanted in graph.items() if not wanted and not (root / "ssmzoo" / room).is_dir()}
+    return {room: wanted - leaves for room, wanted in graph.items() if room not in leaves}
+
+
+def arrows(root: Path) -> str:
+    """The rooms as a Mermaid graph; an arrow that follows from a chain of others is left out."""
+    graph = rooms(root)
+
+    def reach(room: str) -> set[str]:
+        return graph[room].union(*(reach(there) for there in graph[room]))
+
+    lines = []
+    for room in sorted(graph):
+        implied = set().union(*(reach(there) for there in graph[room]))
+        lines += [f"    {room} --> {there}" for there in sorted(graph[room] - implied)]
+    return "\n".join(["```mermaid", "graph LR", *lines, "```"])
+
+
+REFERENCE = re.compile(r"`(?P<name>[\w.]+)` \(`(?P<file>[\w/]+\.py):(?P<line>\d+)`\)")  # `Class.method` (`file.py:12`)
+
+
+def line_of(name: str, file: Path) -> int:
+    """Where `function` or `Class.method` begins in a file. Raises ValueError if it does not."""
+    node: ast.AST = ast.parse(file.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        inside = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
+        if not inside:
+            raise ValueError(f"{file} has no {name}")
+        node = inside[-1]
+    return node.lineno
+
+
+def write_page(page: Path, root: Path) -> None:
+    """Draw the arrows between the page's two markers, and bring the lines of `name` (`file:line`) up to date."""
+    begin, end = "<!-- arrows -->\n", "\n<!-- end of arrows -->"
+    text = page.read_text(encoding="utf-8")
+    text = f"{text.partition(begin)[0]}{begin}{arrows(root)}{end}{text.partition(end)[2]}"
+    text = REFERENCE.sub(lambda m: f"`{m['name']}` (`{m['file']}:{line_of(m['name'], root / m['file'])}`)", text)
+    page.write_text(text, encoding="utf-8")
 
 
 def operator(root: Path) -> tuple[int, int]:
@@ -324,7 +373,15 @@ def main() -> None:
     parser.add_argument(
         "--details", action="store_true", help="list the circles and the private members of this checkout"
     )
+    parser.add_argument(
+        "--arrows",
+        type=Path,
+        metavar="PAGE",
+        help="only draw the imports between rooms into this page, and correct its line numbers",
+    )
     args = parser.parse_args()
+    if args.arrows:
+        return write_page(args.arrows, ROOT)
     columns = {commit: at_commit(commit) for commit in args.commits} | {"this checkout": measure(ROOT)}
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in columns["this checkout"]:
