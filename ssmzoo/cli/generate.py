@@ -27,6 +27,17 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="S", help="the same seed draws the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes up; several times")
     add("--ignore-eos", action="store_true", help="go on after the tokenizer's end-of-text token")
+    add(
+        "--read-twice",
+        action="store_true",
+        help="show the model each prompt twice, a newline between (JRT-Prompt): what it could not keep the first time "
+        "it may know to keep the second",
+    )
+    add(
+        "--bidirectional",
+        action=argparse.BooleanOptionalAction,
+        help="read the prompts in both directions, with models that can (default: as the model was trained)",
+    )
     add("--prefill-chunk", type=int, metavar="L", help="read the prompts in pieces of L tokens to save memory")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     return parser
@@ -48,12 +59,16 @@ def run(args: argparse.Namespace) -> int:
     for text, ids in zip(args.prompt, prompts):
         if not ids:
             raise ValueError(f"--prompt {text!r} has no token; give at least one character to continue from")
+    if args.read_twice:
+        between = tokenizer.encode("\n")
+        prompts = [[*ids, *between, *ids] for ids in prompts]
     stops = [_stop_text(text) for text in args.stop]
     steps = stream(
         model.to(_device(args.device)),
         prompts,
         args.max_new_tokens,
         prefill_chunk=args.prefill_chunk,
+        bidirectional=_trained_both_ways(manifest) if args.bidirectional is None else args.bidirectional,
         stop_tokens=set() if args.ignore_eos or tokenizer.end_token is None else {tokenizer.end_token},
         vocab_size=tokenizer.vocab_size,
         temperature=args.temperature,
@@ -120,6 +135,12 @@ class _Out:
         data = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         sys.stdout.write(data.encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
+
+
+def _trained_both_ways(manifest: dict) -> bool:
+    """Whether the task of a run was to continue prefixes that are read in both directions."""
+    task = (manifest.get("config") or {}).get("task") or {}
+    return str(task.get("_target_", "")).endswith(".PrefixLanguageModeling")
 
 
 def _heading(i: int) -> str:

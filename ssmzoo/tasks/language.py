@@ -34,9 +34,11 @@ class LanguageModeling(Task):
     eval_lengths     contexts `eval.py` measures, as multiples of the trained one
     keep_tokens      share of the tokens that the training loss is a mean over, the hardest of every batch; 1: all
     keep_by          what is hard: a token's loss, or the entropy of its prediction
+    read_twice       `eval.py` also measures the second half of held-out sequences after the first half was read twice
     """
 
     unit = "tokens"
+    prompts_both_ways = False  # whether the model was trained to read what stands before in both directions
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class LanguageModeling(Task):
         eval_lengths: tuple[int, ...] | list[int] = (1, 2, 4, 8),
         keep_tokens: float = 1.0,
         keep_by: str = "loss",
+        read_twice: bool = False,
     ):
         super().__init__(model, optim)
         if sample_tokens < 0 or prompt_tokens < 1 or any(n < 1 for n in eval_lengths):
@@ -62,13 +65,13 @@ class LanguageModeling(Task):
             raise ValueError(f"task.keep_by is {keep_by!r}; expected {known}{nearest(str(keep_by), SCORES)}")
         self.keep_tokens, self.keep_by = keep_tokens, keep_by
         self.sample_tokens, self.prompt, self.prompt_tokens = sample_tokens, prompt, prompt_tokens
-        self.eval_lengths = tuple(eval_lengths)
+        self.eval_lengths, self.read_twice = tuple(eval_lengths), read_twice
         self._load: Tensor | None = None  # tokens per expert, summed over the validation
         self._trained_dropped: Tensor | None = None
 
     def step(self, batch, training: bool) -> StepOutput:
         out = self.read(batch)
-        loss, count = token_cross_entropy(out.logits, batch["labels"])
+        loss, count = token_cross_entropy(out.logits, self.labels(batch))
         losses = {k: v for k, v in out.aux.items() if k.endswith("_loss")}
         metrics = {k: v.detach() for k, v in out.aux.items() if v.numel() == 1}
         if not training:
@@ -88,11 +91,15 @@ class LanguageModeling(Task):
         """The model's output for a batch of ids (b l)."""
         return self.model(batch["input_ids"], seq_idx=batch.get("seq_idx"))
 
+    def labels(self, batch) -> Tensor:
+        """The next tokens (b l); -100 where none is to be predicted."""
+        return batch["labels"]
+
     def items(self, batch) -> int:
         return batch["input_ids"].numel()
 
     def labelled(self, batch) -> Tensor:
-        count = (batch["labels"] != IGNORE).sum()
+        count = (self.labels(batch) != IGNORE).sum()
         return count if self.keep_tokens == 1 else torch.full_like(count, kept_tokens(count, self.keep_tokens))
 
     def on_validation_epoch_start(self) -> None:
@@ -145,6 +152,7 @@ class LanguageModeling(Task):
             temperature=0.8,
             top_p=0.95,
             seed=0,
+            bidirectional=self.prompts_both_ways,
         )[0]
         self.model.train(was_training)
         return f"{data.decode(first)}▶{data.decode(new)}"
@@ -158,16 +166,36 @@ class LanguageModeling(Task):
             total, count = 0.0, 0
             for batch in longer.val_dataloader():
                 batch = {k: v.to(self.device) for k, v in batch.items()}
-                loss, n = token_cross_entropy(
-                    self.model(batch["input_ids"], seq_idx=batch.get("seq_idx")).logits, batch["labels"]
-                )
+                loss, n = token_cross_entropy(self.read(batch).logits, self.labels(batch))
                 total, count = total + float(loss) * int(n), count + int(n)
             nats = total / max(count, 1)
             results.append((data.seq_len * factor, nats, math.exp(nats), nats / math.log(2) / data.bytes_per_token()))
         lines = ["context,loss,perplexity,bits_per_byte", *(f"{n},{a:.6f},{p:.6f},{b:.6f}" for n, a, p, b in results)]
         (out / "length_extrapolation.csv").write_text("\n".join(lines) + "\n")
         rows = {f"context {n}": f"loss {a:.4f}, perplexity {p:.3f}, bits per byte {b:.4f}" for n, a, p, b in results}
+        if self.read_twice:
+            rows |= self.second_halves(data)
         return Report(rows, {}, [_draw_lengths(results, data.seq_len, out / "length_extrapolation.png")])
+
+    def second_halves(self, data) -> dict[str, str]:
+        """Loss over the second half of held-out sequences whose first half was read once and twice (JRT-Prompt)."""
+        newline = torch.tensor(data.encode("\n"), device=self.device)
+        total, count = torch.zeros(2, dtype=torch.float64), 0
+        for batch in data.val_dataloader():
+            ids, labels = batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+            half = ids.shape[1] // 2
+            again = torch.cat([ids[:, :half], newline.expand(len(ids), -1), ids], dim=1)
+            for i, read in enumerate((ids, again)):
+                lead = read.shape[1] - ids.shape[1] + half  # what is read before the second half
+                more = {"prefix": lead} if self.prompts_both_ways else {}
+                loss, n = token_cross_entropy(self.model(read, **more).logits[:, lead:], labels[:, half:])
+                total[i] += float(loss) * int(n)
+            count += int(n)
+        once, twice = (total / max(count, 1)).tolist()
+        return {
+            "second half of a context, first half read once": f"loss {once:.4f}",
+            "second half of a context, first half read twice": f"loss {twice:.4f}",
+        }
 
 
 def _draw_lengths(results, trained: int, png: Path) -> Path:

@@ -21,16 +21,38 @@ class Recall(Task):
 
     The model maps ids (b l) to an output with logits (b l v); those of a vocabulary padded beyond the data's count as
     wrong. After training and in `eval.py` every test case of the data is measured: recall.csv and a heat map.
+
+    read_twice   show what stands before the first question of a batch twice (JRT-Prompt); needs no training with it
+    prefix       read what stands before the first question in both directions, with models that can
     """
 
     unit = "sequences"
 
+    def __init__(self, model, optim=None, read_twice: bool = False, prefix: bool = False):
+        super().__init__(model, optim)
+        self.read_twice, self.prefix = read_twice, prefix
+
+    def answers(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (b l v) at the positions of the labels (b l), and the model's auxiliary values."""
+        if not (self.read_twice or self.prefix):
+            out = self.model(ids)
+            return out.logits, out.aux
+        start = int((labels != IGNORE).any(0).int().argmax())
+        if start == 0:
+            raise ValueError(
+                "task.read_twice and task.prefix need a context before the first question; this bench asks from the "
+                "first token on"
+            )
+        lead = start if self.read_twice else 0
+        out = self.model(torch.cat([ids[:, :lead], ids], dim=1), **({"prefix": lead + start} if self.prefix else {}))
+        return out.logits[:, lead:], out.aux
+
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         labels = batch["labels"]  # (b l)
-        out = self.model(batch["input_ids"])
+        logits, aux = self.answers(batch["input_ids"], labels)
         asked = labels != IGNORE
         count = asked.sum()
-        chosen = out.logits[asked]  # (m v)
+        chosen = logits[asked]  # (m v)
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
         loss = F.cross_entropy(chosen, labels[asked], reduction="sum") / count.clamp(min=1)
         metrics = {"cross_entropy": loss.detach()}
@@ -40,7 +62,7 @@ class Recall(Task):
             metrics["accuracy"] = example_accuracy(right, asked).mean()
         if not training:
             return StepOutput(loss, metrics, count)
-        losses = [value for key, value in out.aux.items() if key.endswith("_loss")]
+        losses = [value for key, value in aux.items() if key.endswith("_loss")]
         return StepOutput(loss, metrics, count, sum(losses) if losses else None)
 
     def labelled(self, batch: dict[str, Tensor]) -> Tensor:
@@ -53,7 +75,7 @@ class Recall(Task):
         self.model.eval()
         for batch in data.test_batches():
             labels = batch["labels"]
-            right = self.model(batch["input_ids"].to(self.device)).logits.argmax(-1).cpu() == labels
+            right = self.answers(batch["input_ids"].to(self.device), labels)[0].argmax(-1).cpu() == labels
             table.add(batch["case"], example_accuracy(right, labels != IGNORE))
         self.model.train(was_training)
         return table

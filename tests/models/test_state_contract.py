@@ -37,6 +37,8 @@ TINY = {
     "pad_vocab_size_multiple": 1,
 }
 TINY_BY_CLASS = {
+    "BasedLM": {"n_layer": 3, "layer_pattern": "CTS", "feature_dim": 3, "window": 4, "d_ff": 8},
+    "JRTRNNLM": {"n_layer": 3, "layer_pattern": "CPS", "feature_dim": 3, "window": 4, "d_ff": 8},
     "HydraLM": {
         **{"attn_every": 2, "window": 3, "chunk_size": 2, "n_slots": 3},
         "pkm": {"n1": 3, "n2": 4, "key_dim": 3, "value_dim": 5, "top_k": 2},

@@ -1,0 +1,232 @@
+"""Based as released by HazyResearch/based (Apache-2.0): GPTLMHeadModel and its three mixers.
+
+Files of the hub put `model.` before every name and may hold counters of metrics, which are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
+from ssmzoo.models.based import BasedLM, GatedConv, TaylorAttention
+from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
+from ssmzoo.released.infer import count
+from ssmzoo.released.names import Names
+
+MODELS = (BasedLM,)
+TELLING_KEYS = (r"transformer\.embeddings\.word_embeddings\.weight", r"mixer\.proj_q\.weight")
+YIELDS_TO = ("jrt_rnn",)
+NAMES = Names(
+    ("transformer.embeddings.word_embeddings.{p}", "backbone.embedding.{p}"),
+    ("transformer.embeddings.position_embeddings.{p}", "positions.table.{p}"),
+    ("transformer.layers.{i}.mixer.conv.conv.{p}", "backbone.layers.{i}.mixer.conv.{p}"),
+    ("transformer.layers.{i}.mixer.conv1.conv.{p}", "backbone.layers.{i}.mixer.conv.{p}"),
+    ("transformer.layers.{rest}", "backbone.layers.{rest}"),
+    ("transformer.ln_f.{p}", "backbone.ln_f.{p}"),
+)
+TRAINING = "acts in training only"
+NAMED = "names the class"
+PLACED = {"_target_": (None, NAMED), "layer_idx": (None, "names the block in a cache")}
+SIZED = {"d_model": None, "embed_dim": None}  # one of the two names of the width
+LENGTH = {"l_max": (None, "the longest sequence, of which nothing depends"), **PLACED}
+CONV = Arguments(
+    "BaseConv",
+    {"use_bias": True, "expand_proj": 4, "kernel_size": 3, **SIZED},
+    {"kernel_sizes": (3, "swallowed there: kernel_size counts"), **LENGTH},
+)
+TAYLOR = {"feature_dim": 16, "num_heads": 16, "eps": 1e-12, **SIZED}
+LINEAR = Arguments(
+    "LinearAttention",
+    TAYLOR | {"feature_map": None},
+    {"parallel_implementation": ("quadratic", KERNEL), **LENGTH},
+    {"feature_dim_v": (None, "values have the width of a head")},
+)
+SLIDING = Arguments(
+    "SlidingAttention",
+    {"window_size": 256, "num_heads": 16, "rotary_emb_dim": None, "qkv_proj_bias": False, "out_proj_bias": False}
+    | SIZED,
+    {"dropout": (0.0, TRAINING), **LENGTH},
+    {"causal": (True, "windows of a causal model lie before each token")},
+)
+LM_HONOURED = {
+    **{"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_inner": None, "rms_norm": True},
+    **{"pad_vocab_size_multiple": 8, "layer_norm_epsilon": 1e-5, "residual_in_fp32": True, "n_positions": None},
+    **{"alt_mixer_layers": (), "alt_mixer_2_layers": (), "mixer": None, "alt_mixer": None, "alt_mixer_2": None},
+}
+LM_INERT = {
+    **{"use_flash_attn": (True, KERNEL), "fused_mlp": (False, KERNEL), "fused_bias_fc": (False, KERNEL)},
+    **{"fused_dropout_add_ln": (False, KERNEL), "special_initializer": (True, INITIAL)},
+    **{"initializer_range": (0.02, INITIAL), "embd_pdrop": (0.0, TRAINING), "attn_pdrop": (0.0, TRAINING)},
+    **{"resid_pdrop": (0.0, TRAINING), "max_position_embeddings": (0, "overruled by n_positions there")},
+    **{"out_proj_bias": (False, "the mixers have their own"), "qkv_proj_bias": (False, "the mixers have their own")},
+    **{"scale_attn_by_inverse_layer_idx": (False, "read by mixers that these models do not have")},
+    **{"reorder_and_upcast_attn": (False, KERNEL), "rotary_emb_fraction": (1, "the mixers have their own")},
+}
+LM_REFUSED = {
+    **{"activation_function": ("swiglu", "only the gated MLP with SiLU exists here")},
+    **{
+        "mlp_fc1_bias": (False, "the MLPs here have no biases"),
+        "mlp_fc2_bias": (False, "the MLPs here have no biases"),
+    },
+}
+LM = Arguments("GPTLMHeadModel", LM_HONOURED, LM_INERT, LM_REFUSED)
+TABLES = (LM, CONV, LINEAR, SLIDING)
+
+
+def official(state: dict[str, Tensor], **given):
+    """GPTLMHeadModel with the fields of GPT2MixerConfig, or one of its mixers alone: BaseConv, LinearAttention,
+    SlidingAttention."""
+    if "Wqkv.weight" in state:
+        return OfficialSliding(**sliding(width_of(given), SLIDING.complete(given))), state
+    if "proj_q.weight" in state:
+        return OfficialLinear(**linear(width_of(given), LINEAR.complete(given))), state
+    if "in_proj.weight" in state:
+        return OfficialConv(**conv(width_of(given), CONV.complete(given))), to_ours(state)
+    config = LM.complete(given)
+    arguments, state = language(config, state)
+    kinds = {"mixer": "C", "alt_mixer": "T", "alt_mixer_2": "S"}
+    return BasedLM(**arguments, layer_pattern=pattern(config, kinds)), state
+
+
+def width_of(given: Mapping[str, Any]) -> int:
+    """The width, by the one or the other of its two names; `infer` reads it off the tensors."""
+    return given.get("d_model") or given["embed_dim"]
+
+
+def conv(d: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"d_model": d, "d_conv": config["kernel_size"], "expand": config["expand_proj"] / 2,
+            "bias": config["use_bias"]}  # fmt: skip
+
+
+def linear(d: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"d_model": d, "n_heads": config["num_heads"], "feature_dim": config["feature_dim"], "eps": config["eps"]}
+
+
+def sliding(d: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    heads, rotary = config["num_heads"], config["rotary_emb_dim"]
+    if rotary not in (None, 0, d // heads):
+        raise ValueError(f"rotary_emb_dim is {rotary}: here all {d // heads} channels of a head rotate, or none (0)")
+    if config["qkv_proj_bias"] != config["out_proj_bias"]:
+        raise ValueError("qkv_proj_bias and out_proj_bias must be equal: the projections here share one setting")
+    window = config["window_size"] // 2 + 1  # half of it, and the token itself
+    return {"d_model": d, "n_heads": heads, "window": window, "rope": rotary != 0, "bias": config["qkv_proj_bias"]}
+
+
+def language(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """GPT2MixerConfig's fields -> (arguments of BasedLM but for the pattern, the state under our names)."""
+    d, heads = config["n_embd"], config["n_head"]
+    if not config["rms_norm"]:
+        raise ValueError("rms_norm=False: the models here have RMSNorm")
+    c = CONV.complete(config["mixer"] or {})
+    t = dict(config["alt_mixer"] or {})
+    s = SLIDING.complete(config["alt_mixer_2"] or {"num_heads": heads})
+    for at, part in (("alt_mixer", t), ("alt_mixer_2", s)):
+        if part.get("num_heads", heads) != heads:
+            raise ValueError(f"{at}.num_heads is {part['num_heads']}: attention layers here have n_head={heads} heads")
+    theirs = clean(state)
+    table = theirs.get("transformer.embeddings.position_embeddings.weight")
+    arguments = {
+        **{"vocab_size": config["vocab_size"], "d_model": d, "n_layer": config["n_layer"], "n_heads": heads},
+        **{"feature_dim": t.get("feature_dim", 16), "window": sliding(d, s)["window"], "d_conv": c["kernel_size"]},
+        **{"conv_expand": c["expand_proj"] / 2, "conv_bias": c["use_bias"], "d_ff": config["n_inner"] or 4 * d},
+        **{"norm_eps": config["layer_norm_epsilon"], "residual_in_fp32": config["residual_in_fp32"]},
+        **{"pad_vocab_size_multiple": config["pad_vocab_size_multiple"]},
+        **{"n_positions": 0 if table is None else len(table)},
+    }
+    return arguments, to_ours(theirs)
+
+
+def pattern(config: Mapping[str, Any], letters: Mapping[str, str]) -> str:
+    """One letter per layer."""
+    first, second = set(config["alt_mixer_layers"]), set(config["alt_mixer_2_layers"])
+    names = ("alt_mixer_2" if i in second else "alt_mixer" if i in first else "mixer" for i in range(config["n_layer"]))
+    return "".join(letters[name] for name in names)
+
+
+def clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix of the hub's files and without counters of metrics."""
+    state = {key.removeprefix("model."): value for key, value in state.items()}
+    return {k: v for k, v in state.items() if "metric" not in k} if "lm_head.weight" in state else state
+
+
+def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    alone = {k.replace("conv.conv.", "conv.").replace("conv1.conv.", "conv."): v for k, v in state.items()}
+    if "in_proj.weight" in state:
+        return alone
+    ours = NAMES.to_ours(state)
+    word = ours.get("backbone.embedding.weight", ours.get("lm_head.weight"))
+    return ours if word is None else ours | {"lm_head.weight": word}
+
+
+def from_official(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return to_ours(clean(state))
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(module, GatedConv):
+        return {k.replace("conv.weight", "conv.conv.weight"): v for k, v in state.items()}
+    return NAMES.to_theirs(state)
+
+
+def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths, layers and rows; heads and windows leave no trace."""
+    if "out_proj.weight" in state:
+        named_embed_dim = "Wqkv.weight" in state or "proj_k_enc.weight" in state
+        return {"embed_dim" if named_embed_dim else "d_model": len(state["out_proj.weight"])}
+    state = clean(state)
+    words = state.get("transformer.embeddings.word_embeddings.weight")
+    if words is None:
+        return {}
+    layers = range(count(state, "transformer.layers.#."))
+    linear = [i for i in layers if f"transformer.layers.{i}.mixer.proj_q.weight" in state]
+    windows = [i for i in layers if f"transformer.layers.{i}.mixer.Wqkv.weight" in state]
+    told = {"n_embd": words.shape[1], "n_layer": len(layers), "vocab_size": len(words)}
+    return told | {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
+
+
+class OfficialConv(GatedConv):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class OfficialSliding(SlidingAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class OfficialSums:
+    """forward(x) -> y; forward(x, x_next) -> y, outputs decoded token by token, and the two states after x."""
+
+    def forward(self, x: Tensor, x_next: Tensor | None = None, **more):
+        y, state = super().forward(x, **more)
+        if x_next is None:
+            return y
+        kv, k = self.official_sums(state.sums)
+        steps = []
+        for token in x_next.split(1, dim=1):
+            step, state = super().forward(token, state)
+            steps.append(step)
+        return y, torch.cat(steps, dim=1), kv, k
+
+    def official_sums(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """(b h n p+1) -> (b h 1 p N), (b h 1 1 N) with the N = 1 + f + f^2 products of the published feature map."""
+        f = self.feature_dim
+        i, j = torch.triu_indices(f, f)
+        pairs = sums.new_zeros(*sums.shape[:2], f, f, sums.shape[-1])
+        half = sums[:, :, 1 + f :] * torch.where(i == j, 1.0, 0.5**0.5).to(sums)[:, None]
+        pairs[:, :, i, j], pairs[:, :, j, i] = half, half
+        full = torch.cat([sums[:, :, : 1 + f], pairs.flatten(2, 3)], dim=2).transpose(2, 3)  # (b h p+1 N)
+        return full[:, :, None, :-1], full[:, :, None, -1:]
+
+
+class OfficialLinear(OfficialSums, TaylorAttention):
+    """LinearAttention with its inputs and outputs."""
+
+
+def golden(case) -> dict[str, Tensor]:
+    got = case.run_official()
+    return got if "logits" not in got else {"logits": got["logits"]}
