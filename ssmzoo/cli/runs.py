@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import shlex
 import statistics
 from pathlib import Path
@@ -158,6 +159,7 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     per_model = {name: not_seeds(differing_keys(of_one), of_one) for name, of_one in members.items()}
     groups: dict[str, list[dict[int, float]]] = {}
     memory: dict[str, list[tuple[float, float]]] = {}
+    cache: dict[str, list[tuple[float, float]]] = {}  # of language models: bytes of state and loss
     for r in runs:
         curve = {int(row["step"]): row[metric] for row in read_metrics(r.folder / "metrics.csv") if metric in row}
         if not curve:
@@ -165,6 +167,8 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
         groups.setdefault(label(r, varied, per_model), []).append(curve)
         if point := memory_point(r.folder / "recall.csv"):
             memory.setdefault(label(r, varied, per_model), []).append(point)
+        if point := cache_point(r.folder / "state.csv"):
+            cache.setdefault(label(r, varied, per_model), []).append(point)
     column = max(18, len(metric) + 9)
     width = max(40, *(len(name) + 2 for name in groups))
     print(f"{'configuration':<{width}}{'runs':>5}{'final ' + metric:>{column}}{'sd':>10}{'best':>10}{'at step':>9}")
@@ -179,6 +183,33 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     print(f"curves in {png}")
     if len(memory) > 1:
         print(f"accuracy against bytes of state in {draw_memory(memory, png.with_stem(png.stem + '_memory'))}")
+    if len(cache) > 1:
+        print("\n" + cache_table(cache))
+        print(f"loss against bytes of state in {draw_memory(cache, png.with_stem(png.stem + '_state'), 'loss')}")
+
+
+def cache_point(state_csv: Path) -> tuple[float, float] | None:
+    """(bytes of state at the trained length, validation loss) of a language model's run; None where not told."""
+    if not state_csv.exists():
+        return None
+    with state_csv.open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file), None)
+    try:
+        held, loss = float(row["state_bytes"]), float(row["loss"])
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{state_csv} does not hold state_bytes and loss") from None
+    return (held, loss) if held else None
+
+
+def cache_table(points: dict[str, list[tuple[float, float]]]) -> str:
+    """Configurations by bytes of state; a star where none with as little state or less has a lower loss."""
+    means = {name: tuple(map(statistics.mean, zip(*runs))) for name, runs in points.items()}
+    width = max(40, *(len(name) + 2 for name in means))
+    lines = [f"{'configuration':<{width}}{'bytes of state':>16}{'loss':>10}"]
+    for name, (held, loss) in sorted(means.items(), key=lambda item: item[1]):
+        beaten = any(h <= held and other < loss for h, other in means.values())
+        lines.append(f"{name:<{width}}{held:>16,.0f}{loss:>10.4f}{'' if beaten else ' *'}")
+    return "\n".join([*lines, "* the lowest loss of all with as little state or less"])
 
 
 def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> None:

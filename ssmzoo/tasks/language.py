@@ -120,7 +120,10 @@ class LanguageModeling(Task):
             "bits per byte, order-0 (unigram) model": f"{unigram_bits_per_byte(data):.4f}",
         }
         if length := getattr(data, "seq_len", 0):
-            rows["state"] = f"{state_bytes(self.model, length):,} bytes per sequence of {length} tokens"
+            held, size = state_bytes(self.model, length), sum(p.numel() for p in self.model.parameters())
+            rows["state"] = f"{held:,} bytes per sequence of {length} tokens"
+            lines = f"length,state_bytes,parameters,loss\n{length},{held},{size},{validation['loss']:.6f}\n"
+            (run_dir / "state.csv").write_text(lines, encoding="utf-8")
         if self._load is not None:
             share = self._load / self._load.sum(-1, keepdim=True).clamp(min=1)
             for layer, row in enumerate(share if share.ndim == 2 else share[None]):

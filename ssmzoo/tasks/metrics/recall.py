@@ -100,8 +100,8 @@ def memory_point(recall_csv: Path) -> tuple[float, float] | None:
     return tuple(statistics.mean(float(row[key]) for row in rows) for key in ("state_bytes", "accuracy"))
 
 
-def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path) -> Path:
-    """Accuracy against bytes of state; {configuration: (bytes, accuracy) of each of its runs}."""
+def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path, what: str = "accuracy") -> Path:
+    """Accuracy or loss against bytes of state; {configuration: (bytes, accuracy or loss) of each of its runs}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,11 +110,15 @@ def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path) -> Path
     figure, ax = plt.subplots(figsize=(6, 4), constrained_layout=True)
     for name, runs in points.items():
         held, right = zip(*runs)
-        right = [100 * r for r in right]
+        right = [100 * r for r in right] if what == "accuracy" else right
         spread = statistics.stdev(right) if len(right) > 1 else 0.0
         ax.errorbar(statistics.mean(held), statistics.mean(right), spread, fmt="o", capsize=3, label=name)
-    ax.set(xscale="log", xlabel="state (bytes a sequence, mean over the test sizes)", ylabel="accuracy (%)")
-    ax.set_title("recall against memory (bars: one standard deviation over seeds)", fontsize=9)
+    accuracy = what == "accuracy"
+    of = "mean over the test sizes" if accuracy else "at the trained length"
+    ax.set(xscale="log", xlabel=f"state (bytes a sequence, {of})")
+    ax.set_ylabel("accuracy (%)" if accuracy else "validation loss (nats per token)")
+    kind = "recall" if accuracy else "loss"
+    ax.set_title(f"{kind} against memory (bars: one standard deviation over seeds)", fontsize=9)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     figure.savefig(png, dpi=120)
