@@ -78,7 +78,16 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             raise CheckpointError(
                 f"{path} does not hold all weights of {model.config.target}: {', '.join(missing[:6])}"
             )
+        model.fill_constants()
         return (model, info) if output_loading_info else model
+
+    def fill_constants(self) -> None:
+        """Give buffers that no file holds the constructor's values: transformers built the model without any."""
+        names = {name for name, _ in self.model.named_buffers()} - self.model.state_dict().keys()
+        if names:
+            fresh = build_model({"_target_": self.config.target} | (self.config.arguments or {}))
+            for name in names:
+                self.model.get_buffer(name).copy_(fresh.get_buffer(name))
 
     def _init_weights(self, module: nn.Module) -> None:
         """The zoo's constructors set their initial values."""

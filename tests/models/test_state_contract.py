@@ -43,7 +43,14 @@ TINY_BY_CLASS = {
         **{"attn_every": 2, "window": 3, "chunk_size": 2, "n_slots": 3},
         "pkm": {"n1": 3, "n2": 4, "key_dim": 3, "value_dim": 5, "top_k": 2},
     },
-    "CheemsLM": {"d_ff": 8, "layer_pattern": "SA", "n_experts": 9, "experts_per_head": 2, "d_retrieval": 4},
+    "CheemsLM": {
+        "n_kv_heads": None,
+        "d_ff": 8,
+        "layer_pattern": "SA",
+        "n_experts": 9,
+        "experts_per_head": 2,
+        "d_retrieval": 4,
+    },
     "GatedDeltaNetLM": {"num_heads": 2, "head_dim": 3, "num_v_heads": 4, "layer_pattern": "D"},
     "KimiDeltaLM": {"head_dim": 4, "d_ff": 8},
     "HybridLM": {
