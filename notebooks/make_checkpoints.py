@@ -29,6 +29,15 @@ RECIPES = {
         "trainer.max_steps=500",
         "trainer.val_check_interval=250",
     ],
+    "experts": [
+        "model=moe_mamba",
+        "model.d_model=32",
+        "model.n_experts=4",
+        "data.seq_len=128",
+        "data.batch_size=8",
+        "trainer.max_steps=200",
+        "trainer.val_check_interval=200",
+    ],
     "sd_ssm_D4": ["model=sd_ssm", "data.language=D4", "trainer.max_steps=1500", "trainer.val_check_interval=250"],
     "mamba_D4": [
         "model=mamba",

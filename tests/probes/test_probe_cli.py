@@ -16,6 +16,7 @@ APPLY = {  # probe: kinds of shipped checkpoints it is for
     "recall": ("language",),
     "receptive_field": ("image",),
     "relevance": ("image", "language", "sd_ssm_D4"),
+    "routing": ("experts",),
     "token_dynamics": ("image", "language"),
 }
 FAST = {
@@ -26,6 +27,7 @@ FAST = {
     ("polynomial", "sd_ssm_D4"),
     ("receptive_field", "image"),
     ("relevance", "image"),
+    ("routing", "experts"),
     ("token_dynamics", "language"),
 }
 CASES = [
