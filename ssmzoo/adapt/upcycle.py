@@ -17,9 +17,9 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor, nn
 
-from ssmzoo.layers.feedforward.cross_domain import SwiGLU
 from ssmzoo.layers.feedforward.mlp import GATED, FeedForward, GatedMLP
 from ssmzoo.layers.feedforward.moe import Experts, MoE, build_moe
+from ssmzoo.models.cheems_layers.cross_domain import SwiGLU
 
 BANK = "expert_inner_function."
 LAYOUTS = (("lin1_weight", "lin2_weight", "gate_weight"), ("fc1.weight", "fc2.weight"))

@@ -3,8 +3,8 @@
     x <- w1 * x + Mixer(RMSNorm(x));   x <- w2 * x + FF(RMSNorm(x));   logits = W_head RMSNorm(x), tied
 
 w1 and w2 (d) are learned and scale the residual, not the branch. One rotary embedding serves both kinds of
-mixers, whose equations are in layers/mixers/rotary_ssd.py and dynamic_mask.py. FF is a gated MLP, with `n_experts`
-joined by experts of one neuron each that product keys find (layers/feedforward/cross_domain.py).
+mixers, whose equations are in cheems_layers/rotary_ssd.py and dynamic_mask.py. FF is a gated MLP, with `n_experts`
+joined by experts of one neuron each that product keys find (cheems_layers/cross_domain.py).
 Differs from the released code: A is negative by default (there +1, and the state grows), the mask's threshold looks at
 the past only (there at all keys, later ones too), padding is skipped in every position.
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.decoder import Block, CausalLM
 from ssmzoo.layers.decoder import layer_pattern as letters
-from ssmzoo.layers.feedforward.cross_domain import CrossDomainExperts, SwiGLU
-from ssmzoo.layers.mixers.dynamic_mask import DynamicMaskAttention
-from ssmzoo.layers.mixers.rotary_ssd import RotarySSD
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.models.cheems_layers.cross_domain import CrossDomainExperts, SwiGLU
+from ssmzoo.models.cheems_layers.dynamic_mask import DynamicMaskAttention
+from ssmzoo.models.cheems_layers.rotary_ssd import RotarySSD
 
 
 class ResidualScale(nn.Module):
@@ -69,7 +69,7 @@ class CheemsLM(CausalLM):
     layer_pattern     one letter per layer, S for rotary SSD and A for attention; a shorter pattern repeats
     n_heads, n_kv_heads   of both mixers; key and value heads of the attention (default n_heads)
     d_ff              hidden width of the gated MLP
-    a_mode            neg_exp | raw, the sign of the SSD's A (ssmzoo.layers.mixers.rotary_ssd)
+    a_mode            neg_exp | raw, the sign of the SSD's A (ssmzoo.models.cheems_layers.rotary_ssd)
     mask_ratio, mask_over     share of the keys that attention hides, and among which keys: past | all
     n_experts         one-neuron experts per layer, a square number; 0: the MLP alone
     expert_heads, experts_per_head, d_retrieval   of the product keys that find them

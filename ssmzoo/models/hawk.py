@@ -2,21 +2,160 @@
 
     x <- x + HawkMixer(RMSNorm(x));   x <- x + MLP(RMSNorm(x));   logits = W_head RMSNorm(x)
 
-The recurrence and its equations are in layers/mixers/rg_lru.py; the MLP is W_2 (v * GeLU(g)), [v, g] = W_1 x, 8/3 as
-wide as the model. Birdie's Hawk differs from Griffin's in its dense gates and in the bidirectional layers. The paper
-states neither vocabulary, tying nor initialisation; ours are Griffin's for the recurrence and Mamba's for the rest.
-Source: De et al. 2024 (arXiv 2402.19427); Blouir et al. 2024 (arXiv 2411.01030).
+The mixer is a short convolution and the real-gated linear recurrent unit, beside a GeLU gate:
+
+    side = GeLU(W_y x),   u = causal depthwise conv_k(W_x x)                            all (n)
+    r = sigmoid(W_a u + b_a),   i = sigmoid(W_i u + b_i),   a = exp(-8 softplus(Lambda) r)
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t),   out = W_out (side * h)
+
+At the first token of a document the multiplier of the input is 1. Near a = 1 the derivative of the square root is
+bounded, without which training diverges. The gates are dense, as in Birdie's Hawk, unlike Griffin's. A bidirectional
+layer runs half of the channels backwards over the prefix (layers/mixers/two_way.py). (Griffin's text writes
+a = sigmoid(Lambda)^(8 r), the same with -Lambda.) The MLP is W_2 (v * GeLU(g)), [v, g] = W_1 x, 8/3 as wide as the
+model. The paper states neither vocabulary, tying nor initialisation; ours are Griffin's for the recurrence and Mamba's
+for the rest.
+
+b batch, l length, d d_model, n d_state, m channels that run forwards, k taps.
+Source: De et al. 2024 (arXiv 2402.19427), section 2.4; Blouir et al. 2024 (arXiv 2411.01030); Hugging Face transformers
+models/recurrent_gemma (Apache-2.0) for the parameter names and the bound.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.mlp import GatedMLP
-from ssmzoo.layers.mixers.rg_lru import HawkMixer
-from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.mixers.short_conv import short_conv
+from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
+from ssmzoo.layers.norm import RMSNorm, fp32
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.gated_ssm import BirdieLM, check_sizes, directions
+
+C = 8.0  # of the decay's exponent
+MAX_SLOPE = 1000.0  # of the square root
+MIN_ROOT = 1 / (4 * MAX_SLOPE**2)  # below it the slope stays
+
+
+class RGLRUState(NamedTuple):
+    conv: Tensor  # (b n k) the last k inputs of the convolution, oldest first
+    h: Tensor  # (b m) fp32
+    begun: Tensor  # (b) bool, whether the document has had a token
+
+
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """sqrt(x) for x >= 0 whose derivative is never above MAX_SLOPE, at x = 0 either."""
+    if not x.requires_grad and not torch.is_grad_enabled():
+        return x.clamp(min=0).sqrt()
+    steep = x < MIN_ROOT
+    root = torch.where(steep, MIN_ROOT, x).sqrt()
+    flat = x.detach().clamp(min=0).sqrt() + MAX_SLOPE * (x - x.detach())
+    return torch.where(steep, flat, root)
+
+
+class RGLRU(nn.Module):
+    """The gates of the recurrence: u (b l n), first (b l) bool -> decay a and input (b l n), fp32.
+
+    Lambda starts so that a^(1/r) is uniform in [0.9, 0.999]; the gates' matrices as torch's Linear, biases 0.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.recurrent_gate, self.input_gate = nn.Linear(width, width), nn.Linear(width, width)
+        self.recurrent_param = nn.Parameter(torch.empty(width))  # Lambda
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.recurrent_gate.bias)
+        nn.init.zeros_(self.input_gate.bias)
+        with torch.no_grad():  # softplus^-1 of -ln(a) / C
+            self.recurrent_param.uniform_(0.9, 0.999).log_().div_(-C).expm1_().log_()
+
+    def forward(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        r, i = torch.sigmoid(fp32(self.recurrent_gate(u))), torch.sigmoid(fp32(self.input_gate(u)))
+        log_a = -C * F.softplus(fp32(self.recurrent_param)) * r
+        scale = bounded_sqrt(-torch.expm1(2 * log_a)).masked_fill(first[..., None], 1)
+        return torch.exp(log_a), scale * i * fp32(u)
+
+
+class HawkMixer(nn.Module):
+    """Causal mixer (b l d) -> (b l d) that may read a prefix in both directions.
+
+    d_conv          k
+    bidirectional   half of the channels run backwards over the prefix
+    conv_across_documents   let the convolution look over document boundaries, as the published code does
+    """
+
+    packed_prefix = True
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int = 4,
+        bidirectional: bool = False,
+        conv_across_documents: bool = False,
+    ):
+        super().__init__()
+        if min(d_model, d_state, d_conv) < 1:
+            raise ValueError(f"HawkMixer needs positive sizes, got {d_model=}, {d_state=}, {d_conv=}")
+        self.d_state, self.d_conv, self.m = d_state, d_conv, forward_channels(d_state, bidirectional)
+        self.conv_across_documents = conv_across_documents
+        self.linear_y, self.linear_x = nn.Linear(d_model, d_state), nn.Linear(d_model, d_state)
+        self.conv_1d = nn.Conv1d(d_state, d_state, d_conv, groups=d_state)
+        self.rg_lru = RGLRU(d_state)
+        self.linear_out = nn.Linear(d_state, d_model)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: RGLRUState | None = None,
+        *,
+        mask: Tensor | Padding | None = None,
+        seq_idx: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, RGLRUState]:
+        if isinstance(mask, Tensor):
+            return call_aligned(self.forward, x, state, mask, seq_idx, prefix=prefix)
+        if is_step(x, state, mask, seq_idx) and prefix is None:
+            return self._step(x, state)
+        past, h, begun = (None, None, None) if state is None else state
+        side = F.gelu(self.linear_y(x), approximate="tanh")
+        documents = None if self.conv_across_documents else seq_idx
+        u = self.linear_x(x).transpose(1, 2)  # (b n l)
+        u, window = short_conv(self.conv_1d, u, past, self.d_conv, mask, documents, activation=None)
+        first = document_starts(False, seq_idx, x)
+        if begun is not None:
+            first = torch.cat([~begun[:, None], first[:, 1:]], dim=1)
+        a, u = self.rg_lru(u.transpose(1, 2), first)
+        h, last = two_way(a, u, h, self.m, padding=mask, seq_idx=seq_idx, prefix=prefix)
+        any_token = torch.ones_like(first[:, 0]) if mask is None else mask.lengths > 0
+        begun = any_token if begun is None else begun | any_token
+        return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, begun)
+
+    def _step(self, x: Tensor, state: RGLRUState) -> tuple[Tensor, RGLRUState]:
+        """One token (b 1 d), without gradients."""
+        side = F.gelu(self.linear_y(x), approximate="tanh")
+        window = torch.cat([state.conv[..., 1:], self.linear_x(x).transpose(1, 2)], dim=-1)  # (b n k)
+        if is_plain(self.conv_1d):
+            u = torch.addcmul(self.conv_1d.bias, window[..., 0], self.conv_1d.weight[:, 0, 0])
+            for tap in range(1, self.d_conv):
+                u = torch.addcmul(u, window[..., tap], self.conv_1d.weight[:, 0, tap])
+        else:
+            u = self.conv_1d(window)[..., 0]
+        a, u = self.rg_lru(u[:, None], ~state.begun[:, None])
+        h, last = two_way(a, u, state.h, self.m)
+        return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, torch.ones_like(state.begun))
+
+    def state_bytes(self, length: int) -> int:
+        size, wide = itemsize(self)
+        return self.d_state * self.d_conv * size + self.m * wide + 1
 
 
 class HawkLM(BirdieLM):

@@ -5,7 +5,7 @@
     logits = W_head LN(x), tied
 
 Every `attn_every`-th block has attention, every second one, from the first, experts. The equations are in
-layers/mixers/hydra_ssm.py, layers/feedforward/chunk_experts.py and memory.py. A proposal with a prototype: there are no
+hydra_layers/hydra_ssm.py, chunk_experts.py and memory.py. A proposal with a prototype: there are no
 trained weights, and the sizes of the 1.6B target were not published.
 Differs from the prototype by default: chunks are routed by the chunk before them, the weights of the experts keep their
 axes, the workspace is causal and belongs to a sequence. Its global top-k attention was never used and is left out.
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.layers.decoder import Block, CausalLM
-from ssmzoo.layers.feedforward.chunk_experts import ChunkExperts
-from ssmzoo.layers.feedforward.memory import ProductKeyMemory, PublishedWorkspace, Workspace
-from ssmzoo.layers.mixers.hydra_ssm import ElementwiseSSM, GatedConv
-from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.layers.state import Padding
+from ssmzoo.models.hydra_layers.chunk_experts import ChunkExperts
+from ssmzoo.models.hydra_layers.hydra_ssm import ElementwiseSSM, GatedConv
+from ssmzoo.models.hydra_layers.memory import ProductKeyMemory, PublishedWorkspace, Workspace
+from ssmzoo.models.hydra_layers.sliding_attention import SlidingAttention
 from ssmzoo.suggest import nearest
 
 SSMS = {"conv": GatedConv, "recurrent": ElementwiseSSM}
@@ -89,7 +89,7 @@ class HydraLM(CausalLM):
     attn_every, n_heads, window    which blocks have attention (0: none), its heads, and keys seen before the token
     n_experts, d_expert, chunk_size, gate_temperature, balance_weight   of the experts; n_experts 0: none
     routing, legacy_chunk_reshape  previous_chunk | chunk (published, looks ahead) (ChunkExperts)
-    pkm              arguments of ssmzoo.layers.feedforward.memory.ProductKeyMemory; None: no such memory
+    pkm              arguments of ssmzoo.models.hydra_layers.memory.ProductKeyMemory; None: no such memory
     workspace        None | causal | published (looks ahead), with n_slots slots
     """
 

@@ -10,7 +10,7 @@ from ssmzoo.data.birdie import objectives
 from ssmzoo.data.birdie.packing import pack
 from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.mixers.gated_ssm import GatedSSM, ReleasedGatedSSM, ScaledNorm
-from ssmzoo.layers.mixers.rg_lru import HawkMixer
+from ssmzoo.models.hawk import HawkMixer
 from ssmzoo.released.names import add_prefix, cut_prefix
 from ssmzoo.tasks.objectives.birdie import reward
 

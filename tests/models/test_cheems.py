@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.layers.feedforward.cross_domain import CrossDomainExperts
 from ssmzoo.layers.feedforward.product_key import ProductKeys
-from ssmzoo.layers.mixers.dynamic_mask import DynamicMaskAttention
-from ssmzoo.layers.mixers.rotary_ssd import RotarySSD
 from ssmzoo.models.cheems import CheemsLM
+from ssmzoo.models.cheems_layers.cross_domain import CrossDomainExperts
+from ssmzoo.models.cheems_layers.dynamic_mask import DynamicMaskAttention
+from ssmzoo.models.cheems_layers.rotary_ssd import RotarySSD
 from ssmzoo.released.cheems import from_official, to_official
 
 

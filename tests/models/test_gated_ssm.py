@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import ssmzoo
 from ssmzoo.layers.decoder import reads_prefixes
-from ssmzoo.layers.mixers.rg_lru import MAX_SLOPE, HawkMixer, bounded_sqrt
+from ssmzoo.models.hawk import MAX_SLOPE, HawkMixer, bounded_sqrt
 from ssmzoo.train.optim import parameter_roles
 
 both = pytest.mark.parametrize("name", ["gated_ssm", "hawk"])

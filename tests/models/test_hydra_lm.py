@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.layers.feedforward.chunk_experts import ChunkExperts
-from ssmzoo.layers.feedforward.memory import ProductKeyMemory, Workspace
+from ssmzoo.models.hydra_layers.chunk_experts import ChunkExperts
+from ssmzoo.models.hydra_layers.memory import ProductKeyMemory, Workspace
 from ssmzoo.models.hydra_lm import HydraLM
 
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.chunks import ChunkState, chunks, of_chunk
 from ssmzoo.layers.feedforward.product_key import ProductKeys
 from ssmzoo.layers.state import Padding, itemsize
+from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
 
 
 class ProductKeyMemory(nn.Module):

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.attention import kv_bytes, remembered, visible
-from ssmzoo.layers.mixers.rotary_ssd import head_width
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.position import document_positions
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
+from ssmzoo.models.cheems_layers.rotary_ssd import head_width
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 from ssmzoo.suggest import nearest
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.chunks import ChunkState, chunks, of_chunk
 from ssmzoo.layers.feedforward.moe import Experts
 from ssmzoo.layers.feedforward.router import TokenChoice
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
+from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
 from ssmzoo.ops.moe_dispatch import gather_rows, group_by_expert, scatter_rows
 from ssmzoo.suggest import nearest
 
