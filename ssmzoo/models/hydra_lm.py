@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.layers.decoder import Block, CausalLM
+from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.layers.state import Padding
 from ssmzoo.models.hydra_layers.chunk_experts import ChunkExperts
 from ssmzoo.models.hydra_layers.hydra_ssm import ElementwiseSSM, GatedConv
 from ssmzoo.models.hydra_layers.memory import ProductKeyMemory, PublishedWorkspace, Workspace
-from ssmzoo.models.hydra_layers.sliding_attention import SlidingAttention
 from ssmzoo.suggest import nearest
 
 SSMS = {"conv": GatedConv, "recurrent": ElementwiseSSM}

@@ -1,1 +1,1 @@
-"""Layers of Hydra (models/hydra_lm.py) that no other system uses: mixer, attention, chunk-routed experts, memories."""
+"""Layers of Hydra (models/hydra_lm.py) that no other system uses: mixer, chunk-routed experts, memories."""
