@@ -74,11 +74,14 @@ def official(state: dict[str, Tensor], **given):
 
 
 def from_official(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their keys hold both halves in one tensor (heads, n, 2, half); a tied head may be missing."""
-    ours = {}
+    """Their keys hold both halves in one tensor (heads, n, 2, half); a tied head may be missing. A model of ours that
+    holds A_log takes the logarithm of a negative A."""
+    ours, own = {}, model.state_dict().keys()
     for key, value in NAMES.to_ours(state).items():
         if key.endswith("feed_forward.keys"):
             ours |= {f"{key}.keys1": value[:, :, 0], f"{key}.keys2": value[:, :, 1]}
+        elif f"{key}_log" in own and bool((value < 0).all()):
+            ours[f"{key}_log"] = torch.log(-value)
         else:
             ours[key] = value
     tied = model.head.weight is model.embedding.weight

@@ -58,13 +58,16 @@ def test_official_names_come_back_bit_for_bit(name, tmp_path):
     if wrapper is not None:
         assert list(torch.load(file, weights_only=True)) == [wrapper]
     ours = to_ours(source.model, read_state_dict(file))
+    changed = [key for key, value in source.model.state_dict().items() if not torch.equal(ours[key], value)]
+    assert all(key.endswith("A_log") for key in changed), changed  # where the official file holds A itself
     fresh = exports.build_model(source.node)
     fit_state_dict(fresh, ours)
     x = exports.inputs(name)
     torch.manual_seed(1)
     expected = exports.outputs(source.model, x)
     torch.manual_seed(1)
-    assert torch.equal(exports.outputs(fresh.eval(), x), expected)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if changed else dict(rtol=0, atol=0)
+    torch.testing.assert_close(exports.outputs(fresh.eval(), x), expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", exports.RUNS)
