@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmzoo.layers.decoder import reads_prefixes
 from ssmzoo.tasks.base import StepOutput
 from ssmzoo.tasks.language import IGNORE, LanguageModeling, token_cross_entropy
 
@@ -41,7 +42,8 @@ class PrefixLanguageModeling(LanguageModeling):
         read_twice: bool = False,
     ):
         super().__init__(model, optim, sample_tokens, prompt, prompt_tokens, eval_lengths, read_twice=read_twice)
-        if not getattr(model, "reads_prefixes", False):
+        told = getattr(model, "reads_prefixes", None)
+        if not (reads_prefixes(model) if told is None else told):
             raise ValueError(
                 f"task=prefix_language needs a model that reads a prefix in both directions, such as jrt_rnn; "
                 f"{type(model).__name__} reads in one direction only (task=language trains it)"

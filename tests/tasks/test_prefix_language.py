@@ -8,6 +8,8 @@ import torch
 from ssmzoo.data.recall.data import RecallData
 from ssmzoo.layers.state import ModelOutput
 from ssmzoo.models.based import BasedLM
+from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.gated_ssm import GatedSSMLM
 from ssmzoo.models.jrt_rnn import JRTRNNLM
 from ssmzoo.tasks.language import token_cross_entropy
 from ssmzoo.tasks.prefix_language import PrefixLanguageModeling
@@ -45,6 +47,17 @@ def test_the_loss_is_next_tokens_behind_and_masked_tokens_within():
     assert out.count == task.labelled(batch) == 12
     plain = task.step(batch, training=False)
     assert plain.auxiliary is None and torch.equal(seen[1][0][0], ids) and seen[1][1]["prefix"] == 6
+
+
+def test_other_models_with_a_prefix_are_trained_so_too():
+    ids = torch.randint(50, (2, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    for model in (
+        TransformerLM(64, 16, 1, 2),
+        GatedSSMLM(vocab_size=64, d_model=16, d_state=8, n_layer=2),
+    ):
+        out = PrefixLanguageModeling(model, mask_token=63).step(batch, training=True)
+        assert out.loss.isfinite() and out.auxiliary.isfinite() and out.count == 8
 
 
 @pytest.mark.parametrize(
