@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import typing
+from collections import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -351,9 +352,19 @@ def _fits(value, hint) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
-    if origin in (list, tuple) or hint in (list, tuple):
-        return isinstance(value, (list, tuple))
+    kind = origin or hint
+    if kind in (list, tuple, abc.Sequence):
+        return isinstance(value, (list, tuple)) and _parts_fit(value, arguments, fixed=kind is tuple)
+    if kind in (dict, abc.Mapping):
+        return isinstance(value, dict) and _parts_fit(value.values(), arguments[1:], fixed=False)
     return True
+
+
+def _parts_fit(values, hints: tuple, fixed: bool) -> bool:
+    """Do the members of a list, or the values of a table, fit? `fixed`: of tuple[int, int], as many as named."""
+    if fixed and hints and Ellipsis not in hints:
+        return len(values) == len(hints) and all(_fits(v, h) for v, h in zip(values, hints))
+    return not hints or all(_fits(v, hints[0]) for v in values)
 
 
 def _name(hint) -> str:
