@@ -123,8 +123,11 @@ def differing_keys(runs: list[Run]) -> list[str]:
 
 
 def not_seeds(keys: list[str], runs: list[Run]) -> list[str]:
-    """Without `seed`, and what every run took from it (data.seed)."""
-    return [k for k in keys if any(r.config.get(k) != r.config.get("seed") for r in runs)]
+    """Without `seed`, and without seeds that every run took from it (data.seed)."""
+    taken = {
+        k for k in keys if k.rpartition(".")[2] == "seed" and all(r.config.get(k) == r.config.get("seed") for r in runs)
+    }
+    return [k for k in keys if k not in taken]
 
 
 def label(run: Run, varied: list[str], per_model: dict[object, list[str]]) -> str:

@@ -44,12 +44,13 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
 
     from ssmzoo.train import run, sweep
     from ssmzoo.train.config import free_overrides, paired_overrides, register_resolvers
+    from ssmzoo.train.errors import user_errors
 
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     if config_name == "train":
         arguments = paired_overrides(arguments)
-    sys.argv = [sys.argv[0], *free_overrides(arguments)]
+    sys.argv = [sys.argv[0], *user_errors(free_overrides)(arguments)]
     action: Callable = run.train if config_name == "train" else run.evaluate
 
     def job(cfg):

@@ -115,7 +115,7 @@ class MoEMambaLM(DecoderLM):
         n_experts: int = 42,
         d_expert: int | Sequence[int] | None = None,
         arrangement: str = "interleaved",
-        inner_moe=PROJECTIONS,
+        inner_moe: str | Sequence[str] = PROJECTIONS,
         moe_every: int = 1,
         expert: str = "relu",
         router: str = "token_choice",

@@ -134,6 +134,9 @@ def build_node(node: dict, prefix: str, **injected):
 def free_overrides(arguments: Sequence[str]) -> list[str]:
     """Let `model.n_experts=8` set an argument that the yaml leaves at its default: the constructor is the schema, so
     such keys are added (`++`) and checked against the constructor afterwards."""
+    nameless = next((a for a in arguments if "=" in a and not a.partition("=")[0].strip("+~ ")), None)
+    if nameless is not None:
+        raise ConfigError(f"{nameless!r} has no key; expected key=value")
     pattern = re.compile(rf"^({'|'.join(FREE_ROOTS)})\.[\w.]+=")
     return [f"++{a}" if pattern.match(a) else a for a in arguments]
 
@@ -179,6 +182,9 @@ def check(cfg: DictConfig) -> None:
         if not _fits(cfg.get(key, kind()), kind):
             given = f"{cfg[key]!r} ({type(cfg[key]).__name__})"
             raise ConfigError(f"{key} is {given}{origin(key)}; expected {kind.__name__}")
+    for key in ("init_from", "runs_dir"):  # what a shell leaves of an unset variable
+        if cfg.get(key) is not None and not str(cfg[key]).strip():
+            raise ConfigError(f"{key} is empty{origin(key)}; expected a path")
     _check_logger(cfg.get("logger") or {"kind": "csv"})
     if str(cfg.model.get("_target_", "")):
         _check_node("model", cfg.model, model_class(cfg.model._target_), injected=())
@@ -399,4 +405,7 @@ def explain_hydra_error(error: Exception) -> str:
         known = list(OmegaConf.load(config_dir() / "train.yaml")) + list(FREE_ROOTS)
         near = nearest(key.group(1), known)
         return f"unknown key {key.group(1)!r} on the command line{near}; top-level keys: {', '.join(sorted(known))}"
+    if type(error).__name__ == "OverrideParseException":
+        given = error.override.removeprefix("++")
+        return f"{given!r} cannot be read; expected key=value, with quotes around more than plain words"
     return " ".join(text.split("\n")[0].split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def schedule(
     total_steps: int,
     warmup_steps: int,
     min_lr_ratio: float,
-    milestones=(),
+    milestones: Sequence[int] = (),
     gamma: float = 0.5,
     decay_fraction: float = 0.2,
     hold_steps: int = 0,
@@ -146,7 +146,7 @@ def build(
     schedule_kind: str = "cosine",
     warmup_steps: int = 0,
     min_lr_ratio: float = 0.1,
-    milestones=(),
+    milestones: Sequence[int] = (),
     gamma: float = 0.5,
     hold_steps: int = 0,
     warmup_lr_ratio: float | None = None,

@@ -189,6 +189,15 @@ def test_arguments_of_every_other_node_are_held_to_their_types(node):
     hold(cfg, node, locate(CALLED[node]), (*skipped, "default_root_dir", "kwargs", "avg_fn"))
 
 
+def test_every_argument_of_every_class_is_annotated():
+    every = [(called, INJECTED.get(group, ())) for group, _, called in targets()]
+    every.append((locate(CALLED["optim"]), INJECTED["optim"]))
+    for called, skipped in every:
+        hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
+        lacking = [p for p in inspect.signature(called).parameters if p not in hints and p not in skipped]
+        assert not lacking, called
+
+
 class Accepted(BaseException):
     pass
 
@@ -224,6 +233,11 @@ def test_one_bad_key_of_every_node_on_the_command_line(call, tmp_path, nothing_b
 @pytest.mark.parametrize("value", [v for v in TEXTS if v] + ["../../etc", "{a: 1}"])
 def test_a_choice_that_is_not_there(call, tmp_path, nothing_begins, group, value):
     refused(call, tmp_path, [f"{group}={value}"], "train")
+
+
+@pytest.mark.parametrize("text", ["=3", "foo", "optim.lr={a:", "model=a,b{", "+++x=1", "model=\x1b[2J", "runs_dir=''"])
+def test_what_is_no_key_and_value(call, tmp_path, nothing_begins, text):
+    refused(call, tmp_path, [text], "train")
 
 
 @pytest.mark.parametrize("key", ["resume", "config", "init_from", "ckpt"])

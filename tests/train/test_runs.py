@@ -101,6 +101,16 @@ def test_every_key_that_varies_is_a_label_and_only_seeds_are_pooled(call, tmp_pa
     }
 
 
+def test_a_key_that_happens_to_equal_the_seed_is_no_seed(call, tmp_path):
+    runs = []
+    for seed in (1, 2):
+        runs.append(finished(tmp_path / f"runs/{seed}", 0.1, seed, [2.0, 1.0]))
+        text = f"model_name: lstm\nseed: {seed}\nmodel: {{n_layer: {seed}}}\ndata: {{seed: {seed}}}\n"
+        (tmp_path / f"runs/{seed}/config.yaml").write_text(text)
+    _, out, _ = call("runs", "compare", *runs, entry="ssmzoo")
+    assert "model.n_layer=1 " in out and "model.n_layer=2 " in out and "data.seed" not in out
+
+
 def test_models_of_a_sweep_keep_their_learning_rates_in_the_label(call, tmp_path):
     runs = []
     for model, lr, width in (("mamba", 0.1, 8), ("mamba", 0.2, 8), ("lstm", 0.3, None)):
