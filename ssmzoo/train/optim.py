@@ -141,7 +141,7 @@ def build(
     name: str = "adamw",
     lr: float = 1e-3,
     weight_decay: float = 0.1,
-    betas=(0.9, 0.95),
+    betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     schedule_kind: str = "cosine",
     warmup_steps: int = 0,
