@@ -10,10 +10,8 @@ from pathlib import Path
 FLAG = "--lm-eval"
 
 
-def parser() -> argparse.ArgumentParser:
-    from ssmzoo.cli.main import Parser
-
-    made = Parser(prog="ssmzoo eval", description="Evaluate a language model of the zoo with lm-eval.")
+def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    made = kind(prog="ssmzoo eval", description="Evaluate a language model of the zoo with lm-eval.")
     add = made.add_argument
     add("checkpoint", help="a run folder, or a checkpoint folder inside one")
     add(FLAG, required=True, dest="tasks", metavar="TASKS", help="names of tasks, separated by commas")
@@ -27,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+def run(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
+    args = parser(kind).parse_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed; pip install 'ssmzoo[eval]' brings it")
     if args.limit is not None and args.limit < 1 or args.batch_size < 1:

@@ -69,7 +69,7 @@ def _main(argv: list[str] | None) -> None:
     harness = argv[:1] == ["eval"]
     args = argparse.Namespace(traceback=False) if harness else parse(argv)
     try:
-        sys.exit((lm_eval.run(argv[1:]) if harness else args.run(args)) or 0)
+        sys.exit((lm_eval.run(argv[1:], Parser) if harness else args.run(args)) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

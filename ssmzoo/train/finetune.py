@@ -82,7 +82,11 @@ def keep_statistics(model: nn.Module) -> None:
     """Batch norms whose parameters are all frozen also keep their running statistics."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+        if (
+            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+            and own
+            and not any(p.requires_grad for p in own)
+        ):
             module.register_forward_pre_hook(lambda norm, args: norm.eval() and None)
 
 
