@@ -114,4 +114,15 @@ CATALOGUE += (
         arguments={"vocab_size": 50277, "residual_in_fp32": True},
         note="trained on 600 B tokens of SlimPajama",
     ),
+    Weights(
+        "transformerpp_2.7b",
+        Hub("state-spaces/transformerpp-2.7b", "pytorch_model.bin", "15a431b71c40c284138c379d07d4008a28fea397"),
+        tokenizer=NEOX,
+        arguments={
+            **{"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 16},
+            "attn_cfg": {"causal": True, "head_dim": 80, "num_heads": 32, "rotary_emb_dim": 40}
+            | {"out_proj_bias": False, "qkv_proj_bias": False},
+        },
+        metric="zero shot: LAMBADA perplexity 3.99, accuracy 70.3 %; HellaSwag 66.4 %; PIQA 75.2 %",
+    ),
 )

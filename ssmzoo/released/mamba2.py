@@ -154,3 +154,16 @@ CATALOGUE = tuple(
         ),
     )
 )
+CATALOGUE += (
+    Weights(
+        "mamba2attn_2.7b",
+        Hub("state-spaces/mamba2attn-2.7b", "pytorch_model.bin"),
+        tokenizer=NEOX,
+        arguments={
+            **{"vocab_size": 50277, "residual_in_fp32": True, "pad_vocab_size_multiple": 16},
+            "attn_cfg": {"causal": True, "d_conv": 4, "head_dim": 128, "num_heads": 30, "rotary_emb_dim": 64}
+            | {"out_proj_bias": False, "qkv_proj_bias": False},
+        },
+        metric="zero shot: LAMBADA perplexity 3.85, accuracy 71.1 %; HellaSwag 67.8 %; PIQA 75.2 %",
+    ),
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmzoo.models.mamba3 import Mamba3, Mamba3LM
 from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
+from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import (
     BACKBONE,
@@ -22,7 +23,17 @@ from ssmzoo.released.language import (
 )
 from ssmzoo.released.mamba import DT
 
-__all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
+__all__ = [
+    "CATALOGUE",
+    "MODELS",
+    "TABLES",
+    "TELLING_KEYS",
+    "from_official",
+    "golden",
+    "infer",
+    "official",
+    "to_official",
+]
 MODELS = (Mamba3LM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.B_bias")
 BLOCK = Arguments(
@@ -70,3 +81,27 @@ class OfficialMamba3(StepByStep, Mamba3):
 
 def golden(case) -> dict[str, Tensor]:
     return golden_lm(case) if "n_layer" in case.official_kwargs else case.run_official()
+
+
+CATALOGUE = tuple(
+    Weights(
+        f"mamba3_{size.replace('-', '_')}",
+        Hub(f"state-spaces/mamba3-{size}", "pytorch_model.bin", revision),
+        **{"licence": "apache-2.0", "bytes": n, "sha256": digest, "tokenizer": "meta-llama/Llama-3.1-8B"},
+        arguments={"vocab_size": 128256, "residual_in_fp32": True},
+        note="trained on 100 B tokens of FineWeb-Edu; 16-bit weights; the tokenizer's repository asks for a licence",
+    )
+    for size, revision, n, digest in (
+        ("siso-187m", "6792c27c00f3bb41506db1066dcd1c51bb0f4b02", 373_744_619, None),
+        (
+            *("mimo-187m", "8fd6e9eb7b795f2e15d7f6353251d0137980c43e", 374_640_827),
+            "369db3fb9deedfc98baa95ac9166baf862dd7e03b3143afaf0d19e46a220daf6",
+        ),
+        ("siso-443m", "main", None, None),
+        ("mimo-444m", "main", None, None),
+        ("siso-893m", "e205b6e6d6075d089140d2e9170970aabc05c481", None, None),
+        ("mimo-894m", "b5c7db27d1c7781d27c203bfd18601b3bbff7bc0", None, None),
+        ("siso-1.5b", "5cfc721542ec9ccee768088b2fd6b7e8101219d8", None, None),
+        ("mimo-1.5b", "bc6b5d0f7994fe4cb3478242e92da8daf9ee29ec", None, None),
+    )
+)

@@ -65,6 +65,31 @@ def test_official_arguments_build_the_tensors_of_the_preset(name, monkeypatch):
     assert {key: value.shape for key, value in ours.items()} == own
 
 
+PUBLISHED = {  # parameters
+    "mamba3_mimo_187m": 187_291_968,
+    "adventurer_base_patch8_448": 100_473_160,
+    "mamba_reg_base": 99_301_096,
+    "vmamba_tiny": 30_249_064,
+    "vim_tiny_plus": 7_250_344,
+    "mambair_light_x2": 905_016,
+    "mambair_v2_light_x2": 774_092,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_preset(name).parameters()) == PUBLISHED[name]
+
+
+def test_a_16_bit_file_weighs_two_bytes_for_each_parameter():
+    for name in ("mamba3_siso_187m", "mamba2_2.7b"):
+        with torch.device("meta"):
+            model = build_preset(name)
+        rest = ENTRIES[name].bytes - 2 * sum(p.numel() for p in model.parameters())
+        assert 0 < rest < 1000 * len(model.state_dict())
+
+
 def test_no_tag_and_wrong_tags_are_refused_with_the_right_ones():
     with pytest.raises(ValueError, match="choose one: mambair_denoise.sigma15, mambair_denoise.sigma25"):
         weights.find_weights("mambair_denoise", True)

@@ -20,6 +20,7 @@ SMALL = {  # a small model of each class that has released files, by constructor
     "FalconMambaLM": ("falcon_mamba", {"d_model": 16, "n_layer": 2, "vocab_size": 40}),
     "MambaLM": ("mamba", {"d_model": 16, "n_layer": 2, "vocab_size": 40}),
     "Mamba2LM": ("mamba2", {"d_model": 64, "n_layer": 2, "vocab_size": 40}),
+    "Mamba3LM": ("mamba3", {"d_model": 64, "n_layer": 2, "vocab_size": 40}),
     "MambaIR": ("mambair_light_x2", {"embed_dim": 30, "depths": [1, 1], "d_state": 2}),
     "MambaIRUNet": ("mambair_unet", {"dim": 30, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1}),
     "MambaIRv2": ("mambair_v2", {}),
@@ -83,7 +84,7 @@ def equal(a, b):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[f"{family}-{cls}" for family, cls in LAYOUTS])
 def test_every_official_layout_is_fetched_by_name(layout, hub, monkeypatch):
     family, cls = layout
-    wrapper = LAYOUTS[layout].wrappers[0] if cls not in ("MambaLM", "Mamba2LM") else ""
+    wrapper = LAYOUTS[layout].wrappers[0] if cls not in ("MambaLM", "Mamba2LM", "Mamba3LM") else ""
     preset, *changes = SMALL[cls]
     model, entry = offered(hub, monkeypatch, cls, family)
     state = {key: value.clone() for key, value in to_official(family, model).items()}

@@ -1,0 +1,79 @@
+"""Write docs/released.md: what each family of released weights can do, found by looking.
+
+python benchmarks/released_page.py
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ssmzoo.released.catalogue import ByHand, catalogue
+from ssmzoo.released.family import families, find, to_official
+from ssmzoo.released.fit import fit_state_dict
+from ssmzoo.released.golden import GoldenCase
+from ssmzoo.released.load import build
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """# Released weights
+
+`ssmzoo weights list` names the files that are known, `ssmzoo weights show NAME` says where one comes from, under which
+licence and what was measured with it, and `ssmzoo.create_model(NAME, pretrained=True)` fetches it. Files on Google
+Drive have to be fetched with a browser; `ssmzoo weights fetch NAME --file PATH` takes them in. Downloads follow
+HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and TORCH_HOME (`ssmzoo weights where`); pickles are read without running anything
+and kept as safetensors; the SHA-256 is compared with the published one, or with that of the first download.
+
+The tests load no released file: they serve small files in each official layout from a local server
+(`tests/released/test_download.py`) and compare every entry's arguments with its preset (`test_catalogue.py`).
+
+Written by `python benchmarks/released_page.py`, which loads the stored cases of the official implementations and writes
+them back under the official names.
+
+| family | recognised by | official arguments in tables | cases that load | come back bit for bit | released files |
+|---|---|---|---|---|---|
+"""
+
+
+def round_trip(case: GoldenCase) -> tuple[bool, bool]:
+    """(does the case load?, is it the same afterwards?)"""
+    official = {key: value.detach() for key, value in case.params.items()}
+    try:
+        module, ours = build(case.family, official, case.official_kwargs)
+        fit_state_dict(module, ours)
+        back = to_official(case.family, module, **case.official_kwargs)
+    except ValueError:
+        return False, False
+    back = {key: torch.view_as_real(v) if v.is_complex() else v for key, v in back.items()}
+    return True, back.keys() == official.keys() and all(torch.equal(back[key], v) for key, v in official.items())
+
+
+def row(family: str) -> str:
+    files = sorted((ROOT / "tests" / "golden" / family).glob("*.json"))
+    trips = [round_trip(case) for case in map(GoldenCase.load, files) if case.params]
+    loaded, same = (sum(side) for side in zip(*trips)) if trips else (0, 0)
+    marks = {"TELLING_KEYS": "its keys", "MODEL_TYPE": "config.json"}
+    words = " or ".join(word for name, word in marks.items() if find(family, name))
+    arguments = sum(len(table.names) for table in find(family, "TABLES") or ())
+    entries = [entry for entry in catalogue().values() if entry.family == family]
+    by_hand = sum(isinstance(entry.source, ByHand) for entry in entries)
+    known = f"{len(entries)}{f' ({by_hand} by hand)' if by_hand else ''}" if entries else ""
+    counts = (f"{loaded} of {len(trips)}", f"{same} of {len(trips)}") if trips else ("", "")
+    return f"| `{family}` | {words} | {arguments or ''} | {counts[0]} | {counts[1]} | {known} |"
+
+
+def main() -> None:
+    names = [family for family in families("MODELS") if (ROOT / "ssmzoo" / "released" / f"{family}.py").exists()]
+    text = HEAD + "\n".join(map(row, names)) + "\n\n" + licences()
+    (ROOT / "docs" / "released.md").write_text(text, encoding="utf-8")
+
+
+def licences() -> str:
+    count = Counter(entry.licence or "none stated by the publisher" for entry in catalogue().values())
+    lines = [f"- {licence}: {n} files" for licence, n in count.most_common()]
+    return "Licences of the weights:\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
