@@ -39,6 +39,10 @@ def fit_state_dict(
     ]
     if problems:
         hint = "" if family is not None and family_of(state) == family else looks_like(state)
+        odd = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
+        heads = [len(state[k]) for k in odd if role(module, k) == "head"]
+        if len(heads) == len(wrong) > 0 and not missing and not extra and hasattr(module, "num_classes"):
+            hint = f"; the head of the file has {heads[0]} classes: build the model with num_classes={heads[0]}"
         raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + hint)
     say_conversion(own, state, what)
     module.load_state_dict(state)

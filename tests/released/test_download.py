@@ -273,3 +273,10 @@ def test_names_that_promise_weights_never_give_random_ones(hub, monkeypatch):
         ssmzoo.create_model("mamba_100m", pretrained=True)
     with pytest.raises(ValueError, match="choose one: mambair_jpeg.q10"):
         ssmzoo.create_model("mambair_jpeg", pretrained=True)
+
+
+def test_a_checkpoint_of_other_classes_says_how_many_it_has(tmp_path):
+    torch.save(build_preset("vmamba", num_classes=7).state_dict(), tmp_path / "seven.pt")
+    with pytest.raises(ValueError, match="the head of the file has 7 classes: build the model with num_classes=7"):
+        ssmzoo.create_model("vmamba", checkpoint=str(tmp_path / "seven.pt"))
+    assert ssmzoo.create_model("vmamba", checkpoint=str(tmp_path / "seven.pt"), num_classes=7).num_classes == 7
