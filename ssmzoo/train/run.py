@@ -29,7 +29,7 @@ from ssmzoo.train.freed_memory import keep_freed_memory
 from ssmzoo.train.manifest import threads_note
 from ssmzoo.train.progress import clock
 from ssmzoo.train.quiet import quiet
-from ssmzoo.train.recomputation import describe
+from ssmzoo.train.recomputation_cost import describe
 from ssmzoo.train.report import backends_line, draw_curves, show, write_interrupted, write_report
 from ssmzoo.train.tracking import ending_wandb
 
