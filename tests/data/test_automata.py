@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 
 import numpy as np
 import pytest
@@ -191,18 +190,6 @@ def test_query_token_takes_the_answer():
     assert data.sizes["num_symbols"] == 3 and (batch["input_ids"][:, -1] == 2).all()
     assert (batch["labels"][:, :-1] == IGNORE).all()
     assert (batch["labels"][:, -1] == batch["input_ids"][:, :-1].sum(1) % 2).all()
-
-
-def test_generation_is_fast():
-    """100 times faster than a training step of 12 ms; the best of several tries, since machines are shared."""
-    data = FormalData("A5", skewed=0.5, curriculum="fixed")
-    best = float("inf")
-    for start in range(0, 320, 64):
-        began = time.process_time()
-        for index in range(start, start + 64):
-            data.training(index)
-        best = min(best, (time.process_time() - began) / 64)
-    assert best < 1e-3, f"{1e6 * best:.0f} us per batch of 128 strings of 40 symbols"
 
 
 def test_fixed_sets():

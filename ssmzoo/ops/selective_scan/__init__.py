@@ -119,12 +119,13 @@ def _per_step(M: Tensor, channels: int, dtype: torch.dtype):
 def empty_gradients(a) -> dict[str, Tensor]:
     """Uninitialised gradients: sequences in the layout of their arguments, B and C with states next to each other."""
     grads = {name: torch.empty_like(t) for name in ("u", "delta", "z") if (t := getattr(a, name)) is not None}
-    for name in ("A", "B", "C", "D", "delta_bias", "initial_state"):
-        t = getattr(a, name)
-        if t is not None and t.ndim == 4:
+    for name, t in zip(a._fields, a):
+        if not isinstance(t, Tensor) or name in grads or not t.is_floating_point():
+            continue
+        if t.ndim == 4:
             b, g, n, l = t.shape
             grads[name] = t.new_empty(b, g, l, n).permute(0, 1, 3, 2)
-        elif t is not None:
+        else:
             grads[name] = t.new_empty(t.shape)
     return grads
 
@@ -156,15 +157,17 @@ def register(backend: str, kernel: Kernel, **why_not) -> None:
     selective_scan_fn.register(backend, eager=eager, **why_not)(traced)
 
 
+LAST = selective_scan_fn.Arguments._fields.index("return_last_state")  # no argument of the kernels
+
+
 def _with_equal_groups(scan: Callable, a: tuple) -> Tensor | tuple[Tensor, Tensor]:
     B, C = a.B, a.C
     B, C = B.unsqueeze(1) if B.ndim == 3 else B, C.unsqueeze(1) if C.ndim == 3 else C
     if B.ndim == C.ndim == 4 and B.shape[1] != C.shape[1]:
         groups = max(B.shape[1], C.shape[1])
         B, C = B.expand(-1, groups, -1, -1), C.expand(-1, groups, -1, -1)
-    u, delta, A, _, _, D, z, delta_bias, delta_softplus, return_last_state, *rest = a
-    out, last_state = scan(SCAN.Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, *rest))
-    return (out, last_state) if return_last_state else out
+    out, last_state = scan(SCAN.Inputs(*a[:3], B, C, *a[5:LAST], *a[LAST + 1 :]))
+    return (out, last_state) if a.return_last_state else out
 
 
 def why_not_complex(a) -> str | None:
