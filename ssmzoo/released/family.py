@@ -60,6 +60,8 @@ def family_of(state: dict[str, Tensor]) -> str | None:
 
 def to_ours(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in our names or in those of any family that has this model's weights -> in our names."""
+    if state.keys() <= model.state_dict().keys():  # ours already, perhaps not all of them
+        return dict(state)
     for family in families("MODELS"):
         convert = find(family, "from_official")
         if convert is None or type(model) not in find(family, "MODELS"):

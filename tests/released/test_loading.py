@@ -25,6 +25,10 @@ TINY = {  # small enough to build in no time, by family; every family with model
     "moe_mamba": lambda: ssmzoo.create_model("moe_mamba", vocab_size=32, d_model=16, n_blocks=2, n_experts=2),
     "based": lambda: ssmzoo.create_model("based", vocab_size=32, d_model=16, n_heads=2, d_ff=8, feature_dim=2),
     "jrt_rnn": lambda: ssmzoo.create_model("jrt_rnn", vocab_size=31, d_model=16, n_heads=2, d_ff=8, feature_dim=2),
+    "cheems": lambda: ssmzoo.create_model(
+        "cheems", vocab_size=32, d_model=32, n_layer=2, n_heads=2, d_ff=16, n_experts=16, d_retrieval=8
+    ),
+    "hydra_lm": lambda: ssmzoo.create_model("hydra_lm_toy", vocab_size=32, d_model=16, n_layer=2, pkm=None),
     "vmamba": lambda: ssmzoo.create_model("vmamba_tiny", depths=[1, 1], dims=[8, 16], num_classes=3),
     "res_vmamba": lambda: ssmzoo.create_model("res_vmamba_small", depths=[1, 1], dims=[8, 16], num_classes=3),
     "vim": lambda: ssmzoo.create_model("vim_tiny", depth=2, embed_dim=16, img_size=32, num_classes=3),
