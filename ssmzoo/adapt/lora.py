@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 
 from ssmzoo.suggest import nearest
 
-ORIGINAL = ".parametrizations.weight.original"
 HEADS = ("head", "lm_head", "classifier", "readout")
 
 
@@ -67,12 +66,10 @@ def add_lora(
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with LoRA under the plain names of its model; others as they are."""
-    if not any(key.endswith(ORIGINAL) for key in state):
-        return dict(state)
     found = {}
     for key, value in state.items():
         layer, mark, rest = key.partition(".parametrizations.weight.")
-        if not mark:
+        if f"{layer}{mark}0.lora_A" not in state:  # plain, or another parametrisation that the model has itself
             found[key] = value
         elif rest == "original":
             low = {name: state[f"{layer}{mark}0.{name}"] for name in ("lora_A", "lora_B", "scale")}

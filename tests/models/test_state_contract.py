@@ -114,6 +114,8 @@ def tiny_node(name: str, **overrides) -> dict:
     node = read_model_config(name)["model"]
     cls = model_class(node["_target_"])
     known = inspect.signature(cls).parameters
+    if node.get("attn_layer_idx"):  # presets of many layers
+        node |= {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "rotary_emb_dim": 4}}
     return node | {k: v for k, v in TINY.items() if k in known} | TINY_BY_CLASS.get(cls.__name__, {}) | overrides
 
 
