@@ -59,7 +59,8 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     data, plain = build_data(cfg)
     model = build_model(plain["model"])
     if plain.get("init_from") and not resuming:  # a resumed run has weights of its own
-        print(start_from(model, plain["init_from"], float(plain.get("upcycle", 0.5))), flush=True)
+        classes = getattr(data, "classes", None)
+        print(start_from(model, plain["init_from"], float(plain.get("upcycle", 0.5)), classes), flush=True)
     if plain.get("pretrained") and not resuming:
         print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
     if said := prepare(model, plain.get("freeze"), plain.get("lora")):

@@ -158,3 +158,24 @@ def test_released_weights_start_a_run_with_their_tokenizer(tmp_path, text, monke
     assert read_manifest(find_checkpoint(done))["tokenizer"]["json"] == tokenizer.to_dict()["json"]
     own = model.state_dict()
     assert all(torch.equal(value, own[key]) for key, value in read_weights(done).items())
+
+
+def test_a_head_for_classes_of_other_names_stays_new_even_where_its_shape_fits(call, tmp_path):
+    from PIL import Image
+
+    for folder, names in (("one", "ab"), ("two", "cd")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (32, 32), (40 * i, 10, ord(name))).save(tmp_path / folder / name / f"{i}.png")
+    small = [
+        "model=vmamba",
+        "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
+        "data.batch_size=4",
+        "runs_dir=runs",
+    ]
+    assert call(*small, "data.path=one", "name=a")[0] == 0
+    for folder, said in (("two", "the head is new"), ("one", "88 of 88 tensors\n")):
+        status, out, err = call(*small, f"data.path={folder}", f"name={folder}", "init_from=runs/vmamba/a")
+        assert status == 0 and said in out, out + err
