@@ -1,4 +1,5 @@
 """LoRA (Hu et al. 2021): a frozen matrix W plus a trained one of low rank,
+ORIGINAL = ".parametrizations.weight.original"
 
     W' = W + (alpha / r) B A        A (r in) normal / sqrt(in), B (out r) zero at the start
 
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from ssmzoo.suggest import nearest
 
+ORIGINAL = ".parametrizations.weight.original"
 HEADS = ("head", "lm_head", "classifier", "readout")
 
 
@@ -68,10 +70,10 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with LoRA under the plain names of its model; others as they are."""
     found = {}
     for key, value in state.items():
-        layer, mark, rest = key.partition(".parametrizations.weight.")
+        layer, mark, _ = key.partition(".parametrizations.weight.")
         if f"{layer}{mark}0.lora_A" not in state:  # plain, or another parametrisation that the model has itself
             found[key] = value
-        elif rest == "original":
+        elif key.endswith(ORIGINAL):
             low = {name: state[f"{layer}{mark}0.{name}"] for name in ("lora_A", "lora_B", "scale")}
             found[f"{layer}.weight"] = value + low["scale"].to(value.dtype) * (low["lora_B"] @ low["lora_A"])
     return found
