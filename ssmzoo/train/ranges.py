@@ -150,6 +150,10 @@ RANGES: dict[str, Range | Batches] = {
     "data.bpe_vocab_size": Range(257),  # the 256 bytes and one pair
     "data.seq_len": COUNT,
     "data.val_tokens": COUNT,
+    "data.val_rows": COUNT,
+    "data.shortest": COUNT,
+    "lora.rank": COUNT,
+    "lora.alpha": Range(0, open="low"),
     "task.label_smoothing": SHARE,
     "task.mixup": AT_LEAST_0,
     "task.cutmix": AT_LEAST_0,

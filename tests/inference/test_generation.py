@@ -334,6 +334,8 @@ def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch, st
         stop=stops,
         ignore_eos=False,
         prefill_chunk=None,
+        read_twice=False,
+        bidirectional=None,
         device="cpu",
     )
     command.run(types.SimpleNamespace(**arguments))

@@ -9,6 +9,7 @@ from ssmzoo.zoo import build_model
 
 ONE_LENGTH = {  # what export says of these: the length became a constant
     "RNNModel": "torch's recurrent kernels are traced for one length",
+    "BasedLM": "its Taylor attention in torch's functions is cut into as many chunks as the example has",
     "HydraLM": "its workspace turns as often as the example has chunks",
     "Mamba3LM": "its scan in torch's functions is cut into as many chunks as the example has",
     "ComplexDiagonalModel": "its scan doubles as often as the example's length asks for",

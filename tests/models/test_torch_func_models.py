@@ -4,7 +4,7 @@ import pytest
 import test_mambair as restoration
 import test_vision_models as vision
 import torch
-from test_state_contract import NODES, VOCAB
+from test_state_contract import NODES, VOCAB, tiny_node
 from torch.func import functional_call, grad, jvp, vmap
 
 import ssmzoo
@@ -27,6 +27,8 @@ MORE = {  # beyond the language models of the state contract and the classifiers
     "swinir": lambda: SwinIR(2, **restoration.TINY_SWIN),
     "unet": lambda: MambaIRUNet(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, d_state=2, squeeze_factor=4),
 }
+JRT = tiny_node("jrt_rnn")  # reads its prefix in both directions
+MORE["jrt_rnn"] = lambda: build_model(JRT)
 MODELS = {name: lambda node=node: build_model(node) for name, node in NODES.items()} | vision.SMALL | MORE
 
 
@@ -35,7 +37,7 @@ def make(name):
     torch.manual_seed(0)
     dtype = torch.float32 if name == "unet" else torch.float64  # whose convolution vmap cannot differentiate
     model = MODELS[name]().to(dtype).eval()
-    ids = name in NODES or isinstance(model, TransformerLM)
+    ids = name in NODES or name == "jrt_rnn" or isinstance(model, TransformerLM)
     side = 8 if name in ("mambair", "mambair_v2", "swinir", "unet") else 32
     x = torch.randint(VOCAB, (SAMPLES, 6)) if ids else torch.randn(SAMPLES, 3, side, side, dtype=dtype)
 

@@ -27,6 +27,7 @@ GIVEN = {
     "ssm_cfg",
     "attn_cfg",
     "block_modules",
+    "pkm",
 }  # no shape tells
 
 
