@@ -130,8 +130,11 @@ class KimiDeltaLM(GatedDeltaNetLM):
 
 
 def layer_letters(pattern: str, n_layer: int, attn_cfg: Mapping[str, Any] | None) -> list[str]:
-    """D or A for every layer. Raises ValueError for other letters and for A without attn_cfg."""
+    """D or A for every layer. Raises ValueError for other letters, and for A or attn_cfg without the other."""
     kinds = layer_pattern(pattern, n_layer, {"D": "D", "A": "A"})
-    if "A" in kinds and not attn_cfg:
-        raise ValueError(f"layers with attention need attn_cfg with at least num_heads, got attn_cfg={attn_cfg}")
+    if ("A" in kinds) != bool(attn_cfg):
+        raise ValueError(
+            f"attn_cfg={attn_cfg} with layers {''.join(kinds)}: give attn_cfg (at least num_heads) if, and only if, "
+            "layer_pattern has an A"
+        )
     return kinds

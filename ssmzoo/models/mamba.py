@@ -87,8 +87,11 @@ class MambaLM(nn.Module):
                 f"n_layer={n_layer}, d_intermediate={d_intermediate}"
             )
         kinds = letters(layer_pattern, attn_layer_idx, n_layer)
-        if "A" in kinds and not attn_cfg:
-            raise ValueError(f"layers with attention need attn_cfg with at least num_heads, got attn_cfg={attn_cfg}")
+        if ("A" in kinds) != bool(attn_cfg):
+            raise ValueError(
+                f"attn_cfg={attn_cfg} with layers {''.join(kinds)}: give attn_cfg (at least num_heads) if and only if "
+                "layer_pattern or attn_layer_idx puts attention into some layer"
+            )
         norm = functools.partial(RMSNorm if rms_norm else LayerNorm, eps=norm_eps)
         blocks = (
             MambaBlock(

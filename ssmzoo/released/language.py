@@ -58,7 +58,7 @@ def official_lm(cls, layer: str, state: dict, given: dict) -> tuple[nn.Module, d
         config["d_intermediate"],
         {k: v for k, v in ssm_cfg.items() if k not in INERT},
         config["attn_layer_idx"] or (),
-        {k: v for k, v in attn_cfg.items() if k not in INERT},
+        {k: v for k, v in attn_cfg.items() if k not in INERT} if config["attn_layer_idx"] else None,
         config["rms_norm"],
         config.get("norm_epsilon", 1e-5),
         residual_in_fp32=config["residual_in_fp32"],

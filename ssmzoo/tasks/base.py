@@ -183,11 +183,12 @@ class Task(L.LightningModule):
                 self.note(f"train/{name}", float(value))
 
     def note(self, name: str, value: float) -> None:
-        """Put a number into the row that the loggers get after this step; only when `measuring`.
+        """Put a number into the row that the loggers get after this step, and before callbacks; when `measuring`.
 
         Lightning's `log` does more (epoch means, reductions) and takes a millisecond for every name.
         """
         self.row[name] = value
+        self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters that the optimiser has and that got one."""

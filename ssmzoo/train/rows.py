@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import lightning as L
-import torch
 
 from ssmzoo.tasks.accumulation import update_is_complete
 from ssmzoo.train.errors import TrainingFailed
@@ -54,7 +53,6 @@ class Rows(L.Callback):
         spent, waited = max(time.perf_counter() - self._since, 1e-9), self._waiting(trainer) - self._waited
         rate = (task.seen - self._seen) * trainer.world_size / spent
         row, task.row = task.row, {}
-        trainer.callback_metrics.update({k: torch.tensor(v, dtype=torch.float64) for k, v in row.items()})
         row |= {f"system/{task.unit}_per_s": rate, "system/memory_GiB": memory_in_use() / 2**30}
         write(trainer, row | {"time/data_wait": waited / spent})
         self._mark(trainer, task)

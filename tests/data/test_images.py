@@ -247,6 +247,7 @@ def test_training_end_to_end_with_self_distillation(tmp_path):
     )
     data = ImageData(image_size=16, batch_size=8)
     trainer.fit(subject, datamodule=data)
+    assert "train/mesa" in trainer.callback_metrics
     assert any((a - b).abs().max() > 0 for a, b in zip(before, subject.teacher.parameters()))
     report = subject.report(tmp_path, subject.validation_means())
     assert "linear classifier on pixels, top-1" in report.rows and all(f.exists() for f in report.figures)

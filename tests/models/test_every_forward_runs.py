@@ -89,7 +89,7 @@ def test_dynamically_quantised_layers_are_called_in_every_pass(name):
     whole = results.pop("one pass")
     assert layers and whole.isfinite().all()
     for title, y in results.items():  # activations are rounded to 8 bits by the range of each call
-        assert (y - whole).norm() < 0.3 * whole.norm(), title
+        assert (y - whole).norm() < 0.2 * whole.norm(), title
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba3", "moe_mamba", "transformer"])

@@ -52,7 +52,7 @@ TINY_BY_CLASS = {
         "d_retrieval": 4,
     },
     "GatedDeltaNetLM": {"num_heads": 2, "head_dim": 3, "num_v_heads": 4, "layer_pattern": "D"},
-    "KimiDeltaLM": {"head_dim": 4, "d_ff": 8},
+    "KimiDeltaLM": {"d_model": 32, "head_dim": 4, "d_ff": 8},
     "HybridLM": {
         "n_layer": 6,
         "d_ff": 8,

@@ -6,6 +6,7 @@ import torch
 import ssmzoo.timm  # registers, and lets timm find torchvision
 from ssmzoo.layers.image.drop_path import DropPath
 from ssmzoo.released.download import DownloadError
+from ssmzoo.released.vim import released_angles
 
 import timm  # isort: skip
 
@@ -157,7 +158,8 @@ def test_compile_as_one_graph(name):
 
 def test_released_file_through_timm(tmp_path):
     source = create("vim_tiny", num_classes=5)
-    torch.save({"model": source.state_dict()}, tmp_path / "vim.pth")
+    angles = released_angles(source.grid, source.embed_dim, source.rope_options.reference)  # a table that files hold
+    torch.save({"model": source.state_dict() | {"rope.freqs_cos": angles.cos()}}, tmp_path / "vim.pth")
     overlay = dict(file=str(tmp_path / "vim.pth"), num_classes=5)
     loaded = create("vim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5).eval()
     x = torch.randn(1, 3, 64, 64)

@@ -220,7 +220,6 @@ def lines(key: str) -> list[str]:
 
 
 NODES = sorted({k.rpartition(".")[0] if "." in k else k for k in every_key()})
-NODES.remove("model.attn_cfg")  # its keys meet the attention that they belong to only in models that have such layers
 
 
 @pytest.mark.parametrize("node", NODES)
