@@ -201,7 +201,8 @@ def compare(run: Path, whole: list[dict[str, float]]) -> tuple[int, int]:
 
 def check_checkpoints(store: Path) -> tuple[int, int]:
     """(checkpoints that index.json names, those that cannot be loaded)."""
-    from ssmzoo.train.checkpoint import FolderCheckpointIO, read_json, read_weights
+    from ssmzoo.checkpoint_files import read_json, read_weights
+    from ssmzoo.train.checkpoint import FolderCheckpointIO
 
     if not (store / "index.json").exists():
         return 0, 0

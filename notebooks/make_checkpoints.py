@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights, write_checkpoint
+from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
+from ssmzoo.train.checkpoint import write_checkpoint
 
 HERE = Path(__file__).parent
 RECIPES = {

@@ -1,4 +1,4 @@
-"""Modules that earlier releases had under another name: the old name imports the new one for one release."""
+"""Modules and functions that earlier releases had elsewhere: the old name finds the new one for one release."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
+from typing import Any
 
 MODULES = {
     "ssmzoo.golden": "ssmzoo.released.golden",
@@ -55,8 +57,25 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module):
         old, new = module.__spec__.name, MODULES[module.__spec__.name]
-        warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
+        _warn(old, new)
         sys.modules[old] = importlib.import_module(new)
+
+
+def names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module some of whose functions have another home now: {name: module}."""
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", f"{homes[name]}.{name}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return __getattr__
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is now {new}; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 def install() -> None:

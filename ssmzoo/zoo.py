@@ -6,22 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
+from ssmzoo import presets
 from ssmzoo.checkpoint_files import MANIFEST, find_checkpoint, read_manifest, read_weights, weights_of
-from ssmzoo.presets import (  # noqa: F401
-    build_model,
-    build_preset,
-    config_dir,
-    config_names,
-    describe_config,
-    list_models,
-    model_class,
-    read_model_config,
-)
+from ssmzoo.moved import names
 from ssmzoo.released.catalogue import find_weights, split_name
 from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.pretrained import build_pretrained
+
+OLD = "build_model config_dir config_names describe_config list_models model_class read_model_config".split()
+__getattr__ = names(__name__, dict.fromkeys(OLD, "ssmzoo.presets"))
 
 
 def create_model(name: str, *, pretrained: bool | str = False, checkpoint: str | None = None, **overrides) -> nn.Module:
@@ -38,17 +33,17 @@ def create_model(name: str, *, pretrained: bool | str = False, checkpoint: str |
     Raises ValueError for an unknown name, TypeError for an unknown argument, DownloadError for weights that cannot be
     had.
     """
-    preset, tag = (name, "") if name in config_names("model") else split_name(name)
+    preset, tag = (name, "") if name in presets.config_names("model") else split_name(name)
     if pretrained and checkpoint is not None:
         raise ValueError("give either pretrained or checkpoint: both name weights")
     if pretrained:
         if tag and pretrained not in (True, tag):
             raise ValueError(f"{name!r} names the file {tag!r} and pretrained the file {pretrained!r}")
-        read_model_config(preset)  # a misspelt name is no missing file
+        presets.read_model_config(preset)  # a misspelt name is no missing file
         return build_pretrained(find_weights(preset, tag or pretrained), **overrides)
     if tag:
         raise ValueError(f"{name!r} names released weights; add pretrained=True, or leave out .{tag} for a fresh model")
-    model = build_preset(preset, **overrides)
+    model = presets.build_preset(preset, **overrides)
     if checkpoint is not None:
         fit_state_dict(model, to_ours(model, read_weights(checkpoint)), what=f"model {name!r}")
     return model
@@ -66,7 +61,7 @@ def load_model(path: str | Path, prefer: str = "best", **overrides) -> tuple[nn.
     if not isinstance(node, dict) or "_target_" not in node:
         raise CheckpointError(f"{folder / MANIFEST} has no config.model to build the model from")
     try:
-        model = build_model(node | overrides)
+        model = presets.build_model(node | overrides)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model of {folder} cannot be built: {error}") from None
     fit_state_dict(

@@ -1,11 +1,14 @@
 """What earlier releases called otherwise still works: modules, targets of checkpoints, arguments."""
 
 import importlib
+import inspect
 import sys
 
 import pytest
 import torch
 
+import ssmzoo.train.checkpoint
+import ssmzoo.zoo
 from ssmzoo.moved import MODULES
 from ssmzoo.presets import build_model, model_class
 
@@ -16,6 +19,18 @@ def test_old_module_names_import_the_new_module(old):
     with pytest.warns(DeprecationWarning, match=f"{old} is now {MODULES[old]}"):
         found = importlib.import_module(old)
     assert found is importlib.import_module(MODULES[old])
+
+
+@pytest.mark.parametrize("module", [ssmzoo.zoo, ssmzoo.train.checkpoint], ids=lambda module: module.__name__)
+def test_old_names_of_functions_give_those_of_their_new_home(module):
+    homes = inspect.getclosurevars(module.__getattr__).nonlocals["homes"]
+    for name, home in homes.items():
+        assert name not in vars(module)  # else nothing would warn
+        with pytest.warns(DeprecationWarning, match=f"{module.__name__}.{name} is now {home}.{name}") as found:
+            assert getattr(module, name) is getattr(importlib.import_module(home), name)
+        assert found[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'misspelt'"):
+        getattr(module, "misspelt")  # noqa: B009
 
 
 def test_targets_of_earlier_checkpoints():

@@ -79,7 +79,8 @@ def average(args) -> None:
     """Floating tensors are averaged in float64; others must be equal."""
     import torch
 
-    from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, read_weights, write_checkpoint
+    from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
+    from ssmzoo.train.checkpoint import write_checkpoint
 
     out = Path(args.out)
     if out.exists():

@@ -31,17 +31,15 @@ from ssmzoo.checkpoint_files import (
     find_checkpoint,
     inside,
     read_index,
-    read_json,
     read_manifest,
-    read_weights,
     sha256,
     stored_weights,
 )
+from ssmzoo.moved import names
 from ssmzoo.released.files import CheckpointError, refuse_zip_bomb
-from ssmzoo.zoo import load_model
 
-__all__ = ["FolderCheckpointIO", "find_checkpoint", "last_good_checkpoint", "load_model", "read_json", "read_manifest"]
-__all__ += ["read_weights", "remove_leftovers", "write_checkpoint", "write_text"]
+OLD = {"read_json": "ssmzoo.checkpoint_files", "read_weights": "ssmzoo.checkpoint_files", "load_model": "ssmzoo.zoo"}
+__getattr__ = names(__name__, OLD)
 
 
 def _flush(path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from walker import check, leaves
 
-from ssmzoo.zoo import build_model, model_class
+from ssmzoo.presets import build_model, model_class
 
 
 def build(name, dtype=torch.float64):

@@ -5,7 +5,7 @@ import torch
 from test_state_contract import NODES, VOCAB
 from torch.export import Dim, export
 
-from ssmzoo.zoo import build_model
+from ssmzoo.presets import build_model
 
 ONE_LENGTH = {  # exported for one length and any batch; export itself refuses to promise more
     "RNNModel": "torch's recurrent kernels are traced for one length",

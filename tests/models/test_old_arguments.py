@@ -9,7 +9,7 @@ from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.token_dynamics import choose_scenario
 from ssmzoo.models.vim import Vim
 from ssmzoo.models.vmamba import VMamba, VSSBlock
-from ssmzoo.zoo import build_model
+from ssmzoo.presets import build_model
 
 SMALL = dict(depths=(1, 1), dims=8)
 V2 = dict(embed_dim=12, depths=(1,), num_heads=2, window_size=4, inner_rank=3, num_tokens=4, d_state=2)

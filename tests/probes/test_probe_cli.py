@@ -102,7 +102,8 @@ def test_numbers_that_cannot_work_are_refused_in_a_line(option, value, capsys):
 def transformer(tmp_path_factory):
     """A checkpoint without any scan: the language model's, with another model in it."""
     import ssmzoo
-    from ssmzoo.train.checkpoint import find_checkpoint, read_manifest, write_checkpoint
+    from ssmzoo.checkpoint_files import find_checkpoint, read_manifest
+    from ssmzoo.train.checkpoint import write_checkpoint
 
     torch.manual_seed(0)
     sizes = dict(vocab_size=256, d_model=32, n_blocks=1, n_heads=2)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssmzoo.checkpoint_files import read_weights
 from ssmzoo.cli.main import main
 from ssmzoo.presets import build_model
-from ssmzoo.train.checkpoint import load_model, read_weights, write_checkpoint
+from ssmzoo.train.checkpoint import write_checkpoint
+from ssmzoo.zoo import load_model
 
 NODE = {"_target_": "ssmzoo.models.mamba.MambaLM", "d_model": 16, "n_layer": 1, "vocab_size": 32}
 

@@ -10,17 +10,11 @@ import pytest
 import torch
 from toy import ToyData, make
 
+from ssmzoo.checkpoint_files import find_checkpoint, read_weights, sha256
 from ssmzoo.presets import build_model
 from ssmzoo.released.files import CheckpointError, read_state_dict
-from ssmzoo.train.checkpoint import (
-    FolderCheckpointIO,
-    find_checkpoint,
-    load_model,
-    read_weights,
-    sha256,
-    write_checkpoint,
-)
-from ssmzoo.zoo import create_model
+from ssmzoo.train.checkpoint import FolderCheckpointIO, write_checkpoint
+from ssmzoo.zoo import create_model, load_model
 
 
 class Harm:
