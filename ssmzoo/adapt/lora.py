@@ -1,5 +1,4 @@
 """LoRA (Hu et al. 2021): a frozen matrix W plus a trained one of low rank,
-ORIGINAL = ".parametrizations.weight.original"
 
     W' = W + (alpha / r) B A        A (r in) normal / sqrt(in), B (out r) zero at the start
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ssmzoo.layers.roles import in_head
 from ssmzoo.suggest import nearest
 
 ORIGINAL = ".parametrizations.weight.original"
-HEADS = ("head", "lm_head", "classifier", "readout")
 
 
 class LowRank(nn.Module):
@@ -50,7 +49,7 @@ def add_lora(
     if not isinstance(rank, int) or rank < 1 or alpha <= 0:
         raise ValueError(f"lora.rank is {rank} and lora.alpha {alpha}; both must be positive, rank a whole number")
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] not in HEADS]
+    known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(n)]
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise ValueError(f"lora.targets: no linear layer is called {pattern!r}{nearest(pattern, known)}")
@@ -59,7 +58,7 @@ def add_lora(
         raise ValueError(f"{type(model).__name__} has no linear layer that LoRA could be put on")
     language = any(isinstance(m, nn.Embedding) for m in model.modules())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not language and name.split(".")[0] in HEADS)
+        parameter.requires_grad_(not language and in_head(name.rpartition(".")[0]))
     for name in chosen:
         layer = model.get_submodule(name)
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, alpha))

@@ -8,11 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.roles import EMBEDDED, named_role
+from ssmzoo.layers.roles import EMBEDDED, in_head, named_role
 from ssmzoo.released.family import family_of, looks_like
 from ssmzoo.released.files import CheckpointError
-
-HEADS = ("head", "lm_head", "classifier", "readout")
 
 
 def fit_state_dict(
@@ -81,7 +79,7 @@ def role(model: nn.Module, name: str) -> str:
     module = model.get_submodule(path)
     if isinstance(module, nn.Embedding) or named_role(leaf) in EMBEDDED:
         return "embedding"
-    if path.rpartition(".")[2] in HEADS or path.split(".")[0] in HEADS:
+    if in_head(path):
         return "head"
     return "norm" if "Norm" in type(module).__name__ else ""
 

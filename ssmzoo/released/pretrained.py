@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssmzoo.layers.roles import in_head
 from ssmzoo.presets import build_preset
 from ssmzoo.released.catalogue import Weights
 from ssmzoo.released.download import fetch
@@ -32,7 +33,7 @@ def load_pretrained(model: nn.Module, entry: Weights, replace_head: bool = False
     if replace_head:
         state |= new_head(model, state, entry.name)
         own = model.state_dict()
-        state = {k: v for k, v in state.items() if k in own or not is_head(k)}
+        state = {k: v for k, v in state.items() if k in own or not in_head(k.rpartition(".")[0])}
     fit_state_dict(model, state, what=f"{entry.name} as asked for", family=entry.family)
 
 
@@ -56,7 +57,3 @@ def new_head(model: nn.Module, state: dict[str, Tensor], name: str) -> dict[str,
         stacklevel=4,
     )
     return {k: own[k] for k in reshaped}
-
-
-def is_head(name: str) -> bool:
-    return name.split(".")[0] in ("head", "classifier")

@@ -1,12 +1,15 @@
 """What a parameter is, over every registered model."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
 import ssmzoo
-from ssmzoo.layers.roles import named_role
+from ssmzoo.layers.roles import in_head, named_role
 from ssmzoo.presets import build_model, model_class, read_model_config
+from ssmzoo.released.fit import role as role_in
 from ssmzoo.train.optim import parameter_roles
 
 NODES = {}
@@ -30,6 +33,24 @@ def test_state_space_parameters_norms_biases_and_embeddings_do_not_decay(cls):
         assert named_role(name) is None and not name.endswith((".bias", "A_log", "pos_embed"))
 
 
+def sized(cls) -> str | None:
+    """The argument that sets how many outputs a model has."""
+    return next((k for k in ("num_classes", "vocab_size") if k in inspect.signature(cls).parameters), None)
+
+
+OWN_NAMES = {"RNNModel", "ComplexDiagonalModel"}  # heads under the names of their checkpoints, which others use inside
+
+
+@pytest.mark.parametrize("cls", [c for c in NODES if sized(c)], ids=lambda c: c.__name__)
+def test_what_grows_with_the_number_of_outputs_is_head_or_embedding(cls):
+    with torch.device("meta"):
+        small, large = (build_model(NODES[cls] | {sized(cls): n}) for n in (24, 48))
+    there = large.state_dict()
+    grown = {k for k, v in small.state_dict().items() if v.shape != there[k].shape}
+    found = {role_in(small, name) for name in grown}
+    assert found == {""} if cls.__name__ in OWN_NAMES else "head" in found <= {"head", "embedding"}
+
+
 @pytest.mark.parametrize(
     "name, role",
     [
@@ -51,3 +72,8 @@ def test_state_space_parameters_norms_biases_and_embeddings_do_not_decay(cls):
 )
 def test_names_that_say_their_role(name, role):
     assert named_role(name) == role
+
+
+@pytest.mark.parametrize("path", ["head", "lm_head", "readout.2", "classifier.head", "model.head"])
+def test_modules_of_a_head(path):
+    assert in_head(path) and not in_head(f"blocks.{path}_norm")
