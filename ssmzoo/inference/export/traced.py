@@ -24,38 +24,23 @@ def plain_operators() -> Iterator[None]:
         yield
 
 
-def one_loop(
-    call,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-):
+def one_loop(call, *args, **kwargs):
     """`ssmzoo.ops.selective_scan_fn` by torch's higher-order scan, which becomes a loop of the program.
 
     With documents (seq_idx), complex A or one position the operator itself, `call`, is traced.
     """
-    if seq_idx is not None or A.is_complex() or u.shape[2] == 1:
-        more = dict(initial_state=initial_state, seq_idx=seq_idx)
-        return call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **more)
+    a = ops.selective_scan_fn.Arguments(*args, **kwargs)
+    if a.seq_idx is not None or a.A.is_complex() or a.u.shape[2] == 1:
+        return call(*args, **kwargs)
     from torch._higher_order_ops.scan import scan
 
-    dtype = compute_dtype(u, delta, A, B, C)
-    x, dt, A = u.to(dtype), delta.to(dtype), A.to(dtype)
-    dt = dt if delta_bias is None else dt + delta_bias.to(dtype)[:, None]
-    dt = F.softplus(dt) if delta_softplus else dt
-    varying = {"B": _steps(B.to(dtype), u.shape[1]), "C": _steps(C.to(dtype), u.shape[1])}
-    constant = {name: varying.pop(name) for name, M in (("B", B), ("C", C)) if M.ndim == 2}
-    start = 0 * x[:, :, :1] if initial_state is None else initial_state.to(dtype)
+    dtype = compute_dtype(a.u, a.delta, a.A, a.B, a.C)
+    x, dt, A = a.u.to(dtype), a.delta.to(dtype), a.A.to(dtype)
+    dt = dt if a.delta_bias is None else dt + a.delta_bias.to(dtype)[:, None]
+    dt = F.softplus(dt) if a.delta_softplus else dt
+    varying = {name: _steps(M.to(dtype), x.shape[1]) for name, M in (("B", a.B), ("C", a.C))}
+    constant = {name: varying.pop(name) for name, M in (("B", a.B), ("C", a.C)) if M.ndim == 2}
+    start = 0 * x[:, :, :1] if a.initial_state is None else a.initial_state.to(dtype)
 
     def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         x_t, dt_t, *rest = now
@@ -66,9 +51,9 @@ def one_loop(
     sequences = (x.permute(2, 0, 1), dt.permute(2, 0, 1), *varying.values())  # time first
     last, y = scan(step, start + torch.zeros_like(A), sequences, dim=0)
     y = y.permute(1, 2, 0)
-    y = y if D is None else y + D.to(dtype)[:, None] * x
-    y = (y if z is None else y * F.silu(z.to(dtype))).to(u.dtype)
-    return (y, last) if return_last_state else y
+    y = y if a.D is None else y + a.D.to(dtype)[:, None] * x
+    y = (y if a.z is None else y * F.silu(a.z.to(dtype))).to(a.u.dtype)
+    return (y, last) if a.return_last_state else y
 
 
 def _steps(M: Tensor, channels: int) -> Tensor:
