@@ -14,6 +14,9 @@ from ssmzoo.models.hawk import HawkMixer
 from ssmzoo.released.names import add_prefix, cut_prefix
 from ssmzoo.tasks.objectives.birdie import reward
 
+SWIGLU = {"wi.weight": "fc1.weight", "wo.weight": "fc2.weight"}
+GATES = ("input_gate", "recurrent_gate")
+
 
 def official(state: dict[str, Tensor], **given):
     """The released GatedSSM and SwiGLU (x), or RecurrentGemma's recurrent block with dense gates (x, position_ids), by
@@ -23,7 +26,7 @@ def official(state: dict[str, Tensor], **given):
     d = given["dims"]
     if "hidden_dims" in given:
         layer = GatedMLP(d, given["hidden_dims"], "sigmoid", multiple_of=1)
-        names = {"wi.weight": "fc1.weight", "wo.weight": "fc2.weight"}
+        names = SWIGLU
     else:
         layer, names = ReleasedGatedSSM(d, int(given["state_size_mult"] * d)), {}
     ours = {names.get(key, key): value for key, value in state.items() if not key.startswith("norm.")}
@@ -40,10 +43,19 @@ def hawk(state: dict[str, Tensor], **given):
         given["hidden_size"], given["lru_width"], given.get("conv1d_width", 4), conv_across_documents=True
     )
     ours = {key: value for key, value in state.items() if "gate_" not in key}
-    for gate in ("input_gate", "recurrent_gate"):
+    for gate in GATES:
         ours[f"rg_lru.{gate}.weight"] = state[f"rg_lru.{gate}_weight"][0].T
         ours[f"rg_lru.{gate}.bias"] = state[f"rg_lru.{gate}_bias"][0]
     return Positioned(layer), add_prefix("layer.", ours)
+
+
+def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {ours: theirs for theirs, ours in SWIGLU.items()} if isinstance(module.layer, GatedMLP) else {}
+    ours = {names.get(key, key): value for key, value in cut_prefix("layer.", state).items()}
+    for gate in GATES if isinstance(module, Positioned) else ():
+        ours[f"rg_lru.{gate}_weight"] = ours.pop(f"rg_lru.{gate}.weight").T[None]
+        ours[f"rg_lru.{gate}_bias"] = ours.pop(f"rg_lru.{gate}.bias")[None]
+    return ours
 
 
 class Masked(nn.Module):

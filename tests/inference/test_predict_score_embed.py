@@ -108,14 +108,18 @@ def test_features_are_what_the_head_reads(digits, tmp_path):
     stored = np.load(tmp_path / "f.npz")
     subject = load_subject(CLASSIFIER)
     assert stored["features"].shape == (7, subject.model.head_hidden_size) and len(stored["names"]) == 7
-    assert call("embed", LANGUAGE, "one text", "another", "-o", tmp_path / "f.parquet") == 0
-    import pandas
 
-    table = pandas.read_parquet(tmp_path / "f.parquet")
+
+def test_features_as_parquet(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install pyarrow)")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert call("embed", LANGUAGE, "one text", "another", "-o", tmp_path / "f.parquet") == 0
+    table = parquet.read_table(tmp_path / "f.parquet")
     model = load_subject(LANGUAGE)
     hidden = before_head(model.model, torch.tensor([model.tokenizer.encode("another")]))[0].detach()
-    assert list(table["name"]) == ["one text", "another"]
-    assert np.allclose(table.iloc[1, 1:].to_numpy(float), hidden.mean(0).numpy(), atol=1e-6)
+    assert table.column("name").to_pylist() == ["one text", "another"]
+    stored = [column[1].as_py() for column in table.columns[1:]]
+    assert np.allclose(stored, hidden.mean(0).numpy(), atol=1e-6)
 
 
 WRONG = {

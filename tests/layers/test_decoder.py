@@ -118,7 +118,7 @@ def test_a_layer_pattern_says_what_stands_where():
         (dict(layer_pattern="MMX"), "layer_pattern 'MMX' has unknown letters X; known are M, A"),
         (dict(layer_pattern="MA", attn_cfg=ATTENTION), "has 2 letters; expected 3, one per layer"),
         (dict(layer_pattern=""), "has 0 letters"),
-        (dict(layer_pattern="MMA"), "attn_cfg with at least num_heads"),
+        (dict(layer_pattern="MMA"), "give attn_cfg \\(at least num_heads\\)"),
         (dict(layer_pattern="MMA", attn_layer_idx=[1], attn_cfg=ATTENTION), "not both"),
     ],
 )

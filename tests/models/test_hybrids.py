@@ -147,7 +147,7 @@ def test_bad_hybrids_are_refused_in_words(change, words):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"layer_pattern": "DA"}, "attn_cfg with at least num_heads"),
+        ({"layer_pattern": "DA"}, "give attn_cfg \\(at least num_heads\\)"),
         ({"layer_pattern": "DM"}, "unknown letters M; known are D, A"),
         ({"num_heads": 2, "num_v_heads": 3}, "num_v_heads a multiple of num_heads"),
         ({"head_dim": 0}, "positive sizes"),

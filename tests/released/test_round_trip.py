@@ -11,7 +11,8 @@ from ssmzoo.released.load import build
 
 CASES = sorted(GOLDEN.glob("*/*.json"))
 CASES = [f for f in CASES if find(f.parent.name, "official") and GoldenCase.load(f).params]
-CASES = [f for f in CASES if find(f.parent.name, "official").__module__.startswith("ssmzoo.released.")]
+OURS = ("gated_ssm_bidirectional", "gated_ssm_paper")  # of birdie: equations with weights of our names, no class
+CASES = [f for f in CASES if f.stem not in OURS]
 
 
 def test_there_are_cases_of_every_kind():
