@@ -30,20 +30,22 @@ def static_facts(a: tuple) -> tuple | None:
         or has_torch_function(a)
     ):
         return None
+    # the strides of a contiguous tensor follow from its shape, and cost more to ask for
     facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             if value.is_meta:
                 return None
-            facts += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+            strides = value.is_contiguous() or value.stride()
+            facts += (value.shape, strides, value.dtype, value.device, value.requires_grad)
         elif value is None or kind in (bool, int, float, str):
             facts += (kind, value)
         elif kind is tuple:
             for t in value:
                 if type(t) not in PLAIN or t.is_meta:
                     return None
-                facts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+                facts += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.requires_grad)
         else:
             return None
     return tuple(facts)

@@ -118,7 +118,7 @@ class Mamba(nn.Module):
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
         i, o = self.in_proj, self.out_proj
-        if state is not None and is_step(x, state, mask, seq_idx) and is_plain(i, o) and self._fused():
+        if state is not None and is_step(x, state, mask, seq_idx) and self._fused(i, o):
             return self._step(x, state, i.weight, i.bias, o.weight, o.bias)
         x, z = i(x).chunk(2, dim=-1)
         y, state = self.mix(x, z, state, mask, seq_idx)
@@ -171,11 +171,10 @@ class Mamba(nn.Module):
         """(e n) negative, fp32: in half precision slow decays would round to none."""
         return -torch.exp(fp32(self.A_log))
 
-    def _fused(self) -> bool:
+    def _fused(self, *projections: nn.Module) -> bool:
         """Whether one token may go through the operator that takes the weights of the inner modules."""
-        if not is_plain(self.conv1d, self.x_proj, self.dt_proj):
-            return False
-        return self.x_proj.bias is None and self.dt_proj.bias is not None
+        x_proj, dt_proj = self.x_proj, self.dt_proj
+        return is_plain(self.conv1d, x_proj, dt_proj, *projections) and x_proj.bias is None and dt_proj.bias is not None
 
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
         """One token (b 1 d), or (b 1 2e) when called without the projections' weights and biases."""
