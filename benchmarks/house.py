@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -58,6 +59,7 @@ print(json.dumps([frames(language, torch.zeros(1, 16, dtype=torch.long)), frames
 """
 
 
+@functools.cache
 def trees(root: Path, part: str = "") -> dict[Path, ast.Module]:
     return {
         file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted((root / "ssmzoo" / part).rglob("*.py"))
@@ -113,6 +115,7 @@ def names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
+@functools.cache
 def imports(root: Path) -> dict[str, set[str]]:
     """Module of the package -> modules of the package that it imports anywhere in its file."""
     package = trees(root)

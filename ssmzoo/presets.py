@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import importlib
 import inspect
+import os
 from pathlib import Path
 
 from torch import nn
@@ -24,7 +26,8 @@ def config_dir() -> Path:
 def config_names(group: str) -> list[str]:
     """Names that may be chosen in a config group, nested ones as `folder/name`."""
     root = config_dir() / group
-    return sorted(f.relative_to(root).with_suffix("").as_posix() for f in root.rglob("*.yaml"))
+    found = (os.path.relpath(os.path.join(folder, f), root) for folder, _, files in os.walk(root) for f in files)
+    return sorted(name.removesuffix(".yaml").replace(os.sep, "/") for name in found if name.endswith(".yaml"))
 
 
 @functools.cache
@@ -41,12 +44,11 @@ def read_model_config(name: str) -> dict:
 
     Inheritance between model files (a plain name in `defaults`) is followed. Raises ValueError for an unknown name.
     """
-    import yaml
-
-    names = config_names("model")
-    if name not in names:
+    file = config_dir() / "model" / f"{name}.yaml"
+    if ".." in name or not file.is_file():
+        names = config_names("model")
         raise ValueError(f"unknown model {name!r}{nearest(name, names)}; `ssmzoo list models` prints all {len(names)}")
-    content = yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    content = copy.deepcopy(_parsed(file, file.stat().st_mtime_ns))
     result: dict = {"model": {}}
     for entry in content.get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
@@ -57,6 +59,13 @@ def read_model_config(name: str) -> dict:
                 result[key.removeprefix("override ").strip().strip("/").split("@")[0]] = value
     result["model"] = result["model"] | content.get("model", {})
     return result
+
+
+@functools.cache
+def _parsed(file: Path, changed: int) -> dict:
+    import yaml
+
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
