@@ -8,7 +8,7 @@
     @my_operator.register("c", device="cpu", missing=why_no_library, unsupported=why_not)
     def my_operator_c(a): ...                       # a.x, a.weight; why_not(a) answers None or the reason
 
-    with ssmzoo.ops.backend("torch"): ...           # or the environment variable SSMZOO_BACKEND=torch
+    with ssmzoo.ops.backend("torch"): ...           # or SSMZOO_BACKEND=torch in the environment when ssmzoo is imported
     with ssmzoo.ops.observe(my_operator=look): ...  # look(call, *args, **kwargs) sees every call and returns its result
 
 The first backend of BACKENDS without an objection serves the call. Objections rest on static facts (device, dtype,
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssmzoo.ops.eager import static_facts
+from ssmzoo.ops.eager import negated, static_facts
 from ssmzoo.ops.transforms import transformed
 
 BACKENDS = ("mamba_ssm", "triton", "c", "torch", "reference")
@@ -55,7 +55,8 @@ class Backend:
     unsupported  function of the tuple of arguments: why it cannot serve this call, None when it can
     broken       function without arguments for the table alone: why an install does not work, None when it does; for
                  what takes too long to find out when ssmzoo is imported, and is found by `unsupported` otherwise
-    composite    the form made of torch's own functions alone, which serves while `transformed()`; None: refuse then
+    composite    the form made of torch's own functions alone, which serves while `transformed()`; None: refuse then,
+                 and for tensors that are `negated`
     eager        the function again, for calls that nothing traces, transforms or watches; None: the function itself
     """
 
@@ -73,6 +74,8 @@ class Backend:
             return self.missing
         if self.composite is None and transformed():
             return "has no rules for torch.func and forward-mode derivatives"
+        if self.composite is None and negated(a):
+            return "reads memory, which holds the opposite of what these views (of a conjugate) show"
         if self.device is not None and self.device != (given := _device_type(a)):
             return f"needs {self.device} tensors, got {given}"
         return self.unsupported(a) if self.unsupported is not None else None
@@ -103,7 +106,9 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
     """
     if reference is None:
         return functools.partial(op, check=check, parts=parts)
-    name, backends, plans, bind = reference.__name__, {}, {}, _binder(reference)
+    name, bind = reference.__name__, _binder(reference)
+    backends: dict[str, Backend] = {}
+    plans: dict[tuple, Backend] = {}  # what serves calls of one kind
     positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(reference).parameters.values())
 
     @functools.wraps(reference)
@@ -113,7 +118,8 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
         a = bind(*args, **kwargs)
         facts = None if _observers else static_facts(a)
         if facts is not None and (plan := plans.get((_override, facts))) is not None:
-            return plan(a)
+            if backends.get(plan.name) is plan:  # else it was taken away since
+                return (plan.eager or plan.function)(a)
         if check is not None:
             check(a)
         if _observers:
@@ -123,8 +129,8 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
             return chosen.serve(a)
         if len(plans) >= PLANS:
             plans.clear()
-        plan = plans[_override, facts] = chosen.eager or chosen.function
-        return plan(a)
+        plans[_override, facts] = chosen
+        return (chosen.eager or chosen.function)(a)
 
     def register(
         backend: str,
@@ -268,7 +274,7 @@ def _device_type(a: tuple) -> str:
 def _choose(operator: str, backends: dict[str, Backend], a: tuple) -> Backend:
     wanted = _override
     if wanted is None:
-        composed, device = transformed(), _device_type(a)
+        composed, device = transformed() or negated(a), _device_type(a)
         for b in backends.values():
             if b.missing is not None or (composed and b.composite is None) or (b.device or device) != device:
                 continue

@@ -10,6 +10,7 @@ from torch.overrides import has_torch_function
 from ssmzoo.ops.transforms import functorch_transforms_active, transformed
 
 PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_VALUES = (bool, int, float, str, torch.dtype)
 # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -18,8 +19,8 @@ def static_facts(a: tuple) -> tuple | None:
     """What checks of arguments and the choice of a backend rest on, hashable: the modes at work; of every tensor of `a`
     shape, strides, dtype, device and requires_grad; every other argument as it is.
 
-    None while anything compiles, traces, transforms or watches, and for tensors of a subclass or without memory: then
-    nothing is remembered from one call to the next.
+    None while anything compiles, traces, transforms or watches, and for tensors of a subclass, without memory or
+    `negated`: then nothing is remembered from one call to the next.
     """
     if (
         torch.compiler.is_compiling()
@@ -30,22 +31,27 @@ def static_facts(a: tuple) -> tuple | None:
         or has_torch_function(a)
     ):
         return None
-    # the strides of a contiguous tensor follow from its shape, and cost more to ask for
+    # the strides of a contiguous tensor follow from its shape where no side is 1, and cost more to ask for
     facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if value.is_meta:
+            if value.is_meta or value.is_neg():
                 return None
-            strides = value.is_contiguous() or value.stride()
+            strides = (1 not in value.shape and value.is_contiguous()) or value.stride()
             facts += (value.shape, strides, value.dtype, value.device, value.requires_grad)
-        elif value is None or kind in (bool, int, float, str):
+        elif value is None or kind in PLAIN_VALUES:
             facts += (kind, value)
         elif kind is tuple:
+            facts += (kind, len(value))
             for t in value:
-                if type(t) not in PLAIN or t.is_meta:
+                if type(t) in PLAIN and not t.is_meta and not t.is_neg():
+                    strides = (1 not in t.shape and t.is_contiguous()) or t.stride()
+                    facts += (t.shape, strides, t.dtype, t.device, t.requires_grad)
+                elif type(t) in PLAIN_VALUES:
+                    facts += (type(t), t)
+                else:
                     return None
-                facts += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.requires_grad)
         else:
             return None
     return tuple(facts)
@@ -60,14 +66,23 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def negated(a: tuple) -> bool:
+    """Whether a tensor among arguments is a view of memory that holds the opposite numbers, as the imaginary part of a
+    conjugate is: torch's functions read it right, kernels that take its address do not."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [t for value in a for t in (value if type(value) is tuple else (value,)) if isinstance(t, Tensor)]
+    return any(t.is_neg() for t in tensors)
+
+
 def eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces, transforms or wraps these tensors, so that their memory can be read at once."""
+    """Whether nothing traces, transforms, wraps or negates these tensors, so that their memory can be read at once."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False
     if dispatch_modes():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in PLAIN or t.is_meta):
+        if t is not None and (type(t) not in PLAIN or t.is_meta or t.is_neg()):
             return False
     return True
 

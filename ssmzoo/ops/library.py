@@ -164,6 +164,7 @@ class Differentiable:
         by_torch = torch.is_grad_enabled() or batched(*dresults)
         if by_torch and self.twice is not None:
             return self.differentiable_gradients(a, dresults[0])
+        dresults = tuple(None if d is None else d.resolve_neg() for d in dresults)  # of a conjugate's imaginary part
         if by_torch or not eager(*dresults, saved, *tensors):
             found = zip(self.tensors, self.backward_op(*dresults, saved, *a, backend), tensors)
             return {name: grad for name, grad, t in found if t is not None and t.is_floating_point()}
