@@ -1,16 +1,13 @@
 """causal_conv1d on every backend against the float64 reference."""
 
+import against_reference as checks
 import pytest
 import torch
+from against_reference import BACKENDS, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
-from ssmzoo.released.golden import relative_error
-
-BACKENDS = ["torch", pytest.param("c", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
-OUT, GRAD = 1e-5, 1e-4
 
 
 def inputs(seed, b, c, l, k, channels_last=False, bias=True, initial=True, packed=False, dtype=torch.float32):
@@ -28,14 +25,9 @@ def inputs(seed, b, c, l, k, channels_last=False, bias=True, initial=True, packe
     return leaves, seq_idx.cumsum(1).masked_fill(padding, -1)
 
 
-def run(backend, leaves, seq_idx, activation, dtype=None):
-    """Outputs and gradients of a fixed loss over both outputs; leaves converted to dtype when given."""
-    leaves = {n: (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for n, t in leaves.items()}
-    with ops.backend(backend):
-        out, states = ops.causal_conv1d_fn(**leaves, seq_idx=seq_idx, return_final_states=True, activation=activation)
-    g = torch.Generator().manual_seed(1)
-    loss = sum((o.double() * torch.randn(o.shape, generator=g)).sum() for o in (out, states))
-    return [out, states], torch.autograd.grad(loss, list(leaves.values()))
+def conv(leaves, seq_idx=None, activation="silu"):
+    """All arguments of `ops.causal_conv1d_fn`."""
+    return leaves | {"seq_idx": seq_idx, "activation": activation, "return_final_states": True}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,11 +43,8 @@ def test_against_reference(backend, data):
         draw(st.sampled_from([1, 2, 3, 4, 5, 9, 70])),
         *(draw(st.booleans()) for _ in range(4)),
     )
-    activation = draw(st.sampled_from([None, "silu"]))
-    got = run(backend, leaves, seq_idx, activation)
-    expected = run("reference", leaves, seq_idx, activation, torch.float64)
-    for tolerance, a, b in zip((OUT, GRAD), got, expected):
-        assert all(relative_error(x, y) < tolerance for x, y in zip(a, b))
+    call = conv(leaves, seq_idx, draw(st.sampled_from([None, "silu"])))
+    checks.assert_close(ops.causal_conv1d_fn, call, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,9 +53,7 @@ def test_against_reference(backend, data):
 def test_more_taps_than_a_chunk_has_steps(backend, channels_last, packed):
     """The second chunk of steps begins within reach of the initial states."""
     leaves, seq_idx = inputs(0, 2, 17, 150, 70, channels_last, packed=packed)
-    expected = run("reference", leaves, seq_idx, "silu", torch.float64)
-    for tolerance, a, b in zip((OUT, GRAD), run(backend, leaves, seq_idx, "silu"), expected):
-        assert all(relative_error(x, y) < tolerance for x, y in zip(a, b))
+    checks.assert_close(ops.causal_conv1d_fn, conv(leaves, seq_idx), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,11 +61,8 @@ def test_more_taps_than_a_chunk_has_steps(backend, channels_last, packed):
 def test_half_precision_rounds_once(backend, dtype):
     """Half-precision inputs are computed in float32: the result is the exact one, rounded."""
     leaves, _ = inputs(0, 2, 20, 37, 4, channels_last=True, dtype=dtype)
-    (out, states), grads = run(backend, leaves, None, "silu")
-    (exact, _), exact_grads = run("reference", leaves, None, "silu", torch.float64)
-    eps = torch.finfo(dtype).eps
+    (out, states), _ = checks.assert_rounds_once(ops.causal_conv1d_fn, conv(leaves), backend)
     assert out.dtype == states.dtype == dtype
-    assert relative_error(out, exact) < eps and all(relative_error(x, y) < 2 * eps for x, y in zip(grads, exact_grads))
 
 
 def test_gradcheck():
@@ -180,10 +164,10 @@ def test_final_states_go_where_they_are_asked_to():
     torch.testing.assert_close(target, torch.cat([leaves["initial_states"], leaves["x"]], 2)[..., -3:])
 
 
-@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@native
 def test_c_traces_and_repeats_exactly():
     leaves, seq_idx = inputs(8, 2, 50, 90, 4, packed=True)
-    first, second = (run("c", leaves, seq_idx, "silu") for _ in range(2))
+    first, second = (checks.run(ops.causal_conv1d_fn, "c", conv(leaves, seq_idx)) for _ in range(2))
     assert all(torch.equal(x, y) for a, b in zip(first, second) for x, y in zip(a, b))
     args = (leaves["x"], leaves["weight"], leaves["bias"], seq_idx, leaves["initial_states"], "silu", True, "c")
     torch.library.opcheck(torch.ops.ssmzoo.causal_conv1d.default, args)

@@ -1,19 +1,17 @@
 """The dense scan of SD-SSM on every backend against the float64 reference and the definition."""
 
+import functools
 import sys
 
+import against_reference as checks
 import pytest
 import torch
+from against_reference import BACKENDS, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
-
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
-OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
 def inputs(
@@ -46,31 +44,12 @@ def inputs(
         "p_norm": 1.3,
         "symbols": torch.randint(0, s, (b, l), generator=rng) if symbols else None,
         "mask": torch.rand(b, l, generator=rng) > 0.3 if masked else None,
-        "seq_idx": (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None,
+        "seq_idx": checks.packed(b, l, rng) if packed else None,
     }
 
 
-def run(backend, call, dtype=None):
-    """[states, last] and the gradients of a fixed loss over both."""
-    call = {
-        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-        if torch.is_tensor(v) and v.is_floating_point()
-        else v
-        for k, v in call.items()
-    }
-    leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
-    with ops.backend(backend):
-        results = ops.dense_scan(**call)
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=rng)).sum() for r in results)
-    return list(results), list(torch.autograd.grad(loss, leaves, materialize_grads=True))
-
-
-def assert_close(call, backend, out=OUT, grad=GRAD):
-    got, expected = run(backend, call), run("reference", call, torch.float64)
-    for tolerance, xs, ys in zip((out, grad), got, expected):
-        errors = [relative_error(x, y) for x, y in zip(xs, ys)]
-        assert max(errors) < tolerance, errors
+run = functools.partial(checks.run, ops.dense_scan)
+assert_close = functools.partial(checks.assert_close, ops.dense_scan)
 
 
 def test_reference_is_the_papers_definition():
@@ -207,9 +186,8 @@ def test_hundred_thousand_steps_keep_one_state():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_and_repeats(backend):
     call = inputs(dtype=torch.bfloat16)
-    (states, last), grads = run(backend, call)
+    (states, last), grads = checks.assert_rounds_once(ops.dense_scan, call, backend)
     assert states.dtype == torch.bfloat16 and last.dtype == torch.float32 and grads[0].dtype == torch.bfloat16
-    assert relative_error(last, run("reference", call, torch.float64)[0][1]) < OUT
     for a, b in zip((states, last, *grads), [x for part in run(backend, call) for x in part]):
         assert torch.equal(a, b)
 

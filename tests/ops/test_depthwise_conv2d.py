@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from against_reference import BACKENDS, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
 from ssmzoo.layers.image.fused import depthwise_conv, fused_depthwise
-from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
 KINDS = [
     {},
     {"residual": True},

@@ -7,13 +7,12 @@ import pytest
 import test_drop_in_arguments
 import torch
 import torch.nn.functional as F
+from against_reference import BACKENDS
 from paths import ROOT
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
-BACKENDS = ["torch", pytest.param("c", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 REQUIRED = inspect.Parameter.empty
 # Names in order with their defaults, as mamba-ssm 2.3.2 and causal-conv1d 1.7.0 have them; ours may have more behind.
 UPSTREAM = {

@@ -3,13 +3,13 @@
 import inspect
 import math
 
+import against_reference
 import pytest
 import torch
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 
-BACKENDS = ["reference", "torch", pytest.param("c", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+BACKENDS = ["reference", *against_reference.BACKENDS]
 # Names in order with their defaults, as mamba-ssm 2.3.2 and causal-conv1d 1.7.0 have them; ours may have more behind.
 UPSTREAM = {
     "selective_state_update": (

@@ -1,20 +1,20 @@
 """The gated delta rule with both decays on every backend against the float64 reference and the published numbers."""
 
+import functools
+
+import against_reference as checks
 import pytest
 import torch
 import torch.nn.functional as F
+from against_reference import BACKENDS, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
 
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 both_decays = pytest.mark.parametrize("per_channel", [False, True], ids=["per head", "per channel"])
-OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
 def inputs(seed=0, b=2, l=37, h=3, n=5, p=6, per_channel=False, packed=False, state=True, top=2.0, dtype=torch.float32):
@@ -32,28 +32,11 @@ def inputs(seed=0, b=2, l=37, h=3, n=5, p=6, per_channel=False, packed=False, st
     }
     call |= {"initial_state": normal(b, h, n, p)} if state else {}
     call = {name: t.to(dtype if name != "initial_state" else torch.float32) for name, t in call.items()}
-    return call | {"seq_idx": (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None}
+    return call | {"seq_idx": checks.packed(b, l, rng) if packed else None}
 
 
-def run(backend, call, dtype=None):
-    """[y, last state] and the gradients of a fixed loss over both."""
-    call = {
-        k: v.detach().to(dtype or v.dtype).requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in call.items()
-    }
-    leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
-    with ops.backend(backend):
-        results = ops.gated_delta_rule(**call)
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=rng)).sum() for r in results)
-    return list(results), list(torch.autograd.grad(loss, leaves, materialize_grads=True))
-
-
-def assert_close(call, backend, out=OUT, grad=GRAD):
-    got, expected = run(backend, call), run("reference", call, torch.float64)
-    for tolerance, xs, ys in zip((out, grad), got, expected):
-        errors = [relative_error(x, y) for x, y in zip(xs, ys)]
-        assert max(errors) < tolerance, errors
+run = functools.partial(checks.run, ops.gated_delta_rule)
+assert_close = functools.partial(checks.assert_close, ops.gated_delta_rule)
 
 
 @every_backend
@@ -192,10 +175,8 @@ def test_heads_cut_out_of_one_projection(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(backend, dtype):
     call = inputs(dtype=dtype, l=70)
-    (y, last), grads = run(backend, call)
-    (y64, last64), _ = run("reference", call, torch.float64)
-    assert y.dtype == dtype and last.dtype == torch.float32 and relative_error(last, last64) < OUT
-    assert (y - y64.to(dtype)).abs().max() <= 2 * torch.finfo(dtype).eps * y64.abs().max()
+    (y, last), grads = checks.assert_rounds_once(ops.gated_delta_rule, call, backend)
+    assert y.dtype == dtype and last.dtype == torch.float32
     assert [g.dtype for g in grads[:5]] == [dtype] * 5
 
 

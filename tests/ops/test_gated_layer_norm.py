@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from against_reference import BACKENDS, native
 
 from ssmzoo import ops
 from ssmzoo.layers.image.ss2d import SS2D
-from ssmzoo.ops.native import MISSING
 from ssmzoo.released.golden import relative_error
-
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
 
 
 def inputs(*shape):

@@ -1,22 +1,20 @@
 """selective_scan on every backend against the float64 reference, at awkward sizes and values."""
 
+import functools
 import gc
 import resource
 import threading
 
+import against_reference as checks
 import pytest
 import torch
+from against_reference import BACKENDS, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 from ssmzoo.ops.selective_scan import SCAN
 from ssmzoo.released.golden import relative_error
-
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
-OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
 def inputs(
@@ -68,31 +66,12 @@ def inputs(
         name: t.to(dtype if name in "u delta B C z" else torch.promote_types(dtype, torch.float32)).requires_grad_()
         for name, t in call.items()
     }
-    seq_idx = (torch.rand(b, l, generator=rng) < 0.1).cumsum(1) if packed else None
-    return call | {"delta_softplus": softplus, "seq_idx": seq_idx}
+    return call | {"delta_softplus": softplus, "seq_idx": checks.packed(b, l, rng, 0.1) if packed else None}
 
 
-def run(backend, call, dtype=None):
-    """[out, last_state] and the gradients of a fixed loss over both."""
-    call = {
-        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-        if torch.is_tensor(v) and v.is_floating_point()
-        else v
-        for k, v in call.items()
-    }
-    leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
-    with ops.backend(backend):
-        results = ops.selective_scan_fn(**call, return_last_state=True)
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=rng)).sum() for r in results)
-    return list(results), list(torch.autograd.grad(loss, leaves))
-
-
-def assert_close(call, backend, out=OUT, grad=GRAD):
-    got, expected = run(backend, call), run("reference", call, torch.float64)
-    for tolerance, xs, ys in zip((out, grad), got, expected):
-        errors = [relative_error(x, y) for x, y in zip(xs, ys)]
-        assert max(errors) < tolerance, errors
+SCAN_WITH_STATE = functools.partial(ops.selective_scan_fn, return_last_state=True)
+run = functools.partial(checks.run, SCAN_WITH_STATE)
+assert_close = functools.partial(checks.assert_close, SCAN_WITH_STATE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,12 +150,8 @@ def test_broadcast_and_sliced_inputs(backend):
 def test_half_precision_rounds_once(backend, dtype):
     """Half-precision inputs are computed in float32: the result is the exact one, rounded."""
     call = inputs(dtype=dtype, g=2, e=20, optional="D z delta_bias initial_state")
-    (out, state), grads = run(backend, call)
-    (exact, exact_state), exact_grads = run("reference", call, torch.float64)
-    eps = torch.finfo(dtype).eps
+    (out, state), _ = checks.assert_rounds_once(SCAN_WITH_STATE, call, backend)
     assert out.dtype == dtype and state.dtype == torch.float32
-    assert relative_error(out, exact) < eps and relative_error(state, exact_state) < OUT
-    assert all(relative_error(x, y) < 2 * eps for x, y in zip(grads, exact_grads))
 
 
 @pytest.mark.parametrize("kinds", [("last", "last"), ("constant", "first")])

@@ -1,18 +1,17 @@
 """Taylor linear attention on every backend against the float64 reference, and against all pairs of positions."""
 
+import functools
+
+import against_reference as checks
 import pytest
 import torch
+from against_reference import BACKENDS, GRAD, OUT, native, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 from ssmzoo.ops.taylor_attention import features, n_features, quadratic
 from ssmzoo.released.golden import relative_error
-
-native = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-BACKENDS = ["torch", pytest.param("c", marks=native)]
-OUT, GRAD = 1e-5, 1e-4  # relative, float32 against float64
 
 
 def inputs(seed=0, b=2, l=37, h=3, f=4, p=5, state=True, masked=False, packed=False, scale=1.0, dtype=torch.float32):
@@ -26,24 +25,11 @@ def inputs(seed=0, b=2, l=37, h=3, f=4, p=5, state=True, masked=False, packed=Fa
     if state:
         call["state"] = ops.taylor_state(normal(b, 3, h, f), normal(b, 3, h, p))
     mask = torch.rand(b, l, generator=rng) < 0.7 if masked else None
-    seq_idx = (torch.rand(b, l, generator=rng) < 0.15).cumsum(1) if packed else None
+    seq_idx = checks.packed(b, l, rng) if packed else None
     return call | {"mask": mask, "seq_idx": seq_idx, "eps": 1e-3 if masked else 1e-12}  # a row may see no key at all
 
 
-def run(backend, call, dtype=None):
-    """(y, state) and the gradients of a fixed loss over both."""
-    call = {
-        k: (v.detach() if dtype is None else v.detach().to(dtype)).requires_grad_()
-        if torch.is_tensor(v) and v.is_floating_point()
-        else v
-        for k, v in call.items()
-    }
-    leaves = [v for v in call.values() if torch.is_tensor(v) and v.requires_grad]
-    with ops.backend(backend):
-        results = ops.taylor_attention(**call)
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((r.double() * torch.randn(r.shape, generator=rng)).sum() for r in results)
-    return list(results), list(torch.autograd.grad(loss, leaves, materialize_grads=True))
+run = functools.partial(checks.run, ops.taylor_attention)
 
 
 def assert_close(call, backend, out=OUT, grad=GRAD):
@@ -91,7 +77,7 @@ def test_half_precision(backend, dtype):
     call = inputs(dtype=dtype)
     (y, state), _ = run(backend, call)
     assert y.dtype == dtype and state.dtype == torch.float32
-    assert_close(call, backend, 1e-2, 1e-2)
+    assert_close(call, backend, rounding(dtype), rounding(dtype, 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
