@@ -8,7 +8,7 @@ outputs of 0.
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import silu, silu_slope
+from ssmzoo.ops.triton.functions import silu, silu_slope, store_tile, tile
 
 
 @triton.jit
@@ -28,15 +28,13 @@ def _tap(x, x_stride, first, first_stride, segment, b, c, t, p, inside, channels
     if segment is not None:
         here = tl.load(segment + b * length + t, inside, 0)
         seen = seen & (here >= 0) & (tl.load(segment + b * length + p, seen, 0) == here)
-    value = tl.load(x + b * x_stride[0] + c[:, None] * x_stride[1] + p[None, :] * x_stride[2], own & seen[None, :], 0.0)
-    value = value.to(tl.float32)
+    value = tile(x, x_stride, b, c, p, own & seen[None, :])
     if first is not None:
         before = inside & (p < 0)
         if segment is not None:
             before = before & (here == 0)
-        offsets = b * first_stride[0] + c[:, None] * first_stride[1] + (p + K - 1)[None, :] * first_stride[2]
-        # as the inputs: rounded to their dtype
-        past = tl.load(first + offsets, own & before[None, :], 0.0).to(x.dtype.element_ty).to(tl.float32)
+        past = tile(first, first_stride, b, c, p + K - 1, own & before[None, :])
+        past = past.to(x.dtype.element_ty).to(tl.float32)  # as the inputs: rounded to their dtype
         value = tl.where(before[None, :], past, value)
     return value
 
@@ -95,8 +93,7 @@ def forward(
     y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
     if SILU:
         y = silu(y)
-    offsets = b * out_stride[0] + c[:, None] * out_stride[1] + t[None, :] * out_stride[2]
-    tl.store(out + offsets, y.to(out.dtype.element_ty), (c < channels)[:, None] & (t < length)[None, :])
+    store_tile(out, out_stride, b, c, t, y, (c < channels)[:, None] & (t < length)[None, :])
 
 
 @triton.jit
@@ -129,12 +126,11 @@ def backward_weights(
     read = mask
     if segment is not None:
         read = mask & (tl.load(segment + b * length + t, inside, 0) >= 0)[None, :]
-    offsets = b * dout_stride[0] + c[:, None] * dout_stride[1] + t[None, :] * dout_stride[2]
-    grad = tl.load(dout + offsets, read, 0.0).to(tl.float32)
+    grad = tile(dout, dout_stride, b, c, t, read)
     if SILU:
         y = _convolve(x, x_stride, weight, bias, first, first_stride, segment, b, c, t, channels, length, K, C, T)
         grad = grad * silu_slope(y)
-    tl.store(dy + b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2], grad, mask)
+    store_tile(dy, dy_stride, b, c, t, grad, mask)
     sums = (b * tiles + tl.program_id(0) % tiles) * channels + c
     for j in range(K):
         tap = _tap(x, x_stride, first, first_stride, segment, b, c, t, t - (K - 1) + j, inside, channels, length, K)
@@ -172,11 +168,8 @@ def backward_inputs(
         seen = (t >= 0) & (t < length) & (p < length)
         if segment is not None:
             seen = seen & (tl.load(segment + b * length + t, seen, 0) == here)
-        offsets = b * dy_stride[0] + c[:, None] * dy_stride[1] + t[None, :] * dy_stride[2]
-        grad = tl.load(dy + offsets, own[:, None] & seen[None, :], 0.0)
+        grad = tile(dy, dy_stride, b, c, t, own[:, None] & seen[None, :])
         total += grad * tl.load(weight + c * K + j, own, 0.0)[:, None]
-    offsets = b * dx_stride[0] + c[:, None] * dx_stride[1] + p[None, :] * dx_stride[2]
-    tl.store(dx + offsets, total.to(dx.dtype.element_ty), own[:, None] & known[None, :])
+    store_tile(dx, dx_stride, b, c, p, total, own[:, None] & known[None, :])
     if dfirst is not None:
-        offsets = b * dfirst_stride[0] + c[:, None] * dfirst_stride[1] + (p + K - 1)[None, :] * dfirst_stride[2]
-        tl.store(dfirst + offsets, total.to(dfirst.dtype.element_ty), own[:, None] & (p < 0)[None, :])
+        store_tile(dfirst, dfirst_stride, b, c, p + K - 1, total, own[:, None] & (p < 0)[None, :])

@@ -9,7 +9,7 @@ Each element is written by one program, sums over programs are left to the calle
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import chain, silu, silu_slope, softplus
+from ssmzoo.ops.triton.functions import chain, silu, silu_slope, softplus, store_tile, tile
 
 
 @triton.jit
@@ -24,23 +24,9 @@ def _place(size, blocks, groups, E: tl.constexpr):
 
 
 @triton.jit
-def _tile(base, stride, b, e, t, mask):
-    """(E T) of a (b e l) tensor in fp32, zeros outside the mask."""
-    offsets = b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2]
-    return tl.load(base + offsets, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(base, stride, b, e, t, value, mask):
-    tl.store(
-        base + b * stride[0] + e[:, None] * stride[1] + t[None, :] * stride[2], value.to(base.dtype.element_ty), mask
-    )
-
-
-@triton.jit
 def _steps(delta, stride, bias, b, e, t, mask, SOFTPLUS: tl.constexpr):
     """(delta + bias, dt) of a tile; dt is 0 outside the mask, i.e. the state stays as it is."""
-    raw = _tile(delta, stride, b, e, t, mask)
+    raw = tile(delta, stride, b, e, t, mask)
     if bias is not None:
         raw += tl.load(bias + e, None)[:, None]
     dt = raw
@@ -103,7 +89,7 @@ def forward(
         t = c * T + step
         inside = t < length
         mask = own[:, None] & inside[None, :]
-        x = _tile(u, u_stride, b, e, t, mask)
+        x = tile(u, u_stride, b, e, t, mask)
         raw, dt = _steps(delta, delta_stride, bias, b, e, t, mask, SOFTPLUS)
         y = tl.zeros([E, T], tl.float32)
         if D is not None:
@@ -126,8 +112,8 @@ def forward(
             y += h * C_n
             tl.store((there + n)[:, None] + 0 * step[None, :], h, own[:, None] & (step == T - 1)[None, :])
         if z is not None:
-            y *= silu(_tile(z, z_stride, b, e, t, mask))
-        _store(out, out_stride, b, e, t, y, mask)
+            y *= silu(tile(z, z_stride, b, e, t, mask))
+        store_tile(out, out_stride, b, e, t, y, mask)
         tl.debug_barrier()  # the states of this chunk are read by other threads in the next
 
 
@@ -193,18 +179,18 @@ def backward(
         t = c * T + step
         inside = t < length
         mask = own[:, None] & inside[None, :]
-        u_t = _tile(u, u_stride, b, e, t, mask)
+        u_t = tile(u, u_stride, b, e, t, mask)
         raw, dt = _steps(delta, delta_stride, bias, b, e, t, mask, SOFTPLUS)
         x = u_t * dt
         past = inside & (step > 0)  # t - 1 lies in this chunk
         earlier = own[:, None] & past[None, :]
         _, x_past = _steps(delta, delta_stride, bias, b, e, t - 1, earlier, SOFTPLUS)
-        x_past *= _tile(u, u_stride, b, e, t - 1, earlier)
+        x_past *= tile(u, u_stride, b, e, t - 1, earlier)
         ahead = (t + 1 < length) & (step < T - 1)  # t + 1 lies in this chunk
         _, dt_ahead = _steps(delta, delta_stride, bias, b, e, t + 1, own[:, None] & ahead[None, :], SOFTPLUS)
-        dy = _tile(dout, dout_stride, b, e, t, mask)
+        dy = tile(dout, dout_stride, b, e, t, mask)
         if z is not None:
-            dy *= silu(_tile(z, z_stride, b, e, t, mask))
+            dy *= silu(tile(z, z_stride, b, e, t, mask))
         if fresh is not None:
             new = (tl.load(fresh + b * length + t, inside, 0) != 0)[None, :]
             new_ahead = (tl.load(fresh + b * length + t + 1, ahead, 0) != 0)[None, :]
@@ -253,12 +239,12 @@ def backward(
             y += D_e * u_t
             tl.store(dD + sums, tl.sum(dy * u_t, 1), own)
         if z is not None:
-            slope = silu_slope(_tile(z, z_stride, b, e, t, mask)) * _tile(dout, dout_stride, b, e, t, mask)
-            _store(dz, dz_stride, b, e, t, y * slope, mask)
+            slope = silu_slope(tile(z, z_stride, b, e, t, mask)) * tile(dout, dout_stride, b, e, t, mask)
+            store_tile(dz, dz_stride, b, e, t, y * slope, mask)
         if SOFTPLUS:
             ddt *= 1.0 / (1.0 + tl.exp(-raw))
         if bias is not None:
             tl.store(dbias + sums, tl.sum(tl.where(mask, ddt, 0.0), 1), own)
-        _store(du, du_stride, b, e, t, dx, mask)
-        _store(ddelta, ddelta_stride, b, e, t, ddt, mask)
+        store_tile(du, du_stride, b, e, t, dx, mask)
+        store_tile(ddelta, ddelta_stride, b, e, t, ddt, mask)
         tl.debug_barrier()  # the carries of this chunk are read by other threads in the next

@@ -31,3 +31,16 @@ def silu_slope(x):
     """d silu / dx"""
     sigma = 1.0 / (1.0 + tl.exp(-x))
     return sigma * (1.0 + x * (1.0 - sigma))
+
+
+@triton.jit
+def tile(base, stride, b, c, t, mask):
+    """(C T) of a (b c l) tensor in fp32, zeros outside the mask."""
+    offsets = b * stride[0] + c[:, None] * stride[1] + t[None, :] * stride[2]
+    return tl.load(base + offsets, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(base, stride, b, c, t, value, mask):
+    offsets = b * stride[0] + c[:, None] * stride[1] + t[None, :] * stride[2]
+    tl.store(base + offsets, value.to(base.dtype.element_ty), mask)
