@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -105,9 +106,11 @@ def build_model(node: dict) -> nn.Module:
 
 def as_now(node: dict) -> dict:
     """A node of an earlier release: `ssm_cfg.scenario` of Mamba became a model of its own."""
-    mixer = dict(node.get("ssm_cfg") or {})
-    if node["_target_"] != "ssmzoo.models.mamba.MambaLM" or "scenario" not in mixer:
+    mixer = node.get("ssm_cfg")
+    is_mamba = node["_target_"] == "ssmzoo.models.mamba.MambaLM"
+    if not is_mamba or not isinstance(mixer, Mapping) or "scenario" not in mixer:
         return node
+    mixer = dict(mixer)
     scenario = mixer.pop("scenario")
     if scenario is None:
         return node | {"ssm_cfg": mixer}

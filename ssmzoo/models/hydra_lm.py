@@ -28,7 +28,7 @@ from ssmzoo.layers.state import Padding
 from ssmzoo.models.hydra_layers.chunk_experts import ChunkExperts
 from ssmzoo.models.hydra_layers.hydra_ssm import ElementwiseSSM, GatedConv
 from ssmzoo.models.hydra_layers.memory import ProductKeyMemory, PublishedWorkspace, Workspace
-from ssmzoo.suggest import nearest
+from ssmzoo.suggest import from_slot, nearest
 
 SSMS = {"conv": GatedConv, "recurrent": ElementwiseSSM}
 WORKSPACES = {"causal": Workspace, "published": PublishedWorkspace}
@@ -125,7 +125,7 @@ class HydraLM(CausalLM):
                 raise ValueError(f"{name} is {value!r}{nearest(str(value), known)}; choose one of {', '.join(known)}")
         options = (chunk_size, 2, gate_temperature, balance_weight, routing, legacy_chunk_reshape)
         slots = WORKSPACES[workspace](d_model, n_slots, chunk_size, n_uses=n_layer) if workspace else None
-        facts = None if pkm is None else ProductKeyMemory(d_model, **pkm)
+        facts = None if pkm is None else from_slot("pkm", pkm, ProductKeyMemory, d_model)
 
         def block(i: int) -> HydraBlock:
             attention = attn_every and (i + 1) % attn_every == 0

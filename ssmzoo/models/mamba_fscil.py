@@ -37,6 +37,7 @@ from ssmzoo.layers.image.ss2d import init_directional_, project_by, project_step
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
 from ssmzoo.ops import cross_merge, cross_scan
 from ssmzoo.presets import build_preset
+from ssmzoo.suggest import from_slot
 
 
 class NeckOutput(NamedTuple):
@@ -275,7 +276,7 @@ class MambaFSCIL(nn.Module):
             d_state=d_state,
             use_residual_proj=features != width,
         ) | dict(neck or {})
-        self.neck = MambaNeck(**self.neck_args)
+        self.neck = from_slot("neck", self.neck_args, MambaNeck)
         self.head = ETFHead(features, num_classes)
 
     def feature_map(self, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ssmzoo.layers.image.window_attention import WindowAttention, shifted_window
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import permute_tokens, selective_scan_fn
+from ssmzoo.suggest import from_slot
 
 ROUTINGS = ("gumbel", "argmax")
 
@@ -281,7 +282,7 @@ class MambaIRv2(RestorationNet):
         heads = (num_heads,) * len(depths) if isinstance(num_heads, int) else tuple(num_heads)
         if len(heads) != len(depths):
             raise ValueError(f"num_heads has {len(heads)} entries and depths {len(depths)}; give one per group")
-        self.window_size, (qkv_bias, patch_norm, ape) = window_size, SwinOptions(**(swin or {}))
+        self.window_size, (qkv_bias, patch_norm, ape) = window_size, from_slot("swin", swin, SwinOptions)
         hidden = int(embed_dim * mlp_ratio)
 
         def ffn() -> nn.Module:

@@ -42,6 +42,7 @@ from ssmzoo.layers.plain import is_plain
 from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import linear_act, spatial_scan, state_fusion
 from ssmzoo.ops.transforms import channels_last
+from ssmzoo.suggest import from_slot
 
 
 class StateFusion(nn.Module):
@@ -127,7 +128,7 @@ class SpatialMambaBlock(nn.Module):
         super().__init__()
         self.cpe1 = depthwise_conv(dim)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.self_attention = StructureAwareSSM(dim, **(mixer or {}))
+        self.self_attention = from_slot("mixer", mixer, StructureAwareSSM, dim)
         self.cpe2 = depthwise_conv(dim)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = FusedDropPathAdd(drop_path)

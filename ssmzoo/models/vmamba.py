@@ -33,6 +33,7 @@ from ssmzoo.layers.image.mlp import make_mlp
 from ssmzoo.layers.image.patch_embed import PatchEmbed, check_image, height_width, map_norm, resize_map
 from ssmzoo.layers.image.ss2d import SS2D, HeadSS2D
 from ssmzoo.ops.transforms import channels_last
+from ssmzoo.suggest import argument_names, check_slot, from_slot
 
 STEMS = ("conv", "patch", "conv_no_norm", "patch_no_norm")
 
@@ -98,7 +99,7 @@ def make_mixer(dim: int, d_state: int, ssm_ratio: float, options: dict | None) -
     """SS2D without gate and convolution bias unless `options` say so; its "heads" chooses `HeadSS2D`."""
     options = {"gate": None, "conv_bias": False} | dict(options or {})
     layer = HeadSS2D if options.pop("heads", False) else SS2D
-    return layer(dim, d_state, ssm_ratio, **options)
+    return from_slot("mixer", options, layer, dim, d_state, ssm_ratio)
 
 
 def downsampling(kind: str, dim: int, out_dim: int, norm: str) -> nn.Module:
@@ -135,6 +136,7 @@ class VSSBlock(nn.Module):
         self.norm, self.op = map_norm(norm, dim), mixer
         self.drop_path = FusedDropPathAdd(drop_path, per_sample=norm == "ln")
         self.mlp = None
+        check_slot("mlp", mlp, argument_names(make_mlp)[2:], "the MLP", TypeError)  # of blocks without one too
         if mlp_ratio > 0:
             self.norm2 = map_norm(norm, dim)
             self.mlp = make_mlp(dim, int(mlp_ratio * dim), **(mlp or {}))

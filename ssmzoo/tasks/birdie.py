@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.layers.decoder import reads_prefixes
-from ssmzoo.suggest import nearest
+from ssmzoo.suggest import from_slot
 from ssmzoo.tasks.base import Report, StepOutput
 from ssmzoo.tasks.birdie_figure import draw_mixture
 from ssmzoo.tasks.language import LanguageModeling, token_cross_entropy
@@ -50,7 +48,7 @@ class Birdie(LanguageModeling):
                 f"model such as gated_ssm, hawk or transformer"
             )
         self.bidirectional = able if bidirectional is None else bidirectional
-        self.settings = controller_settings(controller or {})
+        self.settings = from_slot("task.controller", controller, ControllerSettings)
         self.controller: MixtureController | None = None
         self.history: list[dict[str, Any]] = []  # of every validation: step, losses, the weights until then
 
@@ -159,11 +157,3 @@ class Birdie(LanguageModeling):
     def loss_of(self, batch: dict[str, Tensor], prefix: dict[str, Tensor]) -> Tensor:
         logits = self.model(batch["input_ids"], seq_idx=batch["seq_idx"], **prefix).logits
         return token_cross_entropy(logits, batch["labels"])[0]
-
-
-def controller_settings(given: Mapping[str, Any]) -> ControllerSettings:
-    known = [field.name for field in dataclasses.fields(ControllerSettings)]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"task.controller.{key} is unknown{nearest(str(key), known)}; it takes {', '.join(known)}")
-    return ControllerSettings(**given)

@@ -14,11 +14,11 @@ from ssmzoo.checkpoint_files import MANIFEST, find_checkpoint, read_manifest
 from ssmzoo.released.catalogue import find_weights
 from ssmzoo.released.download import fetch_tokenizer
 from ssmzoo.released.fit import role
-from ssmzoo.suggest import nearest
+from ssmzoo.suggest import check_slot, nearest
 from ssmzoo.train.stages import stage_of
 
 PROBE = "all_but_head"
-KEYS = {"rank", "alpha", "targets"}
+KEYS = ("rank", "alpha", "targets")
 
 
 def prepare(model: nn.Module, freeze: Any = None, lora: dict | None = None) -> str:
@@ -27,10 +27,7 @@ def prepare(model: nn.Module, freeze: Any = None, lora: dict | None = None) -> s
         return ""
     said = []
     if lora:
-        if unknown := sorted(set(lora) - KEYS):
-            raise ValueError(
-                f"lora.{unknown[0]} is unknown{nearest(unknown[0], KEYS)}; lora takes rank, alpha, targets"
-            )
+        check_slot("lora", lora, KEYS, "lora")
         layers = add_lora(model, **lora)
         said.append(f"LoRA of rank {lora.get('rank', 8)} on {len(layers)} layers")
     if freeze is not None:

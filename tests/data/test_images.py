@@ -155,7 +155,7 @@ def test_other_bad_input(tmp_path):
         ImageData(dataset="digit").setup()
     with pytest.raises(ValueError, match="nearest: .*cifar10"):
         ImageData(dataset="torchvision/cifar1").setup()
-    with pytest.raises(ValueError, match="unknown keys flip"):
+    with pytest.raises(ValueError, match="data.augment.flip is unknown; nearest: vflip, hflip"):
         ImageData(augment={"flip": 0.5})
     with pytest.raises(ValueError, match="in_chans = 4"):
         ImageData(in_chans=4)

@@ -158,7 +158,10 @@ def test_a_model_trains_with_it_and_reads_in_pieces(name):
     [
         (dict(router="top_p", router_options={"top_p": 1.5}), r"top_p = 1.5 must lie in \(0, 1\]"),
         (dict(router="noisy", top_k=2), "unknown router 'noisy'.*noisy_top_k"),
-        (dict(router="noisy_top_k", router_options={"load": 1}), "router_options do not fit .*'load'"),
+        (
+            dict(router="noisy_top_k", router_options={"load": 1}),
+            "router_options.load is unknown; nearest: load_weight",
+        ),
         (dict(d_expert=[4, 8]), "d_expert lists 2 widths .* expected n_experts = 3"),
         (dict(d_expert=[4, 8, 0]), "expected n_experts = 3 positive"),
         (dict(router="competition", router_options={"competition": 2}), "competition = 2 is a share"),

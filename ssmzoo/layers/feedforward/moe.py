@@ -21,7 +21,7 @@ from ssmzoo.layers.feedforward.router import ExpertChoice, TokenChoice
 from ssmzoo.layers.feedforward.routers import NoisyTopK, TopP
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.ops.moe_dispatch import Groups, gather_rows, grouped_matmul, scatter_rows
-from ssmzoo.suggest import nearest
+from ssmzoo.suggest import argument_names, nearest
 
 
 class Experts(nn.Module):
@@ -213,6 +213,19 @@ ROUTERS = {
 }
 
 
+COMPETITION = ("competition", "distillation_weight")  # options of CompetitiveMoE
+
+
+def router_arguments(router: str) -> list[str]:
+    """Names of the options that a router takes."""
+    if router not in ROUTERS:
+        known = ", ".join(ROUTERS)
+        raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
+    made_here = ("d_model", "n_experts", "init_scale", "widths")
+    names = [name for name in argument_names(ROUTERS[router]) if name not in made_here]
+    return names + list(COMPETITION if router == "competition" else ())
+
+
 def build_moe(
     d_model: int,
     n_experts: int,
@@ -232,9 +245,7 @@ def build_moe(
     d_expert        width of the experts, or a list of n_experts widths
     router_options  go to the router (competition, distillation_weight to CompetitiveMoE); unknown ones raise TypeError
     """
-    if router not in ROUTERS:
-        known = ", ".join(ROUTERS)
-        raise ValueError(f"unknown router {router!r}{nearest(str(router), ROUTERS)}; choose one of {known}")
+    router_arguments(router)  # refuses an unknown router
     widths = None if isinstance(d_expert, int) else list(d_expert)
     if widths is not None:
         if len(widths) != n_experts or not all(isinstance(w, int) and w > 0 for w in widths):
@@ -246,7 +257,7 @@ def build_moe(
     moe, compete = MoE, {}
     if router == "competition":
         moe = CompetitiveMoE
-        compete = {k: router_options.pop(k) for k in ("competition", "distillation_weight") if k in router_options}
+        compete = {k: router_options.pop(k) for k in COMPETITION if k in router_options}
     gating = ROUTERS[router](d_model, n_experts, init_scale=init_scale, **router_options)
     options = dict(dropout=dropout, init_scale=init_scale, d_output=d_output)
     if router == "expert_choice":
