@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from ssmzoo.layers.roles import in_head
 from ssmzoo.suggest import nearest
 
-ORIGINAL = ".parametrizations.weight.original"
+ORIGINAL, ADDED = ".parametrizations.weight.original", ".parametrizations.weight.0."  # what follows a layer's name
 
 
 class LowRank(nn.Module):
@@ -41,7 +41,8 @@ def add_lora(
     """Put LoRA on the linear layers of a model and freeze everything else but a classifier's head; in place.
 
     rank     r;  alpha  None: 2 r
-    targets  globs of module names, such as "*.in_proj"; heads and embeddings are never among them
+    targets  globs of module names, such as "*.in_proj"; heads, embeddings and layers whose weight is a function of
+             other tensors (parametrised by the model itself) are never among them
 
     Returns the names of the layers. Raises ValueError when no layer fits or the rank is out of range.
     """
@@ -50,6 +51,7 @@ def add_lora(
         raise ValueError(f"lora.rank is {rank} and lora.alpha {alpha}; both must be positive, rank a whole number")
     patterns = [targets] if isinstance(targets, str) else list(targets)
     known = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(n)]
+    known = [n for n in known if not parametrize.is_parametrized(model.get_submodule(n), "weight")]
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise ValueError(f"lora.targets: no linear layer is called {pattern!r}{nearest(pattern, known)}")
@@ -67,14 +69,11 @@ def add_lora(
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint with LoRA under the plain names of its model; others as they are."""
-    found = {}
-    for key, value in state.items():
-        layer, mark, _ = key.partition(".parametrizations.weight.")
-        if f"{layer}{mark}0.lora_A" not in state:  # plain, or another parametrisation that the model has itself
-            found[key] = value
-        elif key.endswith(ORIGINAL):
-            low = {name: state[f"{layer}{mark}0.{name}"] for name in ("lora_A", "lora_B", "scale")}
-            found[f"{layer}.weight"] = value + low["scale"].to(value.dtype) * (low["lora_B"] @ low["lora_A"])
+    found = dict(state)
+    for layer in [key.removesuffix(f"{ADDED}lora_A") for key in state if key.endswith(f"{ADDED}lora_A")]:
+        A, B, scale = (found.pop(f"{layer}{ADDED}{name}") for name in ("lora_A", "lora_B", "scale"))
+        weight = found.pop(layer + ORIGINAL)
+        found[f"{layer}.weight"] = weight + scale.to(weight.dtype) * (B @ A)
     return found
 
 

@@ -30,7 +30,8 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
-MODELS = {"mamba": {"vocab_size": 32}, "mamba2": {"vocab_size": 32}, "vim": {}, "vmamba": {}, "spatial_mamba": {}}
+TEXT = {"vocab_size": 32}
+MODELS = {"mamba": TEXT, "mamba2": TEXT, "mamba_scenario": TEXT, "vim": {}, "vmamba": {}, "spatial_mamba": {}}
 
 
 @pytest.mark.parametrize("name", MODELS)
