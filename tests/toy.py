@@ -15,6 +15,19 @@ from ssmzoo.train.guards import Guards
 from ssmzoo.train.logger import CSVFile
 from ssmzoo.train.rows import Rows
 
+# a run of four steps on bits, by the words of a command line
+TINY = [
+    "model=lstm",
+    "data.batch_size=8",
+    "data.val_samples=4",
+    "data.test_length=20",
+    "data.test_samples=2",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+]
+
 
 class Vectors(torch.utils.data.Dataset):
     """32 vectors and their sums."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssmzoo.data import image_sources as sources
-from ssmzoo.data.loader import Draw, ResumableLoader
+from ssmzoo.data.loader import Draw, ResumableLoader, refuse_other_data
 from ssmzoo.data.text_store import cache_folder
+from ssmzoo.suggest import check_slot
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY = ((0.5,), (0.5,))
@@ -126,12 +127,7 @@ class ImageData(LightningDataModule):
                 f"data.image_size = {image_size} and data.batch_size = {batch_size} must be positive, "
                 f"data.crop_pct = {crop_pct} in (0, 1]"
             )
-        unknown = sorted(set(augment or {}) - AUGMENT - {"three_augment"})
-        if unknown:
-            raise ValueError(
-                f"data.augment has unknown keys {', '.join(unknown)}; known: "
-                f"{', '.join(sorted(AUGMENT))}, three_augment"
-            )
+        check_slot("data.augment", augment, [*sorted(AUGMENT), "three_augment"], "data.augment")
         self.dataset, self.path, self.val_path = dataset, path, val_path
         self.val_fraction, self.split_seed, self.broken = val_fraction, split_seed, broken
         self.image_size, self.in_chans, self.crop_pct = image_size, in_chans, crop_pct
@@ -157,14 +153,7 @@ class ImageData(LightningDataModule):
         return {"images": self._open()[0].fingerprint, "seed": self.seed, "image_size": self.image_size}
 
     def load_state_dict(self, state: dict) -> None:
-        """Refuse to continue a run on other data than it began with."""
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        for key, value in self.state_dict().items() if fitting else ():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
-                    f"continue with the same, or start a new run"
-                )
+        refuse_other_data(self, state)
 
     # What others may ask
 

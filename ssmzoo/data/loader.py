@@ -35,6 +35,21 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
+def is_fitting(data) -> bool:
+    """Whether a data module is attached to a run that trains."""
+    return data.trainer is not None and data.trainer.state.fn == "fit"
+
+
+def refuse_other_data(data, state: dict[str, Any]) -> None:
+    """Raise ValueError where a run goes on with other data than it began with, when their state_dict() was `state`."""
+    for key, value in data.state_dict().items() if is_fitting(data) else ():
+        if state.get(key) != value:
+            raise ValueError(
+                f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
+                f"continue with the same, or start a new run from the checkpoint's weights"
+            )
+
+
 class ResumableLoader:
     """Iterate over a map-style dataset in batches; `state_dict()` names the next batch exactly.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -13,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from ssmzoo.data.loader import ResumableLoader
+from ssmzoo.data.loader import ResumableLoader, is_fitting, refuse_other_data
 from ssmzoo.data.text_corpus import FileCorpus
 from ssmzoo.data.text_hub import HuggingFaceCorpus
 from ssmzoo.data.text_store import FORMAT, Split, Store, build_store, cache_folder, open_store
 from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, digest, from_dict, train_bpe
 from ssmzoo.data.text_windows import Windows
+from ssmzoo.suggest import argument_names, check_slot
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +124,10 @@ class TextData(LightningDataModule):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Refuse to continue a run on other data than it began with."""
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        if fitting and "end_token" not in state and self._given is not None:  # from before documents had one
+        if is_fitting(self) and "end_token" not in state and self._given is not None:  # from before documents had one
             self._given.ending(None)
             self._store = None
-        for key, value in self.state_dict().items() if fitting else ():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
-                    f"continue with the same, or start a new run from the checkpoint's weights"
-                )
+        refuse_other_data(self, state)
 
     # What others may ask
 
@@ -285,10 +278,7 @@ def _check_sizes(**sizes: tuple[int | None, int]) -> None:
 
 
 def _hub_corpus(arguments: Mapping) -> HuggingFaceCorpus:
-    known = [name for name in inspect.signature(HuggingFaceCorpus).parameters]
-    for key in arguments:
-        if key not in known:
-            raise ValueError(f"data.corpus.{key} is unknown; data.corpus takes {', '.join(known)}")
+    check_slot("data.corpus", arguments, argument_names(HuggingFaceCorpus), "data.corpus")
     if not arguments.get("name"):
         raise ValueError("data.corpus.name is missing; name a Hugging Face dataset, such as roneneldan/TinyStories")
     return HuggingFaceCorpus(**arguments)

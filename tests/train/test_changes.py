@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import toy
 from test_config_keys import GROUPS, content
 from test_ranges import homes
 
@@ -11,18 +12,7 @@ from ssmzoo.train import changes
 from ssmzoo.train.changes import NOT_OF_THE_RUN, RULES, flatten, rule
 from ssmzoo.train.config import FREE_ROOTS, LOGGER_KEYS, TOP_LEVEL
 
-TINY = [
-    "model=lstm",
-    "data.batch_size=8",
-    "data.val_samples=4",
-    "data.test_length=20",
-    "data.test_samples=2",
-    "trainer.max_steps=4",
-    "trainer.val_check_interval=2",
-    "trainer.log_every_n_steps=1",
-    "trainer.accelerator=cpu",
-    "name=a",
-]
+TINY = [*toy.TINY, "name=a"]
 
 
 def every_key() -> set[str]:

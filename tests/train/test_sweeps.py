@@ -10,18 +10,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-
-TINY = [
-    "model=lstm",
-    "data.batch_size=8",
-    "data.val_samples=4",
-    "data.test_length=20",
-    "data.test_samples=2",
-    "trainer.max_steps=4",
-    "trainer.val_check_interval=2",
-    "trainer.log_every_n_steps=1",
-    "trainer.accelerator=cpu",
-]
+from toy import TINY
 
 
 def test_a_failed_run_of_a_sweep_leaves_the_other_three_alone(call, tmp_path):

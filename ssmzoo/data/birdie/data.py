@@ -14,6 +14,7 @@ from ssmzoo.data.birdie.mixtures import Configuration, configurations
 from ssmzoo.data.birdie.objectives import Sample
 from ssmzoo.data.birdie.packing import Row, pack
 from ssmzoo.data.formal_strings import BatchStream, FixedBatches
+from ssmzoo.data.loader import is_fitting
 from ssmzoo.data.text import TextData
 from ssmzoo.data.text_store import Split
 
@@ -104,7 +105,7 @@ class BirdieData(TextData):
     def load_state_dict(self, state: dict) -> None:
         """Refuse to continue a run on other data than it began with; go on with the weights it had."""
         super().load_state_dict(state | {"weights": self.weights.tolist()})
-        if self.trainer is not None and self.trainer.state.fn == "fit":
+        if is_fitting(self):
             self.set_weights(state["weights"])
 
     # What others may ask

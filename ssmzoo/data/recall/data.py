@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from ssmzoo.data.formal_strings import BatchStream, FixedBatches
+from ssmzoo.data.loader import refuse_other_data
 from ssmzoo.data.recall.associative import UPDATES
 from ssmzoo.data.recall.benches import BENCHES, Case
 from ssmzoo.data.recall.draws import Draws
@@ -121,14 +122,7 @@ class RecallData(LightningDataModule):
         return self.describe()
 
     def load_state_dict(self, state: dict) -> None:
-        """Refuse to continue a run on other data than it began with."""
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        for key, value in self.state_dict().items() if fitting else ():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"the run to be continued had data {key} = {state.get(key)}, now it is {value}; "
-                    f"continue with the same, or start a new run"
-                )
+        refuse_other_data(self, state)
 
     # What others may ask
 
