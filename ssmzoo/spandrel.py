@@ -5,7 +5,7 @@
 >>> from spandrel import ModelLoader
 >>> model = ModelLoader().load_from_file("mambair.pth")      # released, or from `ssmzoo ckpt export RUN --to official`
 
-Every argument is told by the tensors.
+Every argument is inferred from the tensors.
 """
 
 from __future__ import annotations

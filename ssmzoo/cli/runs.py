@@ -192,7 +192,7 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
 
 
 def cache_point(state_csv: Path) -> tuple[float, float] | None:
-    """(bytes of state at the trained length, validation loss) of a language model's run; None where not told."""
+    """(bytes of state at the trained length, validation loss) of a language model's run; None where unknown."""
     if not state_csv.exists():
         return None
     with state_csv.open(newline="", encoding="utf-8") as file:

@@ -171,12 +171,10 @@ class Decoder(nn.Module):
         self.grad_checkpointing = enable
 
 
-class CausalLM(Decoder):
-    """A decoder and a head over the vocabulary."""
+class LanguageModel(nn.Module):
+    """What every language model is called with: a decoder, called like `Decoder`, and a head over the vocabulary."""
 
-    def __init__(self, embedding: nn.Module, blocks: Iterable[Block], head: nn.Module, **decoder):
-        super().__init__(embedding, blocks, **decoder)
-        self.head = head
+    decoder_name, head_name = "decode", "head"  # attributes
 
     def forward(
         self,
@@ -189,9 +187,28 @@ class CausalLM(Decoder):
         logits_to_keep: int = 0,
     ) -> ModelOutput:
         """As `Decoder`; logits_to_keep: only those of the last so many positions (0: all), to save memory."""
-        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
-        hidden, state, aux = super().forward(input_ids, state, **more)
-        return ModelOutput(self.head(hidden), state, aux)
+        decode, head = getattr(self, self.decoder_name), getattr(self, self.head_name)
+        hidden, state, aux = decode(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
+        return ModelOutput(head(hidden), state, aux)
+
+
+class CausalLM(LanguageModel, Decoder):
+    """A decoder and a head over the vocabulary."""
+
+    decode = Decoder.forward
+
+    def __init__(self, embedding: nn.Module, blocks: Iterable[Block], head: nn.Module, **decoder):
+        super().__init__(embedding, blocks, **decoder)
+        self.head = head
+
+
+class BackboneLM(LanguageModel):
+    """The same under the names of released checkpoints: a subclass registers a decoder `backbone` and a `lm_head`."""
+
+    decoder_name, head_name = "backbone", "lm_head"
+
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
 
 
 def recomputed(block: Block, how: bool | str, *args: Any, **kwargs: Any):
@@ -319,6 +336,12 @@ def layer_pattern(pattern: str, n_layer: int, kinds: Mapping[str, Any]) -> list:
             f"layer_pattern {pattern!r} has {len(pattern)} letters; expected {n_layer}, one per layer, or a divisor"
         )
     return [kinds[letter] for letter in pattern * (n_layer // len(pattern))]
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:

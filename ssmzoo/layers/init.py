@@ -38,6 +38,15 @@ def scaled_output_(weight: Tensor, n_layer: int) -> Tensor:
         return weight.div_(math.sqrt(n_layer))
 
 
+def causal_lm_(model: nn.Module) -> None:
+    """Embedding and head N(0, 0.02), projections into the residual stream torch's default / sqrt(n_layer)."""
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    nn.init.normal_(model.head.weight, std=0.02)
+    for name, module in model.blocks.named_modules():
+        if name.endswith(("out_proj", "fc2")):
+            scaled_output_(module.weight, len(model.blocks))
+
+
 def truncated_normal_(weight: Tensor, fan_in: float, scale: float = 0.1) -> Tensor:
     """Fill with N(0, scale / fan_in), cut at the absolute bounds +-2 scale (not at two standard deviations)."""
     return nn.init.trunc_normal_(weight, std=math.sqrt(scale / fan_in), a=-2 * scale, b=2 * scale)

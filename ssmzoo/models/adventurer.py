@@ -31,6 +31,7 @@ from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.models.vim import init_plain_
 from ssmzoo.ops import permute_tokens, prepend_mean
+from ssmzoo.suggest import from_slot
 
 FLIP_RULES = {
     "every_two": lambda n: n // 2 % 2 == 1,
@@ -55,7 +56,7 @@ class AdventurerBlock(nn.Module):
     ):
         super().__init__()
         self.norm, self.norm_mlp = RMSNorm(dim), RMSNorm(dim)
-        self.mixer = Mamba2(dim, d_state, expand=expand, **(mixer or {}))
+        self.mixer = from_slot("mixer", mixer, Mamba2, dim, d_state, expand=expand)
         self.mlp = SwiGLU(dim, int(mlp_ratio * dim))
         self.drop_path, self.flip = DropPath(drop_path), flip
 
@@ -149,6 +150,4 @@ class Adventurer(PlainBackbone):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.pool_tokens(x))
-        x = x if pre_logits else self.head(x)
-        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
+        return self.classify(self.pool_tokens(x), pre_logits)

@@ -24,13 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.layers.decoder import Block, Decoder, layer_pattern, padded_vocab_size
+from ssmzoo.layers.decoder import BackboneLM, Block, Decoder, layer_pattern, padded_vocab_size
 from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.layers.position import document_positions, tokens_done
-from ssmzoo.layers.state import ModelOutput, Padding, call_aligned, itemsize, left_align, refuse_prefix
+from ssmzoo.layers.state import Padding, call_aligned, itemsize, left_align, refuse_prefix
 from ssmzoo.ops import taylor_attention
 from ssmzoo.ops.taylor_attention import n_features
 from ssmzoo.ops.transforms import transformed
@@ -169,7 +169,7 @@ class BasedBackbone(Decoder):
     blocks_name, norm_name = "layers", "ln_f"
 
 
-class BasedLM(nn.Module):
+class BasedLM(BackboneLM):
     """ids (b l) -> ModelOutput(logits (b l v), state, {}); the defaults are the released 360M model.
 
     vocab_size, pad_vocab_size_multiple   v is vocab_size rounded up to a multiple
@@ -185,6 +185,8 @@ class BasedLM(nn.Module):
 
     Raises ValueError for sizes below 1, heads that do not fit, a window of 0 and patterns that do not fit.
     """
+
+    decoder_name, reads_prefixes = "decode", False
 
     def __init__(
         self,
@@ -243,32 +245,16 @@ class BasedLM(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: tuple | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        prefix: int | Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> ModelOutput:
-        """As `ssmzoo.layers.decoder.CausalLM`."""
+    def decode(self, input_ids: Tensor, state: tuple | None, **more) -> tuple[Tensor, tuple, dict[str, Tensor]]:
+        """The decoder on embeddings with positions; their number so far stands before the states of the layers."""
         if not self.reads_prefixes:
-            refuse_prefix(prefix, type(self).__name__)
-        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
+            refuse_prefix(more["prefix"], type(self).__name__)
         if self.positions is None or input_ids.shape[1] == 0:
-            hidden, state, aux = self.backbone(input_ids, state, **more)
-            return ModelOutput(self.lm_head(hidden), state, aux)
+            return self.backbone(input_ids, state, **more)
         done, layers = (None, None) if state is None else (state[0], state[1:])
-        vectors, done = self.positions(input_ids, done, mask, seq_idx)
+        vectors, done = self.positions(input_ids, done, more["mask"], more["seq_idx"])
         hidden, state, aux = self.backbone(self.backbone.embedding(input_ids) + vectors, layers, **more)
-        return ModelOutput(self.lm_head(hidden), (done, *state), aux)
-
-    reads_prefixes = False
-
-    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        return hidden, (done, *state), aux
 
 
 letters = layer_pattern  # the constructor has an argument of that name

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.layers.decoder import Block
+from ssmzoo.layers.decoder import Block, check_sizes
 from ssmzoo.layers.feedforward.mlp import FeedForward
 from ssmzoo.layers.mixers.attention import Attention
-from ssmzoo.models.moe_mamba import DecoderLM, check_sizes, moe_factory
+from ssmzoo.models.moe_mamba import DecoderLM, moe_factory
 
 
 class TransformerLM(DecoderLM):

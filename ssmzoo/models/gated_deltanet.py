@@ -20,10 +20,11 @@ from torch import nn
 
 from ssmzoo.layers.decoder import Block, CausalLM, layer_pattern, padded_vocab_size
 from ssmzoo.layers.feedforward.mlp import GatedMLP
-from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.init import causal_lm_
 from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.gated_delta import GatedDeltaNet, KimiDeltaAttention
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.suggest import from_slot
 
 
 class GatedDeltaNetLM(CausalLM):
@@ -68,7 +69,7 @@ class GatedDeltaNetLM(CausalLM):
         kinds = layer_letters(layer_pattern, n_layer, attn_cfg)
 
         def block(kind: str) -> Block:
-            mixer = MHA(d_model, **attn_cfg) if kind == "A" else self.mixer(d_model, **delta)
+            mixer = from_slot("attn_cfg", attn_cfg, MHA, d_model) if kind == "A" else self.mixer(d_model, **delta)
             return Block(d_model, {"mixer": mixer} | ({"mlp": GatedMLP(d_model, d_ff)} if d_ff else {}), norm=norm)
 
         rows = padded_vocab_size(vocab_size, pad_vocab_size_multiple)
@@ -80,12 +81,8 @@ class GatedDeltaNetLM(CausalLM):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embedding and head N(0, 0.02), projections into the residual stream torch's default / sqrt(n_layer)."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
-        for name, module in self.blocks.named_modules():
-            if name.endswith(("out_proj", "fc2")):
-                scaled_output_(module.weight, len(self.blocks))
+        """See `causal_lm_`."""
+        causal_lm_(self)
 
 
 class KimiDeltaLM(GatedDeltaNetLM):

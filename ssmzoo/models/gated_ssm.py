@@ -15,10 +15,10 @@ import functools
 
 from torch import Tensor, nn
 
-from ssmzoo.layers.decoder import Block, CausalLM, layer_pattern
+from ssmzoo.layers.decoder import Block, CausalLM, check_sizes, layer_pattern
 from ssmzoo.layers.mixers.gated_ssm import GatedSSM, ReleasedGatedSSM, ScaledNorm
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.state import ModelOutput, refuse_prefix
+from ssmzoo.layers.state import refuse_prefix
 from ssmzoo.suggest import nearest
 
 FORMS = ("paper", "released")
@@ -42,27 +42,10 @@ class BirdieLM(CausalLM):
             nn.init.normal_(self.head.weight, std=0.02)
         self.reads_prefixes = "B" in pattern
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: tuple | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        prefix: int | Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> ModelOutput:
-        """As `ssmzoo.layers.decoder.CausalLM`."""
+    def decode(self, input_ids: Tensor, state: tuple | None, **more) -> tuple[Tensor, tuple, dict[str, Tensor]]:
         if not self.reads_prefixes:
-            refuse_prefix(prefix, f"{type(self).__name__} without a B in its layer_pattern")
-        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, logits_to_keep=logits_to_keep)
-        return super().forward(input_ids, state, **more)
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            refuse_prefix(more["prefix"], f"{type(self).__name__} without a B in its layer_pattern")
+        return super().decode(input_ids, state, **more)
 
 
 class GatedSSMLM(BirdieLM):

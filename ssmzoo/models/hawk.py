@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.decoder import Block
+from ssmzoo.layers.decoder import Block, check_sizes
 from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
 from ssmzoo.layers.norm import RMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
-from ssmzoo.models.gated_ssm import BirdieLM, check_sizes, directions
+from ssmzoo.models.gated_ssm import BirdieLM, directions
 
 C = 8.0  # of the decay's exponent
 MAX_SLOPE = 1000.0  # of the square root

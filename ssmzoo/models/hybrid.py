@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from ssmzoo.layers.decoder import Block, CausalLM, layer_pattern, padded_vocab_size
 from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.feedforward.moe import build_moe
-from ssmzoo.layers.init import scaled_output_
+from ssmzoo.layers.init import causal_lm_
 from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.gated_delta import GatedDeltaNet, KimiDeltaAttention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.models.lightning import LightningAttention
+from ssmzoo.suggest import from_slot
 
 MIXERS = {
     "M": Mamba,
@@ -128,12 +129,8 @@ class HybridLM(CausalLM):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embedding and head N(0, 0.02), projections into the residual stream torch's default / sqrt(n_layer)."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
-        for name, module in self.blocks.named_modules():
-            if name.endswith(("out_proj", "fc2")):
-                scaled_output_(module.weight, len(self.blocks))
+        """See `causal_lm_`."""
+        causal_lm_(self)
 
 
 def make_mixers(
@@ -157,7 +154,8 @@ def make_mixers(
 
     def make(i: int, letter: str) -> nn.Module:
         where = {"layer": i, "n_layer": n_layer} if letter == "L" else {}
-        return MIXERS[letter](d_model, **where, **(defaults[letter] | dict(given.get(letter, {}))))
+        arguments = defaults[letter] | dict(given.get(letter) or {})
+        return from_slot(f"mixers.{letter}", arguments, MIXERS[letter], d_model, **where)
 
     return [make(i, letter) for i, letter in enumerate(letters)]
 

@@ -15,15 +15,15 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ssmzoo.layers.decoder import Block, Decoder, layer_pattern, padded_vocab_size
+from ssmzoo.layers.decoder import BackboneLM, Block, Decoder, layer_pattern, padded_vocab_size
 from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.init import scaled_output_
 from ssmzoo.layers.mixers.attention import MHA
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.norm import LayerNorm, RMSNorm
-from ssmzoo.layers.state import ModelOutput
+from ssmzoo.suggest import from_slot
 
 
 class MambaBlock(Block):
@@ -47,7 +47,7 @@ class MambaBackbone(Decoder):
     blocks_name, norm_name = "layers", "norm_f"
 
 
-class MambaLM(nn.Module):
+class MambaLM(BackboneLM):
     """ids (b l) -> ModelOutput(logits (b l v), state, {}); the defaults are the paper's 130M model.
 
     vocab_size, pad_vocab_size_multiple   v is vocab_size rounded up to a multiple
@@ -95,7 +95,9 @@ class MambaLM(nn.Module):
         norm = functools.partial(RMSNorm if rms_norm else LayerNorm, eps=norm_eps)
         blocks = (
             MambaBlock(
-                MHA(d_model, **attn_cfg) if kind == "A" else self.mixer(d_model, **(ssm_cfg or {})),
+                from_slot("attn_cfg", attn_cfg, MHA, d_model)
+                if kind == "A"
+                else from_slot("ssm_cfg", ssm_cfg, self.mixer, d_model),
                 d_model,
                 d_intermediate,
                 norm,
@@ -123,24 +125,6 @@ class MambaLM(nn.Module):
                 scaled_output_(module.weight, len(self.backbone.layers))
             if isinstance(module, nn.Linear) and module.bias is not None and leaf != "dt_proj":
                 nn.init.zeros_(module.bias)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: tuple | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        prefix: int | Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> ModelOutput:
-        """As `ssmzoo.layers.decoder.CausalLM`."""
-        more = dict(mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
-        hidden, state, aux = self.backbone(input_ids, state, **more)
-        return ModelOutput(self.lm_head(hidden), state, aux)
-
-    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
 
 
 def letters(pattern: str | None, attn_layer_idx: Sequence[int], n_layer: int) -> list[str]:

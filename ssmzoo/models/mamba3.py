@@ -67,6 +67,8 @@ class Mamba3(nn.Module):
     init                 fields of Mamba3Init, by name
     """
 
+    Options = Mamba3Init
+
     def __init__(
         self,
         d_model: int,

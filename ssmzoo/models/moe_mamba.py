@@ -24,13 +24,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmzoo.deprecated import old_arguments, then
-from ssmzoo.layers.decoder import Block, CausalLM
-from ssmzoo.layers.feedforward.moe import MoE, build_moe
+from ssmzoo.layers.decoder import Block, CausalLM, check_sizes
+from ssmzoo.layers.feedforward.moe import MoE, build_moe, router_arguments
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.layers.state import ModelOutput, Padding
+from ssmzoo.layers.state import Padding
 from ssmzoo.models.token_dynamics import choose_scenario
-from ssmzoo.suggest import nearest
+from ssmzoo.suggest import check_slot, nearest
 
 ARRANGEMENTS = ("interleaved", "parallel", "inner", "none")
 PROJECTIONS = ("conv", "gate", "output")
@@ -171,31 +171,13 @@ class MoEMambaLM(DecoderLM):
         super().__init__(vocab_size, d_model, [block(i) for i in range(n_blocks)])
         self.causal = router != "expert_choice" or arrangement == "none"
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: tuple | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        prefix: int | Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> ModelOutput:
-        """As `ssmzoo.layers.decoder.CausalLM`."""
+    def decode(self, input_ids: Tensor, state: tuple | None, **more) -> tuple[Tensor, tuple, dict[str, Tensor]]:
         if state is not None and not self.causal:
             raise ValueError(
                 "expert choice compares the tokens of a batch, so it cannot continue from a state; "
                 "use router=token_choice for a model that generates"
             )
-        return super().forward(
-            input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, logits_to_keep=logits_to_keep
-        )
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        return super().decode(input_ids, state, **more)
 
 
 def moe_factory(
@@ -213,6 +195,7 @@ def moe_factory(
     """(d_input, d_output) -> a MoE layer with these settings."""
     if top_k > n_experts:
         raise ValueError(f"top_k = {top_k} experts per token, but there are only n_experts = {n_experts}")
+    check_slot("router_options", router_options, router_arguments(router), f"router {router}")
     options = dict(z_loss_weight=z_loss_weight)
     if router == "expert_choice":
         options |= dict(fraction=top_k / n_experts, softmax_over="experts", group_by_batch=True, norm=True)
@@ -225,9 +208,6 @@ def moe_factory(
     d_expert = d_expert if isinstance(d_expert, int) else [int(w) for w in d_expert]
 
     def layer(d_input: int, d_output: int) -> MoE:
-        try:
-            return build_moe(d_input, n_experts, d_expert, router=router, expert=expert, d_output=d_output, **options)
-        except TypeError as error:
-            raise ValueError(f"router_options do not fit router {router!r}: {error}") from None
+        return build_moe(d_input, n_experts, d_expert, router=router, expert=expert, d_output=d_output, **options)
 
     return layer

@@ -36,6 +36,7 @@ from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.models.vim import Vim, VimBlock, VimMixer, init_plain_
 from ssmzoo.models.vmamba import init_linear
 from ssmzoo.ops import permute_tokens
+from ssmzoo.suggest import from_slot
 
 
 def draw_permutations(layers: int, l: int, rate: float, device, u: Tensor | None = None, perm: Tensor | None = None):
@@ -58,7 +59,22 @@ def check_rate(shuffle_rate: float) -> None:
         raise ValueError(f"shuffle_rate is a probability, got {shuffle_rate}")
 
 
-class ShuffleMamba(Vim):
+class LayerShuffle(PlainBackbone):
+    """A plain encoder with a `shuffle_rate`: u (n) uniforms and perm (n l) permutations fix the draws of a pass."""
+
+    def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        return self.forward_head(self.forward_features(x, u, perm))
+
+    def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
+        """Images (b c y x) -> normed tokens (b l d)"""
+        x, grid = self.embed(x)
+        if not (self.training and self.shuffle_rate > 0):
+            return self.norm_f(self.forward_blocks(x, grid))
+        permutations = draw_permutations(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
+        return self.norm_f(shuffled_blocks(x, self.layers, permutations, self.grad_checkpointing))
+
+
+class ShuffleMamba(LayerShuffle, Vim):
     """Image classifier. (b c y x) -> (b num_classes); the defaults are the tiny size with the class token in front.
 
     shuffle_rate  the last layer's probability of a shuffle; 0 switches it off
@@ -107,19 +123,8 @@ class ShuffleMamba(Vim):
         for layer in self.layers:
             scaled_output_(layer.mixer.out_proj.weight, depth)
 
-    def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-        return self.forward_head(self.forward_features(x, u, perm))
 
-    def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-        """Images (b c y x) -> normed tokens (b l d)"""
-        x, grid = self.embed(x)
-        if not (self.training and self.shuffle_rate > 0):
-            return self.norm_f(self.forward_blocks(x, grid))
-        permutations = draw_permutations(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
-        return self.norm_f(shuffled_blocks(x, self.layers, permutations, self.grad_checkpointing))
-
-
-class ShuffleMambaReg(PlainBackbone):
+class ShuffleMambaReg(LayerShuffle):
     """Image classifier on k register tokens. (b c y x) -> (b num_classes); the defaults are the base size.
 
     img_size, patch_size     built size, one number or (height, width), and the side of a patch
@@ -165,7 +170,7 @@ class ShuffleMambaReg(PlainBackbone):
             self.norm_neck = RMSNorm(k * d // cls_reduce, eps=1e-5)
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
-            VimBlock(RMSNorm(d, eps=1e-5), VimMixer(d, d_state, **(mixer or {})), p)
+            VimBlock(RMSNorm(d, eps=1e-5), from_slot("mixer", mixer, VimMixer, d, d_state), p)
             for p in drop_path_rates(drop_path_rate, depth)
         )
         self.norm_f = RMSNorm(d, eps=1e-5)
@@ -182,17 +187,6 @@ class ShuffleMambaReg(PlainBackbone):
         """Width of the joined registers ("token"); any other pooling of the tokens leaves the neck unused."""
         joined = self.n_tokens * self.embed_dim // self.cls_reduce
         return joined if self.global_pool == "token" else self.embed_dim
-
-    def forward(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-        return self.forward_head(self.forward_features(x, u, perm))
-
-    def forward_features(self, x: Tensor, u: Tensor | None = None, perm: Tensor | None = None) -> Tensor:
-        """Images (b c y x) -> normed tokens (b l d)"""
-        x, grid = self.embed(x)
-        if not (self.training and self.shuffle_rate > 0):
-            return self.norm_f(self.forward_blocks(x, grid))
-        permutations = draw_permutations(len(self.layers), x.shape[1], self.shuffle_rate, x.device, u, perm)
-        return self.norm_f(shuffled_blocks(x, self.layers, permutations, self.grad_checkpointing))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (b c y x) -> patches and registers, each with positions (b l d), and the grid of the patches."""
@@ -217,9 +211,8 @@ class ShuffleMambaReg(PlainBackbone):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.join_registers(x) if self.global_pool == "token" else self.pool_tokens(x))
-        x = x if pre_logits else self.head(x)
-        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
+        x = self.join_registers(x) if self.global_pool == "token" else self.pool_tokens(x)
+        return self.classify(x, pre_logits)
 
     def join_registers(self, x: Tensor) -> Tensor:
         """The k registers of (b l d), narrowed and side by side: (b k d/cls_reduce)"""

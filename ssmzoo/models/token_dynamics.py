@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
+from ssmzoo.layers.init import A_log_s4d_real_, scaled_output_
 from ssmzoo.layers.mixers.mamba import MambaInit
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
@@ -143,6 +143,8 @@ class MambaVisionMixer(nn.Module):
     reorder     sort the tokens softly by importance before the scan; tau, hard: see `SoftSort`
     """
 
+    Options = MambaInit
+
     def __init__(
         self,
         d_model: int,
@@ -178,9 +180,7 @@ class MambaVisionMixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """As in Mamba; the rest keeps torch's default."""
-        init, s = self.init, self.init.dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, s if init.dt_init == "constant" else -s, s)
-        dt_bias_(self.dt_proj.bias, init.dt_min, init.dt_max, init.dt_init_floor)
+        self.init.time_step_(self.dt_proj)
         A_log_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
 

@@ -39,9 +39,11 @@ from ssmzoo.layers.image.plain_backbone import (
     token_indices,
 )
 from ssmzoo.layers.image.ss2d import project_by, scan_directions, time_steps_by
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, scaled_output_
+from ssmzoo.layers.init import A_log_s4d_real_, scaled_output_
+from ssmzoo.layers.mixers.mamba import MambaInit
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops import bidirectional_scan, permute_tokens
+from ssmzoo.suggest import from_slot
 
 
 class VimMixer(nn.Module):
@@ -85,10 +87,8 @@ class VimMixer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """dt_proj: U(-s, s), s = r^-0.5, and Mamba's bias; dt_proj_b: torch's weight and bias 0; A = -1 .. -n."""
-        s = self.dt_proj.weight.shape[1] ** -0.5
-        nn.init.uniform_(self.dt_proj.weight, -s, s)
-        dt_bias_(self.dt_proj.bias)
+        """dt_proj: as in Mamba; dt_proj_b: torch's weight and bias 0; A = -1 .. -n."""
+        MambaInit().time_step_(self.dt_proj)
         if self.directions == "both":
             nn.init.zeros_(self.dt_proj_b.bias)
         for A_log in (self.A_log, self.A_b_log):
@@ -204,12 +204,12 @@ class Vim(PlainBackbone):
         patches = self.grid[0] * self.grid[1]
         token_indices(class_token, patches, self.n_tokens)  # refuses an unknown layout
         self.rope, self.paired = rope, paired
-        self.rope_options = RotaryOptions(**(rope_options or {}))
+        self.rope_options = from_slot("rope_options", rope_options, RotaryOptions)
         self.cls_token = nn.Parameter(torch.zeros(1, self.n_tokens, embed_dim)) if self.n_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + self.n_tokens, embed_dim)) if pos_embed else None
         self.pos_drop = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(
-            VimBlock(make_norm(embed_dim, eps=1e-5), VimMixer(embed_dim, d_state, **(mixer or {})), p)
+            VimBlock(make_norm(embed_dim, eps=1e-5), from_slot("mixer", mixer, VimMixer, embed_dim, d_state), p)
             for p in drop_path_rates(drop_path_rate, depth)
         )
         self.norm_f = make_norm(embed_dim, eps=1e-5)
@@ -268,9 +268,7 @@ class Vim(PlainBackbone):
         return rotate(x, insert_tokens(angles[None], still, self.token_indices(x.shape[1]))[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.pool_tokens(x))
-        x = x if pre_logits else self.head(x)
-        return x.amax(1) if self.global_pool == "max_logits" and not pre_logits else x
+        return self.classify(self.pool_tokens(x), pre_logits)
 
 
 class RotaryOptions(NamedTuple):

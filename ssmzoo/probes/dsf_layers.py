@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.init import A_log_s4d_real_
+from ssmzoo.layers.mixers.mamba import MambaInit
 from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import causal_conv1d_fn, selective_scan_fn
 
@@ -91,28 +92,16 @@ class S6(nn.Module):
     """Mamba's selective scan alone: x -> W_o scan(x); the arguments are those of ssmzoo.layers.mixers.mamba.Mamba."""
 
     def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        bias: bool = False,
+        self, d_model: int, d_state: int = 16, dt_rank: int | str = "auto", bias: bool = False, **init: float | str
     ):
         super().__init__()
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+        steps = MambaInit(**init)
         self.d_state, self.dt_rank = d_state, math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         self.x_proj = nn.Linear(d_model, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_model)
         self.D = nn.Parameter(torch.ones(d_model))
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
-        s = dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, s if dt_init == "constant" else -s, s)
-        dt_bias_(self.dt_proj.bias, dt_min, dt_max, dt_init_floor)
+        steps.time_step_(self.dt_proj)
         self.make_decay(d_model)
 
     def make_decay(self, e: int) -> None:
@@ -150,18 +139,8 @@ class ScalarS6(S6):
     -exp(A_log Id).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        bias: bool = False,
-    ):
-        super().__init__(d_model, d_state, 1, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, bias)
+    def __init__(self, d_model: int, d_state: int = 16, bias: bool = False, **init: float | str):
+        super().__init__(d_model, d_state, 1, bias, **init)
 
     def make_decay(self, e: int) -> None:
         self.A_log = nn.Parameter(torch.zeros(1))

@@ -140,7 +140,6 @@ def probe(subject) -> Finding:
     rows, by_kind, matrices = [], [], []
     for layer in layers:
         counts = contingency(kinds, layer.first.cpu(), layer.logits.shape[1])
-        told = information(counts)
         p = layer.logits.softmax(-1).mean(0)
         for e, share in enumerate(layer.share.tolist()):
             rows.append((layer.name, e, f"{share:.4f}", f"{float(p[e]):.4f}", f"{float(layer.norms[:, e].mean()):.4g}"))
@@ -148,7 +147,8 @@ def probe(subject) -> Finding:
         by_kind += [(layer.name, k, int(n.sum()), *(f"{v:.4f}" for v in m)) for k, n, m in zip(KINDS, counts, matrix)]
         matrices.append(matrix)
         finding.summary[f"{layer.name}: first choice answers strongest (%), correlation, information on the kind"] = (
-            f"{100 * layer.strongest:.1f} (by chance {100 / len(layer.share):.1f}), {layer.correlation:.3f}, {told:.3f}"
+            f"{100 * layer.strongest:.1f} (by chance {100 / len(layer.share):.1f}), {layer.correlation:.3f}, "
+            f"{information(counts):.3f}"
         )
     e = max(len(layer.share) for layer in layers)
     experts = tuple(f"expert {i}" for i in range(e))

@@ -184,8 +184,8 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     layers = range(count(state, "transformer.layers.#."))
     linear = [i for i in layers if f"transformer.layers.{i}.mixer.proj_q.weight" in state]
     windows = [i for i in layers if f"transformer.layers.{i}.mixer.Wqkv.weight" in state]
-    told = {"n_embd": words.shape[1], "n_layer": len(layers), "vocab_size": len(words)}
-    return told | {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
+    inferred = {"n_embd": words.shape[1], "n_layer": len(layers), "vocab_size": len(words)}
+    return inferred | {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
 
 
 class OfficialConv(GatedConv):

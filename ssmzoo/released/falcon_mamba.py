@@ -5,20 +5,18 @@ The tensors are those of mamba_hf: only config.json (model_type) distinguishes t
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ssmzoo.models.falcon_mamba import FalconMambaLM
+from ssmzoo.released import language
 from ssmzoo.released.arguments import Arguments
 from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.hugging_face import MAMBA, infer_mamba, mamba_mixer, official_hf_lm, to_hf
-from ssmzoo.released.language import AttentionMask, from_official, golden_lm
+from ssmzoo.released.language import AttentionMask
 
-__all__ = ["CATALOGUE", "MODELS", "MODEL_TYPE", "TABLES", "from_official", "golden", "infer", "official", "to_official"]
 MODEL_TYPE = "falcon_mamba"
 MODELS = (FalconMambaLM,)
 CONFIG = Arguments("FalconMambaForCausalLM", MAMBA.honoured | {"mixer_rms_eps": 1e-6}, MAMBA.inert)
 TABLES = (CONFIG,)
-infer, to_official = infer_mamba, to_hf
+infer, from_official, to_official, golden = infer_mamba, language.from_official, to_hf, language.golden_lm
 
 
 def official(state: dict, **given):
@@ -30,10 +28,6 @@ def official(state: dict, **given):
 
 class FalconMambaHF(AttentionMask, FalconMambaLM):
     """Falcon-Mamba with the inputs of transformers' FalconMambaForCausalLM."""
-
-
-def golden(case) -> dict[str, Tensor]:
-    return golden_lm(case) if "logits" in case.outputs else case.run_official()
 
 
 CATALOGUE = (

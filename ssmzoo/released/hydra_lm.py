@@ -99,18 +99,18 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes; heads, window, chunks and the temperature have no weights."""
     blocks = count(state, "blocks.#.")
     attention = [i for i in range(blocks) if f"blocks.{i}.attn.o.weight" in state]
-    told: dict[str, Any] = {"n_blocks": blocks, "attn_every": attention[0] + 1 if attention else 0}
-    told["vocab_size"], told["d"] = state["embed.weight"].shape
-    told["moe_experts"] = count(state, "blocks.0.moe.experts.#.")
-    if told["moe_experts"]:
-        told["moe_hidden"] = len(state["blocks.0.moe.experts.0.w_in.weight"])
-    told["fast_ssm"] = "blocks.0.ssm.dw_conv.weight" in state
+    inferred: dict[str, Any] = {"n_blocks": blocks, "attn_every": attention[0] + 1 if attention else 0}
+    inferred["vocab_size"], inferred["d"] = state["embed.weight"].shape
+    inferred["moe_experts"] = count(state, "blocks.0.moe.experts.#.")
+    if inferred["moe_experts"]:
+        inferred["moe_hidden"] = len(state["blocks.0.moe.experts.0.w_in.weight"])
+    inferred["fast_ssm"] = "blocks.0.ssm.dw_conv.weight" in state
     pkm = part(state, "pkm.")
-    told["use_pkm"] = bool(pkm)
+    inferred["use_pkm"] = bool(pkm)
     if pkm:
         (n1, key_dim), n2 = pkm["k1"].shape, len(pkm["k2"])
-        told["pkm"] = {"n1": n1, "n2": n2, "key_dim": key_dim, "value_dim": pkm["values"].shape[1]}
-    return told
+        inferred["pkm"] = {"n1": n1, "n2": n2, "key_dim": key_dim, "value_dim": pkm["values"].shape[1]}
+    return inferred
 
 
 class OfficialHydra(HydraLM):

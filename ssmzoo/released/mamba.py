@@ -9,45 +9,22 @@ from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.released.arguments import DEVICE, INITIAL, KERNEL, Arguments
+from ssmzoo.released import language
+from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
 from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
-from ssmzoo.released.language import (
-    BACKBONE,
-    LM,
-    StepByStep,
-    from_official,
-    golden_lm,
-    infer_lm,
-    official_lm,
-    to_official,
-)
+from ssmzoo.released.language import BACKBONE, IN_BLOCKS, LM, StepByStep, infer_lm, official_lm
 
-__all__ = [
-    "CATALOGUE",
-    "MODELS",
-    "TABLES",
-    "TELLING_KEYS",
-    "from_official",
-    "golden",
-    "infer",
-    "official",
-    "to_official",
-]
 MODELS = (MambaLM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.x_proj\.weight")
-DT = {"dt_min": (0.001, INITIAL), "dt_max": (0.1, INITIAL), "dt_init_floor": (1e-4, INITIAL)}
 BLOCK = Arguments(
     "Mamba",
     {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
-    DT
-    | {
-        **{"dt_init": ("random", INITIAL), "dt_scale": (1.0, INITIAL), "use_fast_path": (True, KERNEL)},
-        **{"layer_idx": (None, "names the block in a cache"), **DEVICE},
-    },
+    IN_BLOCKS | {"dt_init": ("random", INITIAL), "dt_scale": (1.0, INITIAL), "use_fast_path": (True, KERNEL)},
     required=("d_model",),
 )
 TABLES = (LM, BACKBONE, BLOCK)
+from_official, to_official, golden = language.from_official, language.to_official, language.golden_lm
 
 
 def official(state: dict, **given):
@@ -76,10 +53,6 @@ def mixer(state: dict[str, Tensor], d: int) -> dict[str, Any]:
 
 class OfficialMamba(StepByStep, Mamba):
     """The mixer with the inputs and outputs of mamba_ssm's."""
-
-
-def golden(case) -> dict[str, Tensor]:
-    return golden_lm(case) if "n_layer" in case.official_kwargs else case.run_official()
 
 
 PILE = (  # preset, revision, bytes, SHA-256

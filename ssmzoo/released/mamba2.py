@@ -11,38 +11,18 @@ from torch import Tensor
 
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.models.mamba2 import Mamba2LM
-from ssmzoo.released.arguments import DEVICE, INITIAL, KERNEL, Arguments
+from ssmzoo.released import language
+from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
 from ssmzoo.released.catalogue import NEOX, Hub, Weights
 from ssmzoo.released.infer import ratio
-from ssmzoo.released.language import (
-    BACKBONE,
-    LM,
-    StepByStep,
-    from_official,
-    golden_lm,
-    infer_lm,
-    official_lm,
-    to_official,
-)
-from ssmzoo.released.mamba import DT
+from ssmzoo.released.language import BACKBONE, IN_BLOCKS, LM, StepByStep, infer_lm, official_lm
 
-__all__ = [
-    "CATALOGUE",
-    "MODELS",
-    "TABLES",
-    "TELLING_KEYS",
-    "from_official",
-    "golden",
-    "infer",
-    "official",
-    "to_official",
-]
 MODELS = (Mamba2LM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.dt_bias", r"mixer\.conv1d")
 SHARED = {"d_conv": 4, "expand": 2, "ngroups": 1, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True}
-WITHOUT = DT | {
-    **{"conv_init": (None, INITIAL), "A_init_range": ((1, 16), INITIAL), "chunk_size": (256, KERNEL)},
-    **{"use_mem_eff_path": (True, KERNEL), "layer_idx": (None, "names the block in a cache"), **DEVICE},
+WITHOUT = IN_BLOCKS | {
+    **{"conv_init": (None, INITIAL), "A_init_range": ((1, 16), INITIAL)},
+    **{"chunk_size": (256, KERNEL), "use_mem_eff_path": (True, KERNEL)},
 }
 ONE_PROCESS = "the weights of one process; tensor-parallel shards must be joined first"
 BLOCK = Arguments(
@@ -61,6 +41,7 @@ SIMPLE = Arguments(
     required=("d_model",),
 )
 TABLES = (LM, BACKBONE, BLOCK, SIMPLE)
+from_official, to_official = language.from_official, language.to_official
 
 
 def official(state: dict, **given):
@@ -119,7 +100,7 @@ class OfficialMamba2(StepByStep, Mamba2):
 
 def golden(case) -> dict[str, Tensor]:
     case.meta["official_kwargs"] = unclamped(case)
-    return golden_lm(case) if "n_layer" in case.official_kwargs else case.run_official()
+    return language.golden_lm(case)
 
 
 def unclamped(case) -> dict:

@@ -10,23 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ssmzoo.models.mamba2 import Mamba2LM
+from ssmzoo.released import language
 from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
 from ssmzoo.released.hugging_face import INERT, TOKENS, infer_hf, official_hf_lm, to_hf
 from ssmzoo.released.infer import ratio
-from ssmzoo.released.language import AttentionMask, from_official, golden_lm
+from ssmzoo.released.language import AttentionMask
 from ssmzoo.released.mamba2 import groups_and_states, unclamped
 
-__all__ = [
-    "MODELS",
-    "MODEL_TYPE",
-    "TABLES",
-    "TELLING_KEYS",
-    "from_official",
-    "golden",
-    "infer",
-    "official",
-    "to_official",
-]
 MODEL_TYPE = "mamba2"
 MODELS = (Mamba2LM,)
 TELLING_KEYS = (r"^(backbone\.)?embeddings\.weight", r"mixer\.dt_bias")
@@ -49,7 +39,7 @@ MAMBA2 = Arguments(
     {"rms_norm": (True, "transformers' Mamba-2 has RMSNorm only")},  # what serving engines ask for
 )
 TABLES = (MAMBA2,)
-to_official = to_hf
+from_official, to_official = language.from_official, to_hf
 
 
 def official(state: dict, **given):
@@ -95,4 +85,4 @@ class Mamba2HF(AttentionMask, Mamba2LM):
 
 def golden(case) -> dict[str, Tensor]:
     case.meta["official_kwargs"] = unclamped(case)
-    return golden_lm(case) if "logits" in case.outputs else case.run_official()
+    return language.golden_lm(case)

@@ -8,32 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ssmzoo.models.mamba3 import Mamba3, Mamba3LM
-from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
+from ssmzoo.released import language
+from ssmzoo.released.arguments import KERNEL, Arguments
 from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.infer import ratio
-from ssmzoo.released.language import (
-    BACKBONE,
-    LM,
-    StepByStep,
-    from_official,
-    golden_lm,
-    infer_lm,
-    official_lm,
-    to_official,
-)
-from ssmzoo.released.mamba import DT
+from ssmzoo.released.language import BACKBONE, IN_BLOCKS, LM, StepByStep, infer_lm, official_lm
 
-__all__ = [
-    "CATALOGUE",
-    "MODELS",
-    "TABLES",
-    "TELLING_KEYS",
-    "from_official",
-    "golden",
-    "infer",
-    "official",
-    "to_official",
-]
 MODELS = (Mamba3LM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.B_bias")
 BLOCK = Arguments(
@@ -42,10 +22,11 @@ BLOCK = Arguments(
         **{"d_state": 128, "expand": 2, "headdim": 64, "ngroups": 1, "rope_fraction": 0.5, "A_floor": 1e-4},
         **{"is_outproj_norm": False, "is_mimo": False, "mimo_rank": 4},
     },
-    DT | {"chunk_size": (64, KERNEL), "layer_idx": (None, "names the block in a cache"), **DEVICE},
+    IN_BLOCKS | {"chunk_size": (64, KERNEL)},
     required=("d_model",),
 )
 TABLES = (LM, BACKBONE, BLOCK)
+from_official, to_official, golden = language.from_official, language.to_official, language.golden_lm
 
 
 def official(state: dict, **given):
@@ -77,10 +58,6 @@ def mixer(state: dict[str, Tensor], d: int) -> dict[str, Any]:
 
 class OfficialMamba3(StepByStep, Mamba3):
     """The mixer with the inputs and outputs of mamba_ssm's."""
-
-
-def golden(case) -> dict[str, Tensor]:
-    return golden_lm(case) if "n_layer" in case.official_kwargs else case.run_official()
 
 
 CATALOGUE = tuple(

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ssmzoo.models.mamba import MambaLM
+from ssmzoo.released import language
 from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.hugging_face import MAMBA, infer_mamba, mamba_mixer, official_hf_lm, to_hf
-from ssmzoo.released.language import AttentionMask, from_official, golden_lm
+from ssmzoo.released.language import AttentionMask
 
-__all__ = [
-    "CATALOGUE",
-    "MODELS",
-    "MODEL_TYPE",
-    "TABLES",
-    "TELLING_KEYS",
-    "from_official",
-    "golden",
-    "infer",
-    "official",
-    "to_official",
-]
 MODEL_TYPE = "mamba"
 MODELS = (MambaLM,)
 TABLES = (MAMBA,)
 TELLING_KEYS = (r"^(backbone\.)?embeddings\.weight", r"mixer\.x_proj\.weight")
-infer, to_official = infer_mamba, to_hf
+infer, from_official, to_official, golden = infer_mamba, language.from_official, to_hf, language.golden_lm
 
 
 def official(state: dict, **given):
@@ -36,10 +23,6 @@ def official(state: dict, **given):
 
 class MambaHF(AttentionMask, MambaLM):
     """Mamba with the inputs of transformers' MambaForCausalLM."""
-
-
-def golden(case) -> dict[str, Tensor]:
-    return golden_lm(case) if "logits" in case.outputs else case.run_official()
 
 
 CATALOGUE = tuple(

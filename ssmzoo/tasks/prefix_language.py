@@ -42,8 +42,8 @@ class PrefixLanguageModeling(LanguageModeling):
         read_twice: bool = False,
     ):
         super().__init__(model, optim, sample_tokens, prompt, prompt_tokens, eval_lengths, read_twice=read_twice)
-        told = getattr(model, "reads_prefixes", None)
-        if not (reads_prefixes(model) if told is None else told):
+        declared = getattr(model, "reads_prefixes", None)
+        if not (reads_prefixes(model) if declared is None else declared):
             raise ValueError(
                 f"task=prefix_language needs a model that reads a prefix in both directions, such as jrt_rnn; "
                 f"{type(model).__name__} reads in one direction only (task=language trains it)"

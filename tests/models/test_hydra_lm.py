@@ -79,11 +79,11 @@ def test_a_workspace_hands_on_what_chunks_were_about():
     y, state = layer(x)
     assert torch.equal(y[:, :2], x[:, :2])  # nothing has been written before
     slots, mean = layer.slots[None], x[:, :2].mean(1)
-    slots, read = layer.turn(slots, mean)
+    slots, read = layer.update(slots, mean)
     torch.testing.assert_close(y[:, 2:4], x[:, 2:4] + read[:, None])
     changed = (slots != layer.slots).any(-1)[0]
     assert changed.sum() == 1 and changed[layer.slots.norm(dim=-1).argmin()]
-    torch.testing.assert_close(state.slots, layer.turn(slots, x[:, 2:4].mean(1))[0])
+    torch.testing.assert_close(state.slots, layer.update(slots, x[:, 2:4].mean(1))[0])
 
 
 def test_the_fact_memory_is_nearly_closed_at_first():

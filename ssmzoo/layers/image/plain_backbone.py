@@ -112,6 +112,13 @@ class PlainBackbone(ImageBackbone):
             return split_tokens(x, self.token_indices(x.shape[1]))[0].mean(1)
         return x[:, -1] if self.global_pool == "last" else x
 
+    def classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `pool_tokens` left of the tokens through dropout and head; for "max_logits" the maximum over them."""
+        x = self.head_drop(x)
+        if pre_logits:
+            return x
+        return self.head(x).amax(1) if self.global_pool == "max_logits" else self.head(x)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """See `ImageBackbone`."""
         if (self.global_pool if global_pool is None else global_pool) == "token" and not self.n_tokens:

@@ -57,12 +57,10 @@ def attend(
     b, l = q.shape[:2]
     position, document = positions(b, l, q.device, state, seq_idx)
     if rope_dim:
-        cos, sin = (t[:, :, None] for t in rope_table(position, rope_dim, rope_base, q.dtype))  # (b l 1 p/2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotated(q, k, position, rope_dim, rope_base)
     plain = state is None and mask is None and seq_idx is None and prefix is None  # a causal kernel needs no mask
     allowed = None if plain else visible(position, document, state, mask, prefix)
-    if state is not None:
-        k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
+    k, v = with_old(k, v, state)
     y = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -220,6 +218,19 @@ class MHA(nn.Module):
 def kv_bytes(module: nn.Module, keys: int, width: int) -> int:
     """Bytes of so many keys and values of `width` channels, with their positions."""
     return keys * (2 * width * itemsize(module)[0] + 8)
+
+
+def rotated(q: Tensor, k: Tensor, position: Tensor, rope_dim: int, rope_base: float) -> tuple[Tensor, Tensor]:
+    """q (b l h p) and k (b l j p) turned by their positions (b l) in the first rope_dim channels."""
+    cos, sin = (t[:, :, None] for t in rope_table(position, rope_dim, rope_base, q.dtype))  # (b l 1 rope_dim/2)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def with_old(k: Tensor, v: Tensor, state: KVState | None) -> tuple[Tensor, Tensor]:
+    """The keys and values (b s j p) that a state carries, in front of the new ones."""
+    if state is None:
+        return k, v
+    return torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
 
 
 def positions(b: int, l: int, device, state: KVState | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,12 @@ class MambaInit:
         if self.dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
 
+    def time_step_(self, dt_proj: nn.Linear) -> None:
+        """Fill W_dt and b_dt."""
+        s = self.dt_scale * dt_proj.in_features**-0.5
+        nn.init.uniform_(dt_proj.weight, s if self.dt_init == "constant" else -s, s)
+        dt_bias_(dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
+
 
 class Mamba(nn.Module):
     """Causal mixer (b l d) -> (b l d).
@@ -67,6 +73,8 @@ class Mamba(nn.Module):
     A layer whose projections return more than a tensor (experts and their losses) subclasses, passes its own modules
     as in_proj and out_proj, and writes its own three-line forward around `mix`.
     """
+
+    Options = MambaInit
 
     def __init__(
         self,
@@ -100,10 +108,8 @@ class Mamba(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W_dt and b_dt as above, A = -1 .. -n, D = 1; other projections and the convolution keep torch's default."""
-        init, s = self.init, self.init.dt_scale * self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, s if init.dt_init == "constant" else -s, s)
-        dt_bias_(self.dt_proj.bias, init.dt_min, init.dt_max, init.dt_init_floor)
+        """W_dt and b_dt by `MambaInit`, A = -1 .. -n, D = 1; other projections and convolution by torch."""
+        self.init.time_step_(self.dt_proj)
         A_log_s4d_real_(self.A_log)
         nn.init.ones_(self.D)
 

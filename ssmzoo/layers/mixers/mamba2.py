@@ -75,6 +75,8 @@ class Mamba2(nn.Module):
     options              fields of Mamba2Options, by name
     """
 
+    Options = Mamba2Options
+
     def __init__(
         self,
         d_model: int,

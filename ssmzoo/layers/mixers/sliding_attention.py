@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.mixers.attention import KVState, kv_bytes, positions
-from ssmzoo.layers.rope import rope_table, rotate
+from ssmzoo.layers.mixers.attention import KVState, kv_bytes, positions, remembered, rotated, with_old
 from ssmzoo.layers.state import Padding, call_aligned
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
@@ -66,21 +65,17 @@ class SlidingAttention(nn.Module):
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.n_heads, self.d_head)).unbind(2)  # (b l h p)
         position, document = positions(*x.shape[:2], x.device, state, seq_idx)
         if self.rope:
-            cos, sin = (t[:, :, None] for t in rope_table(position, self.d_head, self.rope_base, q.dtype))
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        last = document[:, -1:]  # (b 1)
+            q, k = rotated(q, k, position, self.d_head, self.rope_base)
+        kept = remembered(position, document, state, mask)
         if mask is not None:  # every padding slot is a document of its own, that sees itself
             document = torch.where(mask.mask, document, -2 - torch.arange(x.shape[1], device=x.device))
         old = (position[:, :0], document[:, :0])  # positions and documents (b s) of the keys before
         if state is not None:
-            k, v = torch.cat([state.k.to(k.dtype), k], dim=1), torch.cat([state.v.to(v.dtype), v], dim=1)
             old = state.position, torch.where(state.position < 0, -1, 0)
+        k, v = with_old(k, v, state)
         y = attend_in_window(q, k, v, (position, document), old, self.window)
-        positions_kept = torch.where(document == last, position, -1)
-        if state is not None:
-            positions_kept = torch.cat([torch.where(last == 0, state.position, -1), positions_kept], dim=1)
         simple = mask is None and seq_idx is None
-        return self.out_proj(y.flatten(2)), newest(k, v, positions_kept, max(1, self.window - 1), simple)
+        return self.out_proj(y.flatten(2)), newest(k, v, kept, max(1, self.window - 1), simple)
 
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, min(length, max(1, self.window - 1)), self.n_heads * self.d_head)

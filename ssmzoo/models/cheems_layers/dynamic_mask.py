@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.mixers.attention import kv_bytes, remembered, visible
+from ssmzoo.layers.mixers.attention import kv_bytes, positions, remembered, visible
 from ssmzoo.layers.norm import fp32
-from ssmzoo.layers.position import document_positions
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.models.cheems_layers.rotary_ssd import head_width
@@ -89,8 +88,7 @@ class DynamicMaskAttention(nn.Module):
             raise ValueError(
                 "mask_over='all' compares all keys at once, so it cannot continue from a state; use 'past'"
             )
-        done = None if state is None else state.position.amax(1) + 1
-        position, document = document_positions(*x.shape[:2], x.device, done, seq_idx)
+        position, document = positions(*x.shape[:2], x.device, state, seq_idx)
         cos, sin = (t[:, :, None] for t in rope_table(position, self.d_head, self.rope_base, x.dtype))
         v = self.v_proj(x)  # (b l jp)
         m = torch.exp(fp32(self.A) * F.softplus(fp32(self.dt_proj(v))))  # (b l h)

@@ -96,13 +96,13 @@ class Workspace(nn.Module):
         reads = [torch.zeros_like(read), read]
         for i in range(2, cut.sums.shape[1]):  # chunk i begins
             begins, exists = cut.begins[:, i, None, None], (i <= cut.last)[:, None, None]
-            now, read = self.turn(slots, cut.sums[:, i - 1] / self.chunk_size)
+            now, read = self.update(slots, cut.sums[:, i - 1] / self.chunk_size)
             slots = torch.where(exists, torch.where(begins, start, now), slots)
             reads.append(torch.where(begins[..., 0], 0, read))
         reads = torch.stack(reads, dim=1)  # (b s d)
         return x + of_chunk(reads, cut.number), WorkspaceState(slots, of_chunk(reads, cut.last), cut.state)
 
-    def turn(self, slots: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, slots: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Write a chunk's mean (b d), then read: slots (b n d) -> slots, (b d)."""
         read, write = self.gate(mean).softmax(-1).unbind(-1)  # (b)
         smallest = slots.detach().norm(dim=-1).argmin(-1, keepdim=True)  # (b 1)
