@@ -22,7 +22,7 @@ MODULES = {
     "ssmzoo.layers.mamba": "ssmzoo.layers.mixers.mamba",
     "ssmzoo.layers.mamba2": "ssmzoo.layers.mixers.mamba2",
     "ssmzoo.layers.mamba3": "ssmzoo.models.mamba3",
-    "ssmzoo.layers.mamba_vision": "ssmzoo.models.token_dynamics",
+    "ssmzoo.layers.mamba_vision": "ssmzoo.layers.image.mamba_vision",
     "ssmzoo.layers.mha": "ssmzoo.layers.mixers.attention",
     "ssmzoo.layers.mlp": "ssmzoo.layers.feedforward.mlp",
     "ssmzoo.layers.moe": "ssmzoo.layers.feedforward.moe",

@@ -15,15 +15,12 @@ decide: all negative, tokens converge to the origin; one positive, they diverge.
 Entries of X below P's diagonal and behind the first column of the last block have no effect, as released. The paper's
 WikiText-103 model: d_model 768, 24 layers, 25 epochs on 1024 tokens.
 
-MambaVision's mixer of one sequence, and the reordering in front of its scan:
+The reordering stands in front of the scan of MambaVision's mixer (ssmzoo.layers.image.mamba_vision):
 
-    x, z = split(W_in u);   x = SiLU(conv_x x),  z = SiLU(conv_z z)        convolutions with as much after as before
-    [dt_r, B, C] = W_x x;   dt = softplus(W_dt dt_r + 2 b_dt);   y = scan(x)        out = W_out [y, z]
-    reorder:  s = k^T (W_dt dt_r + b_dt),  P = SoftSort(-s),  x <- P x before the projections of the scan: the most
-              important token comes last and is never sorted back; z stays in place
+    s = k^T (W_dt dt_r + b_dt),  P = SoftSort(-s),  x <- P x before the projections of the scan: the most important
+    token comes last and is never sorted back; z stays in place
 
-No gate: the halves are concatenated. b_dt counts twice, as released (in the projection and in the scan).
-Not causal, and P is (l l): for windows of images, not for text.
+P is (l l): for windows of images, not for text.
 
 The paper reorders in the first mixer of every stage of MambaVision-T; here the encoder is one stage without attention
 and without windows, so that the effect of the reordering stands alone.
@@ -35,7 +32,6 @@ Source: Vo et al. 2025 (arXiv 2410.03292), the released experiments on WikiText-
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,13 +40,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ssmzoo.layers.init import A_log_s4d_real_, scaled_output_
-from ssmzoo.layers.mixers.mamba import MambaInit
-from ssmzoo.layers.norm import fp32
-from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
+from ssmzoo.layers.init import scaled_output_
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.models.vim import Vim
-from ssmzoo.ops import mix_tokens, selective_scan_fn
+from ssmzoo.ops import mix_tokens
 
 SCENARIOS = ("divergent", "convergent", "mixed")
 MARGIN = 0.7
@@ -134,82 +128,18 @@ class SoftSort(nn.Module):
         return soft_sort(v, self.tau, self.power, self.hard)
 
 
-class MambaVisionMixer(nn.Module):
-    """(b l d) -> (b l d).
+class ReorderingMixer(MambaVisionMixer):
+    """(b l d) -> (b l d): `MambaVisionMixer` that sorts the tokens softly by importance before the scan.
 
-    d_model, d_state, d_conv, expand, dt_rank   d, n, taps, e / d, r or "auto" = ceil(d / 16)
-    init        fields of ssmzoo.layers.mixers.mamba.MambaInit, by name
-    bias        of the input and output projections
-    reorder     sort the tokens softly by importance before the scan; tau, hard: see `SoftSort`
+    tau, hard   see `SoftSort`; the others as in `MambaVisionMixer`
     """
 
-    Options = MambaInit
+    def __init__(self, d_model: int, *args, tau: float = 1.0, hard: bool = False, **options):
+        super().__init__(d_model, *args, **options)
+        self.importance = nn.Linear(self.d_inner // 2, 1, bias=False)
+        self.sort = SoftSort(tau, hard)
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        bias: bool = False,
-        reorder: bool = False,
-        tau: float = 1.0,
-        hard: bool = False,
-        **init,
-    ):
-        super().__init__()
-        e = self.d_inner = int(expand * d_model)
-        if e % 2 or e < 2:
-            raise ValueError(
-                f"expand * d_model = {e} must be even: half of it is scanned; got d_model={d_model}, expand={expand}"
-            )
-        half, r = e // 2, math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
-        self.dt_rank, self.d_state, self.init = r, d_state, MambaInit(**init)
-        self.in_proj = nn.Linear(d_model, e, bias=bias)
-        self.conv1d_x = nn.Conv1d(half, half, d_conv, groups=half, bias=False, padding="same")
-        self.conv1d_z = nn.Conv1d(half, half, d_conv, groups=half, bias=False, padding="same")
-        self.x_proj = nn.Linear(half, r + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(r, half)
-        self.A_log = nn.Parameter(torch.empty(half, d_state))
-        self.D = nn.Parameter(torch.empty(half))
-        self.out_proj = nn.Linear(e, d_model, bias=bias)
-        self.importance = nn.Linear(half, 1, bias=False) if reorder else None
-        self.sort = SoftSort(tau, hard) if reorder else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """As in Mamba; the rest keeps torch's default."""
-        self.init.time_step_(self.dt_proj)
-        A_log_s4d_real_(self.A_log)
-        nn.init.ones_(self.D)
-
-    def forward(self, u: Tensor) -> Tensor:
-        x, z = self.in_proj(u).transpose(1, 2).chunk(2, dim=1)  # (b e/2 l)
-        x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
-        if self.sort is not None:
-            x = self.reorder(x)
-        dt, B, C = self.steps(x)
-        bias = self.dt_proj.bias if is_plain(self.dt_proj) else self.dt_proj(x.new_zeros(1, self.dt_rank))[0]
-        y = selective_scan_fn(
-            x,
-            dt,
-            -torch.exp(fp32(self.A_log)),
-            B,
-            C,
-            fp32(self.D),
-            delta_bias=fp32(bias),
-            delta_softplus=True,
-        )
-        return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
-
-    def steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b e/2 l) -> dt before the scan's own bias (b e/2 l), B and C (b n l)"""
-        n = self.d_state
-        dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, n, n], dim=-1)
-        return self.dt_proj(dt).transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-
-    def reorder(self, x: Tensor) -> Tensor:
+    def arrange(self, x: Tensor) -> Tensor:
         """Tokens of x (b e/2 l), the most important last."""
         scores = self.importance(self.steps(x)[0].transpose(1, 2)).squeeze(-1)  # (b l)
         return mix_tokens(x, self.sort(-scores))
@@ -254,6 +184,7 @@ class ReorderedMamba(Vim):
             drop_path_rate=drop_path_rate,
         )
         for i, layer in enumerate(self.layers):
-            layer.mixer = MambaVisionMixer(embed_dim, d_state, d_conv, expand, reorder=reorder and i == 0, tau=tau)
+            sizes = (embed_dim, d_state, d_conv, expand)
+            layer.mixer = ReorderingMixer(*sizes, tau=tau) if reorder and i == 0 else MambaVisionMixer(*sizes)
             scaled_output_(layer.mixer.out_proj.weight, depth)
             nn.init.trunc_normal_(layer.mixer.in_proj.weight, std=0.02)

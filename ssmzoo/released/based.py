@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.models.based import BasedLM, GatedConv, TaylorAttention
 from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
-from ssmzoo.released.infer import count
+from ssmzoo.released.catalogue import Hub, Weights
+from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.names import Names
 
 MODELS = (BasedLM,)
@@ -124,9 +125,9 @@ def language(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict[
     c = CONV.complete(config["mixer"] or {})
     t = dict(config["alt_mixer"] or {})
     s = SLIDING.complete(config["alt_mixer_2"] or {"num_heads": heads})
-    for at, part in (("alt_mixer", t), ("alt_mixer_2", s)):
-        if part.get("num_heads", heads) != heads:
-            raise ValueError(f"{at}.num_heads is {part['num_heads']}: attention layers here have n_head={heads} heads")
+    for at, mixer in (("alt_mixer", t), ("alt_mixer_2", s)):
+        if mixer.get("num_heads", heads) != heads:
+            raise ValueError(f"{at}.num_heads is {mixer['num_heads']}: attention layers here have n_head={heads} heads")
     theirs = clean(state)
     table = theirs.get("transformer.embeddings.position_embeddings.weight")
     arguments = {
@@ -173,7 +174,7 @@ def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Widths, layers and rows; heads and windows leave no trace."""
+    """All but heads and windows, which leave no trace."""
     if "out_proj.weight" in state:
         named_embed_dim = "Wqkv.weight" in state or "proj_k_enc.weight" in state
         return {"embed_dim" if named_embed_dim else "d_model": len(state["out_proj.weight"])}
@@ -185,7 +186,21 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     linear = [i for i in layers if f"transformer.layers.{i}.mixer.proj_q.weight" in state]
     windows = [i for i in layers if f"transformer.layers.{i}.mixer.Wqkv.weight" in state]
     inferred = {"n_embd": words.shape[1], "n_layer": len(layers), "vocab_size": len(words)}
-    return inferred | {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
+    inferred |= {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
+    if given.get("n_inner") is None and layers:
+        inferred["n_inner"] = len(state["transformer.layers.0.mlp.fc1.weight"]) // 2
+    if convolutions := [i for i in layers if i not in (*linear, *windows)]:
+        inferred["mixer"] = infer_conv(part(state, f"transformer.layers.{convolutions[0]}.mixer."))
+    heads = given.get("n_head", LM.default("n_head"))
+    if linear and (rows := len(state[f"transformer.layers.{linear[0]}.mixer.proj_q.weight"])) % heads == 0:
+        inferred["alt_mixer"] = {"feature_dim": rows // heads}
+    return inferred
+
+
+def infer_conv(state: dict[str, Tensor]) -> dict[str, Any]:
+    rows, d = state["in_proj.weight"].shape
+    taps = next(value for key, value in state.items() if value.ndim == 3).shape[-1]
+    return {"expand_proj": ratio(rows, d), "kernel_size": taps, "use_bias": "in_proj.bias" in state}
 
 
 class OfficialConv(GatedConv):
@@ -230,3 +245,25 @@ class OfficialLinear(OfficialSums, TaylorAttention):
 def golden(case) -> dict[str, Tensor]:
     got = case.run_official()
     return got if "logits" not in got else {"logits": got["logits"]}
+
+
+def released(preset: str, repo: str, metric: str, tag: str = "", licence: str | None = None) -> Weights:
+    """A file of HazyResearch on the hub: the sizes are in the tensors, the 16 heads are not."""
+    return Weights(
+        preset,
+        Hub(f"hazyresearch/{repo}", "pytorch_model.bin"),
+        **{"tag": tag, "licence": licence, "tokenizer": "openai-community/gpt2", "metric": metric},
+        arguments={"n_head": 16, "vocab_size": 50257},
+        note="" if licence else "the code is Apache-2.0; a licence of this file was not found",
+    )
+
+
+CATALOGUE = (
+    released("based_360m", "based-360m", "SWDE 25.65, FDA 14.34, SQuAD 24.23 (10B tokens)", licence="apache-2.0"),
+    released(
+        *("based_360m", "based-360M-30B", "FDA 50.3, SWDE 30.4, NQ 19.7, SQuAD 29.8 (30B tokens)"),
+        **{"tag": "30b", "licence": "apache-2.0"},
+    ),
+    released("based_1b", "based-1b", "SWDE 37.71, FDA 19.06, SQuAD 29.49 (10B tokens)"),
+    released("based_1b", "based-1b-50b", "FDA 69.3, SWDE 47.6, NQ 29.1, SQuAD 38.5 (50B tokens)", tag="50b"),
+)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ssmzoo.released.config_json import arguments_of, family_of_config, read_config
-from ssmzoo.released.family import family_of, find
+from ssmzoo.released.family import family_of, find, foreign
 from ssmzoo.released.files import WRAPPERS, CheckpointError, read_weight_file
 from ssmzoo.released.infer import join
 
@@ -34,7 +34,8 @@ def describe(path: str | Path) -> list[str]:
     if rest := [f"{key} {value!r:.60}" for key, value in file.beside.items() if key not in WRAPPERS]:
         lines.append(f"beside       {', '.join(rest[:6])}")
     if family is None:
-        return [*lines, f"keys         {', '.join(list(state)[:6])}"]
+        guess = [f"perhaps      {words}"] if (words := foreign(state)) else []
+        return [*lines, f"keys         {', '.join(list(state)[:6])}", *guess]
     names = [name for table in find(family, "TABLES") or () for name in table.names]
     try:
         inferred = join(family, state, arguments_of(family, config, names or None))

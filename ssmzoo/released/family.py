@@ -15,6 +15,23 @@ from ssmzoo.suggest import nearest
 
 HOMES = ("ssmzoo.verify", "ssmzoo.released")  # the first that has a family's file answers
 
+FOREIGN = {  # systems of others, by a key of their files; the first that fits
+    "RWKV": r"\.att\.(time_|x_r|r_k)",
+    "Jamba": r"\.mamba\.dt_layernorm\.",
+    "RecurrentGemma": r"temporal_block\.",
+    "xLSTM": r"(^|\.)[ms]?xlstm",
+    "S4": r"\.kernel\.(kernel\.)?(log_dt|C|inv_A_real|log_A_real)$",
+    "SwinIR": r"residual_group\.blocks\.\d+\.attn\.",
+    "a Swin Transformer": r"attn\.relative_position_bias_table",
+    "a Llama or one of its relatives": r"self_attn\.[qkv]_proj\.weight",
+    "GPT-2": r"h\.\d+\.attn\.c_attn\.weight",
+    "GPT-NeoX": r"attention\.query_key_value\.weight",
+    "BERT or one of its relatives": r"attention\.self\.query\.weight",
+    "a vision Transformer": r"blocks\.\d+\.attn\.qkv\.weight",
+    "ConvNeXt": r"stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw)\.weight",
+    "a ResNet": r"layer1\.0\.conv1\.weight",
+}
+
 
 @functools.cache
 def find(family: str, attribute: str):
@@ -50,6 +67,14 @@ def looks_like(state: dict[str, Tensor]) -> str:
     for family in families("TELLING_KEYS"):
         if key := telling_key(family, state):
             return f"; by {key} it looks like a checkpoint of family {family!r}"
+    return ""
+
+
+def foreign(state: dict[str, Tensor]) -> str:
+    """'by <key> it looks like ...' for a checkpoint of no family here; empty for one that nobody knows."""
+    for name, pattern in FOREIGN.items():
+        if key := next((key for key in state if re.search(pattern, key)), None):
+            return f"by {key} it looks like {name}, which the zoo does not have"
     return ""
 
 

@@ -94,3 +94,9 @@ class OfficialPrefix(OfficialSums, PrefixLinearAttention):
 def golden(case) -> dict[str, Tensor]:
     got = case.run_official()
     return got if "logits" not in got else {"logits": got["logits"]}
+
+
+CATALOGUE = (
+    based.released("jrt_rnn_360m", "JRT-360M-30B", "FDA 82.0, SWDE 43.3, NQ 32.9, SQuAD 41.7 (30B tokens)"),
+    based.released("jrt_rnn_1b", "JRT-1B-50B", "FDA 86.7, SWDE 49.4, NQ 38.3, SQuAD 50.4 (50B tokens)"),
+)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmzoo.released.config_json import arguments_of, family_of_config, read_config
-from ssmzoo.released.family import families, family_of, find, looks_like
+from ssmzoo.released.family import families, family_of, find, foreign, looks_like
 from ssmzoo.released.files import WRAPPERS, CheckpointError, read_state_dict
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.infer import join
@@ -62,10 +62,10 @@ def recognise(state: Mapping[str, Tensor], config: dict[str, Any]) -> str:
     """The family of a checkpoint, by its config.json or its keys. Raises CheckpointError."""
     found = family_of_config(config) or family_of(state)
     if found is None:
-        keys = ", ".join(list(state)[:4])
+        keys, guess = ", ".join(list(state)[:4]), foreign(state)
         raise CheckpointError(
-            f"no family has keys like {keys}; name one: load_official(family, checkpoint) with family one of "
-            f"{', '.join(families('official'))}"
+            f"no family has keys like {keys}{guess and f'; {guess}'}; name one: "
+            f"load_official(family, checkpoint) with family one of {', '.join(families('official'))}"
         )
     return found
 

@@ -22,7 +22,11 @@ BLOCK = Arguments(
         **{"d_state": 128, "expand": 2, "headdim": 64, "ngroups": 1, "rope_fraction": 0.5, "A_floor": 1e-4},
         **{"is_outproj_norm": False, "is_mimo": False, "mimo_rank": 4},
     },
-    IN_BLOCKS | {"chunk_size": (64, KERNEL)},
+    IN_BLOCKS
+    | {
+        **{"chunk_size": (64, KERNEL), "dropout": (0.0, "taken and not read there")},
+        "n_layer": (None, "taken and not read there"),
+    },
     required=("d_model",),
 )
 TABLES = (LM, BACKBONE, BLOCK)

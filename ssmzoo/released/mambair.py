@@ -64,6 +64,8 @@ def official(state: dict[str, Tensor], **given):
     if "patch_embed.proj.weight" in state:  # the state sizes of a U-Net, which differ between releases, are inferred
         return MambaIRUNet(**UNET.complete(given), d_state=states_of_levels(state), squeeze_factor=squeeze), state
     config = MODEL.complete(given)
+    if "conv_up1.weight" in state:
+        raise ValueError("the file has a head that enlarges by neighbours (conv_up1), which the released MambaIR lacks")
     if config["upsampler"] not in ("pixelshuffle", "pixelshuffledirect"):
         config |= {"upsampler": "", "upscale": 1}
     return MambaIR(**config, squeeze_factor=squeeze), state

@@ -21,7 +21,7 @@ from ssmzoo.released.arguments import Arguments
 from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.moe import CHOICE, SWITCH, WITHOUT, official_moe
-from ssmzoo.released.names import Names, add_prefix, cut_prefix
+from ssmzoo.released.names import Names
 from ssmzoo.suggest import nearest
 
 MODELS = (MoEMambaLM, TransformerLM)
@@ -35,21 +35,19 @@ LLM = Arguments(
         **{"mamba_mode": "vanilla", "mamba_expansion": 2, "ff_mode": "vanilla", "n_experts": 1, "expert_size": 1},
         **{"expert": "ff", "activation": "relu", "parallel_blocks": False, "n_att_heads": 1, "dhead": None},
         **{"dff": None, "attention_mode": "vanilla", "moe_values_exp": None, **SWITCH, **CHOICE},
+        **{"norm_class": "layer_norm", "residual_mode": "pre_norm", "every_other_layer": False},
+        "standard_ff_first": False,
     },
     WITHOUT
     | {
         **{"cutoff": (None, SHAPE), "batch_size": (None, SHAPE)},
-        "no_positional_embedding": (False, "whether positions are learned; the tensors tell, and such are refused"),
-    },
-    {
-        "norm_class": ("layer_norm", "only LayerNorm was released"),
-        "residual_mode": ("pre_norm", "only norms before the sublayers were released"),
-        "every_other_layer": (False, "experts stand in every block"),
+        "no_positional_embedding": (False, "whether positions are learned, which the tensors tell"),
     },
     required=("block_modules", "n_blocks", "dmodel", "vocab_size"),
 )
 TABLES = (LLM,)
-MODES = ("vanilla", "token_choice", "expert_choice")
+MODES = ("vanilla", "swi_glu", "token_choice", "expert_choice")
+POSITIONS = "embedding_layer.layers.1.layer.weight"
 PARTS = {"conv": "conv", "gate": "gate", "out": "output"}
 
 
@@ -57,30 +55,34 @@ def official(state: dict[str, Tensor], **given):
     """llm-random's LLM. Outputs: logits, with Switch layers the sum of their load_balancing_loss (and of z_loss if
     zloss_weight > 0), and the mean next-token cross entropy in nats. dff is 4 dmodel by default."""
     config = LLM.complete(given)
-    if any(key.startswith("embedding_layer.layers.1.") for key in state):
-        raise ValueError("the file holds learned positions (attention_mode 'vanilla'), which our models have not")
-    if (mode := config["ff_mode"]) not in MODES:
-        raise ValueError(f"unknown ff_mode {mode!r}{nearest(mode, MODES)}; choose one of {', '.join(MODES)}")
-    if config["zloss_weight"] and mode == "expert_choice":
+    for name, choices in (("ff_mode", MODES), ("norm_class", NORMS), ("residual_mode", BLOCKS)):
+        if (value := config[name]) not in choices:
+            raise ValueError(f"unknown {name} {value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
+    if config["zloss_weight"] and config["ff_mode"] == "expert_choice":
         raise ValueError("zloss_weight: expert choice has no z-loss")
     d, modules, parallel = config["dmodel"], config["block_modules"], config["parallel_blocks"]
+    make, norm = BLOCKS[config["residual_mode"]], NORMS[config["norm_class"]]
     blocks = [
-        Block(d, {kind: sublayer(kind, config, state) for kind in modules}, parallel) for _ in range(config["n_blocks"])
+        make(d, {kind: sublayer(kind, config, state, i) for kind in modules}, parallel, norm)
+        for i in range(config["n_blocks"])
     ]
     switched = any(isinstance(m, TokenChoice) for block in blocks for m in block.modules())
     losses = ["load_balancing_loss"] * switched + ["z_loss"] * (switched and config["zloss_weight"] > 0)
-    model = _OfficialLM(DecoderLM(config["vocab_size"], d, blocks), losses)
-    return model, add_prefix("model.", names(modules, parallel).to_ours(without_tables(state)))
+    model = _OfficialLM(DecoderLM(config["vocab_size"], d, blocks), losses, state.get(POSITIONS))
+    return model, names(modules, parallel, make is PostNormBlock).to_ours(without_tables(state))
 
 
-def sublayer(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    """One entry of block_modules: "attention", "feedforward" or "mamba"."""
+def sublayer(kind: str, config: dict[str, Any], state: dict[str, Tensor], i: int) -> nn.Module:
+    """One entry of block_modules in block i: "attention", "feedforward" or "mamba"."""
     d = config["dmodel"]
     if kind == "attention":
         rope = config["attention_mode"] == "rope"
         return Attention(d, config["n_att_heads"], d_head=config["dhead"], rope=rope)
     if kind == "feedforward":
-        if config["ff_mode"] != "vanilla":
+        dense = config["every_other_layer"] and i % 2 == (0 if config["standard_ff_first"] else 1)
+        if config["ff_mode"] == "swi_glu" and not dense:
+            return SwiGLUFeedForward(d, config["dff"] or 4 * d)
+        if config["ff_mode"] != "vanilla" and not dense:
             return experts(config, config["ff_mode"], d, d)
         biased = any(key.endswith("logging_ff_pre_relu.bias") for key in state)
         return FeedForward(d, config["dff"] or 4 * d, bias=biased)
@@ -113,17 +115,30 @@ def experts(config: dict[str, Any], kind: str, d_input: int, d_output: int) -> n
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, the sublayers of a block, the experts' kinds and the attention's; its number of heads with a rotary table.
     Routing (capacity, top k, fractions) has no weights."""
-    first = part(state, "encoder.blocks.block_0.block.")
+    first, second = (part(state, f"encoder.blocks.block_{i}.block.") for i in (0, 1))
     if not first:
         return {}
+    post = any(".post_norm." in key for key in first)
+    feedforwards = [
+        part(block, f"residual_feedforward.{'feedforward.layer' if post else 'layer.feedforward'}.")
+        for block in (first, second)
+    ]
     rows, d = state["embedding_layer.layers.0.weight"].shape
     inferred = {"vocab_size": rows, "dmodel": d, "n_blocks": count(state, "encoder.blocks.block_#.")}
     parallel = any(key.startswith("residual_parallel.") for key in first)
     inferred["parallel_blocks"] = parallel
     if not parallel and list(first) != sorted(first):  # a file with sorted names hides the order of the sublayers
         inferred["block_modules"] = list(dict.fromkeys(key.split(".")[0].removeprefix("residual_") for key in first))
-    feedforward = part(first, "residual_feedforward.layer.feedforward.")
-    if "gating.gate" in feedforward:
+    inferred["residual_mode"] = "post_norm" if post else "pre_norm"
+    inferred["norm_class"] = "rms_norm" if any(key.endswith("_norm.g") for key in first) else "layer_norm"
+    chosen = [i for i, layer in enumerate(feedforwards) if "gating.gate" in layer or "w1_gate.weight" in layer]
+    if len(chosen) == 1 and second:  # the other is dense
+        inferred |= {"every_other_layer": True, "standard_ff_first": chosen == [1]}
+        inferred["dff"] = len(feedforwards[1 - chosen[0]]["logging_ff_pre_relu.weight"])
+    feedforward = feedforwards[chosen[0] if chosen else 0]
+    if "w1_gate.weight" in feedforward:
+        inferred |= {"ff_mode": "swi_glu", "dff": len(feedforward["w1_gate.weight"]) // 2}
+    elif "gating.gate" in feedforward:
         inferred |= {"n_experts": feedforward["gating.gate"].shape[1]}
         inferred |= {"expert_size": feedforward["expert_inner_function.lin1_weight"].shape[-1]}
         inferred["ff_mode"] = "expert_choice" if "ln.l.weight" in feedforward else given.get("ff_mode", "token_choice")
@@ -141,17 +156,21 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     return inferred
 
 
-def names(block_modules, parallel: bool) -> Names:
-    """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D <-> blocks.0.layers.mamba.D, and so on."""
-    block = "encoder.blocks.block_{i}.block."
-    pairs = [("embedding_layer.layers.0.{p}", "embedding.{p}")]
+def names(block_modules, parallel: bool, post: bool = False, prefix: str = "model.") -> Names:
+    """encoder.blocks.block_0.block.residual_mamba.layer.mamba.D <-> blocks.0.layers.mamba.D, and so on; the norms of
+    `post` stand behind the sums. prefix: of our names"""
+    block, inside, norm = "encoder.blocks.block_{i}.block.", "layer.{kind}.", "layer.pre_norm."
+    if post:
+        inside, norm = "{kind}.layer.", "post_norm."
+    wrapped = "residual_parallel." + inside.format(kind="parallel")
+    pairs = [("embedding_layer.layers.0.{p}", prefix + "embedding.{p}"), (POSITIONS, "positions.weight")]
     if parallel:
-        pairs += [(block + "residual_parallel.layer.pre_norm.{p}", "blocks.{i}.norms.shared.{p}")]
+        pairs += [(f"{block}residual_parallel.{norm}{{p}}", prefix + "blocks.{i}.norms.shared.{p}")]
     for n, kind in enumerate(block_modules):
-        at = block + (f"residual_parallel.layer.parallel.layers.{n}." if parallel else f"residual_{kind}.layer.{kind}.")
-        ours = f"blocks.{{i}}.layers.{kind}."
+        at = block + (f"{wrapped}layers.{n}." if parallel else f"residual_{kind}." + inside.format(kind=kind))
+        ours = f"{prefix}blocks.{{i}}.layers.{kind}."
         if not parallel:
-            pairs += [(f"{block}residual_{kind}.layer.pre_norm.{{p}}", f"blocks.{{i}}.norms.{kind}.{{p}}")]
+            pairs += [(f"{block}residual_{kind}.{norm}{{p}}", f"{prefix}blocks.{{i}}.norms.{kind}.{{p}}")]
         pairs += [
             (at + "logging_ff_pre_relu.{p}", ours + "fc1.{p}"),
             (at + "logging_ff_post_relu.{p}", ours + "fc2.{p}"),
@@ -160,12 +179,12 @@ def names(block_modules, parallel: bool) -> Names:
             (at + "out_proj.router.{p}", ours + "out_proj.gating.{p}"),
             (at + "{rest}", ours + "{rest}"),
         ]
-    return Names(*pairs)
+    return Names(*pairs, *[("{rest}", prefix + "{rest}")] * bool(prefix))
 
 
 def from_official(model: DecoderLM, state: dict[str, Tensor]) -> dict[str, Tensor]:
     block = model.blocks[0]
-    return names(list(block.layers), "shared" in block.norms).to_ours(without_tables(state))
+    return names(list(block.layers), "shared" in block.norms, prefix="").to_ours(without_tables(state))
 
 
 def without_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,9 +198,10 @@ def without_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_official(module: nn.Module, state: dict[str, Tensor], cutoff: int | None = None) -> dict[str, Tensor]:
     """llm-random's names. Its rotary tables are for sequences of `cutoff` tokens; without it they are left out."""
-    model = module.model if isinstance(module, _OfficialLM) else module
+    model, prefix = (module.model, "model.") if isinstance(module, _OfficialLM) else (module, "")
     block = model.blocks[0]
-    theirs = names(list(block.layers), "shared" in block.norms).to_theirs(cut_prefix("model.", state))
+    post = isinstance(block, PostNormBlock)
+    theirs = names(list(block.layers), "shared" in block.norms, post, prefix).to_theirs(state)
     if cutoff is not None:
         for key in [key for key in theirs if key.endswith("attention.input_projection.weight")]:
             attention = model.blocks[int(key.split("block_")[1].split(".")[0])].layers["attention"]
@@ -199,13 +219,63 @@ def rotary_tables(d: int, length: int) -> tuple[Tensor, Tensor]:
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
+class SwiGLUFeedForward(nn.Module):
+    """W_2 (SiLU(a) b) with [a, b] = W_1 x, (... d) -> (... d)"""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w1_gate = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.w2 = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w1_gate(x).chunk(2, dim=-1)
+        return self.w2(F.silu(a) * b)
+
+
+class ShiftedRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) g + b"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.g, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.g.shape, self.g, 1e-5) + self.b
+
+
+class PostNormBlock(Block):
+    """x <- norm(x + f(x)) for every sublayer; in parallel x <- norm(x + f_1(x) + f_2(x) + ...)."""
+
+    def sublayers(self):
+        nothing = nn.Identity()
+        return [
+            (n, None if self.parallel and i else nothing, layer) for i, (n, layer) in enumerate(self.layers.items())
+        ]
+
+    def residual(self, name: str, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        if self.parallel:
+            return self.norms["shared"](x + y) if name == list(self.layers)[-1] else x + y
+        return self.norms[name](x + y)
+
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": ShiftedRMSNorm}
+BLOCKS = {"pre_norm": Block, "post_norm": PostNormBlock}
+
+
 class _OfficialLM(nn.Module):
-    def __init__(self, model: DecoderLM, losses: list[str]):
+    """positions  table of learned positions that the file holds, or None"""
+
+    def __init__(self, model: DecoderLM, losses: list[str], positions: Tensor | None):
         super().__init__()
         self.model, self.losses = model, losses
+        self.positions = None if positions is None else nn.Embedding(*positions.shape)
 
     def forward(self, input_ids: Tensor):
-        logits, _, aux = self.model(input_ids)
+        read = input_ids
+        if self.positions is not None:
+            at = torch.arange(input_ids.shape[1], device=input_ids.device)
+            read = self.model.embedding(input_ids) + self.positions(at)
+        logits, _, aux = self.model(read)
         losses = [aux.get(name, logits.new_zeros(())) for name in self.losses]
         cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
         return logits, *losses, cross_entropy

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.models.token_dynamics import MambaVisionMixer, Scenario, soft_sort
+from ssmzoo.layers.image.mamba_vision import MambaVisionMixer
+from ssmzoo.models.token_dynamics import ReorderingMixer, Scenario, soft_sort
 
 NAMES = {"pos": "divergent", "neg": "convergent", "real": "mixed"}
 
@@ -25,6 +26,6 @@ def golden(case) -> dict[str, Tensor]:
     kwargs = {
         k: v for k, v in kwargs.items() if k not in ("use_fast_path", "layer_idx", "conv_bias", "device", "dtype")
     }
-    mixer = MambaVisionMixer(**kwargs)
+    mixer = (ReorderingMixer if kwargs.pop("reorder", False) else MambaVisionMixer)(**kwargs)
     state = {k.replace("imporantness", "importance"): v for k, v in case.params.items()}
     return {"y": torch.func.functional_call(mixer, state, (case.inputs["x"],))}

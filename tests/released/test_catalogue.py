@@ -65,7 +65,16 @@ def test_official_arguments_build_the_tensors_of_the_preset(name, monkeypatch):
     assert {key: value.shape for key, value in ours.items()} == own
 
 
-PUBLISHED = {  # parameters
+PUBLISHED = {  # parameters; MambaVision's by its released classes, which the paper rounds to 31.8, 35.1, ... 739.6 M
+    "mamba_vision_tiny": 31_794_248,
+    "mamba_vision_tiny2": 35_104_008,
+    "mamba_vision_small": 50_140_584,
+    "mamba_vision_base": 97_685_288,
+    "mamba_vision_large": 227_961_048,
+    "mamba_vision_large2": 241_554_824,
+    "mamba_vision_large2_512": 241_554_824,
+    "mamba_vision_large3": 739_570_472,
+    "mamba_vision_large3_512": 739_570_472,
     "mamba3_mimo_187m": 187_291_968,
     "adventurer_base_patch8_448": 100_473_160,
     "mamba_reg_base": 99_301_096,

@@ -17,6 +17,8 @@ from ssmzoo.released.family import to_official
 
 SMALL = {  # a small model of each class that has released files, by constructor arguments
     "Adventurer": ("adventurer", {}),
+    "BasedLM": ("based", {"d_model": 16, "n_heads": 2, "d_ff": 8, "feature_dim": 2, "vocab_size": 40}),
+    "JRTRNNLM": ("jrt_rnn", {"d_model": 16, "n_heads": 2, "d_ff": 8, "feature_dim": 2, "vocab_size": 40}),
     "FalconMambaLM": ("falcon_mamba", {"d_model": 16, "n_layer": 2, "vocab_size": 40}),
     "MambaLM": ("mamba", {"d_model": 16, "n_layer": 2, "vocab_size": 40}),
     "Mamba2LM": ("mamba2", {"d_model": 64, "n_layer": 2, "vocab_size": 40}),
@@ -24,6 +26,7 @@ SMALL = {  # a small model of each class that has released files, by constructor
     "MambaIR": ("mambair_light_x2", {"embed_dim": 30, "depths": [1, 1], "d_state": 2}),
     "MambaIRUNet": ("mambair_unet", {"dim": 30, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1}),
     "MambaIRv2": ("mambair_v2", {}),
+    "MambaVision": ("mamba_vision", {}),
     "ResVMamba": ("res_vmamba", {}),
     "ShuffleMambaReg": ("shuffle_mamba_reg_tiny", {"embed_dim": 32, "depth": 2, "img_size": 32, "n_registers": 2})
     + ({"cls_reduce": 2},),

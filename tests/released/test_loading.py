@@ -36,6 +36,7 @@ TINY = {  # small enough to build in no time, by family; every family with model
         "shuffle_mamba_reg_small", depth=2, embed_dim=24, img_size=32, num_classes=3
     ),
     "adventurer": lambda: ssmzoo.create_model("adventurer_tiny", depth=2, embed_dim=64, img_size=32, num_classes=3),
+    "mamba_vision": lambda: ssmzoo.create_model("mamba_vision_base", depths=[1, 1, 2, 1], embed_dim=8, num_classes=3),
     "spatial_mamba": lambda: ssmzoo.create_model("spatial_mamba_tiny", depths=[1, 1], embed_dim=8, num_classes=3),
     "sd_ssm": lambda: ssmzoo.create_model("sd_ssm", input_size=3, num_classes=4, state_size=6),
     "complex_diagonal_ssm": lambda: ssmzoo.create_model(
@@ -44,6 +45,14 @@ TINY = {  # small enough to build in no time, by family; every family with model
     "regular_rnn_baselines": lambda: ssmzoo.create_model("lstm", input_size=3, num_classes=4, state_size=6),
     "mambair": lambda: ssmzoo.create_model("mambair_light_x2", embed_dim=30, depths=[1, 1]),
     "mambair_v2": lambda: ssmzoo.create_model("mambair_v2_light_x2", depths=[1, 1], num_heads=[2, 2], embed_dim=16),
+}
+FOREIGN_KEYS = {
+    "blocks.0.att.time_decay": "RWKV",
+    "model.layers.0.self_attn.q_proj.weight": "a Llama or one of its relatives",
+    "transformer.h.0.attn.c_attn.weight": "GPT-2",
+    "blocks.0.attn.qkv.weight": "a vision Transformer",
+    "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin Transformer",
+    "layer1.0.conv1.weight": "a ResNet",
 }
 INFERRED = sorted(set(families("MODELS")) & set(families("TELLING_KEYS")) - {"mamba_fscil"})
 
@@ -160,6 +169,9 @@ def test_half_precision_is_said(tmp_path):
 def test_an_unknown_checkpoint_is_no_random_model(tmp_path):
     with pytest.raises(CheckpointError, match="no family has keys like a.weight"):
         ssmzoo.load_official({"a.weight": torch.zeros(2)})
+    for key, name in FOREIGN_KEYS.items():
+        with pytest.raises(CheckpointError, match=f"by .* it looks like {name}, which the zoo does not have; name one"):
+            ssmzoo.load_official({"some.bias": torch.zeros(2), key: torch.zeros(2)})
     with pytest.raises(ValueError, match="unknown family 'mamab'"):
         ssmzoo.load_official("mamab", {})
     assert read_weights(folder(tmp_path, HF)).keys() == to_official("mamba_hf", TINY["mamba_hf"]()).keys()
@@ -209,3 +221,9 @@ def test_other_constants_than_ours_are_refused(family, case, key):
     ssmzoo.load_official(family, state, **case.official_kwargs)
     with pytest.raises(CheckpointError, match=f"{key} of the"):
         ssmzoo.load_official(family, state | {key: state[key] + 1}, **case.official_kwargs)
+
+
+def test_a_head_that_the_released_mambair_lacks_is_named():
+    state = to_official("mambair", TINY["mambair"]()) | {"conv_up1.weight": torch.zeros(64, 64, 3, 3)}
+    with pytest.raises(ValueError, match="a head that enlarges by neighbours .* which the released MambaIR lacks"):
+        ssmzoo.load_official("mambair", state)
