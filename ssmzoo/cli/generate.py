@@ -1,4 +1,4 @@
-"""`ssmzoo generate <checkpoint> --prompt ...`: continue text with a trained language model."""
+"""`ssmzoo generate RUN_OR_NAME --prompt ...`: continue text with a trained language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "drawn; the others, continued in the same batch, follow at the end.",
     )
     add = parser.add_argument
-    add("checkpoint", help="a run folder, or a checkpoint folder inside one")
+    add("checkpoint", help="run folder, checkpoint, released folder, or name of released weights")
     add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given several times")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add (default 256)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy, 1 the model's own (default 0.8)")
@@ -44,17 +44,17 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmzoo.data.text_tokenizer import from_dict
     from ssmzoo.inference.generate import FINISHED, stream
-    from ssmzoo.zoo import load_model
+    from ssmzoo.inference.subject import load_subject
 
-    model, manifest = load_model(args.checkpoint)
-    if "tokenizer" not in manifest:
+    subject = load_subject(args.checkpoint)
+    tokenizer = subject.tokenizer
+    if tokenizer is None:
         raise ValueError(
-            f"{args.checkpoint} holds {manifest.get('model', 'a model')} without a tokenizer, so it is no "
-            f"language model that text can be generated with; give a run of data=text or data=hf_text"
+            f"{args.checkpoint} holds {subject.manifest.get('model', 'a model')} without a tokenizer, so it is no "
+            f"language model that text can be generated with; give a run of data=text or data=hf_text, or put the "
+            f"tokenizer.json of a released model beside its file"
         )
-    tokenizer = from_dict(manifest["tokenizer"])
     prompts = [tokenizer.encode(text) for text in args.prompt]
     for text, ids in zip(args.prompt, prompts):
         if not ids:
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
         prompts = [[*ids, *between, *ids] for ids in prompts]
     stops = [_stop_text(text) for text in args.stop]
     steps = stream(
-        model.to(_device(args.device)),
+        subject.model.to(_device(args.device)),
         prompts,
         args.max_new_tokens,
         prefill_chunk=args.prefill_chunk,
-        bidirectional=_trained_both_ways(manifest) if args.bidirectional is None else args.bidirectional,
+        bidirectional=_trained_both_ways(subject.manifest) if args.bidirectional is None else args.bidirectional,
         stop_tokens=set() if args.ignore_eos or tokenizer.end_token is None else {tokenizer.end_token},
         vocab_size=tokenizer.vocab_size,
         temperature=args.temperature,

@@ -13,7 +13,7 @@ FLAG = "--lm-eval"
 def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     made = kind(prog="ssmzoo eval", description="Evaluate a language model of the zoo with lm-eval.")
     add = made.add_argument
-    add("checkpoint", help="a run folder, or a checkpoint folder inside one")
+    add("checkpoint", help="run folder, checkpoint, released folder, or name of released weights")
     add(FLAG, required=True, dest="tasks", metavar="TASKS", help="names of tasks, separated by commas")
     add("--include-path", metavar="FOLDER", help="a folder with task files (yaml) of your own")
     add("--num-fewshot", type=int, metavar="N", help="examples before every question (default: the task's)")

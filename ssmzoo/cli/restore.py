@@ -24,8 +24,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("inputs", nargs="+", type=Path, help="picture files or folders")
-    parser.add_argument("--ckpt", required=True, help="run folder or checkpoint; with --model, a released .pth file")
-    parser.add_argument("--model", help="preset that a released weight file belongs to, e.g. mambair_light_x2")
+    parser.add_argument("--ckpt", help="run folder or checkpoint; with --model, a released .pth file")
+    parser.add_argument("--model", help="preset of a released --ckpt, or without one the name of released weights")
     parser.add_argument("--task", choices=TASKS, help="what the checkpoint is expected to do")
     parser.add_argument("--scale", type=int, help="the enlargement expected of the checkpoint")
     parser.add_argument("-o", "--out", type=Path, help="folder, or file for one picture; default: beside the input")
@@ -125,6 +125,8 @@ def load(args):
 
     from ssmzoo.zoo import load_model
 
+    if not args.model and not args.ckpt:
+        raise ValueError("give --ckpt RUN, or --model with a name that `ssmzoo weights list 'mambair*'` prints")
     if args.model:
         model, degradation = load_released(args.model, args.ckpt), None
     else:
@@ -149,14 +151,15 @@ def load(args):
         raise ValueError(f"--device is {device}: {str(error).splitlines()[0]}") from None
 
 
-def load_released(name: str, file: str):
-    """A preset with the weights of a released .pth or .safetensors file."""
+def load_released(name: str, file: str | None):
+    """A preset with the weights of a released file, or with those that `ssmzoo weights` fetches."""
     from ssmzoo.presets import build_preset
+    from ssmzoo.released.catalogue import split_name
     from ssmzoo.zoo import create_model
 
-    if not hasattr(build_preset(name), "size_multiple"):
+    if not hasattr(build_preset(name if file else split_name(name)[0]), "size_multiple"):
         raise ValueError(f"--model {name} does not restore pictures; see `ssmzoo list models`")
-    return create_model(name, checkpoint=file)
+    return create_model(name, checkpoint=file) if file else create_model(name, pretrained=True)
 
 
 def restore_one(model, source: Path, target: Path, args) -> None:

@@ -6,6 +6,7 @@ its modules have the zoo's names behind "model.". What generation carries is the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from pathlib import Path
@@ -24,12 +25,15 @@ from ssmzoo.inference.hf_config import MODEL_TYPE, PREFIX, generic_config, gener
 from ssmzoo.presets import build_model
 from ssmzoo.released.files import CheckpointError
 
+NAMES = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+CACHE = "cache" if "cache" in NAMES else "past_key_values"  # from transformers 5.24 on, before
+
 
 class ZooConfig(PreTrainedConfig):
     """target: a class of ssmzoo.models; arguments: of its constructor. The sizes are for programs that ask for them."""
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     target: str = ""
     arguments: dict | None = None
@@ -97,6 +101,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -107,13 +112,14 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         **loss_options,
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids (b l) or inputs_embeds (b l d); attention_mask (b, past + l), 1 for real tokens, 0 for padding on
-        any side; labels (b l), shifted here, -100 for none. The loss contains the model's own (`aux`)."""
+        any side; labels (b l), shifted here, -100 for none. The loss contains the model's own (`aux`). cache is what
+        transformers from 5.24 on calls past_key_values."""
         if output_hidden_states or output_attentions:
             raise ValueError("hidden states and attentions are not returned; ssmzoo.probes looks into the layers")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = input_ids if inputs_embeds is None else inputs_embeds
-        cache = self.cache_of(past_key_values, use_cache)
+        cache = self.cache_of(past_key_values if cache is None else cache, use_cache)
         keep = {"logits_to_keep": logits_to_keep} if self.takes_keep and isinstance(logits_to_keep, int) else {}
         state = None if cache is None else cache.state
         logits, state, aux = self.model(x, state, mask=as_mask(attention_mask, x.shape[1]), **keep)
@@ -125,13 +131,13 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss + sum(value for key, value in aux.items() if key.endswith("_loss"))
         if cache is not None:
             cache.advance(state, x.shape[1])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
     def cache_of(self, cache: StateCache | None, use_cache: bool | None) -> StateCache | None:
         """The cache of a call: the given one, a new one, or none while training."""
         if cache is not None and not isinstance(cache, StateCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; this model's state is kept in a StateCache")
+            raise ValueError(f"{CACHE} is a {type(cache).__name__}; this model's state is kept in a StateCache")
         wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         return cache if cache is not None or not wanted else StateCache()
 
@@ -142,8 +148,8 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: the state of a recurrent model has "
                 "one form only; leave it out"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = StateCache()
 
     def get_input_embeddings(self) -> nn.Module | None:
         return next((m for m in self.model.modules() if isinstance(m, nn.Embedding)), None)

@@ -16,16 +16,15 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from ssmzoo.data.text_tokenizer import from_dict
 from ssmzoo.inference.generate import FINISHED, stream
 from ssmzoo.inference.likelihood import log_likelihoods
+from ssmzoo.inference.subject import load_subject
 from ssmzoo.suggest import nearest
-from ssmzoo.zoo import load_model
 
 
 @register_model("ssmzoo")
 class ZooLM(TemplateLM):
-    """pretrained       run folder or checkpoint of a language model
+    """pretrained       run folder, checkpoint or name of released weights of a language model
     batch_size          texts per pass | max_length  tokens of context, None: all of them
     max_gen_toks        tokens that are generated unless the task says so
     prefix_token_id     stands before a text without context; None: the end token, else a line break
@@ -45,11 +44,10 @@ class ZooLM(TemplateLM):
         super().__init__()
         if unknown := sorted(set(ignored) - {"max_batch_size"}):  # what lm-eval gives to every model
             raise TypeError(f"the model type ssmzoo takes no argument {unknown[0]!r}")
-        model, manifest = load_model(pretrained)
-        if "tokenizer" not in manifest:
+        subject = load_subject(pretrained, device)
+        if subject.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer, so it is no language model that lm-eval can evaluate")
-        self.model = model.to(device or "cpu")
-        self.text = from_dict(manifest["tokenizer"])
+        self.model, self.text = subject.model, subject.tokenizer
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.max_length = None if max_length is None else int(max_length)
         self.max_gen_toks, self.prefix = int(max_gen_toks), prefix_token_id

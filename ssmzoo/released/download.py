@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -186,9 +187,12 @@ def fetch_tokenizer(repo: str) -> Path:
 
 @contextmanager
 def explained(what: str, where: str) -> Iterator[None]:
-    """The libraries' errors as one DownloadError."""
+    """The libraries' errors as one DownloadError, without a line for each of their tries."""
     from huggingface_hub import errors
 
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except errors.GatedRepoError:
@@ -211,6 +215,8 @@ def explained(what: str, where: str) -> Iterator[None]:
     except Exception as error:  # the HTTP client has types of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DownloadError(f"{what} could not be fetched from {where}: {reason}; the same call continues") from None
+    finally:
+        log.setLevel(before)
 
 
 def why_local(error: Exception, where: str) -> str:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ssmzoo.inference.export import export
-from ssmzoo.inference.export.to_onnx import refuse, sides
-from ssmzoo.inference.export.traced import first_state, one_loop, tensors_of
+from ssmzoo.inference.export.to_onnx import refuse
+from ssmzoo.inference.export.traced import first_state, one_loop, sides, tensors_of
 from ssmzoo.ops import selective_scan_fn
 
 FAST = ("mamba (text)", "mambair_classic_x2")

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ssmzoo.cli import generate as command
-from ssmzoo.data.text_tokenizer import train_bpe
+from ssmzoo.data.text_tokenizer import from_dict, train_bpe
 from ssmzoo.inference.generate import FINISHED, Sampling, generate, pad_left, prefill, stream
+from ssmzoo.inference.subject import Subject
 from ssmzoo.layers.state import ModelOutput
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.mamba import MambaLM
@@ -317,8 +318,8 @@ def test_command_explains_bad_input(checkpoint, capsys, tokenizer, arguments, me
 )
 def test_command_stops_and_shows_text_as_it_is_drawn(checkpoint, monkeypatch, stops, written):
     shown = []
-    manifest = {"tokenizer": {"type": "bytes"}}
-    monkeypatch.setattr("ssmzoo.zoo.load_model", lambda path: (Counter(256), manifest))
+    subject = Subject("x", Counter(256), tokenizer=from_dict({"type": "bytes"}))
+    monkeypatch.setattr("ssmzoo.inference.subject.load_subject", lambda path: subject)
     monkeypatch.setattr(command, "_Out", lambda: types.SimpleNamespace(write=shown.append))
     arguments = dict(
         checkpoint="x",
@@ -348,9 +349,7 @@ def test_command_stops_at_the_end_token_that_documents_had(checkpoint, monkeypat
     tokenizer = train_bpe(["ab cd"] * 3, 262, "<|endoftext|>")
     assert tokenizer.end_token == 0
     after = tokenizer.encode("z")[0]
-    monkeypatch.setattr(
-        "ssmzoo.zoo.load_model",
-        lambda path: (Counter(tokenizer.vocab_size), {"tokenizer": tokenizer.ending(after + 2).to_dict()}),
-    )
+    subject = Subject("x", Counter(tokenizer.vocab_size), tokenizer=tokenizer.ending(after + 2))
+    monkeypatch.setattr("ssmzoo.inference.subject.load_subject", lambda path: subject)
     out = run(capsys, "x", "--prompt", "z", "--greedy", "--max-new-tokens", "6", *(["--ignore-eos"] if ignore else []))
     assert out.startswith("z{|}~") if ignore else out == "z{\n"

@@ -134,11 +134,12 @@ def test_a_training_step_lowers_the_loss(name, runs, tmp_path):
 @some
 def test_sampling_follows_the_seed(name, runs):
     _, _, model = runs(name)
-    texts = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        texts.append(new_tokens(model, prompts(), max_new_tokens=12, do_sample=True, top_k=20, temperature=1.5))
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    for beams in (1, 2):
+        texts, options = [], dict(max_new_tokens=12, do_sample=True, top_k=20, temperature=1.5, num_beams=beams)
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            texts.append(new_tokens(model, prompts(), **options))
+        assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 @some
@@ -264,7 +265,10 @@ def test_push_to_hub_prepares_the_same_folder(runs, monkeypatch):
     [
         (lambda m: m(), "exactly one of input_ids and inputs_embeds"),
         (lambda m: m(prompts(), output_hidden_states=True), "hidden states and attentions are not returned"),
-        (lambda m: m(prompts(), past_key_values=transformers.DynamicCache()), "past_key_values is a DynamicCache"),
+        (
+            lambda m: m(prompts(), past_key_values=transformers.DynamicCache()),
+            "(past_key_values|cache) is a DynamicCache",
+        ),
         (lambda m: m(prompts(), attention_mask=torch.ones(2, 3)), r"attention_mask has shape \(2, 3\)"),
         (lambda m: new_tokens(m, prompts(), cache_implementation="static"), "one form only; leave it out"),
         (lambda m: new_tokens(m, prompts(1), prompt_lookup_num_tokens=2), "not supported with stateful models"),

@@ -143,3 +143,64 @@ def test_what_cannot_be_used_is_told_in_one_message(case, capsys):
     assert call(*words) == 2
     shown = capsys.readouterr().err.strip().splitlines()
     assert len(shown) == 1 and shown[0].startswith("error: ") and message in shown[0]
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A language model that a hub on the loopback offers as released weights "mamba", and the same as a folder."""
+    from hub_server import Server
+
+    from ssmzoo.data.text_tokenizer import train_bpe
+    from ssmzoo.presets import build_preset
+    from ssmzoo.released import catalogue as weights
+
+    tokenizer = train_bpe(["the cat and the hat and the bat"] * 3, 262)
+    torch.manual_seed(0)
+    model = build_preset("mamba", vocab_size=tokenizer.vocab_size, d_model=16, n_layer=1)
+    folder, server = tmp_path / "folder", Server()
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "tokenizer.json").write_text(tokenizer.to_dict()["json"])
+    server.files["owner/repo/pytorch_model.bin"] = (folder / "pytorch_model.bin").read_bytes()
+    server.files["owner/words/tokenizer.json"] = (folder / "tokenizer.json").read_bytes()
+    for name, value in ("HF_ENDPOINT", server.url), ("HF_HOME", tmp_path / "hf"), ("TORCH_HOME", tmp_path / "torch"):
+        monkeypatch.setenv(name, str(value))
+    source = weights.Hub("owner/repo", "pytorch_model.bin")
+    more = {"model": {"d_model": 16, "n_layer": 1, "vocab_size": tokenizer.vocab_size}, "tokenizer": "owner/words"}
+    entry = weights.Weights("mamba", source, family="mamba", **more)
+    for place in ("released.catalogue", "inference.subject", "inference.export.source"):
+        monkeypatch.setattr(f"ssmzoo.{place}.catalogue", lambda: {"mamba": entry})
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "{}", "--prompt", "the cat", "--greedy", "--max-new-tokens", "5", "--device", "cpu"],
+        ["score", "{}", "the cat and", "--json"],
+        ["embed", "{}", "the cat", "-o", "f.npz"],
+        ["ckpt", "export", "{}", "--to", "mamba_ssm", "--out", "out"],
+    ],
+    ids=["generate", "score", "embed", "export"],
+)
+def test_a_name_and_a_folder_of_released_weights_do_the_same(words, released, tmp_path, monkeypatch, capsys):
+    seen = []
+    for given in ("mamba", str(released)):
+        (tmp_path / str(len(seen))).mkdir()
+        monkeypatch.chdir(tmp_path / str(len(seen)))
+        assert call(*(word.format(given) for word in words)) == 0
+        shown = capsys.readouterr().out
+        if Path("f.npz").exists():
+            shown = str(np.load("f.npz")["features"])
+        elif Path("out").exists():
+            shown = str(torch.load("out/pytorch_model.bin"))
+        seen.append(shown)
+    assert seen[0] == seen[1] and len(seen[0]) > 5
+
+
+def test_a_released_file_without_its_tokenizer_asks_for_it(released, capsys):
+    (released / "tokenizer.json").unlink()
+    assert call("generate", released, "--prompt", "a") == 2
+    assert "put the tokenizer.json of a released model beside its file" in capsys.readouterr().err

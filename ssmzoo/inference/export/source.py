@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ssmzoo.checkpoint_files import INDEX, MANIFEST
 from ssmzoo.data.text_tokenizer import Tokenizer, from_dict
 from ssmzoo.layers.image.backbone import ImageBackbone
+from ssmzoo.released.catalogue import catalogue
 from ssmzoo.released.family import families, find
 from ssmzoo.released.load import load_official
+from ssmzoo.released.pretrained import build_pretrained
 from ssmzoo.zoo import load_model
 
 
@@ -56,7 +58,10 @@ class Source(NamedTuple):
 
 
 def read_source(path: str | Path) -> Source:
-    """A run folder, a checkpoint of ours, or a released file or folder. Raises CheckpointError."""
+    """A run folder, a checkpoint of ours, a released file or folder, or released weights by name. Raises
+    CheckpointError."""
+    if not Path(path).expanduser().exists() and (entry := catalogue().get(str(path))):
+        return Source(build_pretrained(entry).eval(), {}, entry.name)
     path = Path(path).expanduser()
     if not path.exists() or is_ours(path):
         model, manifest = load_model(path)

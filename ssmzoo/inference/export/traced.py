@@ -1,17 +1,19 @@
-"""What tracing programs need: scans as one loop of any length, and models whose state goes in and out as tensors."""
+"""What tracing programs need: scans as one loop of any length, models whose state goes in and out as tensors, and the
+inputs and free axes of each kind of model."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ssmzoo.ops as ops
+from ssmzoo.inference.export.source import Source
 from ssmzoo.layers.state import map_state
 from ssmzoo.ops.checks import compute_dtype
 
@@ -62,6 +64,80 @@ def _steps(M: Tensor, channels: int) -> Tensor:
         return M
     M = M.unsqueeze(1) if M.ndim == 3 else M
     return M.permute(3, 0, 1, 2).repeat_interleave(channels // M.shape[1], dim=2)
+
+
+ROWS = 7  # of an example: a size that no axis of a model is compared with
+
+
+class Call(NamedTuple):
+    """How a model is called: its inputs with their names, which axes of them are free, and the names of the results."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    names: list[str]
+    axes: list[dict[int, str]]
+    results: list[str]
+
+
+def call_of(source: Source) -> Call:
+    """Pictures of any batch (and size, where the model takes any), or one token with the state in and out."""
+    model = source.model.float()
+    if source.kind == "language":
+        state = first_state(model, ROWS)
+        inputs = (torch.zeros(ROWS, 1, dtype=torch.long), *tensors_of(state))
+        names = [f"state_{i}" for i in range(len(inputs) - 1)]
+        axes = [{0: "batch"} for _ in inputs]
+        results = ["logits", *(f"next_{name}" for name in names)]
+        return Call(WithState(model, state), inputs, ["input_ids", *names], axes, results)
+    return Call(model, (example(source),), ["pixels"], [{0: "batch"} | sides(source)], ["output"])
+
+
+def example(source: Source) -> Tensor:
+    """Two pictures of the size that the model was trained with."""
+    node = source.node or {}
+    channels = node.get("in_chans", node.get("inp_channels", getattr(source.model, "in_chans", 3)))
+    side = node.get("img_size") or source.manifest.get("data", {}).get("image_size")
+    side = side or (224 if source.kind == "image" else 64)
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def sides(source: Source) -> dict[int, str]:
+    """The axes of height and width where the traced model takes any."""
+    free = source.kind == "restoration" and source.model.window_size == 1 and source.model.size_multiple == 1
+    return {2: "height", 3: "width"} if free else {}
+
+
+def why_no_step(model: nn.Module) -> str | None:
+    """Why one token cannot be a program of fixed shapes."""
+    if not getattr(model, "causal", True):
+        return "it does not read one token at a time"
+    if first_state(model) is None:
+        return "its state grows with the sequence or does not begin with zeros"
+    return None
+
+
+@torch.no_grad()
+def compare(call: Call, program: Callable[..., Any], tolerance: float) -> None:
+    """Results of program(*inputs) with the model's, on other data and another batch. Raises RuntimeError."""
+    generator = torch.Generator().manual_seed(1)
+    for batch in (len(call.inputs[0]), 3):
+        fresh = [_like(x, batch, generator) for x in call.inputs]
+        for got, right in zip(_tuple(program(*fresh)), _tuple(call.model(*fresh))):
+            error = (got.double() - right.double()).abs().max().item()
+            if not error <= tolerance * (1 + right.abs().max().item()):
+                raise RuntimeError(
+                    f"the program's results differ from the model's by {error:.2e}: nothing was exported"
+                )
+
+
+def _tuple(results: Any) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _like(x: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, *x.shape[1:])
+    return torch.rand(shape, generator=generator) if x.is_floating_point() else torch.ones(shape, dtype=x.dtype)
 
 
 class WithState(nn.Module):

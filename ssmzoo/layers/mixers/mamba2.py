@@ -194,7 +194,7 @@ class Mamba2(nn.Module):
             C,
             self._skip().reshape(h, -1).expand(h, p),
         )
-        return y.reshape(len(y), 1, -1), Mamba2State(conv, S)
+        return y.flatten(1)[:, None], Mamba2State(conv, S)
 
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)

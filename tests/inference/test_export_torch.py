@@ -1,0 +1,48 @@
+"""torch.export programs give what the model gives, at other batches and many tokens later, without ssmzoo."""
+
+import subprocess
+import sys
+
+import exports
+import pytest
+import torch
+
+from ssmzoo.inference.export import export
+from ssmzoo.inference.export.to_torch_export import FILE, refuse
+from ssmzoo.inference.export.traced import first_state, sides, tensors_of
+
+FAST = ("mamba (text)", "mamba2 (text)", "vim", "mambair_classic_x2")
+RUNS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in exports.RUNS]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_computes_what_the_model_computes(name, tmp_path):
+    source = exports.source(name, tmp_path / "run")
+    if reason := refuse(source):
+        with pytest.raises(ValueError, match="has no layout 'torch_export'"):
+            export(source, "torch_export", tmp_path / "out")
+        assert len(reason) > 10
+        return
+    program = torch.export.load(export(source, "torch_export", tmp_path / "out") / FILE).module()
+    if source.kind == "language":
+        ids = torch.randint(29, (3, 9))
+        state = [torch.zeros(3, *t.shape[1:], dtype=t.dtype) for t in tensors_of(first_state(source.model))]
+        logits = []
+        for token in ids.split(1, dim=1):
+            now, *state = program(token, *state)
+            logits.append(now)
+        return torch.testing.assert_close(
+            torch.cat(logits, 1), exports.outputs(source.model, ids), rtol=1e-4, atol=1e-5
+        )
+    x = exports.inputs(name)
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    for b, h, w in [(1, height, width), (5, height, width)] + ([(2, height + 4, width + 9)] if sides(source) else []):
+        x = torch.rand(b, channels, h, w)
+        torch.testing.assert_close(program(x), exports.outputs(source.model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_another_program_reads_it_without_ssmzoo(tmp_path):
+    out = export(exports.source("mamba (text)", tmp_path / "run"), "torch_export", tmp_path / "out")
+    block = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]  # the model card's own lines
+    check = "import sys\nassert logits.shape[:2] == (1, 1) and not any(m.startswith('ssmzoo') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{block}\n{check}"], cwd=out, check=True)
