@@ -1,6 +1,6 @@
 """Does every module's forward run? Wrap, hook and parametrise each leaf of a model, and look at what comes out.
 
-    problems = [p for name in leaves(model) for p in check(model, name, passes)]
+    problems = check(model, passes)
 
 `passes` are functions that run the model on the same input in different ways and return the same tensor: one pass, in
 chunks, token by token, packed ... In eval mode and double precision.
@@ -98,10 +98,14 @@ def parametrised(model: nn.Module, name: str):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def check(model: nn.Module, name: str, passes: dict[str, Callable[[], Tensor]]) -> list[str]:
-    """What is wrong with leaf `name`: a change that does not act, acts unequally in two passes, or gets no gradient."""
-    problems, plain = [], {kind: run().detach() for kind, run in passes.items()}
-    seen = {}
+def check(model: nn.Module, passes: dict[str, Callable[[], Tensor]]) -> list[str]:
+    """What is wrong with any leaf: a change that does not act, acts unequally in two passes, or gets no gradient."""
+    plain = {kind: run().detach() for kind, run in passes.items()}
+    return [problem for name in leaves(model) for problem in check_leaf(model, name, passes, plain)]
+
+
+def check_leaf(model: nn.Module, name: str, passes: dict, plain: dict[str, Tensor]) -> list[str]:
+    problems, seen = [], {}
     for change in (wrapped, hooked, parametrised):
         title = f"{name}, {change.__name__}"
         with change(model, name) as parameter:

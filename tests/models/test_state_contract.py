@@ -63,6 +63,9 @@ TINY_BY_CLASS = {
     "Mamba2LM": {"ssm_cfg": {"d_state": 4, "headdim": 8, "chunk_size": 4}},
     "Mamba3LM": {"ssm_cfg": {"d_state": 8, "headdim": 8, "chunk_size": 4}},
 }
+TINY_BY_NAME = {  # where a class has another preset for all of its layers
+    "lightning": {"n_layer": 2, "layer_pattern": "LA", "mixers": {"A": {"rotary_emb_dim": 4}}},
+}
 MORE = {  # corners that no preset reaches
     "mamba: biases, MLP, LayerNorm, short convolution": (
         "mamba",
@@ -116,7 +119,8 @@ def tiny_node(name: str, **overrides) -> dict:
     known = inspect.signature(cls).parameters
     if node.get("attn_layer_idx"):  # presets of many layers
         node |= {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "rotary_emb_dim": 4}}
-    return node | {k: v for k, v in TINY.items() if k in known} | TINY_BY_CLASS.get(cls.__name__, {}) | overrides
+    small = {k: v for k, v in TINY.items() if k in known} | TINY_BY_CLASS.get(cls.__name__, {})
+    return node | small | TINY_BY_NAME.get(name, {}) | overrides
 
 
 def discover() -> dict[str, dict]:
