@@ -41,3 +41,17 @@ def test_arguments_of_the_model_shape_the_predicted_memory(call):
 def test_lists_are_filtered_by_a_glob(call):
     status, out, err = call("list", "tasks", "lang*", entry="ssmzoo")
     assert status == 0 and out.startswith("language ") and len(out.splitlines()) == 1
+
+
+def test_doctor_tells_what_a_bug_report_needs(call, monkeypatch):
+    from ssmzoo.cli import doctor
+    from ssmzoo.ops.native import LEVEL
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(doctor, "installed", lambda package: None if package in ("timm", "sqlalchemy") else "7.8.9")
+    status, out, err = call("doctor", entry="ssmzoo")
+    lines = {line[2:20].strip(): line[20:] for line in out.splitlines() if line.startswith("  ")}
+    assert (status, err) == (0, "") and lines["CPU"].startswith(LEVEL or "none: ")
+    assert lines["torch"] == "7.8.9" and lines["timm"] == "-" and lines["OMP_NUM_THREADS"] == "1"
+    assert lines["vision"].startswith("pip install 'timm>=") and "'sqlalchemy<2'" in lines["sweep"]
+    assert lines["formal"] == "complete" and {"hf", "export", "dev", "cuda"} <= lines.keys()

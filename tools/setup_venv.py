@@ -22,13 +22,17 @@ def main(folder: str) -> None:
         )
     venv = ROOT / folder
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
-        print(f"creating {venv}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    if not python.exists() or subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
+        print(f"setting up {venv}, once: about three minutes with a fast connection", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+    print("1/4 pip and setuptools", flush=True)
     run([*pip, "install", "pip>=23.1", "setuptools>=77", "wheel"])
+    print("2/4 torch", flush=True)
     install_torch(pip, str(python))
+    print("3/4 ssmzoo with its libraries, and the CPU kernels", flush=True)
     run([*pip, "install", "-c", str(ROOT / "constraints.txt"), "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"])
+    print("4/4 torchvision that fits torch", flush=True)
     pair_torchvision(pip, python)
     run([str(python), "-c", "from ssmzoo.ops.native import LEVEL, MISSING; print('CPU kernels:', LEVEL or MISSING)"])
 
@@ -47,7 +51,8 @@ def install_torch(pip: list, python: str) -> None:
     ):  # a CPU wheel known to pip's own configuration, else PyTorch's index
         if not source and not plain_pip_has_cpu_build(pip, pin):
             continue
-        if subprocess.run([*pip, "install", "--retries", "1", "--timeout", "15", *source, pin]).returncode == 0:
+        command = [*pip, "install", "--retries", "1", "--timeout", "15", *source, pin]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
             return
     print("no CPU build of torch can be reached; installing the default build", flush=True)
     run([*pip, "install", pin])
@@ -89,8 +94,10 @@ def has_nvidia_gpu() -> bool:
 
 
 def run(command: list) -> None:
-    result = subprocess.run(command)
+    """Warnings of a command that succeeds are left out: they are of other packages."""
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
+        print(result.stderr, file=sys.stderr)
         sys.exit(f"error: {' '.join(command[:8])} ... failed with status {result.returncode}; its output is above")
 
 

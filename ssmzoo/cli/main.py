@@ -11,7 +11,9 @@ from ssmzoo import __version__
 from ssmzoo.cli import lm_eval
 from ssmzoo.terminal import plain_output
 
-COMMANDS = tuple("list info backends verify generate restore probe bench runs ckpt weights predict score embed".split())
+COMMANDS = tuple(
+    "list info backends doctor verify generate restore probe bench runs ckpt weights predict score embed".split()
+)
 
 
 class Parser(argparse.ArgumentParser):

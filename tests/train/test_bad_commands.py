@@ -19,7 +19,7 @@ from ssmzoo.train.ranges import RANGES
 
 RUN = ROOT / "tests/train/old_runs/language"
 TEXTS = ("", "no such thing", "/no/such/place", "..")
-EXECUTED = ("bench", "backends", "verify")  # whose options are tried without being run to the end
+EXECUTED = ("bench", "backends", "doctor", "verify")  # whose options are tried without being run to the end
 
 
 def refused(call, tmp_path, arguments, entry):
