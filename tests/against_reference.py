@@ -27,6 +27,12 @@ def rounding(dtype: torch.dtype, times: int = 1) -> float:
     return OUT + times * torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else OUT
 
 
+def random_walk(dtype: torch.dtype, times: int) -> float:
+    """What rounding `times` on the way through a model does on average: each moves elements by eps / sqrt(12) in the
+    mean square, independently of the others, so that the squares add."""
+    return times**0.5 * torch.finfo(dtype).eps / 12**0.5
+
+
 def packed(b: int, l: int, rng: torch.Generator, share: float = 0.15) -> Tensor:
     """seq_idx (b l) of rows where this share of the tokens begins a document."""
     return (torch.rand(b, l, generator=rng) < share).cumsum(1)
