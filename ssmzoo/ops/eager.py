@@ -10,6 +10,7 @@ from torch.overrides import has_torch_function
 from ssmzoo.ops.transforms import functorch_transforms_active, transformed
 
 PLAIN = (Tensor, torch.nn.Parameter)
+NO_MEMORY = torch.device("meta")
 PLAIN_VALUES = (bool, int, float, str, torch.dtype)
 # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -19,8 +20,8 @@ def static_facts(a: tuple) -> tuple | None:
     """What checks of arguments and the choice of a backend rest on, hashable: the modes at work; of every tensor of `a`
     shape, strides, dtype, device and requires_grad; every other argument as it is.
 
-    None while anything compiles, traces, transforms or watches, and for tensors of a subclass, without memory or
-    `negated`: then nothing is remembered from one call to the next.
+    None while anything compiles, traces, transforms or watches, and for tensors of a subclass or `negated`: then
+    nothing is remembered from one call to the next, nor where NO_MEMORY is among the facts.
     """
     if (
         torch.compiler.is_compiling()
@@ -31,23 +32,23 @@ def static_facts(a: tuple) -> tuple | None:
         or has_torch_function(a)
     ):
         return None
-    # the strides of a contiguous tensor follow from its shape where no side is 1, and cost more to ask for
+    # the strides of a contiguous tensor follow from its shape (where a side is 1, no kernel uses its stride), and cost
+    # more to ask for
     facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if value.is_meta or value.is_neg():
+            if value.is_neg():
                 return None
-            strides = (1 not in value.shape and value.is_contiguous()) or value.stride()
+            strides = value.is_contiguous() or value.stride()
             facts += (value.shape, strides, value.dtype, value.device, value.requires_grad)
         elif value is None or kind in PLAIN_VALUES:
             facts += (kind, value)
         elif kind is tuple:
             facts += (kind, len(value))
             for t in value:
-                if type(t) in PLAIN and not t.is_meta and not t.is_neg():
-                    strides = (1 not in t.shape and t.is_contiguous()) or t.stride()
-                    facts += (t.shape, strides, t.dtype, t.device, t.requires_grad)
+                if type(t) in PLAIN and not t.is_neg():
+                    facts += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.requires_grad)
                 elif type(t) in PLAIN_VALUES:
                     facts += (type(t), t)
                 else:
