@@ -84,8 +84,9 @@ def extras() -> list[tuple[str, str]]:
         package, _, marker = requirement.partition(";")
         extra = re.search(r"""extra == ["'](\w+)["']""", marker)
         if extra and ("platform_system" not in marker or platform.system() in marker):
-            wanted.setdefault(extra[1], []).append(re.match(r"[\w.-]+", package)[0])
-    missing = {name: [p for p in packages if installed(p) is None] for name, packages in wanted.items()}
-    return [
-        (name, f"lacks {', '.join(m)}: pip install {' '.join(m)}" if m else "complete") for name, m in missing.items()
-    ]
+            wanted.setdefault(extra[1], []).append(package.strip())
+    lines = []
+    for name, packages in wanted.items():
+        missing = [p for p in packages if installed(re.match(r"[\w.-]+", p)[0]) is None]
+        lines.append((name, "pip install " + " ".join(f"'{p}'" for p in missing) if missing else "complete"))
+    return lines
