@@ -32,7 +32,9 @@ class Case:
     contenders  name -> function without arguments that builds the inputs and returns the function to time; the first is
                 ours, the others are what it is compared with
     target      how many times faster than the others the first should be
+    at_most     instead: how many times slower than the first the others may be
     unit        "ms" for times; "MB" when the functions return megabytes instead of being timed
+    size        of a contender by its name, in parameters; times are compared in proportion to it
     """
 
     name: str
@@ -40,10 +42,13 @@ class Case:
     target: float | None = None
     unit: str = "ms"
     repeats: int | None = None
+    at_most: float | None = None
+    size: Callable[[str], int] | None = None
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Median per contender, in the case's unit."""
+    """Median per contender, in the case's unit. On one thread CPU time, which other programs do not blur."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     runs = {name: build() for name, build in case.contenders.items()}
     if case.unit != "ms":
         return {name: float(run()) for name, run in runs.items()}
@@ -52,9 +57,9 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(case.repeats or repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -79,10 +84,14 @@ def load_cases(only: str) -> list[Case]:
 def report(results: list[tuple[Case, dict[str, float]]]) -> str:
     lines = ["| what | contender | median | times ours | wanted |", "|---|---|---|---|---|"]
     for case, values in results:
-        ours = next(iter(values.values()))
+        sizes = {name: 1 if case.size is None else case.size(name) for name in values}
+        (first, ours), digits = next(iter(values.items())), 1 if case.at_most is None else 2
+        goal = f"{case.target:g}x" if case.target else f"at most {case.at_most:g}x" if case.at_most else ""
         for i, (name, value) in enumerate(values.items()):
-            wanted = f"{case.target:g}x" if case.target and i else ""
-            lines.append(f"| {case.name} | {name} | {value:.3g} {case.unit} | {value / ours:.1f} | {wanted} |")
+            wanted = goal if i else ""
+            label = name if case.size is None else f"{name}, {4 * sizes[name] / 1e6:.2f} MB"
+            ratio = value / ours / (sizes[name] / sizes[first])
+            lines.append(f"| {case.name} | {label} | {value:.3g} {case.unit} | {ratio:.{digits}f} | {wanted} |")
     return "\n".join(lines)
 
 
@@ -133,7 +142,8 @@ def run(cases: list[Case], repeats: int, out: Path, only: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     stem = f"ops_{only.replace(' ', '_')}" if only else "ops"
     cpu = torch.backends.cpu.get_cpu_capability()
-    head = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu}\n\n"
+    clock = "CPU time of one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+    head = f"torch {torch.__version__}, {clock}, {cpu}\n\n"
     (out / f"{stem}.md").write_text(head + report(results) + "\n")
     draw(results, out / f"{stem}.png")
     print(f"\n{out / stem}.md, .png")

@@ -143,6 +143,24 @@ def _step():
     }
 
 
+def _step_of_heads():
+    b, d, h, p, n, g, k = 2, 3, 4, 2, 3, 2, 4
+    c = h * p + 2 * g * n
+    return {
+        "u": _normal(b, d),
+        "conv_state": _normal(b, c, k),
+        "ssm_state": _normal(b, h, p, n),
+        "in_proj": _normal(h * p + c + h, d),
+        "conv_weight": _normal(c, k),
+        "conv_bias": _normal(c),
+        "dt_bias": _normal(h),
+        "A_log": _normal(h),
+        "D": _normal(h),
+        "norm_weight": _normal(h * p),
+        "out_proj": _normal(d, h * p),
+    }
+
+
 def _delta(per_channel: bool):
     b, l, h, n, p = 2, 5, 2, 3, 2
     return {
@@ -153,6 +171,23 @@ def _delta(per_channel: bool):
         "beta": 2 * torch.sigmoid(_normal(b, l, h)),
         "initial_state": _normal(b, h, n, p),
     }
+
+
+def _step_of_delta(bottlenecks: bool):
+    b, d, h, j, n, p, k = 2, 3, 4, 2, 3, 2, 4
+    c = 2 * j * n + h * p
+    more = {"f_proj": _normal(h * n, p), "g_proj": _normal(h * p, p), "g_bias": _normal(h * p)}
+    return {
+        "u": _normal(b, d),
+        "conv_state": _normal(b, c, k),
+        "state": _normal(b, h, n, p),
+        "in_proj": _normal(c + (2 * p + h if bottlenecks else h * p + 2 * h), d),
+        "conv_weight": _normal(c, k),
+        "A_log": _normal(h),
+        "dt_bias": _normal(h * n if bottlenecks else h),
+        "norm_weight": _normal(p),
+        "out_proj": _normal(d, h * p),
+    } | (more if bottlenecks else {})
 
 
 def _trapezoidal():
@@ -262,7 +297,14 @@ EXAMPLES = {
     "gated_delta_rule: a decay per channel": _example(
         ops.gated_delta_rule, functools.partial(_delta, True), seq_idx=SEQ_IDX, chunk_size=2
     ),
+    "gated_delta_step": _example(
+        ops.gated_delta_step, functools.partial(_step_of_delta, False), num_heads=2, beta_scale=2.0
+    ),
+    "gated_delta_step: bottlenecks": _example(
+        ops.gated_delta_step, functools.partial(_step_of_delta, True), num_heads=2
+    ),
     "mamba_step": _example(ops.mamba_step, _step),
+    "mamba2_step": _example(ops.mamba2_step, _step_of_heads, ngroups=2),
     "complex_scan": _example(
         _complex_scan,
         lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},

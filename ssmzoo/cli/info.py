@@ -40,6 +40,8 @@ def run(args) -> None:
         return weights(args)
     import torch
 
+    from ssmzoo.layers.feedforward.moe import active_parameters
+
     config = read_model_config(args.model)
     node = {k: v for k, v in config["model"].items() if not (isinstance(v, str) and v.startswith("${"))}
     cls = model_class(node["_target_"])
@@ -61,8 +63,8 @@ def run(args) -> None:
         f"home         task={config.get('task')} data={config.get('data')}"
     )
     print(f"parameters   {total:,}")
-    if hasattr(model, "num_parameters"):
-        print(f"active       {model.num_parameters()[1]:,} per token")
+    if (active := active_parameters(model)) != total:
+        print(f"active       {active:,} per token")
     for name, parameter in parameters.items():
         value = node.get(name, parameter.default)
         print(f"  {name:<22} {'(required)' if value is inspect.Parameter.empty else value}")

@@ -24,6 +24,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
+        if x.dtype == weight.dtype == torch.float32:
+            return rms_norm(x, weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         return rms_norm(x.to(wide), weight.to(wide), self.eps).to(weight.dtype)
 
@@ -66,9 +68,12 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y, gate = fp32(y), self.activation(fp32(z))
+        y, gate, weight = fp32(y), self.activation(fp32(z)), fp32(self.weight)
         if not self.norm_before_gate:
             y = y * gate
-        size = (self.group_size,)
-        y = F.rms_norm(y.unflatten(-1, (-1, *size)), size, None, self.eps).flatten(-2) * fp32(self.weight)
+        if self.group_size == len(weight):
+            y = rms_norm(y, weight, self.eps)
+        else:
+            size = (self.group_size,)
+            y = F.rms_norm(y.unflatten(-1, (-1, *size)), size, None, self.eps).flatten(-2) * weight
         return (y * gate if self.norm_before_gate else y).to(self.weight.dtype)

@@ -19,6 +19,8 @@ def document_positions(
 
     done (b) tokens of the open document before this call, None for zero | seq_idx (b l) changes where a document begins
     """
+    if l == 1 and done is not None:  # whatever its number, the first token of a call continues the open document
+        return done[:, None], torch.zeros_like(done[:, None])
     slot = torch.arange(l, device=device).expand(b, l)
     before = 0 if done is None else done[:, None]
     if seq_idx is None:

@@ -34,7 +34,6 @@ from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
 from ssmzoo.layers.norm import RMSNorm, fp32
-from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.gated_ssm import BirdieLM, directions
 
@@ -142,14 +141,9 @@ class HawkMixer(nn.Module):
     def _step(self, x: Tensor, state: RGLRUState) -> tuple[Tensor, RGLRUState]:
         """One token (b 1 d), without gradients."""
         side = F.gelu(self.linear_y(x), approximate="tanh")
-        window = torch.cat([state.conv[..., 1:], self.linear_x(x).transpose(1, 2)], dim=-1)  # (b n k)
-        if is_plain(self.conv_1d):
-            u = torch.addcmul(self.conv_1d.bias, window[..., 0], self.conv_1d.weight[:, 0, 0])
-            for tap in range(1, self.d_conv):
-                u = torch.addcmul(u, window[..., tap], self.conv_1d.weight[:, 0, tap])
-        else:
-            u = self.conv_1d(window)[..., 0]
-        a, u = self.rg_lru(u[:, None], ~state.begun[:, None])
+        u = self.linear_x(x).transpose(1, 2)  # (b n 1)
+        u, window = short_conv(self.conv_1d, u, state.conv, self.d_conv, activation=None)
+        a, u = self.rg_lru(u.transpose(1, 2), ~state.begun[:, None])
         h, last = two_way(a, u, state.h, self.m)
         return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, torch.ones_like(state.begun))
 

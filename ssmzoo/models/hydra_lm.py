@@ -8,7 +8,8 @@ Every `attn_every`-th block has attention, every second one, from the first, exp
 hydra_layers/hydra_ssm.py, chunk_experts.py and memory.py. A proposal with a prototype: there are no
 trained weights, and the sizes of the 1.6B target were not published.
 Differs from the prototype by default: chunks are routed by the chunk before them, the weights of the experts keep their
-axes, the workspace is causal and belongs to a sequence. Its global top-k attention was never used and is left out.
+axes, the workspace is causal and belongs to a sequence, the embedding starts small. Its global top-k attention was
+never used and is left out.
 
 b batch, l length, d width, v vocabulary.
 Source: arXiv 2508.15099; sidcraftscode/Hydra, toy_hydra.py, for names and sizes.
@@ -91,6 +92,7 @@ class HydraLM(CausalLM):
     routing, legacy_chunk_reshape  previous_chunk | chunk (published, looks ahead) (ChunkExperts)
     pkm              arguments of ssmzoo.models.hydra_layers.memory.ProductKeyMemory; None: no such memory
     workspace        None | causal | published (looks ahead), with n_slots slots
+    embedding_std    of the embedding, which is the head, at first; the prototype has 1, and begins far above guessing
     """
 
     norm_name = "ln_f"
@@ -114,11 +116,13 @@ class HydraLM(CausalLM):
         pkm: Mapping[str, Any] | None = None,
         workspace: str | None = None,
         n_slots: int = 64,
+        embedding_std: float = 0.02,
     ):
-        if min(vocab_size, d_model, n_layer) < 1 or min(attn_every, n_experts) < 0 or window < 1:
+        if min(vocab_size, d_model, n_layer, window) < 1 or min(attn_every, n_experts) < 0 or embedding_std <= 0:
             raise ValueError(
-                f"need vocab_size, d_model, n_layer and window >= 1, attn_every and n_experts >= 0 (0: none), got "
-                f"{vocab_size=}, {d_model=}, {n_layer=}, {window=}, {attn_every=}, {n_experts=}"
+                f"need vocab_size, d_model, n_layer and window >= 1, attn_every and n_experts >= 0 (0: none) and "
+                f"embedding_std > 0, got {vocab_size=}, {d_model=}, {n_layer=}, {window=}, {attn_every=}, "
+                f"{n_experts=}, {embedding_std=}"
             )
         for name, value, known in (("ssm", ssm, SSMS), ("workspace", workspace, WORKSPACES)):
             if value not in known and not (name == "workspace" and value is None):
@@ -137,5 +141,6 @@ class HydraLM(CausalLM):
         embedding, head = nn.Embedding(vocab_size, d_model), nn.Linear(d_model, vocab_size, bias=False)
         super().__init__(embedding, [block(i) for i in range(n_layer)], head, norm=nn.LayerNorm(d_model))
         self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=embedding_std)
         self.workspace, self.pkm = slots, facts
         self.causal = workspace != "published" and not (n_experts and routing == "chunk")

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.norm import GatedRMSNorm
-from ssmzoo.layers.state import Padding, call_aligned, itemsize
-from ssmzoo.ops import ssd_scan
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
+from ssmzoo.ops import ssd_scan, ssd_state_update
 
 
 class LightningState(NamedTuple):
@@ -73,7 +73,11 @@ class LightningAttention(nn.Module):
         a = -self.slopes.expand(*x.shape[:2], -1)  # (b l h)
         if mask is not None:  # no decay, no input
             a, v = a * mask.mask[..., None], v * mask.mask[..., None, None]
-        y, S = ssd_scan(v, a, k, q, None if state is None else state.S, seq_idx)
+        if is_step(x, state, mask, seq_idx):
+            S = state.S.clone()  # the caller keeps the state it passed in
+            y = ssd_state_update(S, v[:, 0], torch.ones_like(a[:, 0]), -self.slopes, k[:, 0], q[:, 0])[:, None]
+        else:
+            y, S = ssd_scan(v, a, k, q, None if state is None else state.S, seq_idx)
         y = self.norm(y.flatten(2), self.gate(x))
         return self.out_proj(y if mask is None else y * mask.mask[..., None]), LightningState(S)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssmzoo.deprecated import old_arguments, then
 from ssmzoo.layers.decoder import Block, CausalLM, check_sizes
-from ssmzoo.layers.feedforward.moe import MoE, build_moe, router_arguments
+from ssmzoo.layers.feedforward.moe import MoE, active_parameters, build_moe, router_arguments
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.state import Padding
@@ -81,10 +81,8 @@ class DecoderLM(CausalLM):
 
     def num_parameters(self, embeddings: bool = True) -> tuple[int, int]:
         """(total, active per token); without embedding and head when `embeddings` is False, as papers count."""
-        total = sum(p.numel() for p in self.parameters())
-        if not embeddings:
-            total -= self.embedding.weight.numel() + self.head.weight.numel()
-        return total, total - sum(m.inactive_parameters() for m in self.modules() if isinstance(m, MoE))
+        outside = 0 if embeddings else self.embedding.weight.numel() + self.head.weight.numel()
+        return sum(p.numel() for p in self.parameters()) - outside, active_parameters(self) - outside
 
 
 @old_arguments(scenario=then(choose_scenario))

@@ -23,9 +23,11 @@ from ssmzoo.ops.drop_in import (
     mamba_split_conv1d_scan_combined,
 )
 from ssmzoo.ops.gated_delta_rule import gated_delta_rule
+from ssmzoo.ops.gated_delta_step import gated_delta_step
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.gated_linear_recurrence import gated_linear_recurrence
 from ssmzoo.ops.linear_act import linear_act
+from ssmzoo.ops.mamba2_step import mamba2_step
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.moe_dispatch import router_logits
 from ssmzoo.ops.rms_norm import rms_norm
@@ -58,9 +60,11 @@ __all__ = [
     "dense_scan",
     "depthwise_conv2d",
     "gated_delta_rule",
+    "gated_delta_step",
     "gated_layer_norm",
     "gated_linear_recurrence",
     "linear_act",
+    "mamba2_step",
     "mamba_chunk_scan",
     "mamba_chunk_scan_combined",
     "mamba_inner_fn",

@@ -22,6 +22,7 @@ class Birdie(LanguageModeling):
 
     sample_tokens   length of the continuation shown at the end of a run; 0: none
     prompt          its beginning; None: `prompt_tokens` tokens of the held-out split
+    keep_tokens, keep_by   the training loss of the hardest share of the answers' tokens (LanguageModeling)
     bidirectional   read what stands before the answers in both directions; None: where the model can
     controller      fields of ControllerSettings, for data.mixture=birdie
 
@@ -39,8 +40,11 @@ class Birdie(LanguageModeling):
         prompt_tokens: int = 64,
         bidirectional: bool | None = None,
         controller: dict[str, Any] | None = None,
+        keep_tokens: float = 1.0,
+        keep_by: str = "loss",
     ):
-        super().__init__(model, optim, sample_tokens, prompt, prompt_tokens)
+        kept = dict(keep_tokens=keep_tokens, keep_by=keep_by)
+        super().__init__(model, optim, sample_tokens, prompt, prompt_tokens, **kept)
         able = reads_prefixes(model)
         if bidirectional and not able:
             raise ValueError(

@@ -71,21 +71,28 @@ class LanguageModeling(Task):
 
     def step(self, batch, training: bool) -> StepOutput:
         out = self.read(batch)
-        loss, count = token_cross_entropy(out.logits, self.labels(batch))
         losses = {k: v for k, v in out.aux.items() if k.endswith("_loss")}
         metrics = {k: v.detach() for k, v in out.aux.items() if v.numel() == 1}
         if not training:
+            loss, count = token_cross_entropy(out.logits, self.labels(batch))
             load = out.aux.get("tokens_per_expert")
             if load is not None:
                 self._load = load.double() if self._load is None else self._load + load.double()
             return StepOutput(loss, metrics, count)
         self.expert_load = out.aux.get("tokens_per_expert")
         auxiliary = sum(losses.values()) if losses else None
-        metrics["cross_entropy"] = loss.detach()  # of all tokens
-        if self.keep_tokens < 1:
-            labels = select_tokens(out.logits, batch["labels"], self.keep_tokens, self.keep_by, IGNORE)
-            loss, _ = token_cross_entropy(out.logits, labels)
+        loss, plain, count = self.next_tokens(out.logits, batch)
+        metrics["cross_entropy"] = plain.detach()
         return StepOutput(loss, metrics, count, auxiliary)
+
+    def next_tokens(self, logits: Tensor, batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean cross entropy of the tokens kept in training and of all labelled ones, and the number of the latter."""
+        labels = self.labels(batch)
+        plain, count = token_cross_entropy(logits, labels)
+        if self.keep_tokens == 1:
+            return plain, plain, count
+        kept = select_tokens(logits, labels, self.keep_tokens, self.keep_by, IGNORE)
+        return token_cross_entropy(logits, kept)[0], plain, count
 
     def read(self, batch):
         """The model's output for a batch of ids (b l)."""

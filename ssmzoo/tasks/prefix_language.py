@@ -17,7 +17,8 @@ class PrefixLanguageModeling(LanguageModeling):
     mlm_weight        0.25 as released, which adds without dividing by the sum of the weights as the paper does
     mlm_probability   share of the prefix's tokens that are replaced by the mask, in training only
     mask_token        id of the mask; None: the model's own `mask_token`, a row of its vocabulary that no text has
-    The other arguments as in LanguageModeling. Validation has no masks: the next tokens behind the prefix alone. The
+    The other arguments as in LanguageModeling; keep_tokens is the share of the next tokens behind the prefix, masked
+    tokens are all kept. Validation has no masks: the next tokens behind the prefix alone. The
     prefix is that of the whole sequence: documents packed into one are not kept apart, as in the released training.
 
     Raises ValueError for models that read in one direction only, prefixes that leave nothing to predict, and masks
@@ -39,9 +40,12 @@ class PrefixLanguageModeling(LanguageModeling):
         prompt: str | None = None,
         prompt_tokens: int = 64,
         eval_lengths: tuple[int, ...] | list[int] = (1, 2, 4, 8),
+        keep_tokens: float = 1.0,
+        keep_by: str = "loss",
         read_twice: bool = False,
     ):
-        super().__init__(model, optim, sample_tokens, prompt, prompt_tokens, eval_lengths, read_twice=read_twice)
+        more = dict(keep_tokens=keep_tokens, keep_by=keep_by, read_twice=read_twice)
+        super().__init__(model, optim, sample_tokens, prompt, prompt_tokens, eval_lengths, **more)
         declared = getattr(model, "reads_prefixes", None)
         if not (reads_prefixes(model) if declared is None else declared):
             raise ValueError(
@@ -86,8 +90,8 @@ class PrefixLanguageModeling(LanguageModeling):
         hidden = torch.rand(len(ids), m, device=ids.device) < self.mlm_probability
         masked = torch.cat([ids[:, :m].masked_fill(hidden, self.mask_token), ids[:, m:]], dim=1)
         out = self.model(masked, prefix=m)
-        loss, count = token_cross_entropy(out.logits, self.labels(batch))
+        loss, plain, count = self.next_tokens(out.logits, batch)
         mlm, _ = token_cross_entropy(out.logits[:, :m], ids[:, :m].masked_fill(~hidden, IGNORE))
         losses = [v for k, v in out.aux.items() if k.endswith("_loss")]
-        metrics = {"cross_entropy": loss.detach(), "mlm_loss": mlm.detach()}
+        metrics = {"cross_entropy": plain.detach(), "mlm_loss": mlm.detach()}
         return StepOutput(loss, metrics, count, self.mlm_weight * mlm + sum(losses))

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.adapt.lora import merged
 from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
+from ssmzoo.layers.feedforward.moe import active_parameters
 from ssmzoo.presets import build_model
 from ssmzoo.tasks.micro_batch import is_out_of_memory
 from ssmzoo.train import ledger, optim
@@ -177,8 +178,5 @@ def report(objects: Objects, loop: Loop, folder: Path, seconds: float) -> float:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(all, active per token): the two differ for mixtures of experts, which say so by `num_parameters()`."""
-    if hasattr(model, "num_parameters"):
-        return model.num_parameters()
-    total = sum(p.numel() for p in model.parameters())
-    return total, total
+    """(all, active per token): the two differ for mixtures of experts and memories."""
+    return sum(p.numel() for p in model.parameters()), active_parameters(model)

@@ -1,5 +1,7 @@
 """Hydra: sizes, what published forms look at, the workspace and the memory, wrong arguments."""
 
+import math
+
 import pytest
 import torch
 
@@ -92,6 +94,13 @@ def test_the_fact_memory_is_nearly_closed_at_first():
     assert 0 < (memory(x) - x).norm() < 0.1 * x.norm()
 
 
+def test_an_untrained_model_guesses():
+    torch.manual_seed(0)
+    model, ids = ssmzoo.create_model("hydra_lm", vocab_size=256), torch.randint(256, (2, 65))
+    loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss.item() - math.log(256)) < 0.3
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -105,6 +114,7 @@ def test_the_fact_memory_is_nearly_closed_at_first():
         ({"n_heads": 3, "attn_every": 1}, "n_heads = 3"),
         ({"pkm": {"n1": 2, "n2": 9, "top_k": 4}}, "only 2 half keys"),
         ({"workspace": "causal", "n_slots": 0}, "n_slots=0"),
+        ({"embedding_std": 0}, "embedding_std > 0"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):

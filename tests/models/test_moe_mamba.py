@@ -13,7 +13,7 @@ from ssmzoo.layers.feedforward.moe import MoE
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.rope import rope_table, rotate
-from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.baselines import TransformerLM, selections
 from ssmzoo.models.moe_mamba import InnerMoEMamba, MoEMambaLM
 
 V = 31
@@ -25,6 +25,7 @@ SMALL = {
     "plain": lambda: MoEMambaLM(V, 16, 2, arrangement="none", d_state=4),
     "expert choice": lambda: MoEMambaLM(V, 16, 2, 4, router="expert_choice", top_k=2, d_state=4),
     "transformer": lambda: TransformerLM(V, 16, 2, 2),
+    "transformer, selective": lambda: TransformerLM(V, 16, 2, 2, selective_attention=True),
     "transformer, top-2": lambda: TransformerLM(V, 16, 2, 2, n_experts=4, top_k=2, z_loss_weight=1e-3),
 }
 every_model = pytest.mark.parametrize("name", SMALL)
@@ -298,3 +299,15 @@ def test_block_of_any_official_list():
     block = Block(8, {"mamba": Mamba(8), "attention": Attention(8, 2)})
     y, state, aux = block(torch.randn(2, 5, 8))
     assert y.shape == (2, 5, 8) and set(state) == {"mamba", "attention"} and aux == []
+
+
+def test_selective_attention_by_hand():
+    """Scores sin(0.7 i + 1) of two heads and four tokens: what the first head masks, and the second's last row."""
+    z = 2 * torch.sin(0.7 * torch.arange(32, dtype=torch.float64) + 1).view(1, 2, 4, 4)
+    seen, keys = torch.ones(1, 4, 4, dtype=torch.bool).tril(), 2 * torch.eye(4, dtype=torch.float64)[None]
+    chosen = selections(z[:, 0], keys, seen, torch.arange(4)[None], None)  # scaled by 1 / sqrt(4)
+    hidden = chosen.cumsum(1)[0, 2]  # of the three tokens before the last
+    torch.testing.assert_close(hidden, torch.tensor([0, 1.700873, 0, 0], dtype=torch.float64), atol=1e-6, rtol=0)
+    last = (z[0, 1, 3] - hidden).softmax(-1)
+    expected = torch.tensor([0.789512, 0.072065, 0.108408, 0.030014], dtype=torch.float64)
+    torch.testing.assert_close(last, expected, atol=1e-6, rtol=0)

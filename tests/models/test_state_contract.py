@@ -92,6 +92,7 @@ MORE = {  # corners that no preset reaches
         "gated_deltanet",
         {"layer_pattern": "DA", "attn_cfg": {"num_heads": 2}, "tie_embeddings": True, "allow_neg_eigval": False},
     ),
+    "transformer: selective attention": ("transformer", {"selective_attention": True}),
     "hydra_lm: convolutions, no memories, chunks of three": (
         "hydra_lm",
         {"ssm": "conv", "workspace": None, "pkm": None, "chunk_size": 3, "n_layer": 3},
@@ -110,6 +111,18 @@ MORE = {  # corners that no preset reaches
             }
         },
     ),
+}
+
+# Published forms that stand outside of the contract, each behind a named argument: what they break, and why.
+OUTSIDE = {
+    "hydra_lm, routing=chunk": ("splits", "a token's experts follow from its whole chunk, later tokens included"),
+    "hydra_lm, workspace=published": ("splits", "the workspace reads the mean of the whole sequence"),
+    "cheems, mask_ratio=0.4 mask_over=all": ("splits", "a key is hidden by its rank among all keys, later ones too"),
+    "moe_mamba, router=expert_choice": ("splits", "experts choose among the sequences of a batch"),
+    "jrt_rnn, exact_mask=false": ("padding", "a key of padding is 0 before the features, which leaves its weight of 1"),
+    "hawk, conv_across_documents=true": ("packing", "the convolution sees the document before"),
+    "mamba2, ssm_cfg.clamp_steps=false": ("splits", "single steps forget dt_limit"),
+    "mamba2, ssm_cfg.learnable_init_states=true": ("packing", "only the first document has the learned state"),
 }
 
 
@@ -415,3 +428,45 @@ def test_a_prefix_in_the_middle_of_a_document_is_refused(name):
         model(ids, prefix=inside)
     with pytest.raises(ValueError, match="prefix has shape|reads in one direction only"):
         model(ids, prefix=inside[:, 1:])
+
+
+def splits_differ(model, ids) -> bool:
+    with torch.no_grad():
+        whole, pieces = model(ids).logits, feed(model, ids.split([5, *[1] * (LENGTH - 5)], dim=1))[0]
+    return not torch.allclose(pieces, whole)
+
+
+def padding_differs(model, ids) -> bool:
+    mask = torch.arange(LENGTH + 3).expand(BATCH, -1) >= 3
+    padded = torch.cat([ids[:, :3], ids], dim=1)
+    return not torch.allclose(model(padded, mask=mask).logits[:, 3:], model(ids).logits)
+
+
+def packing_differs(model, ids) -> bool:
+    seq_idx = (torch.arange(LENGTH) >= 5).long().expand(BATCH, -1)
+    alone = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], dim=1)
+    return not torch.allclose(model(ids, seq_idx=seq_idx).logits, alone)
+
+
+@pytest.mark.parametrize("title", OUTSIDE)
+def test_what_stands_outside_of_the_contract_does_so_for_its_reason(title):
+    """It differs there, or refuses in words; so nothing stays on the list that has found its way in."""
+    preset, *words = title.replace(",", "").split()
+    overrides: dict = {}
+    for word in words:
+        (key, value) = word.split("=")
+        value = {"true": True, "false": False, "0.4": 0.4}.get(value, value)
+        if key.startswith("ssm_cfg."):
+            cfg = {"d_state": 4, "headdim": 8, "dt_limit": (0.01, 0.05), key.removeprefix("ssm_cfg."): value}
+            key, value = "ssm_cfg", cfg
+        overrides[key] = value
+    torch.manual_seed(0)
+    model = build_model(tiny_node(preset, **overrides)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    differs = {"splits": splits_differ, "padding": padding_differs, "packing": packing_differs}[OUTSIDE[title][0]]
+    try:
+        assert differs(model, torch.randint(VOCAB, (BATCH, LENGTH)))
+    except ValueError as refusal:
+        assert len(str(refusal)) > 40

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from ssmzoo import create_model
 from ssmzoo.tasks.language import LanguageModeling, token_cross_entropy
 from ssmzoo.tasks.objectives.tokens import kept_tokens, select_tokens
+from ssmzoo.tasks.prefix_language import PrefixLanguageModeling
 
 
 def batch():
@@ -54,6 +55,26 @@ def test_the_training_loss_is_that_of_the_kept_tokens_and_validation_that_of_all
     torch.testing.assert_close(trained.metrics["cross_entropy"], everything.detach())
     torch.testing.assert_close(validated.loss, everything)
     assert hard > everything and int(task.labelled(both)) == int(count) == 11
+
+
+def test_behind_a_prefix_the_hardest_next_tokens_are_kept_and_all_masked_ones():
+    torch.manual_seed(0)
+    model = create_model("jrt_rnn", vocab_size=16, d_model=24, d_ff=8)
+    ids = torch.randint(16, (2, 13))
+    both = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    found = {}
+    for share in (1.0, 0.5):
+        task = PrefixLanguageModeling(model, prefix=4, keep_tokens=share)
+        torch.manual_seed(1)
+        found[share] = task.step(both, training=True)
+        assert int(task.labelled(both)) == kept_tokens(16, share)
+        quiet = PrefixLanguageModeling(model, prefix=4, mlm_weight=0, keep_tokens=share).step(both, training=True)
+        logits = model(both["input_ids"], prefix=4).logits
+        kept = select_tokens(logits, task.labels(both), share)
+        torch.testing.assert_close(quiet.loss, token_cross_entropy(logits, kept)[0])
+    hard, plain = found[0.5], found[1.0]
+    assert hard.loss > plain.loss and torch.equal(hard.auxiliary, plain.auxiliary)
+    torch.testing.assert_close(hard.metrics["cross_entropy"], plain.loss.detach())
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,12 @@ class CompetitiveMoE(MoE):
         return y, (real @ error.to(real.dtype)) / real.sum().clamp(min=1)
 
 
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that an average token meets: experts and memories count by the share that one token uses."""
+    total = sum(p.numel() for p in model.parameters())
+    return total - sum(m.inactive_parameters() for m in model.modules() if hasattr(m, "inactive_parameters"))
+
+
 def merge_aux(per_layer: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """What a model reports for its MoE layers: losses summed, metrics averaged, tokens_per_expert stacked (layers e).
 

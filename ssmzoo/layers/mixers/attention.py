@@ -245,6 +245,8 @@ def visible(
     """Which keys (old, then new) every new token may see: (b 1 l s) bool. A token always sees itself, so that padding
     has something to attend to."""
     l = position.shape[1]
+    if l == 1 and state is not None and padding is None:  # one token more of the open document
+        return F.pad(state.position >= 0, (0, 1), value=True)[:, None, None]
     allowed = (document[:, :, None] == document[:, None, :]).tril()
     if prefix is not None:
         inside = inside_prefix(prefix, l)  # (b l)
@@ -261,6 +263,8 @@ def visible(
 
 def remembered(position: Tensor, document: Tensor, state: KVState | None, padding: Padding | None) -> Tensor:
     """Positions to keep in the state: those of the last document's real tokens; -1 elsewhere. (b s)"""
+    if position.shape[1] == 1 and state is not None and padding is None:
+        return torch.cat([state.position, position], dim=1)
     last = document[:, -1:]
     keep = document == last if padding is None else (document == last) & padding.mask
     position = torch.where(keep, position, -1)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
-from ssmzoo.layers.state import Padding, call_aligned, itemsize
-from ssmzoo.ops import gated_delta_rule
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
+from ssmzoo.ops import gated_delta_rule, gated_delta_step
 
 EPS = 1e-6  # under the root of the lengths of q and k
 
@@ -102,6 +103,8 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Tensor, GatedDeltaState]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
+        if is_step(x, state, mask, seq_idx) and self._fused():
+            return self._step(x, state)
         past, S = (None, None) if state is None else state
         qkv, gate, beta, decay = self.in_proj(x).split(self.widths, dim=-1)
         qkv, conv = short_conv(self.conv1d, qkv.transpose(1, 2), past, self.conv_size, mask, seq_idx)
@@ -116,12 +119,44 @@ class GatedDeltaNet(nn.Module):
 
     def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(b l 2hn+hp) -> q (scaled) and k of length 1 (b l h n), v (b l h p)."""
-        q, k, v = (t.unflatten(-1, (-1, width)) for t, width in zip(qkv.split(self.qkv, -1), (self.n, self.n, self.p)))
-        q, k = (t * (t.square().sum(-1, keepdim=True) + EPS).rsqrt() for t in (fp32(q), fp32(k)))
+        qk, v = qkv.split([2 * self.qkv[0], self.qkv[2]], dim=-1)
+        qk, v = fp32(qk.unflatten(-1, (-1, self.n))), v.unflatten(-1, (-1, self.p))
+        q, k = (qk * (qk.square().sum(-1, keepdim=True) + EPS).rsqrt()).chunk(2, dim=2)
         q = q * self.n**-0.5
         if (repeats := self.heads // self.num_heads) > 1:
             q, k = (t.repeat_interleave(repeats, dim=2) for t in (q, k))
         return q, k, v
+
+    def bottlenecks(self) -> tuple[nn.Linear, ...]:
+        """Modules between in_proj and the decay, and between in_proj and the gate."""
+        return ()
+
+    def _fused(self) -> bool:
+        """Whether one token may go through the operator that takes the weights of the inner modules."""
+        plain = is_plain(self.in_proj, self.conv1d, self.out_proj, *self.bottlenecks())
+        biases = (self.in_proj.bias, self.conv1d.bias, self.out_proj.bias) if plain else ()
+        return plain and biases == (None, None, None) and is_plain(self.norm, among={GatedRMSNorm})
+
+    def _step(self, x: Tensor, state: GatedDeltaState) -> tuple[Tensor, GatedDeltaState]:
+        """One token (b 1 d), without gradients."""
+        decay, gate = self.bottlenecks() or (None, None)
+        out, conv, S = gated_delta_step(
+            x[:, 0],
+            *state,
+            self.in_proj.weight,
+            self.conv1d.weight.squeeze(1),
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            self.out_proj.weight,
+            None if decay is None else decay.weight,
+            None if gate is None else gate.weight,
+            None if gate is None else gate.bias,
+            self.num_heads,
+            1.0 + self.allow_neg_eigval,
+            self.norm.eps,
+        )
+        return out[:, None], GatedDeltaState(conv, S)
 
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)
@@ -143,6 +178,9 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     def gate_widths(self) -> list[int]:
         return [self.p, self.heads, self.p]
+
+    def bottlenecks(self) -> tuple[nn.Linear, ...]:
+        return self.f_proj, self.g_proj
 
     def gates(self, gate: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
         """Of the bottlenecks (b l p) -> the gate (b l h p), g (b l h n)."""

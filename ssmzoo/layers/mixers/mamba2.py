@@ -29,7 +29,7 @@ from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
-from ssmzoo.ops import causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
+from ssmzoo.ops import mamba2_step, mamba_chunk_scan_combined, ssd_state_update
 
 
 class Mamba2State(NamedTuple):
@@ -143,11 +143,13 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, Mamba2State]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
+        if is_step(x, state, mask, seq_idx) and self._fused():
+            return self._step(x, state)
         z0, x0, z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         dt = F.softplus(fp32(dt) + fp32(self.dt_bias))  # (b l h)
         if self.options.clamp_steps or state is None or x.shape[1] > 1:
             dt = dt.clamp(*self.dt_limit)
-        if is_step(x, state, mask, seq_idx) and is_plain(self.conv1d):
+        if is_step(x, state, mask, seq_idx):
             y, state = self._mix_one(xBC, dt, state)
         else:
             y, state = self._mix(xBC, dt, state, mask, seq_idx)
@@ -181,20 +183,42 @@ class Mamba2(nn.Module):
 
     def _mix_one(self, xBC: Tensor, dt: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """`_mix` for one token: the recurrence itself. xBC (b 1 d_ssm+2gn), dt (b 1 h)"""
-        conv, S = state.conv.clone(), state.ssm.clone()  # the caller keeps the state it passed in
-        xBC = causal_conv1d_update(xBC[:, 0], conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        x, B, C = self._split(xBC)
-        h, p, n = self.nheads, self.headdim, self.d_state
-        y = selective_state_update(
-            S,
-            x,
-            dt[:, 0, :, None].expand(-1, h, p),
-            self.A[:, None, None].expand(h, p, n),
-            B,
-            C,
-            self._skip().reshape(h, -1).expand(h, p),
-        )
+        S = state.ssm.clone()  # the caller keeps the state it passed in
+        xBC, conv = short_conv(self.conv1d, xBC.transpose(1, 2), state.conv, self.d_conv)
+        x, B, C = self._split(xBC[..., 0])
+        y = ssd_state_update(S, x, dt[:, 0], self.A, B, C, self._skip())
         return y.flatten(1)[:, None], Mamba2State(conv, S)
+
+    def _fused(self) -> bool:
+        """Whether one token may go through the operator that takes the weights of the inner modules."""
+        if self.d_mlp or not is_plain(self.in_proj, self.conv1d, self.out_proj):
+            return False
+        norm = self.norm
+        if norm is None:
+            return True
+        return is_plain(norm, among={GatedRMSNorm}) and norm.group_size == self.d_ssm and not norm.norm_before_gate
+
+    def _step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """One token (b 1 d), without gradients."""
+        weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+        out, conv, S = mamba2_step(
+            x[:, 0],
+            *state,
+            self.in_proj.weight,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            weight,
+            self.out_proj.weight,
+            self.in_proj.bias,
+            self.out_proj.bias,
+            self.ngroups,
+            eps,
+            *(self.dt_limit if self.options.clamp_steps else (0.0, math.inf)),
+        )
+        return out[:, None], Mamba2State(conv, S)
 
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import Padding, conv_window
-from ssmzoo.ops import causal_conv1d_fn
+from ssmzoo.ops import causal_conv1d_fn, causal_conv1d_update
 
 
 def short_conv(
@@ -24,6 +24,11 @@ def short_conv(
 
     conv   a depthwise nn.Conv1d of `width` taps without padding, or what replaces it
     """
+    one = x.shape[2] == 1 and past is not None and padding is None and seq_idx is None
+    if one and not torch.is_grad_enabled() and is_plain(conv):
+        window = past.to(x.dtype, copy=True)  # the caller keeps the state it passed in
+        y = causal_conv1d_update(x[..., 0], window, conv.weight.squeeze(1), conv.bias, activation=activation)
+        return y[..., None], window
     window = conv_window(x, past, width, padding, seq_idx)
     history = None if past is None or width == 1 else past[..., 1 - width :]  # (b c width-1)
     if is_plain(conv):

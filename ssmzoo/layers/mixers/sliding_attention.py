@@ -66,6 +66,9 @@ class SlidingAttention(nn.Module):
         position, document = positions(*x.shape[:2], x.device, state, seq_idx)
         if self.rope:
             q, k = rotated(q, k, position, self.d_head, self.rope_base)
+        if x.shape[1] == 1 and state is not None and mask is None:
+            y, state = self.one_more(q, k, v, position, state)
+            return self.out_proj(y), state
         kept = remembered(position, document, state, mask)
         if mask is not None:  # every padding slot is a document of its own, that sees itself
             document = torch.where(mask.mask, document, -2 - torch.arange(x.shape[1], device=x.device))
@@ -76,6 +79,14 @@ class SlidingAttention(nn.Module):
         y = attend_in_window(q, k, v, (position, document), old, self.window)
         simple = mask is None and seq_idx is None
         return self.out_proj(y.flatten(2)), newest(k, v, kept, max(1, self.window - 1), simple)
+
+    def one_more(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+        """A single token (b 1 h p) at position (b 1) of the open document -> (b 1 hp), state."""
+        k, v = with_old(k, v, state)
+        at = torch.cat([state.position, position], dim=1)  # (b s)
+        allowed = (at >= 0) & (at > position - self.window)
+        y = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=allowed[:, None, None])
+        return y.transpose(1, 2).flatten(2), newest(k, v, at, max(1, self.window - 1), True)
 
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, min(length, max(1, self.window - 1)), self.n_heads * self.d_head)

@@ -66,3 +66,8 @@ class CrossDomainExperts(SwiGLU):
         down, up = self.down_embed(expert), self.up_embed(expert)  # (b l hk d)
         weight = F.silu(torch.einsum("bld,bled->ble", x, down)) * share
         return super().forward(x) + torch.einsum("ble,bled->bld", weight, up)
+
+    def inactive_parameters(self) -> int:
+        """Parameters of the one-neuron experts that a token does not use."""
+        rows, d = self.down_embed.weight.shape
+        return 2 * d * max(0, rows - self.split[1] * self.keys.top_k)

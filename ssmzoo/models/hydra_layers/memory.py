@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.feedforward.product_key import ProductKeys
 from ssmzoo.layers.state import Padding, itemsize
 from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
+from ssmzoo.ops.eager import eager
 
 
 class ProductKeyMemory(nn.Module):
@@ -54,6 +55,11 @@ class ProductKeyMemory(nn.Module):
         scores, entry = self.keys(self.q_proj(x).unflatten(-1, (1, 2, -1)))  # (b l 1 k^2)
         value = torch.einsum("blhe,blhev->blv", scores.softmax(-1), self.values(entry))
         return x + self.gate(x).sigmoid() * self.dropout(self.val_proj(value))
+
+    def inactive_parameters(self) -> int:
+        """Parameters of the values that a token does not read."""
+        rows, width = self.values.weight.shape
+        return width * max(0, rows - self.keys.top_k**2)
 
 
 class WorkspaceState(NamedTuple):
@@ -94,7 +100,8 @@ class Workspace(nn.Module):
         slots, read, before = (start, torch.zeros_like(x[:, 0]), None) if state is None else state
         cut = chunks(x, self.chunk_size, before, mask, seq_idx)
         reads = [torch.zeros_like(read), read]
-        for i in range(2, cut.sums.shape[1]):  # chunk i begins
+        chunk_count = int(cut.last.max()) + 1 if eager(x) else cut.sums.shape[1]
+        for i in range(2, chunk_count):  # chunk i begins
             begins, exists = cut.begins[:, i, None, None], (i <= cut.last)[:, None, None]
             now, read = self.update(slots, cut.sums[:, i - 1] / self.chunk_size)
             slots = torch.where(exists, torch.where(begins, start, now), slots)

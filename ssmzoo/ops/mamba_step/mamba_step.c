@@ -1,7 +1,7 @@
 // One token through a Mamba-1 mixer, fp32 and contiguous: see ssmzoo/ops/mamba_step.py for the equations.
 // All work is one pass over the weights, whose rows the threads share.
+#include "gemv.h"
 #include "parallel.h"
-#include "vec.h"
 
 typedef struct {
     const float *u, *conv_state, *ssm_state, *conv_weight, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D, *in_proj,
@@ -9,66 +9,6 @@ typedef struct {
     float *out, *conv_new, *ssm_new;
     int64_t b, d, e, n, r, k, threads;
 } step_args;
-
-// The sums of VL vectors as one vector.
-INLINE vf v_sums(vf *x) {
-    v_transpose(x);
-    vf sum = x[0];
-#pragma GCC unroll 16
-    for (int i = 1; i < VL; i++) sum += x[i];
-    return sum;
-}
-
-// VL rows of y = W x + bias at a time, so that additions do not wait for each other and sums over lanes are taken together.
-INLINE void gemv_rows(float *y, const float *w, const float *x, const float *bias, int count, int64_t columns) {
-    vf sum[VL];
-    float rest[VL] = {0}, sums[VL];
-#pragma GCC unroll 16
-    for (int q = 0; q < VL; q++) sum[q] = (vf){0};
-    int64_t i = 0;
-    for (; i + VL <= columns; i += VL) {
-        vf v = v_load(x + i);
-#pragma GCC unroll 16
-        for (int q = 0; q < VL; q++)
-            if (q < count) sum[q] += v_load(w + q * columns + i) * v;
-    }
-    for (int q = 0; q < count; q++) {
-        for (int64_t j = i; j < columns; j++) rest[q] += w[q * columns + j] * x[j];
-        if (bias) rest[q] += bias[q];
-    }
-    v_store(sums, v_sums(sum) + v_load(rest));
-    memcpy(y, sums, sizeof(float) * (size_t)count);
-}
-
-static void gemv(float *y, const float *W, const float *x, const float *bias, int64_t rows, int64_t columns) {
-    for (int64_t j = 0; j < rows; j += VL) {
-        const float *w = W + j * columns, *b = bias ? bias + j : NULL;
-        if (rows - j >= VL) gemv_rows(y + j, w, x, b, VL, columns);
-        else gemv_rows(y + j, w, x, b, (int)(rows - j), columns);
-    }
-}
-
-static void silu(float *x, int64_t size) {
-    int64_t i = 0;
-    for (; i + VL <= size; i += VL) {
-        vf v = v_load(x + i);
-        v_store(x + i, v * v_sigmoid(v));
-    }
-    for (; i < size; i++) x[i] = x[i] / (1 + expf(-x[i]));
-}
-
-static void softplus(float *x, int64_t size) {
-    float tail[VL] = {0};
-    for (int64_t i = 0; i < size; i += VL) {
-        if (i + VL <= size) {
-            v_store(x + i, v_softplus(v_load(x + i)));
-        } else {
-            memcpy(tail, x + i, (size - i) * sizeof(float));
-            v_store(tail, v_softplus(v_load(tail)));
-            memcpy(x + i, tail, (size - i) * sizeof(float));
-        }
-    }
-}
 
 // h' = exp(dt A) h + dt x B of one channel; returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
 // nothing.
@@ -98,10 +38,6 @@ typedef struct {  // one sequence: its row, and what is computed on the way
     int64_t row;
     float *xz, *x, *dbc, *dt, *y;
 } step_info;
-enum { SHARE = 128 };  // rows of a matrix, or channels, per task
-
-static int64_t shares(int64_t size) { return (size + SHARE - 1) / SHARE; }
-static int64_t share_size(int64_t index, int64_t size) { return size - index * SHARE < SHARE ? size - index * SHARE : SHARE; }
 
 static void project_in(void *context, int64_t index) {
     const step_info *s = context;
@@ -147,13 +83,7 @@ static void step(const step_args *a, int64_t row, float *memory) {
     s.y = a->out_proj ? s.dt + e : a->out + row * e;
     if (a->in_proj) parallel_for(shares(2 * e), a->threads, project_in, &s);
     else memcpy(s.xz, a->u + row * 2 * e, 2 * (size_t)e * sizeof(float));
-    for (int64_t c = 0; c < e; c++) {
-        const float *old = a->conv_state + (row * e + c) * k, *w = a->conv_weight + c * k;
-        float *window = a->conv_new + (row * e + c) * k, sum = a->conv_bias ? a->conv_bias[c] : 0;
-        for (int64_t j = 0; j + 1 < k; j++) sum += (window[j] = old[j + 1]) * w[j];
-        window[k - 1] = s.xz[c];
-        s.x[c] = sum + s.xz[c] * w[k - 1];
-    }
+    shift_and_convolve(s.x, a->conv_new + row * e * k, a->conv_state + row * e * k, s.xz, a->conv_weight, a->conv_bias, e, k);
     silu(s.x, e);
     silu(s.xz + e, e);
     gemv(s.dbc, a->x_proj, s.x, NULL, a->r + 2 * a->n, e);

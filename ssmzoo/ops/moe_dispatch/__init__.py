@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmzoo.ops.dispatch import op
+from ssmzoo.ops.eager import eager
 from ssmzoo.ops.transforms import transformed
+
+FEW_ROWS = 4
 
 
 def check_router_logits(a) -> None:
@@ -108,7 +111,18 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         raise ValueError(f"grouped_matmul wants x (r d), weight (e d f); got {tuple(x.shape)}, {tuple(weight.shape)}")
     if ends.shape != weight.shape[:1]:
         raise ValueError(f"ends must have one entry per expert ({weight.shape[0]}), got {tuple(ends.shape)}")
-    return _every_expert(x, weight, ends) if transformed() else _grouped_matmul(x, weight, ends)
+    if transformed():
+        return _every_expert(x, weight, ends)
+    if len(x) <= FEW_ROWS and x.is_cpu and not torch.is_grad_enabled() and eager(x, weight, ends):
+        return _row_by_row(x, weight, ends)
+    return _grouped_matmul(x, weight, ends)
+
+
+def _row_by_row(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_matmul` for decoding: starting torch's costs more than a few products of a row."""
+    group = torch.searchsorted(ends, torch.arange(len(x), dtype=ends.dtype), right=True).tolist()
+    rows = [row @ weight[e] if e < len(weight) else x.new_zeros(weight.shape[2]) for row, e in zip(x, group)]
+    return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[2])
 
 
 def _every_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
