@@ -124,11 +124,10 @@ def compare(call: Call, program: Callable[..., Any], tolerance: float) -> None:
     for batch in (len(call.inputs[0]), 3):
         fresh = [_like(x, batch, generator) for x in call.inputs]
         for got, right in zip(_tuple(program(*fresh)), _tuple(call.model(*fresh))):
-            error = (got.double() - right.double()).abs().max().item()
+            got, right = got.double(), right.double()
+            error = (got - right).abs().max().item()
             if not error <= tolerance * (1 + right.abs().max().item()):
-                raise RuntimeError(
-                    f"the program's results differ from the model's by {error:.2e}: nothing was exported"
-                )
+                raise RuntimeError(f"the program differs from the model by {error:.2e}: nothing was exported")
 
 
 def _tuple(results: Any) -> tuple:
