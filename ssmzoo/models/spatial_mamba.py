@@ -19,7 +19,6 @@ Source: Xiao et al. 2024 (arXiv 2410.15091); released code EdwardChasel/Spatial-
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +36,7 @@ from ssmzoo.layers.image.fused import (
 from ssmzoo.layers.image.mlp import Mlp
 from ssmzoo.layers.image.patch_embed import check_image, map_norm
 from ssmzoo.layers.image.ss2d import DepthwiseMapConv, init_directional_
+from ssmzoo.layers.mixers.mamba import time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.models.vmamba import init_linear
@@ -86,7 +86,7 @@ class StructureAwareSSM(nn.Module):
     ):
         super().__init__()
         e = self.d_inner = int(expand * d_model)
-        r = self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        r = self.dt_rank = time_step_rank(dt_rank, d_model)
         self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
         self.conv2d = depthwise_conv(e, d_conv, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(r + 2, e))

@@ -17,7 +17,6 @@ Source: Zhu et al. 2024 (arXiv 2401.09417); released code hustvl/Vim@dd0358a (Ap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,7 +39,7 @@ from ssmzoo.layers.image.plain_backbone import (
 )
 from ssmzoo.layers.image.ss2d import project_by, scan_directions, time_steps_by
 from ssmzoo.layers.init import A_log_s4d_real_, scaled_output_
-from ssmzoo.layers.mixers.mamba import MambaInit
+from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops import bidirectional_scan, permute_tokens
 from ssmzoo.suggest import from_slot
@@ -72,7 +71,7 @@ class VimMixer(nn.Module):
         if directions not in ("both", "shared", "forward"):
             raise ValueError(f"directions is {directions!r}; expected 'both', 'shared' or 'forward'")
         e = self.d_inner = int(expand * d_model)
-        r = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        r = time_step_rank(dt_rank, d_model)
         self.directions, self.halve = directions, halve
         self.in_proj = nn.Linear(d_model, 2 * e, bias=bias)
         for suffix in ("", "_b") if directions == "both" else ("",):

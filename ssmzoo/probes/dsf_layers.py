@@ -10,14 +10,12 @@ Source: Sieber et al. 2024 (arXiv 2405.15731); IntelligentControlSystems/dsf-mqa
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_s4d_real_
-from ssmzoo.layers.mixers.mamba import MambaInit
+from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import causal_conv1d_fn, selective_scan_fn
 
@@ -96,7 +94,7 @@ class S6(nn.Module):
     ):
         super().__init__()
         steps = MambaInit(**init)
-        self.d_state, self.dt_rank = d_state, math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.d_state, self.dt_rank = d_state, time_step_rank(dt_rank, d_model)
         self.x_proj = nn.Linear(d_model, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_model)
         self.D = nn.Parameter(torch.ones(d_model))

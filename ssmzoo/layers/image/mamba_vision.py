@@ -11,14 +11,12 @@ Source: Hatamizadeh & Kautz 2024 (arXiv 2407.08083).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import A_log_s4d_real_
-from ssmzoo.layers.mixers.mamba import MambaInit
+from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import selective_scan_fn
@@ -50,7 +48,7 @@ class MambaVisionMixer(nn.Module):
             raise ValueError(
                 f"expand * d_model = {e} must be even: half of it is scanned; got d_model={d_model}, expand={expand}"
             )
-        half, r = e // 2, math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        half, r = e // 2, time_step_rank(dt_rank, d_model)
         self.dt_rank, self.d_state, self.init = r, d_state, MambaInit(**init)
         self.in_proj = nn.Linear(d_model, e, bias=bias)
         self.conv1d_x = nn.Conv1d(half, half, d_conv, groups=half, bias=False, padding="same")

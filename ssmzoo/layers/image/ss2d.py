@@ -15,7 +15,6 @@ Source: Liu et al. 2024, VMamba (arXiv 2401.10166), section 4; parameter names o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +25,7 @@ from ssmzoo.deprecated import old_arguments
 from ssmzoo.layers.image.fused import depthwise_conv, fused_depthwise, fused_gated_norm, fused_linear
 from ssmzoo.layers.image.mlp import activation
 from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.mixers.mamba import time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import (
@@ -207,7 +207,7 @@ class SS2D(nn.Module):
         if out_norm not in OUT_NORMS:
             raise ValueError(f"out_norm is {out_norm!r}; expected one of {', '.join(OUT_NORMS)}")
         e = self.d_inner = int(ssm_ratio * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.dt_rank = time_step_rank(dt_rank, d_model)
         self.d_state, self.gate, self.scans, self.ssm_init = d_state, gate, scans, ssm_init
         self.in_proj = nn.Linear(d_model, e if gate is None else 2 * e, bias=False)
         self.act, self.act_name = activation(act), act

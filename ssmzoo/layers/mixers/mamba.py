@@ -61,6 +61,11 @@ class MambaInit:
         dt_bias_(dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
 
 
+def time_step_rank(dt_rank: int | str, d_model: int) -> int:
+    """r: a number, or "auto" = ceil(d / 16)."""
+    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+
+
 class Mamba(nn.Module):
     """Causal mixer (b l d) -> (b l d).
 
@@ -96,7 +101,7 @@ class Mamba(nn.Module):
                 f"Mamba needs positive sizes, got d_model={d_model}, d_state={d_state}, d_conv={d_conv}, "
                 f"expand={expand}"
             )
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.dt_rank = time_step_rank(dt_rank, d_model)
         self.init, e = MambaInit(**init), self.d_inner
         self.in_proj = in_proj or nn.Linear(d_model, 2 * e, bias=bias)
         self.conv1d = nn.Conv1d(e, e, d_conv, groups=e, bias=conv_bias)
