@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def caption(text: object) -> str:
+    """`printable` text for a figure, where dollars would stand around a formula: a broken one ends the drawing."""
+    return printable(str(text)).replace("$", r"\$")
+
+
 class Printable:
     """A text stream that writes `printable` text to another; `raw` is that other one.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.data.automata import Automaton
+from ssmzoo.terminal import caption
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
@@ -31,7 +32,7 @@ def _save(figure, png: Path) -> Path:
 
 
 def _short(symbol: str) -> str:
-    return symbol.split(" (")[0].split(":")[0]
+    return caption(symbol.split(" (")[0].split(":")[0])
 
 
 def moves(png: Path, learned: Tensor, truth: Tensor, automaton: Automaton) -> Path:
@@ -69,7 +70,7 @@ def trajectories(png: Path, points: Tensor, states: Tensor, automaton: Automaton
     figure, axis = _figure(figsize=(5.5, 5))
     image = axis.scatter(*points.flatten(0, 1).T, c=states.flatten(), s=5, alpha=0.4, cmap="turbo")
     axis.plot(*points[0].T, color="0.2", linewidth=0.6, alpha=0.7, label="one string")
-    figure.colorbar(image, label=f"state of {automaton.name}")
+    figure.colorbar(image, label=f"state of {caption(automaton.name)}")
     axis.set(xlabel="first principal direction", ylabel="second", title="logits after every symbol")
     axis.legend(fontsize=8)
     return _save(figure, png)
@@ -80,7 +81,7 @@ def drift(png: Path, path, automaton: Automaton) -> Path:
     figure, (above, below) = _figure(2, 1, figsize=(7, 5), sharex=True)
     above.semilogy(path.steps, np.maximum(path.distance, 1e-8), color=BLUE)
     above.axhline(1, color=ORANGE, linestyle="--", label="half-way to another state")
-    above.set(ylabel="distance / half gap", title=f"drift on {automaton.name}")
+    above.set(ylabel="distance / half gap", title=f"drift on {caption(automaton.name)}")
     below.plot(path.steps, 100 * path.accuracy, color=BLUE)
     below.set(xlabel="symbols read", ylabel="accuracy (%)", ylim=(-3, 103))
     for axis in (above, below):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from ssmzoo.terminal import caption
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 
@@ -33,13 +35,13 @@ def lines(
         axis.plot(
             x,
             _array(y),
-            label=name,
+            label=caption(name),
             color=COLOURS[i % 7],
             linestyle=STYLES[i % 7],
             marker="o" if len(x) < 12 else None,
             markersize=3,
         )
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **options)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=caption(title), **options)
     if isinstance(x, range) or all(isinstance(v, int) for v in x) and "xscale" not in options:
         whole(axis)
     axis.grid(alpha=0.3)
@@ -61,7 +63,7 @@ def heat(figure, axis, matrix, xlabel: str, ylabel: str, title: str, signed: boo
     image = axis.imshow(
         matrix, interpolation="nearest", aspect="auto" if matrix.shape[0] != matrix.shape[1] else "equal", **options
     )
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=caption(title))
     axis.title.set_fontsize(9)
     figure.colorbar(image, ax=axis, shrink=0.8, label=label)
 
@@ -77,11 +79,11 @@ def words(axis, labels: Sequence[str], scores: Sequence[float], title: str) -> N
     few = len(labels) <= 64
     axis.set_xticks(at if few else at[:: max(1, len(at) // 32)])
     axis.set_xticklabels(
-        labels if few else [str(i) for i in at[:: max(1, len(at) // 32)]],
+        [caption(word) for word in labels] if few else [str(i) for i in at[:: max(1, len(at) // 32)]],
         fontsize=7,
         rotation=90 if any(len(t) > 1 for t in labels) else 0,
     )
-    axis.set(xlabel="token", ylabel="score", title=title)
+    axis.set(xlabel="token", ylabel="score", title=caption(title))
     axis.legend(fontsize=7)
 
 
@@ -110,7 +112,9 @@ def overlay(figure, axis, image, scores, title: str) -> None:
         axis.contour(
             x, y, grey, levels=[(grey.min() + grey.max()) / 2], colors="black" if signed else "white", linewidths=1
         )
-    axis.set(title=title, xticks=[0, 1], yticks=[0, 1], xlabel="x (share of width)", ylabel="y (share of height)")
+    axis.set(
+        title=caption(title), xticks=[0, 1], yticks=[0, 1], xlabel="x (share of width)", ylabel="y (share of height)"
+    )
     axis.title.set_fontsize(9)
     figure.colorbar(drawn, ax=axis, shrink=0.8, label="relevance" if signed else "weight")
 

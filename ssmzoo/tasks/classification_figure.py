@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.terminal import caption
+
 
 @torch.no_grad()
 def draw_predictions(model: nn.Module, data, png: Path, device, rows: int = 4, columns: int = 8) -> Path:
@@ -41,7 +43,9 @@ def draw_predictions(model: nn.Module, data, png: Path, device, rows: int = 4, c
         axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         words = f"{data.classes[predicted]} {100 * confidence:.0f} %"
         axis.set_title(
-            words if right else f"{words}\nis {data.classes[label]}", fontsize=8, color="black" if right else "#D55E00"
+            caption(words if right else f"{words}\nis {data.classes[label]}"),
+            fontsize=8,
+            color="black" if right else "#D55E00",
         )
     wrong = sum(not item[0] for item in found)
     figure.suptitle(f"least certain of {len(found)} validation images; {wrong} wrong (red), these first", fontsize=10)
@@ -63,6 +67,7 @@ def draw_confusion(table: Tensor, classes: list[str], png: Path) -> Path:
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title="confusion (share of the true class)")
     if len(classes) <= 40:
+        classes = [caption(name) for name in classes]
         axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), classes, fontsize=7)
     figure.colorbar(drawn, shrink=0.7)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ssmzoo.tasks.metrics.image import luma
+from ssmzoo.terminal import caption
 
 
 def _levels(image: Tensor):
@@ -28,7 +29,7 @@ def draw_comparison(pictures, png: Path) -> Path:
     for row, picture in zip(axes, pictures):
         for ax, image, title in zip(row, picture[1:], ("degraded", "restored", "truth")):
             ax.imshow(_levels(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            ax.set_title(f"{picture.name}: {title} ({image.shape[1]} x {image.shape[2]})", fontsize=9)
+            ax.set_title(f"{caption(picture.name)}: {title} ({image.shape[1]} x {image.shape[2]})", fontsize=9)
         error = (luma(picture.restored).double() - luma(picture.truth).double()).abs()[0].numpy()
         shown = row[3].imshow(error, cmap="magma", vmin=0, vmax=max(1.0, float(error.max())))
         row[3].set_title("|error| in luma levels", fontsize=9)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssmzoo.terminal import caption
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for the colour-blind
 
 
@@ -116,8 +118,10 @@ def draw_lengths(png: Path, curves: dict[str, LengthCurve], trained: int, title:
     axes.axvspan(1, trained, color="0.9", label=f"trained lengths, 1 to {trained}")
     for (name, curve), colour in zip(curves.items(), COLOURS * (1 + len(curves) // len(COLOURS))):
         lengths = np.flatnonzero(curve.count)
-        axes.plot(lengths, 100 * curve.right[lengths] / curve.count[lengths], color=colour, linewidth=1.5, label=name)
-    axes.set(xlabel="string length (symbols)", ylabel="exact-match accuracy (%)", title=title, ylim=(-3, 103))
+        axes.plot(
+            lengths, 100 * curve.right[lengths] / curve.count[lengths], color=colour, linewidth=1.5, label=caption(name)
+        )
+    axes.set(xlabel="string length (symbols)", ylabel="exact-match accuracy (%)", title=caption(title), ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     figure.savefig(png, dpi=120)

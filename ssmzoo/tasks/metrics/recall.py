@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmzoo.terminal import caption
+
 
 def example_accuracy(right: Tensor, asked: Tensor) -> Tensor:
     """Share of right answers of every example: right, asked (b l) bool -> (b) float64."""
@@ -112,7 +114,7 @@ def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path, what: s
         held, right = zip(*runs)
         right = [100 * r for r in right] if what == "accuracy" else right
         spread = statistics.stdev(right) if len(right) > 1 else 0.0
-        ax.errorbar(statistics.mean(held), statistics.mean(right), spread, fmt="o", capsize=3, label=name)
+        ax.errorbar(statistics.mean(held), statistics.mean(right), spread, fmt="o", capsize=3, label=caption(name))
     accuracy = what == "accuracy"
     of = "mean over the test sizes" if accuracy else "at the trained length"
     ax.set(xscale="log", xlabel=f"state (bytes a sequence, {of})")
