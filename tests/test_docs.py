@@ -45,6 +45,14 @@ def test_files_of_ours_that_a_page_names_exist(page):
     assert not missing
 
 
+SOURCES = [f for folder in ("ssmzoo", "configs", "tools", "benchmarks") for f in (ROOT / folder).rglob("*.[py]*")]
+
+
+@pytest.mark.parametrize("file", [f for f in [*SOURCES, *PAGES] if f.suffix in (".py", ".yaml", ".md")], ids=str)
+def test_nobody_is_sent_to_an_index_that_does_not_have_the_package(file):
+    assert not re.search(r"install[^\n]*\bssmzoo\[", file.read_text(encoding="utf-8"))
+
+
 def test_lines_of_the_readme_fit():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]

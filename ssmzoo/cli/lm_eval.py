@@ -28,7 +28,7 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def run(argv: list[str], kind: type[argparse.ArgumentParser]) -> int:
     args = parser(kind).parse_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm-eval is not installed; pip install 'ssmzoo[eval]' brings it")
+        raise ValueError("lm-eval is not installed: pip install lm_eval datasets")
     if args.limit is not None and args.limit < 1 or args.batch_size < 1:
         raise ValueError(f"--limit {args.limit} and --batch-size {args.batch_size} must be at least 1")
     from ssmzoo.inference.lm_eval import ZooLM, evaluate

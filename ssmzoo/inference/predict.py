@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmzoo.data.image_file import ImageError, read_image8
 from ssmzoo.inference.subject import Subject
+from ssmzoo.terminal import caption
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def transform_of(subject: Subject) -> Callable:
         make_importable()
         from timm.data import create_transform
     except ImportError:
-        raise ValueError("preparing pictures needs timm: pip install ssmzoo[vision]") from None
+        raise ValueError("preparing pictures needs timm: pip install timm") from None
     picture, channels = subject.picture, channels_of(subject)
     return create_transform(
         (channels, picture.size, picture.size),
@@ -120,7 +121,8 @@ def draw_sheet(found: list[Prediction], png: Path, columns: int = 6, limit: int 
         image = read_image8(p.file)
         image.thumbnail((256, 256))
         axis.imshow(image.convert("RGB"))
-        axis.set_title(f"{p.classes[0]:.24} {100 * p.probabilities[0]:.0f} %\n{Path(p.file).name:.24}", fontsize=7)
+        words = f"{p.classes[0]:.24} {100 * p.probabilities[0]:.0f} %\n{Path(p.file).name:.24}"
+        axis.set_title(caption(words), fontsize=7)
     if len(found) > limit:
         figure.suptitle(f"the first {limit} of {len(found)} pictures", fontsize=9)
     figure.savefig(png, dpi=120)

@@ -127,7 +127,7 @@ def test_scans_of_large_corpora_are_remembered(folder, tmp_path, monkeypatch):
 
 
 def test_hugging_face_dataset_streamed_or_not(tmp_path, cache, monkeypatch):
-    pytest.importorskip("datasets", reason="Hugging Face datasets is not installed (extra ssmzoo[hf])")
+    pytest.importorskip("datasets", reason="Hugging Face datasets is not installed (pip install '.[hf]')")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     rows = [{"text": f"row {i}: " + "abc " * (i % 5 + 3), "n": i} for i in range(60)] + [{"text": None, "n": 0}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -15,9 +15,7 @@ RUNS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for n
 
 @pytest.mark.parametrize("name", RUNS)
 def test_onnxruntime_computes_the_same(name, tmp_path):
-    onnxruntime = pytest.importorskip(
-        "onnxruntime", reason="onnxruntime is not installed (pip install 'ssmzoo[export]')"
-    )
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install '.[export]')")
     source = exports.source(name, tmp_path / "run")
     if reason := refuse(source):
         with pytest.raises(ValueError, match="has no layout 'onnx'"):

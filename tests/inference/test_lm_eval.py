@@ -48,7 +48,7 @@ class TestHarness:
 
     @pytest.fixture(autouse=True)
     def harness(self, tmp_path):
-        pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'ssmzoo[eval]')")
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[eval]')")
         from ssmzoo.inference import lm_eval
 
         self.run = exports.write(LM, tmp_path / "run", tokenizer=exports.bpe().to_dict())

@@ -41,7 +41,7 @@ def refuse(source: Source) -> str | None:
     if isinstance(first, Mamba2) and first.dt_limit != (0.0, float("inf")):
         return f"llama.cpp has no limits of the time step, this model's are {first.dt_limit}"
     if importlib.util.find_spec("gguf") is None:
-        return "gguf is not installed (pip install 'ssmzoo[export]')"
+        return "gguf is not installed (pip install gguf)"
     return None
 
 

@@ -19,7 +19,7 @@ TOLERANCE = 1e-3  # of the largest output, between onnxruntime and torch
 def refuse(source: Source) -> str | None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed (pip install 'ssmzoo[export]')"
+        return f"{', '.join(missing)} not installed (pip install {' '.join(missing)})"
     if source.kind == "language" and any(isinstance(module, Router) for module in source.model.modules()):
         return "ONNX has no stable sort, by which experts receive their tokens"
     if source.kind == "language":

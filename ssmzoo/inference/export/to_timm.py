@@ -19,7 +19,7 @@ def refuse(source: Source) -> str | None:
     if source.node is None:
         return "only a run records the constructor's arguments; timm reads a released file by pretrained_cfg_overlay"
     if importlib.util.find_spec("timm") is None:
-        return "timm is not installed (pip install 'ssmzoo[vision]')"
+        return "timm is not installed (pip install timm)"
     if architecture(source) is None:
         return f"no size of {source.cls.__name__} is registered with timm"
     return None
