@@ -2,10 +2,16 @@ import sys
 
 import pytest
 import torch
+from tried import COUNTS
 
 from ssmzoo._torchvision import make_importable
 
 make_importable()  # in the controlling process of pytest-xdist too, which imports the classes of warnings it is sent
+
+
+def pytest_terminal_summary(terminalreporter):
+    for what, count in sorted(COUNTS.items()):
+        terminalreporter.write_line(f"tried: {count:,} {what}")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from ssmzoo.data.picture import ORIENTATION, ImageError, Picture, about_exif, re
 
 PIXEL_TYPES = {8, 16, 32, 64}  # bits per sample that are read here
 ASSOCIATED = 1  # extra sample: alpha that the colours are multiplied by already
+DEFLATE = (8, 32946)  # compressions by zlib, whose output may be a thousand times its input
+LARGEST_RATIO, LARGEST_PART, SLACK = 1032, 64 << 20, 1 << 12
 
 
 def read_tiff(path: Path, check_size) -> Picture | None:
@@ -22,6 +26,12 @@ def read_tiff(path: Path, check_size) -> Picture | None:
         notes = [f"the first of {len(file.pages)} pages is taken"] if len(file.pages) > 1 else []
         if page.bitspersample not in PIXEL_TYPES or page.photometric.name not in ("MINISBLACK", "MINISWHITE", "RGB"):
             return None
+        if page.samplesperpixel > 4 or page.imagedepth != 1:
+            raise ImageError(
+                f"{page.samplesperpixel} samples of {page.imagedepth} layers per pixel; expected grey or RGB, with or "
+                f"without alpha"
+            )
+        refuse_inflation(page)
         try:
             array = page.asarray()
         except (ValueError, ImportError) as error:  # a compression that needs imagecodecs
@@ -43,6 +53,26 @@ def read_tiff(path: Path, check_size) -> Picture | None:
         channels = _unassociated(channels)
     exif, dpi = _about(path, tags)
     return split_alpha(channels, exif=exif, icc=bytes(tags.get(34675) or b""), notes=notes, dpi=dpi)
+
+
+def refuse_inflation(page) -> None:
+    """Raise ImageError where the stored parts of a page unpack to more than its pixels, before they do."""
+    if page.dtype is None:  # of no sample type that tifffile knows, which it says itself
+        return
+    part = math.prod(page.chunks) * page.dtype.itemsize  # bytes of a strip or tile
+    if sum(page.databytecounts) > 1.5 * page.nbytes + SLACK * (1 + len(page.databytecounts)):
+        raise ImageError(f"{sum(page.databytecounts):,} bytes are stored for {page.nbytes:,} bytes of pixels: refused")
+    if page.compression not in DEFLATE:
+        return
+    file = page.parent.filehandle
+    for offset, size in zip(page.dataoffsets, page.databytecounts):
+        if size * LARGEST_RATIO <= max(4 * part, LARGEST_PART):
+            continue
+        file.seek(offset)
+        unpacker = zlib.decompressobj()
+        found = len(unpacker.decompress(file.read(size), part + SLACK)) if size else 0
+        if found > part:
+            raise ImageError(f"a part of {size:,} bytes unpacks to more than its {part:,} bytes of pixels: refused")
 
 
 def _unassociated(channels: np.ndarray) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import zlib
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageMode
+from tried import tried
 
 from ssmzoo.data.image_file import (
     DEEP_MODES,
@@ -143,6 +145,7 @@ def test_twelve_bits_are_stretched_to_sixteen(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".tif", ".png", ".gif", ".bmp", ".ppm"])
 def test_a_file_that_claims_a_huge_size_is_refused_before_decoding(tmp_path, suffix, monkeypatch, capsys):
+    tried("hostile pictures")
     monkeypatch.setenv("SSMZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     path = tmp_path / f"x{suffix}"
@@ -160,6 +163,46 @@ def test_a_file_that_claims_a_huge_size_is_refused_before_decoding(tmp_path, suf
         len(ImageData(path=str(tmp_path / "data"), broken="skip").describe())
         and f"a/x{suffix}" in capsys.readouterr().out
     )
+
+
+def claim(path, data: bytes, **tags: int):
+    """A TIFF of one strip `data` whose tags say what they like."""
+    known = {"width": 256, "height": 257, "bits": 258, "compression": 259, "samples": 277, "depth": 32997}
+    given = {"width": 32, "height": 32, "bits": 8, "compression": 8, "samples": 1} | tags
+    entries = {known[name]: value for name, value in given.items()}
+    entries |= {262: 2 if given["samples"] > 2 else 1, 273: 8, 278: given["height"], 279: len(data)}
+    rows = [
+        np.array([tag, 4], "<u2").tobytes() + np.array([1, value], "<u4").tobytes()
+        for tag, value in sorted(entries.items())
+    ]
+    head = b"II*\0" + np.array([8 + len(data)], "<u4").tobytes()
+    path.write_bytes(head + data + np.array([len(rows)], "<u2").tobytes() + b"".join(rows) + bytes(4))
+
+
+def zeros(megabytes: int) -> bytes:
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(megabytes)) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    "tags, data",
+    [
+        ({"samples": 60_000, "width": 2000, "height": 2000}, zlib.compress(bytes(1000))),
+        ({"depth": 100_000, "width": 1000, "height": 1000}, zlib.compress(bytes(1000))),
+        ({}, zeros(64)),
+        ({"bits": 16, "samples": 3}, zeros(64)),
+        ({"width": 300, "height": 300}, zeros(80)),
+        ({"compression": 32773}, b"\x81\0" * 300_000),
+    ],
+    ids=["samples", "layers", "inflation", "of 16 bits", "within the stored size", "packbits"],
+)
+def test_a_tiff_that_would_unpack_to_more_than_its_pixels_is_refused_first(tmp_path, tags, data, monkeypatch):
+    tried("hostile pictures")
+    claim(tmp_path / "x.tif", data, **tags)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda page: pytest.fail("it was unpacked"))
+    for reader in (read_picture, read_image8):
+        with pytest.raises(ImageError, match="x.tif .*(refused|samples of)"):
+            reader(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -228,6 +271,7 @@ def test_damaged_bytes_give_a_picture_or_an_error_with_the_name(tmp_path, suffix
     whole = path.read_bytes()
     assert read_picture(path).levels.shape[:2] == (24, 31)
     for _ in range(60):
+        tried("damaged pictures")
         damaged = bytearray(whole)
         for at in rng.integers(0, min(len(whole), 400), rng.integers(1, 6)):
             damaged[at] = rng.integers(256)
