@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def parse_yaml(text: str, what: str = "the text", most_nodes: int = MOST_NODES) 
 
     Raises ValueError for what is no YAML, needs a Python object, or is too large or nested too deeply.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # which looks at the characters already
         node = loader.get_single_node()
         if node is None:
             return None
@@ -51,13 +53,15 @@ def parse_yaml(text: str, what: str = "the text", most_nodes: int = MOST_NODES) 
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{what} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{what} is not valid YAML{where}: {problem}") from None
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply: refused") from None
     except (ValueError, TypeError, OverflowError) as error:  # a list as a key, a number of thousands of digits
         raise ValueError(f"{what} holds a value that cannot be read: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     raise ValueError(f"{what} holds more than {most_nodes:,} values with its aliases written out (or itself): refused")
 
 
@@ -72,7 +76,10 @@ def _count(node: yaml.Node, known: dict[int, int], most: int) -> int:
 
 
 def read_yaml(path: str | Path, largest: int = LARGEST_FILE, most_nodes: int = MOST_NODES) -> Any:
-    """`parse_yaml` of a file of at most `largest` bytes. Raises ValueError (FileNotFoundError when there is none)."""
+    """`parse_yaml` of a file of at most `largest` bytes. Raises ValueError (FileNotFoundError when there is none).
+
+    A .json file, which cannot repeat a part of itself, is read by the json module, a hundred times faster.
+    """
     path = Path(path)
     size = path.stat().st_size
     if size > largest:
@@ -81,4 +88,11 @@ def read_yaml(path: str | Path, largest: int = LARGEST_FILE, most_nodes: int = M
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    return parse_yaml(text, str(path), most_nodes)
+    if path.suffix.lower() != ".json":
+        return parse_yaml(text, str(path), most_nodes)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: refused") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None

@@ -2,6 +2,7 @@
 
 import pytest
 from omegaconf import OmegaConf
+from tried import tried
 
 from ssmzoo.presets import config_dir
 from ssmzoo.safe_yaml import parse_yaml, read_yaml
@@ -34,14 +35,27 @@ def test_scalars_have_the_types_that_omegaconf_gives_them(scalar):
         ("a: " + "9" * 10_000, "cannot be read"),
         ("a: *b", "undefined alias"),
         ("a: [", "not valid YAML"),
+        ("a: 1\0", "not valid YAML"),
+        ("a: \ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace") + "\x07", "not valid YAML"),
     ],
 )
 def test_what_is_hostile_or_broken_is_refused_at_once_by_name(tmp_path, text, words):
+    tried("hostile YAML files")
     file = tmp_path / "foreign.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match="foreign.yaml") as refused:
         read_yaml(file)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("text, words", [("[" * 100_000, "nested too deeply"), ("{", "not valid JSON")])
+def test_json_is_read_as_json(tmp_path, text, words):
+    file = tmp_path / "foreign.json"
+    file.write_text('{"delta": [[0, 1.5, null]]}')
+    assert read_yaml(file) == {"delta": [[0, 1.5, None]]}
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"foreign.json .*{words}"):
+        read_yaml(file)
 
 
 def test_aliases_that_people_write_are_read():

@@ -19,7 +19,7 @@ from ssmzoo.data.automata_regex import regex_table
 from ssmzoo.safe_yaml import read_yaml
 
 LARGEST_FILE = 16 << 20  # bytes of a file with a transition table
-MOST_NUMBERS = 2_000_000  # entries of it
+MOST_STATES = 20_000  # in it, as many as a group from generators may have
 
 
 class AutomatonError(ValueError):
@@ -300,9 +300,12 @@ class Automaton:
         if not path.is_file():
             raise AutomatonError(f"no automaton file at {path}")
         try:
-            table = read_yaml(path, largest=LARGEST_FILE, most_nodes=MOST_NUMBERS)  # JSON is YAML
+            table = read_yaml(path, largest=LARGEST_FILE)
         except (ValueError, OSError) as error:
             raise AutomatonError(f"{path} cannot be read as YAML or JSON: {error}") from None
+        states = table.get("delta") if isinstance(table, dict) else None
+        if isinstance(states, list) and len(states) > MOST_STATES:
+            raise AutomatonError(f"{path} has {len(states):,} states, more than {MOST_STATES:,}: refused")
         return cls.from_dict(table, name=path.stem)
 
     @classmethod

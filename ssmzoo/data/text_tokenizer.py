@@ -131,7 +131,7 @@ def _configured_end(file: Path) -> str:
     """The end token that a tokenizer_config.json beside a tokenizer.json names, or "auto"."""
     try:
         found = json.loads(file.read_text("utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "auto"
     found = found.get("content") if isinstance(found, dict) else found
     return found if isinstance(found, str) else "auto"

@@ -131,7 +131,7 @@ def _index(path: Path) -> set[str]:
     try:
         files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         plain = all(Path(name).name == name for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no index of shards: {error!r}") from None
     if not plain or not files:
         raise CheckpointError(f"{path} names files outside its folder, or none: refused")

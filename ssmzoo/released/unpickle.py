@@ -8,6 +8,7 @@ it. Names whose only use is to run something (os.system, builtins.eval, ...) are
 from __future__ import annotations
 
 import _compat_pickle  # what pickle itself knows of Python 2's names
+import math
 import pickle
 import sys
 import zipfile
@@ -141,6 +142,8 @@ class Reader(pickle.Unpickler):
 def _view(values: Tensor, dtype: torch.dtype, offset: int, size, stride) -> Tensor:
     """values (bytes) as a tensor; torch refuses sizes that reach beyond them."""
     if not values.numel():
+        if math.prod(size):
+            raise Refused(f"a tensor of shape {tuple(size)} has no values")
         return torch.empty(size, dtype=dtype)
     return values.view(dtype).as_strided(tuple(size), tuple(stride), offset)
 

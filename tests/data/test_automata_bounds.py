@@ -1,5 +1,6 @@
 """Automata of strangers: minimal tables of random expressions, and limits on what grows without bound."""
 
+import json
 import random
 import warnings
 
@@ -54,6 +55,10 @@ def test_alias_bombs_and_endless_nesting_in_automaton_files(tmp_path):
     levels = ["a0: &a0 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]"]
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     bomb, nested = tmp_path / "bomb.yaml", tmp_path / "nested.json"
+    many = tmp_path / "many.json"
+    many.write_text(json.dumps({"delta": [[i + 1] for i in range(20_000)] + [[0]]}))
+    with pytest.raises(AutomatonError, match="many.json has 20,001 states, more than 20,000"):
+        Automaton.from_file(many)
     bomb.write_text("\n".join(levels) + "\ndelta: *a11\n")
     nested.write_text("[" * 200_000)
     for file in (bomb, nested):

@@ -209,3 +209,25 @@ def test_what_a_trainer_saves_beside_is_no_checkpoint(tmp_path):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "scaler.pt"):
         torch.save({"step": 1}, tmp_path / name)
     same(read_state_dict(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', "\0"])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no index|refused"):
+        read_state_dict(tmp_path)
+
+
+def test_a_tensor_whose_values_are_not_in_the_file_is_refused(tmp_path):
+    """Never fresh memory in the place of what a file does not hold."""
+    import zipfile
+
+    torch.save(STATE, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(tmp_path / "empty.pt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, b"" if "/data/" in entry.filename else old.read(entry))
+    with pytest.raises(CheckpointError, match=r"shape \(3, 4\) has no values"):
+        read_state_dict(tmp_path / "empty.pt")
+    torch.save({"nothing": torch.empty(0, 3)}, tmp_path / "none.pt")
+    same(read_state_dict(tmp_path / "none.pt"), {"nothing": torch.empty(0, 3)})
