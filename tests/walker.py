@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tried import tried
 
 TOLERANCE, NOISE = 1e-6, 1e-10  # relative, in double precision: equal passes, no change at all
 
@@ -112,6 +113,7 @@ def check_leaf(model: nn.Module, name: str, passes: dict, plain: dict[str, Tenso
             expected = gradient = None
             for kind, run in passes.items():
                 y = run()
+                tried("changes of a module, each in one kind of pass")
                 if not (y - plain[kind]).norm() > NOISE * plain[kind].norm():
                     problems.append(f"{title}: does not act in {kind}")
                 expected = y.detach() if expected is None else expected
