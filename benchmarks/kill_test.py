@@ -2,6 +2,8 @@
 
     python benchmarks/kill_test.py                       at least 13 kills for each of four tasks (minutes on one core)
     python benchmarks/kill_test.py --kills 4 --only formal --out /tmp/kills
+    python benchmarks/kill_test.py --processes 2         each run on two ranks (DDP over gloo); a kill hits one or both
+    python benchmarks/kill_test.py --rivals              every resume is started twice at once: one must be refused
 
 Each run is the real train.py in a process of its own (forked after the imports, which is all that is left out). Of
 three kills, one comes at a random time, one as soon as a checkpoint's temporary folder appears, and one a random
@@ -120,6 +122,7 @@ class Tally(NamedTuple):
     mismatches: int
     checkpoints: int  # that were checked and loaded after a kill
     unreadable: int
+    refused: int = 0  # rivals that wanted to continue the same run
 
 
 def child(arguments: list[str], log: Path) -> int:
@@ -134,7 +137,7 @@ def child(arguments: list[str], log: Path) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        sys.argv = ["train.py", *arguments]
+        sys.argv = [str(ROOT / "train.py"), *arguments]  # what Lightning starts further ranks with
         from ssmzoo.cli.train import train
 
         train()
@@ -147,14 +150,38 @@ def child(arguments: list[str], log: Path) -> int:
         os._exit(status)
 
 
-def ended(pid: int) -> int | None:
-    """Exit status of a child, or None while it runs."""
+def ended(pid: int, leave: bool = False) -> int | None:
+    """Exit status of a child, or None while it runs; `leave` it to be asked for again."""
+    if leave:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return None if found is None else found.si_status
     done, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def kill(pid: int, with_workers: bool) -> None:
-    (os.killpg if with_workers else os.kill)(pid, signal.SIGKILL)
+def ranks(pid: int) -> list[int]:
+    """A run's first process and those that it started for further ranks."""
+    found = [pid]
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            started = (entry / "cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):  # gone meanwhile
+            continue
+        if parent == pid and any(word.endswith(b"train.py") for word in started):
+            found.append(int(entry.name))
+    return found
+
+
+def kill(pid: int, with_workers: bool, victim: int | None = None) -> None:
+    """Kill a run: all of its processes, or its first one, or (`victim`) another, whose loss must end the rest."""
+    os.killpg(pid, signal.SIGKILL) if with_workers else os.kill(victim or pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while victim not in (None, pid) and time.monotonic() < deadline and ended(pid, leave=True) is None:
+        time.sleep(0.05)
+    if victim not in (None, pid) and ended(pid, leave=True) is None:
+        print(f"  process {pid} went on a minute after rank {victim} was killed", flush=True)
+        os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
@@ -179,7 +206,8 @@ def strike(pid: int, store: Path, seconds: float, rng: random.Random) -> tuple[b
             time.sleep(0.0002)
         if when == "within a write":
             time.sleep(rng.uniform(0, 0.03))
-    kill(pid, with_workers=rng.random() < 0.5)
+    with_workers = rng.random() < 0.5
+    kill(pid, with_workers, None if with_workers else rng.choice(ranks(pid)))
     return True, writing(store)
 
 
@@ -220,10 +248,11 @@ def check_checkpoints(store: Path) -> tuple[int, int]:
     return len(names), bad
 
 
-def torture(name: str, kills: int, out: Path, seed: int) -> Tally:
+def torture(name: str, kills: int, out: Path, seed: int, processes: int = 1, rivals: bool = False) -> Tally:
     """Kill runs of one task until `kills` is reached."""
     rng = random.Random(f"{name} {seed}")
     options = [*CASES[name][1], *COMMON, f"runs_dir={out}", f"hydra.run.dir={out}"]
+    options += ["trainer.strategy=ddp", f"trainer.devices={processes}"] * (processes > 1)
     if name == "language":
         options += [f"data.path={ROOT / 'ssmzoo' / 'ops'}/*.py", f"data.cache_dir={out / 'cache'}"]
     model = next(o for o in options if o.startswith("model=")).removeprefix("model=")
@@ -237,16 +266,27 @@ def torture(name: str, kills: int, out: Path, seed: int) -> Tally:
     while tally.kills < kills:
         run = out / model / f"{name}-{attempt}"
         attempt += 1
-        tally = _one_run(name, options, run, whole, seconds, rng, log, tally)
+        tally = _one_run(name, options, run, whole, seconds, rng, log, tally, rivals)
     print(f"{name}: {tally}, {len(whole)} rows per run, {time.monotonic() - started:.0f} s", flush=True)
     return tally
 
 
-def _one_run(name, options, run, whole, seconds, rng, log, tally: Tally) -> Tally:
+def rival(command: list[str], log: Path) -> tuple[int, int]:
+    """Start one command twice at once: (process that goes on, how many were refused with status 2)."""
+    both = [child(command, log), child(command, log)]
+    while all(ended(pid, leave=True) is None for pid in both):
+        time.sleep(0.01)
+    lost = next(pid for pid in both if ended(pid, leave=True) is not None)
+    (left,) = set(both) - {lost}
+    return left, int(ended(lost) == 2)
+
+
+def _one_run(name, options, run, whole, seconds, rng, log, tally: Tally, rivals: bool) -> Tally:
     """Kill and resume one run until it ends by itself; adds to the tally."""
     store, command = run / "checkpoints", [*options, f"name={run.name}"]
     while True:
-        pid = child(command, log)
+        pid, refused = rival(command, log) if rivals and command[0].startswith("resume=") else (child(command, log), 0)
+        tally = tally._replace(refused=tally.refused + refused)
         killed, in_write = strike(pid, store, seconds, rng)
         if not killed:
             break
@@ -294,6 +334,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=13, help="at least so many kills per task (default 13)")
     parser.add_argument("--only", choices=CASES, action="append", help="one of the tasks; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of every run (default 1)")
+    parser.add_argument("--rivals", action="store_true", help="start every resume twice at once")
     parser.add_argument("--out", type=Path, default=Path("kill_test"), help="folder for the runs")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
@@ -301,13 +343,16 @@ def main() -> int:
     for module in ("ssmzoo.train.run", "lightning", "hydra", "matplotlib.pyplot", "timm.data"):  # before the forks
         importlib.import_module(module)
 
-    tallies = {name: torture(name, args.kills, args.out, args.seed) for name in args.only or CASES}
+    more = (args.out.absolute(), args.seed, args.processes, args.rivals)
+    tallies = {name: torture(name, args.kills, *more) for name in args.only or CASES}
     tallies["all"] = Tally(*(sum(values) for values in zip(*tallies.values())))
     print(f"\n{'':<16}" + "".join(f"{field:>13}" for field in Tally._fields))
     for name, tally in tallies.items():
         print(f"{name:<16}" + "".join(f"{value:>13}" for value in tally))
     (args.out / "tally.json").write_text(json.dumps({k: t._asdict() for k, t in tallies.items()}, indent=1))
-    return int(tallies["all"].mismatches + tallies["all"].unreadable > 0)
+    total = tallies["all"]
+    lacking = total.resumes - total.refused if args.rivals else 0  # every resume had one rival
+    return int(total.mismatches + total.unreadable + lacking > 0)
 
 
 if __name__ == "__main__":
