@@ -142,6 +142,8 @@ def export_file(args) -> None:
         raise FileExistsError(f"{out} exists; choose another --out")
     if out.suffix not in (".safetensors", ".pt", ".pth"):
         raise ValueError(f"--out is {out}: it must end in .safetensors or .pt")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {out}: there is no folder {out.parent}")
     weights = {k: v.clone().contiguous() for k, v in read_weights(args.checkpoint).items()}
     temporary = out.with_name(f".{out.name}.tmp")
     try:

@@ -41,6 +41,7 @@ def run(args) -> None:
     import torch
 
     from ssmzoo.layers.feedforward.moe import active_parameters
+    from ssmzoo.train.ranges import out_of_range
 
     config = read_model_config(args.model)
     node = {k: v for k, v in config["model"].items() if not (isinstance(v, str) and v.startswith("${"))}
@@ -54,6 +55,8 @@ def run(args) -> None:
             node[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             node[key] = {"true": True, "false": False, "null": None}.get(value, value)
+    if wrong := out_of_range({"model": node}):
+        raise ValueError(f"{wrong[0].removeprefix('model.')} is {wrong[1]}; expected {wrong[2]}")
     with torch.device("meta"):
         model = build_model(node)
     total = sum(p.numel() for p in model.parameters())

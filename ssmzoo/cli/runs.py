@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import shlex
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,23 +58,23 @@ def read_run(folder: Path) -> Run:
     content = read_yaml(folder / "config.yaml")
     if not isinstance(content, dict):
         raise ValueError(f"{folder / 'config.yaml'} does not hold a table of keys")
-    try:
+    with naming(folder / "metrics.csv"):
         rows = read_metrics(folder / "metrics.csv")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / 'metrics.csv'} cannot be read: {error}") from None
+        step = int(rows[-1]["step"]) if rows else 0
     status, note = read_status(folder)
-    index = read_index(folder / "checkpoints") or {}
-    best = index["best"][0]["value"] if index.get("best") else None
+    with naming(folder / "checkpoints" / "index.json"):
+        index = read_index(folder / "checkpoints") or {}
+        best = float(index["best"][0]["value"]) if index.get("best") else None
     last_change = max((f.stat().st_mtime for f in folder.glob("*.csv")), default=0)
     return Run(
         folder,
-        flatten(content),
+        flatten(content) | beside_config(folder, index),
         status,
         note,
         str(index.get("monitor", "val/loss")),
         str(index.get("mode", "min")),
         best,
-        int(rows[-1]["step"]) if rows else 0,
+        step,
         max(0.0, last_change - (folder / "config.yaml").stat().st_mtime),
     )
 
@@ -87,6 +89,32 @@ def read_all(root: Path) -> tuple[list[Run], list[str]]:
             except (ValueError, OSError) as error:
                 damaged.append(f"{file.parent}: {error}")
     return runs, damaged
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Whatever a damaged file makes its reader raise becomes a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError, OSError, csv.Error) as error:
+        text = f"{error!r}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(text if str(file) in text else f"{file} cannot be read: {text}") from None
+
+
+def beside_config(folder: Path, index: dict) -> dict[str, str]:
+    """What makes runs of one configuration differ: changes typed at a resume, and another content of the data."""
+    from ssmzoo.checkpoint_files import MANIFEST, read_json
+    from ssmzoo.train.changes import HISTORY, history
+
+    with naming(folder / HISTORY):
+        found = {"resumed": changed} if (changed := history(folder)) else {}
+    name = index["best"][0]["name"] if index.get("best") else index.get("last")
+    manifest = folder / "checkpoints" / str(name) / MANIFEST
+    if manifest.exists():
+        data = read_json(manifest).get("data") or {}
+        content = [v for k, v in data.items() if k.endswith(("fingerprint", "sha256"))]
+        found |= {"data.content": str(content[0])[:8]} if content else {}
+    return found
 
 
 def list_runs(root: Path) -> None:
@@ -150,6 +178,8 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     """
     if len(runs) < 2:
         raise ValueError("runs compare needs at least two run folders")
+    if not png.absolute().parent.is_dir():
+        raise ValueError(f"--out is {png}: there is no folder {png.parent}")
     from ssmzoo.tasks.metrics.recall import draw_memory, memory_point
     from ssmzoo.train.logger import read_metrics
 
@@ -182,6 +212,8 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
         steps = f"{last[0]}" if len(last) == 1 else f"{last[0]}-{last[-1]}"
         mean = statistics.mean(finals)
         print(f"{name:<{width}}{len(curves):>5}{mean:>{column}.4f}{shown:>10}{best:>10.4f}{steps:>9}")
+    for line in doubts(runs, varied, per_model):
+        print(f"warning: {line}")
     draw(groups, metric, png)
     print(f"curves in {png}")
     if len(memory) > 1:
@@ -189,6 +221,20 @@ def compare(runs: list[Run], metric: str | None, png: Path) -> None:
     if len(cache) > 1:
         print("\n" + cache_table(cache))
         print(f"loss against bytes of state in {draw_memory(cache, png.with_stem(png.stem + '_state'), 'loss')}")
+
+
+def doubts(runs: list[Run], varied: list[str], per_model: dict[object, list[str]]) -> list[str]:
+    """What a mean over seeds hides: a seed that comes twice, runs that did not come to their end."""
+    seen: dict[tuple, Path] = {}
+    found = []
+    for r in runs:
+        key = (label(r, varied, per_model), r.config.get("seed"))
+        if key in seen:
+            found.append(f"{r.folder} and {seen[key]} are the same configuration with the same seed")
+        seen.setdefault(key, r.folder)
+        if r.status in ("killed", "stopped", "failed", "running"):
+            found.append(f"{r.folder} is {r.status}: its last value is of step {r.step}")
+    return found
 
 
 def cache_point(state_csv: Path) -> tuple[float, float] | None:
@@ -221,6 +267,7 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from ssmzoo.terminal import caption
     from ssmzoo.train.report import COLOURS, STYLES
 
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
@@ -228,7 +275,9 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
         steps = sorted(set.intersection(*(set(c) for c in curves)))
         means = [statistics.mean(c[s] for c in curves) for s in steps]
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(steps, means, color=colour, linestyle=STYLES[i % len(STYLES)], label=f"{name} ({len(curves)})")
+        axes.plot(
+            steps, means, color=colour, linestyle=STYLES[i % len(STYLES)], label=caption(f"{name} ({len(curves)})")
+        )
         if len(curves) > 1:
             spread = [statistics.stdev(c[s] for c in curves) for s in steps]
             axes.fill_between(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ssmzoo.presets import config_dir
 from ssmzoo.terminal import plain_output
@@ -66,13 +68,31 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
     main = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
     with sweep.notes() as ends:
         try:
-            main()
+            with one_line_usage():
+                main()
         except BaseException as error:
             if not ends() or show_all:
                 raise
             _end_sweep(ends(), error)
         if ends():
             _end_sweep(ends())
+
+
+@contextlib.contextmanager
+def one_line_usage() -> Iterator[None]:
+    """Options that Hydra does not know are one message, too, and not its usage."""
+
+    def error(parser, message: str):
+        from ssmzoo.train.errors import UserError
+
+        raise UserError(f"{message} (--help shows what there is)")
+
+    before = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before
 
 
 def _end_sweep(ends: list[dict], error: BaseException | None = None) -> None:

@@ -216,6 +216,11 @@ def observe(**observers: Callable) -> Iterator[None]:
         _observers = previous
 
 
+def wanted_backend() -> str | None:
+    """The backend that every operator must run on, by `backend` or SSMZOO_BACKEND; None: each call's own choice."""
+    return _override
+
+
 def chosen_backend(function: Callable, *args, **kwargs) -> str:
     """The name of the backend that would serve `function(*args, **kwargs)`."""
     return _choose(function.__name__, function.backends, function.Arguments(*args, **kwargs)).name

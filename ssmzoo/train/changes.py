@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,18 @@ RULES: dict[str, str | None] = {  # the first pattern that fits a key: why it is
     "callbacks.ema.*": "the average began with the run",
     "callbacks.*": None,
 }
+SEEN_ONLY = (  # what applies and leaves the numbers as they would have been
+    "logger.*",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.*path",
+    "trainer.log_every_n_steps",
+    "callbacks.progress.*",
+    "callbacks.watchdog.*",
+    "callbacks.profile*",
+    "callbacks.checkpoint.*",
+)
+HISTORY = "resumed.csv"  # in a run folder: step, key, before, after of every change that applied
 NODES = ("model", "task", "data", "optim", "trainer", "logger", "callbacks")
 NOT_OF_THE_RUN = ("resume", "config", "name", "runs_dir", "n_trials")
 
@@ -69,8 +82,11 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in node.items() for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def typed_keys(overrides: Sequence[str], choices: dict[str, Any]) -> list[str]:
-    """Keys and tables (optim.lr, callbacks.ema) that a command line speaks of; a chosen file speaks of its own."""
+def typed_keys(overrides: Sequence[str], choices: dict[str, Any], model: str | None = None) -> list[str]:
+    """Keys and tables (optim.lr, callbacks.ema) that a command line speaks of; a chosen file speaks of its own.
+
+    model  the run's own, whose file says nothing new when a chosen one names it
+    """
     found = []
     for override in overrides:
         key = override.lstrip("+~").split("=")[0].split("@")[0].strip()
@@ -78,18 +94,27 @@ def typed_keys(overrides: Sequence[str], choices: dict[str, Any]) -> list[str]:
             continue
         file = config_dir() / key / f"{choices.get(key)}.yaml"
         if "." not in key and key in choices:
-            found += _keys_of(file, key) if file.exists() else []
+            found += _keys_of(file, key, model) if file.exists() else []
         else:
             found.append(key)
     return found
 
 
-def _keys_of(file: Path, group: str) -> list[str]:
+def _keys_of(file: Path, group: str, model: str | None) -> list[str]:
+    """Those of a file; of a recipe (an experiment) also those of the files that it chooses or inherits from."""
     content = read_yaml(file) or {}
     whole = "@package _global_" in file.read_text(encoding="utf-8")
     others = ("defaults", "hydra", *NOT_OF_THE_RUN) if whole else ("defaults",)
     body = {k: v for k, v in content.items() if k not in others}
-    return list(flatten(body if whole else {group: body})) if body else []
+    found = list(flatten(body if whole else {group: body})) if body else []
+    for entry in content.get("defaults", []) if whole and group != "model" else []:
+        pair = entry.items() if isinstance(entry, dict) else [(group, entry)] if entry != "_self_" else []
+        for key, name in pair:
+            other = str(key).removeprefix("override ").strip().strip("/").split("@")[0]
+            above = config_dir() / other / f"{str(name).removeprefix(f'/{other}/')}.yaml"
+            if (other, name) != ("model", model) and above.exists():
+                found += _keys_of(above, other, model)
+    return found
 
 
 def changed(cfg: DictConfig, saved: dict[str, Any], keys: Sequence[str]) -> dict[str, tuple[Any, Any]]:
@@ -117,6 +142,26 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def note(run_dir: Path, step: int, found: dict[str, tuple[Any, Any]]) -> None:
+    """Add the changes that a resume made to the run's history."""
+    file = run_dir / HISTORY
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened)
+        rows.writerows([("step", "key", "before", "after")] * new)
+        rows.writerows((step, key, before, after) for key, (before, after) in found.items())
+
+
+def history(run_dir: Path) -> str:
+    """What a run's resumes changed about its numbers, e.g. optim.lr=0.1 from step 200 (was 0.5); empty when nothing."""
+    file = run_dir / HISTORY
+    if not file.exists():
+        return ""
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = [r for r in csv.DictReader(opened) if not any(fnmatch.fnmatchcase(str(r["key"]), p) for p in SEEN_ONLY)]
+    return "; ".join(f"{r['key']}={r['after']} from step {r['step']} (was {r['before']})" for r in rows)
 
 
 def refuse_fixed(found: dict[str, tuple[Any, Any]], run_dir: Path) -> None:

@@ -176,8 +176,8 @@ class Checkpointer(L.Callback):
 
     @staticmethod
     def _not_finite(trainer) -> bool:
-        """Is a weight NaN or infinite on any rank?"""
-        bad = any(not p.isfinite().all() for p in trainer.lightning_module.model.parameters())
+        """Is a weight, or a buffer that is saved with them, NaN or infinite on any rank?"""
+        bad = any(not t.isfinite().all() for t in trainer.lightning_module.model.state_dict().values())
         return trainer.strategy.reduce_boolean_decision(bad, all=False) if trainer.world_size > 1 else bad
 
     def _would_be_kept(self, value: float) -> bool:

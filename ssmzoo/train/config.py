@@ -137,6 +137,11 @@ def free_overrides(arguments: Sequence[str]) -> list[str]:
     nameless = next((a for a in arguments if "=" in a and not a.partition("=")[0].strip("+~ ")), None)
     if nameless is not None:
         raise ConfigError(f"{nameless!r} has no key; expected key=value")
+    for key, _, value in (a.lstrip("+").partition("=") for a in arguments):
+        if key in FREE_ROOTS and key != "lora" and value.strip() in ("null", "''", '""'):
+            names = config_names(key)
+            more = f"choose one of {', '.join(names)}" if len(names) <= 12 else f"see `ssmzoo list {plural(key)}`"
+            raise ConfigError(f"{key}={value} chooses no file; {more}")
     pattern = re.compile(rf"^({'|'.join(FREE_ROOTS)})\.[\w.]+=")
     return [f"++{a}" if pattern.match(a) else a for a in arguments]
 
@@ -160,6 +165,12 @@ def _default_task(data: str) -> str | None:
         parents = [p for p in content.get("defaults", []) if isinstance(p, str) and p != "_self_"]
         files = [config_dir() / "data" / f"{parent}.yaml" for parent in parents[:1]]
     return None
+
+
+NOT_TYPED = (  # arguments of Lightning's Trainer that are the loop's own affair
+    *("callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing", "enable_progress_bar"),
+    *("enable_model_summary", "use_distributed_sampler", "barebones", "model_registry"),
+)
 
 
 def check(cfg: DictConfig) -> None:
@@ -200,7 +211,7 @@ def check(cfg: DictConfig) -> None:
         "callbacks.profile": ("run_dir",),
         "callbacks.watchdog": ("run_dir",),
         "callbacks.early_stopping": ("monitor", "mode"),
-        "trainer": ("callbacks", "logger", "plugins", "default_root_dir"),
+        "trainer": NOT_TYPED,
     }
     for node, target in CALLED.items():
         value = OmegaConf.select(cfg, node)
@@ -294,6 +305,11 @@ def check_combinations(cfg: DictConfig) -> None:
             trainer.get("accelerator") == "cpu" and trainer.get("precision") in ("16-mixed", 16, "16"),
             "trainer.precision=16-mixed on a CPU",
             "use bf16-mixed or 32-true",
+        ),
+        (
+            isinstance(trainer.get("val_check_interval"), float) and not trainer.get("check_val_every_n_epoch"),
+            f"trainer.val_check_interval={trainer.get('val_check_interval')} without trainer.check_val_every_n_epoch",
+            "a share of an epoch needs trainer.check_val_every_n_epoch=1; a whole number counts batches",
         ),
         (cfg.get("compile") and sharded, "compile=true with trainer.strategy=fsdp", "leave one of them out"),
         (cfg.get("resume") and cfg.get("config"), "resume= with config=", "one continues a run, the other repeats it"),

@@ -11,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 from ssmzoo.presets import build_model
+from ssmzoo.suggest import nearest
 from ssmzoo.train import config as configuration
 from ssmzoo.train.errors import UserError, user_errors
 from ssmzoo.train.quiet import quiet
 from ssmzoo.train.report import show, write_report
+
+KEYS = ("ckpt", "which", "data", "task", "out", "seed")
 
 
 def evaluate(cfg: DictConfig) -> float:
@@ -32,10 +35,13 @@ def evaluate(cfg: DictConfig) -> float:
 
 
 def evaluate_task(task, data, trainer: dict[str, Any]) -> dict[str, float]:
-    """Validation means of a task with the weights it has now, in a loop that writes nothing."""
+    """Validation means of a task with the weights it has now, in a loop that writes nothing.
+
+    A run that was never validated (limit_val_batches=0) is, here, on all of the data.
+    """
     import lightning as L
 
-    settings = {k: v for k, v in trainer.items() if k in ("accelerator", "limit_val_batches") and v is not None}
+    settings = {k: v for k, v in trainer.items() if k in ("accelerator", "limit_val_batches") and v not in (None, 0)}
     L.Trainer(
         **settings,
         devices=1,
@@ -53,6 +59,11 @@ def build_evaluation(cfg: DictConfig) -> tuple[Path, dict[str, Any], Any, Any, P
     """(checkpoint, configuration, data module, task with the weights, folder for results)"""
     import lightning as L
 
+    for key in cfg:
+        if key not in KEYS:
+            raise UserError(
+                f"{key} is nothing that an evaluation takes{nearest(key, KEYS)}; it takes {', '.join(KEYS)}"
+            )
     if cfg.which not in ("best", "last"):
         raise UserError(f"which={cfg.which}: choose best or last")
     folder = find_checkpoint(cfg.ckpt, prefer=cfg.which)

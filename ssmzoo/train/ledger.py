@@ -13,6 +13,7 @@ import errno
 import itertools
 import os
 import shlex
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.checkpoint_files import find_checkpoint, read_index
 from ssmzoo.safe_yaml import read_yaml
+from ssmzoo.terminal import printable
 from ssmzoo.train import changes
 from ssmzoo.train.checkpoint import write_text
 from ssmzoo.train.config import LOGGER_KEYS, plain_config
@@ -89,12 +91,14 @@ class Run(NamedTuple):
 
     folder     of the run; of a new one, which nobody has claimed yet, the name may still change (`claimed`)
     resuming   go on with a run that is there;  named  its name was typed
+    changes    {key: (saved, typed)} of what a resume applies
     """
 
     cfg: DictConfig
     folder: Path
     resuming: bool
     named: bool
+    changes: dict = {}
 
 
 @user_errors
@@ -126,10 +130,14 @@ def choose_run(cfg: DictConfig) -> Run:
         raise UserError(f"resume={cfg.resume}: {run_dir} is not a run folder (no config.yaml)")
     if cfg.resume != "auto" and named and cfg.name != run_dir.name:
         raise UserError(f"name={cfg.name} belongs to a new run; {run_dir} keeps its name")
+    placed = any(o.lstrip("+").startswith("runs_dir=") for o in hydra_cfg.overrides.task)
+    if cfg.resume != "auto" and placed and Path(cfg.runs_dir).resolve() not in run_dir.resolve().parents:
+        raise UserError(f"runs_dir={cfg.runs_dir} is where new runs go; {run_dir} stays where it is")
     status, note = read_status(run_dir)
     if status == "running" and rank() == 0 and note.split()[1:2] == [socket.gethostname()]:
         raise _busy(run_dir)
-    return Run(_continued(cfg, run_dir, hydra_cfg), run_dir, True, named)
+    merged, found = _continued(cfg, run_dir, hydra_cfg)
+    return Run(merged, run_dir, True, named, found)
 
 
 def _name(cfg: DictConfig, hydra_cfg) -> str:
@@ -148,10 +156,12 @@ def _name(cfg: DictConfig, hydra_cfg) -> str:
 
 def _folder_name(key: str, value) -> str:
     """A name that stays inside the folder of runs."""
-    path = Path(str(value))
-    if value in (None, "") or path.is_absolute() or not path.parts or ".." in path.parts:
+    path, text = Path(str(value)), str(value)
+    if value is None or not text.strip() or path.is_absolute() or not path.parts or ".." in path.parts:
         raise UserError(f"{key}={value}: give a name below runs_dir, neither empty nor a path to elsewhere")
-    return str(value)
+    if printable(text) != text or "\n" in text:
+        raise UserError(f"{key}={text.encode('unicode_escape').decode()}: control characters cannot be part of a name")
+    return text
 
 
 def _saved(run_dir: Path) -> dict:
@@ -172,22 +182,23 @@ def _again(cfg: DictConfig, source: Path, hydra_cfg) -> DictConfig:
     return merged
 
 
-def _continued(cfg: DictConfig, run_dir: Path, hydra_cfg) -> DictConfig:
-    """The configuration of a run that goes on; what is typed now applies where it can, or is refused."""
+def _continued(cfg: DictConfig, run_dir: Path, hydra_cfg) -> tuple[DictConfig, dict]:
+    """(configuration of a run that goes on, its changes): what is typed now applies where it can, or is refused."""
     merged, found = _with_changes(_saved(run_dir), cfg, hydra_cfg)
     changes.refuse_fixed(found, run_dir)
     if found and rank() == 0:
         print(
             f"{run_dir} goes on with {', '.join(f'{k}={v} (was {old})' for k, (old, v) in found.items())}", flush=True
         )
-    return merged
+    return merged, found
 
 
 def _with_changes(saved: dict, cfg: DictConfig, hydra_cfg) -> tuple[DictConfig, dict]:
     """(saved configuration with what the command line says otherwise, {key: (saved, typed)})."""
     own = f"model={saved.get('model_name')}"  # its own model, named again
     typed = [o for o in hydra_cfg.overrides.task if o.lstrip("+") != own]
-    found = changes.changed(cfg, saved, changes.typed_keys(typed, hydra_cfg.runtime.choices))
+    keys = changes.typed_keys(typed, hydra_cfg.runtime.choices, saved.get("model_name"))
+    found = changes.changed(cfg, saved, keys)
     merged = OmegaConf.create(saved)
     for key, (_, value) in found.items():
         OmegaConf.update(merged, key, value, force_add=True)
@@ -208,17 +219,36 @@ def _busy(run_dir: Path) -> UserError:
 def claimed(run: Run) -> Iterator[Path]:
     """The folder of a run, for this process alone until it ends in whatever way. Raises UserError when it is taken.
 
-    A new run that was not named takes the next name; further ranks follow the first, which claims for all.
+    A new run that was not named takes the next name; further ranks follow the first, which claims for all. Of a new run
+    that ends before it has a configuration nothing stays.
     """
     if rank() > 0:
         yield run.folder
         return
+    folder, made, lock = _claim(run)
+    try:
+        yield folder
+    finally:
+        if not run.resuming and not (folder / "config.yaml").exists():
+            (folder / LOCK).unlink(missing_ok=True)
+            _unmake(made)
+        lock.close()
+
+
+@user_errors
+def _claim(run: Run):
+    """(folder, folders that were made for it, the file that is locked)"""
     folder = run.folder
     for number in itertools.count(2):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / LOCK)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / LOCK)
+        except OSError as error:
+            _unmake(made)
+            raise UserError(f"{printable(str(folder))} cannot be written: {error.strerror or error}") from None
         if lock is not None and (run.resuming or not (folder / "config.yaml").exists()):
-            break
+            return folder, made, lock
         if lock is not None:
             lock.close()
         if run.named and lock is not None:
@@ -226,10 +256,16 @@ def claimed(run: Run) -> Iterator[Path]:
         if run.named or run.resuming:
             raise _busy(folder)
         folder = run.folder.with_name(f"{run.folder.name}-{number}")
-    try:
-        yield folder
-    finally:
-        lock.close()
+
+
+def _unmake(made: list[Path]) -> None:
+    """Remove folders that were made for a run that did not begin, the innermost (whose content is the run's) first."""
+    for i, path in enumerate(made):
+        if i == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):  # somebody else's run has come to lie there
+            path.rmdir()
 
 
 def _lock(path: Path):

@@ -22,7 +22,7 @@ class Range(NamedTuple):
             return True
         above = value > self.low if "low" in self.open else value >= self.low
         below = value < self.high if "high" in self.open else value <= self.high
-        return above and below and (math.isfinite(value) or value == self.high)
+        return above and below and math.isfinite(value)
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if "low" in self.open else f"at least {self.low:g}"
@@ -44,7 +44,7 @@ class Batches(NamedTuple):
 
 
 ANY = Range(-math.inf, text="a number")
-COUNT, AT_LEAST_0 = Range(1), Range(0)
+COUNT, AT_LEAST_0, OR_NEVER = Range(1), Range(0), Range(0, also=(math.inf,))
 POSITIVE, SHARE, PROPER_SHARE = Range(0, open="low"), Range(0, 1), Range(0, 1, "low high")
 SEED = Range(0, 2**32 - 1)
 
@@ -66,7 +66,7 @@ RANGES: dict[str, Range | Batches] = {
     "optim.gamma": POSITIVE,
     "optim.layer_decay": Range(0, 1, "low"),
     "optim.lr_scale": AT_LEAST_0,
-    "trainer.devices": Range(1, also=(-1,)),
+    "trainer.devices": Range(0, also=(-1,)),  # numbers of GPUs among them: see _are_devices
     "trainer.num_nodes": COUNT,
     "trainer.fast_dev_run": AT_LEAST_0,
     "trainer.max_epochs": Range(1, also=(-1,)),
@@ -83,19 +83,19 @@ RANGES: dict[str, Range | Batches] = {
     "trainer.num_sanity_val_steps": Range(0, also=(-1,)),
     "trainer.log_every_n_steps": COUNT,
     "trainer.accumulate_grad_batches": COUNT,
-    "trainer.gradient_clip_val": AT_LEAST_0,
+    "trainer.gradient_clip_val": OR_NEVER,
     "trainer.reload_dataloaders_every_n_epochs": AT_LEAST_0,
     "callbacks.checkpoint.every_n_steps": AT_LEAST_0,
-    "callbacks.checkpoint.every_n_minutes": AT_LEAST_0,
+    "callbacks.checkpoint.every_n_minutes": OR_NEVER,
     "callbacks.checkpoint.keep_best": AT_LEAST_0,
     "callbacks.checkpoint.keep_last": COUNT,
     "callbacks.guards.max_skips": AT_LEAST_0,
-    "callbacks.guards.spike": AT_LEAST_0,
+    "callbacks.guards.spike": OR_NEVER,
     "callbacks.guards.dead_experts": AT_LEAST_0,
-    "callbacks.watchdog.seconds": AT_LEAST_0,
+    "callbacks.watchdog.seconds": OR_NEVER,
     "callbacks.profile.steps": COUNT,
     "callbacks.profile.after": AT_LEAST_0,
-    "callbacks.progress.every_seconds": AT_LEAST_0,
+    "callbacks.progress.every_seconds": OR_NEVER,
     "callbacks.ema.decay": Range(0, 1, "high"),
     "callbacks.ema.device": AT_LEAST_0,  # the number of a GPU
     "callbacks.ema.update_every_n_steps": COUNT,
@@ -192,7 +192,32 @@ RANGES: dict[str, Range | Batches] = {
     "task.sigma": Range(0, 255),
     "task.tile": COUNT,
 }
-CHECKED = ("trainer", "optim", "callbacks", "data", "task", "seed", "n_trials")  # model: by its constructor
+
+
+def _named(expected: Range, names: str) -> dict[str, Range]:
+    return dict.fromkeys(names.split(), expected)
+
+
+MODEL: dict[str, Range] = {  # by the last part of a key below model.; of others a whole number is at least 0
+    **_named(
+        COUNT, "d_model d_state d_expert d_retrieval d_ssm embed_dim embed_size dim dims head_dim headdim state_size"
+    ),
+    **_named(COUNT, "feature_dim key_dim value_dim inner_rank mimo_rank input_size vocab_size in_chans inp_channels"),
+    **_named(COUNT, "out_channels img_size patch_size stride window window_size chunk_size conv_size upscale"),
+    **_named(COUNT, "n_layer n_blocks num_layers depth depths num_blocks num_refinement_blocks num_layers_new"),
+    **_named(COUNT, "n_heads n_kv_heads num_heads num_heads_kv num_v_heads expert_heads experts_per_head ngroups"),
+    **_named(COUNT, "attn_every moe_every top_k n1 n2 n_slots num_tokens num_transition_matrices cls_reduce"),
+    **_named(COUNT, "squeeze_factor convffn_kernel_size pad_vocab_size_multiple parameters pos_embed mlp_size"),
+    **_named(AT_LEAST_0, "d_conv d_ff d_intermediate mlp_dim mlp_ratio ssm_ratio n_experts n_positions n_registers"),
+    **_named(AT_LEAST_0, "num_classes output_stride attn_layer_idx rotary_emb_dim eps norm_eps init_noise"),
+    **_named(AT_LEAST_0, "balance_weight z_loss_weight penalty_weight state_penalty state_cap dt_init_floor"),
+    "dt_limit": OR_NEVER,
+    **_named(POSITIVE, "alpha capacity_factor eval_capacity_factor expand expand_v conv_expand gate_temperature tau"),
+    **_named(POSITIVE, "img_range p_norm rope_base scale_eigv dt_min dt_max dt_scale A_init_range"),
+    **_named(SHARE, "shuffle_rate rope_fraction"),
+    **_named(Range(0, 1, "high"), "drop_path_rate drop_rate dropout mask_ratio"),
+}
+CHECKED = ("trainer", "optim", "callbacks", "data", "task", "model", "seed", "n_trials")
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -206,6 +231,15 @@ def numbers(value: Any) -> Iterator[float]:
         yield from numbers(list(value.values()))
 
 
+def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in nested tables."""
+    if not isinstance(node, dict):
+        yield key, node
+        return
+    for name, value in node.items():
+        yield from _leaves(f"{key}.{name}", value)
+
+
 def out_of_range(plain: dict[str, Any]) -> tuple[str, float, str] | None:
     """(key, value, what was expected) of the first number of a plain configuration that cannot work."""
     for key, expected in RANGES.items():
@@ -215,7 +249,34 @@ def out_of_range(plain: dict[str, Any]) -> tuple[str, float, str] | None:
         for value in numbers(node):
             if not expected.holds(value):
                 return key, value, str(expected)
-    limit = (plain.get("trainer") or {}).get("max_time")
-    if isinstance(limit, str) and not re.fullmatch(r"\d+(:\d+){3}", limit.strip()):
-        return "trainer.max_time", limit, "days:hours:minutes:seconds such as 00:01:30:00"
+    for key, value in _leaves("model", plain.get("model") or {}):
+        for number in numbers(value):
+            expected = MODEL.get(key.rpartition(".")[2], AT_LEAST_0 if isinstance(number, int) else ANY)
+            if not expected.holds(number):
+                return key, number, str(expected)
+    trainer = plain.get("trainer") or {}
+    if not _is_time(limit := trainer.get("max_time")):
+        return "trainer.max_time", limit, "days:hours:minutes:seconds such as 00:01:30:00, above zero"
+    if not _are_devices(devices := trainer.get("devices")):
+        return "trainer.devices", devices, "auto, a number of at least 1 (or -1 for all), or the numbers of GPUs"
     return None
+
+
+def _is_time(limit: Any) -> bool:
+    """None, days:hours:minutes:seconds, or a table of such parts; never nothing at all."""
+    if isinstance(limit, str):
+        return re.fullmatch(r"\d+(:\d+){3}", limit.strip()) is not None and any(map(int, limit.split(":")))
+    if isinstance(limit, dict):
+        parts = limit.keys() <= {"weeks", "days", "hours", "minutes", "seconds"}
+        whole = list(numbers(limit))
+        return parts and len(whole) == len(limit) and min(whole, default=0) >= 0 and 0 < sum(whole) < math.inf
+    return limit is None
+
+
+def _are_devices(devices: Any) -> bool:
+    """As Lightning's Trainer takes them."""
+    if isinstance(devices, str):
+        return re.fullmatch(r"\s*(auto|-1|[1-9]\d*|\d+(\s*,\s*\d+)+\s*,?)\s*", devices) is not None
+    if isinstance(devices, (list, tuple)):
+        return bool(devices) and all(type(d) is int and d >= 0 for d in devices)
+    return devices is None or (type(devices) is int and (devices >= 1 or devices == -1))

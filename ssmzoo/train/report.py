@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ssmzoo.terminal import caption
 from ssmzoo.train.logger import read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for the colour-blind
@@ -28,7 +29,10 @@ def show(rows: dict[str, str], texts: dict[str, str]) -> None:
 def backends_line() -> str:
     """Which backends serve the operators here, and a warning where compiled kernels could be had and are not."""
     from ssmzoo.ops import BACKENDS, backend_table
+    from ssmzoo.ops.dispatch import wanted_backend
 
+    if wanted_backend() is not None:
+        return f"operators: all by {wanted_backend()}, as SSMZOO_BACKEND asks"
     rows = backend_table()
     serving: dict[str, str] = {}
     for row in rows:
@@ -36,7 +40,8 @@ def backends_line() -> str:
             serving.setdefault(row.operator, row.backend)
     counts = {name: list(serving.values()).count(name) for name in BACKENDS}
     line = f"operators: {', '.join(f'{count} by {name}' for name, count in counts.items() if count)}"
-    lacking = next((row.reason for row in rows if not row.available and "python -m ssmzoo.ops" in row.reason), None)
+    reasons = [row.reason for row in rows if row.backend == "c" and not row.available]
+    lacking = next((r for r in reasons if not r.startswith(("no c kernel", "switched off"))), None)
     if lacking is None:
         return f"{line} (`ssmzoo backends` says why)"
     return f"{line}\nwarning: steps take several times longer than with the compiled kernels: {lacking}"
@@ -93,7 +98,7 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
         upper.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="training loss")
     if validation:
         lower.plot(*zip(*validation), color=COLOURS[1], marker="o", linewidth=2, label=f"validation {monitor}")
-    upper.set(ylabel="loss" if train else monitor, title=title)
+    upper.set(ylabel="loss" if train else monitor, title=caption(title))
     lower.set(xlabel="optimiser step", ylabel=monitor if validation else "loss")
     for one in {upper, lower}:
         one.grid(alpha=0.3)

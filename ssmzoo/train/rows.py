@@ -32,8 +32,10 @@ class Rows(L.Callback):
         self.run_dir = Path(run_dir)
         self._since = self._paused_at = 0.0  # time of the last row; when the validation began
         self._waited, self._seen = 0.0, 0
+        self._configured = False  # there was a config.yaml when training began
 
     def on_train_start(self, trainer, task) -> None:
+        self._configured = self._config.exists()
         self._mark(trainer, task)
 
     def on_load_checkpoint(self, trainer, task, checkpoint) -> None:
@@ -47,9 +49,11 @@ class Rows(L.Callback):
             task.note("optim/lr", optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
-        if not task.row or not update_is_complete(trainer):
+        if not update_is_complete(trainer):
             return
         self._look(trainer)
+        if not task.row:
+            return
         spent, waited = max(time.perf_counter() - self._since, 1e-9), self._waiting(trainer) - self._waited
         rate = (task.seen - self._seen) * trainer.world_size / spent
         row, task.row = task.row, {}
@@ -64,8 +68,14 @@ class Rows(L.Callback):
     def on_train_end(self, trainer, task) -> None:
         self._look(trainer)
 
+    @property
+    def _config(self) -> Path:
+        return self.run_dir / "config.yaml"
+
     def _look(self, trainer) -> None:
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not self.run_dir.is_dir():
+        """Someone may have made the folder again, but not the configuration that a resume needs."""
+        gone = not self.run_dir.is_dir() or (self._configured and not self._config.exists())
+        if trainer.is_global_zero and trainer.state.fn == "fit" and gone:
             raise TrainingFailed(
                 f"{self.run_dir} was removed while the run went on (seen at step {trainer.global_step}); "
                 f"nothing can be saved or resumed: start it again"

@@ -20,7 +20,7 @@ from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 from ssmzoo.layers.feedforward.moe import active_parameters
 from ssmzoo.presets import build_model
 from ssmzoo.tasks.micro_batch import is_out_of_memory
-from ssmzoo.train import ledger, optim
+from ssmzoo.train import changes, ledger, optim
 from ssmzoo.train.build import Loop, Objects, build, build_loop
 from ssmzoo.train.callbacks import interruptible, stop
 from ssmzoo.train.checkpoint import last_good_checkpoint, write_text
@@ -56,6 +56,8 @@ def train(cfg: DictConfig) -> float:
         checkpoint = find_start(folder, objects) if run.resuming else None
         loop = make_loop(objects, folder, checkpoint, run.resuming)
         begin(objects, folder)
+        if run.changes and ledger.rank() == 0:
+            changes.note(folder, read_manifest(checkpoint)["step"] if checkpoint else 0, run.changes)
         value = fit_and_report(objects, loop, folder, checkpoint)
     os.environ.pop(ledger.RUN_DIR, None)
     return value
@@ -167,6 +169,8 @@ def report(objects: Objects, loop: Loop, folder: Path, seconds: float) -> float:
         "steps": f"{trainer.global_step:,}",
         "time": clock(seconds),
     }
+    if history := changes.history(folder):
+        rows["changed when resumed"] = history
     title = f"{objects.model_name}, seed {plain['seed']}"
     curves = draw_curves(folder / "metrics.csv", folder / "curves.png", task.monitor, title)
     figures = ([curves] if curves else []) + found.figures

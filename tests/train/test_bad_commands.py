@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from paths import ROOT
 from test_changes import every_key
+from tried import tried
 
 from ssmzoo.cli.main import build_parser
 from ssmzoo.presets import config_dir, config_names, model_class, read_model_config
@@ -23,6 +24,7 @@ EXECUTED = ("bench", "backends", "doctor", "verify")  # whose options are tried 
 
 
 def refused(call, tmp_path, arguments, entry):
+    tried("command lines that cannot work")
     before = sorted(tmp_path.rglob("*"))
     status, out, err = call(*arguments, entry=entry)
     shown = f"{entry} {arguments}: status {status}\n{out}{err}"
@@ -151,13 +153,14 @@ def hold(cfg, node: str, called, skipped=()) -> int:
     hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
     count = 0
     names = [p for p in inspect.signature(called).parameters if p not in ("self", *skipped)]
-    tried = [(p, value) for p in names for value in wrong_values(hints.get(p, typing.Any))]
-    for name, value in [*tried, *((f"{p}x", 1) for p in names if f"{p}x" not in names)]:
+    wrong = [(p, value) for p in names for value in wrong_values(hints.get(p, typing.Any))]
+    for name, value in [*wrong, *((f"{p}x", 1) for p in names if f"{p}x" not in names)]:
         changed = copy.deepcopy(cfg)
         OmegaConf.update(changed, f"{node}.{name}", value, force_add=True, merge=False)
         said = checked(changed)
         assert f"{node}.{name}" in said and "\n" not in said, f"{node}.{name}={value!r} ({hints.get(name)}): {said}"
         count += 1
+    tried("wrong or misspelt keys", count)
     return count
 
 

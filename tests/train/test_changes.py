@@ -6,6 +6,7 @@ import pytest
 import toy
 from test_config_keys import GROUPS, content
 from test_ranges import homes
+from tried import tried
 
 from ssmzoo.presets import config_names
 from ssmzoo.train import changes
@@ -33,6 +34,7 @@ def every_key() -> set[str]:
 def test_every_key_of_every_config_falls_under_a_rule_and_every_rule_has_keys():
     keys = every_key()
     assert len(keys) > 200
+    tried("keys of configurations under a rule for resume", len(keys))
     for key in keys:
         rule(key)
     with pytest.raises(KeyError):
@@ -59,6 +61,9 @@ REFUSED = [
     ("init_from=nowhere", "weights of its own"),
     ("model=rnn", "weights were made"),
     ("name=b", "keeps its name"),
+    ("runs_dir=elsewhere", "stays where it is"),
+    ("experiment=pattern_search", "weights were made"),  # whose file chooses another model
+    ("experiment=finetune/image", "weights were made"),  # and another task
 ]
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from toy import At, ToyData, make
 
 from ssmzoo.train import checkpoint as files
@@ -104,23 +105,43 @@ def test_a_read_only_folder_is_reported_and_tried_again(small_disk, capsys):
     assert [r["step"] for r in read_metrics(run / "metrics.csv") if "train/loss" in r] == list(range(1, 13))
 
 
-def test_a_run_whose_folder_is_removed_ends_with_words_and_writes_no_other(tmp_path):
+def begun(run):
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+
+
+REMOVALS = {
+    "removed": shutil.rmtree,
+    "moved": lambda run: run.rename(run.with_name("elsewhere")),
+    "removed and made again": lambda run: (shutil.rmtree(run), run.mkdir()),
+    "its configuration removed": lambda run: (run / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 100], ids=["a row each step", "no rows"])
+@pytest.mark.parametrize("kind", REMOVALS)
+def test_a_run_whose_folder_is_removed_ends_with_words(tmp_path, kind, rows):
     run = tmp_path / "run"
+    begun(run)
+    remove = {7: lambda: REMOVALS[kind](run)}
     trainer, task, _, _ = make(
-        run, first=[At({7: lambda: shutil.rmtree(run)})], max_steps=12, checkpoint={"every_n_steps": 2}
+        run, first=[At(remove)], max_steps=12, checkpoint={"every_n_steps": 2}, log_every_n_steps=rows
     )
-    with pytest.raises(TrainingFailed, match="was removed while the run went on.*step 7"):
+    with pytest.raises(TrainingFailed, match="was removed while the run went on"):
         trainer.fit(task, datamodule=ToyData())
-    assert not run.exists()
+    assert trainer.global_step == 7 and run.exists() == (kind in list(REMOVALS)[2:])
 
 
-def test_weights_that_overflow_are_not_kept_and_end_the_run(tmp_path, capsys):
+@pytest.mark.parametrize("what", ["weight", "statistics"])
+def test_weights_that_overflow_are_not_kept_and_end_the_run(tmp_path, capsys, what):
     def spoil():
-        task.model[0].weight.data.fill_(float("inf"))
+        spoilt = task.model[0].weight.data if what == "weight" else task.model[0].statistics
+        spoilt.fill_(float("inf"))
 
     trainer, task, _, _ = make(
         tmp_path, first=[At({12: spoil})], max_steps=12, checkpoint={"every_n_steps": 4}, limit_val_batches=0
     )
+    task.model[0].register_buffer("statistics", torch.ones(2))
     with pytest.raises(TrainingFailed, match="weights are NaN or Inf at step 12"):
         trainer.fit(task, datamodule=ToyData())
     assert "not saved" in capsys.readouterr().out and last_good_checkpoint(tmp_path).name == "step-00000008"

@@ -9,15 +9,17 @@ import typing
 import lightning as L
 import pytest
 from omegaconf import OmegaConf
+from toy import TINY
+from tried import tried
 
 import ssmzoo.data
 import ssmzoo.tasks
-from ssmzoo.presets import config_dir, config_names
+from ssmzoo.presets import config_dir, config_names, list_models, model_class, read_model_config
 from ssmzoo.safe_yaml import read_yaml
 from ssmzoo.tasks.base import Task
 from ssmzoo.train.changes import flatten
 from ssmzoo.train.config import CALLED, locate
-from ssmzoo.train.ranges import ANY, CHECKED, RANGES, Batches, numbers, out_of_range
+from ssmzoo.train.ranges import ANY, CHECKED, MODEL, RANGES, Batches, numbers, out_of_range
 
 NO_NUMBERS = ("optim.total_steps", "trainer.max_time")  # computed; a text, with a form of its own
 
@@ -43,6 +45,16 @@ def homes():
                     yield member, node
 
 
+def test_every_numeric_argument_of_every_model_has_a_range():
+    classes = {model_class(read_model_config(name)["model"]["_target_"]) for name in list_models()}
+    known = {key.removeprefix("model.") for cls in classes for key in numeric_arguments(cls, "model")}
+    tried("numeric arguments of models whose range has a name of its own", len(known & MODEL.keys()))
+    assert len(classes) > 25 and len(known & MODEL.keys()) > 80
+    for name in known:  # a new model needs no entry: whole numbers below zero and what is no number are refused anyway
+        assert out_of_range({"model": {name: -3}}) or MODEL.get(name) is ANY, name
+        assert out_of_range({"model": {"deeper": [{}, {name: math.nan}][1]}}), name
+
+
 def test_every_numeric_argument_has_a_range():
     known = {key for called, node in homes() for key in numeric_arguments(called, node)}
     assert len(known) > 90 and not known - RANGES.keys()
@@ -57,13 +69,13 @@ def test_every_number_in_a_config_file_has_a_range_and_lies_in_it(file):
     whole = "@package _global_" in file.read_text() or file.parent == config_dir()
     content = content if whole else {group: content}
     keys = [k for k, v in flatten(content).items() if k.split(".")[0] in CHECKED and list(numbers(v))]
-    lacking = [k for k in keys if not any(k == known or k.startswith(f"{known}.") for known in RANGES)]
+    others = [k for k in keys if not k.startswith("model.")]
+    lacking = [k for k in others if not any(k == known or k.startswith(f"{known}.") for known in RANGES)]
     assert not lacking and out_of_range(content) is None
 
 
-def outside(key: str):
+def outside(expected):
     """Numbers that a range excludes."""
-    expected = RANGES[key]
     if isinstance(expected, Batches):
         return [-1, 1.5]
     below = expected.low if "low" in expected.open else expected.low - 1
@@ -71,9 +83,13 @@ def outside(key: str):
     return found + ([expected.high + 1] if expected.high < math.inf else [])
 
 
-@pytest.mark.parametrize("key", [k for k, v in RANGES.items() if v is not ANY])
+EVERY = RANGES | {f"model.{name}": v for name, v in MODEL.items()} | {"model.deeper.d_state": MODEL["d_state"]}
+
+
+@pytest.mark.parametrize("key", [k for k, v in EVERY.items() if v is not ANY])
 def test_a_number_outside_is_named_with_what_was_expected(key):
-    for value in outside(key):
+    for value in outside(EVERY[key]):
+        tried("numbers outside the range of their key")
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}=0"]))
         node = plain
         for part in key.split(".")[:-1]:
@@ -100,6 +116,19 @@ def test_a_number_outside_is_named_with_what_was_expected(key):
         "data.batch_size=0",
         "task.sample_tokens=-1",
         "seed=-1",
+        "model.d_model=0",
+        "model.n_layer=-1",
+        "model.ssm_cfg.d_state=0",
+        "optim.lr=inf",
+        "trainer.devices='0'",
+        "trainer.devices=[]",
+        "trainer.devices=[0,-1]",
+        "trainer.devices=abc",
+        "trainer.max_time={hours: -1}",
+        "trainer.max_time={hour: 1}",
+        "trainer.max_time={hours: 0}",
+        "trainer.max_time=00:00:00:00",
+        "trainer.max_time=5",
     ],
 )
 def test_on_the_command_line_nothing_is_written(call, tmp_path, argument):
@@ -107,6 +136,24 @@ def test_on_the_command_line_nothing_is_written(call, tmp_path, argument):
     key, _, value = argument.partition("=")
     assert status == 2 and err.count("\n") == 1 and f"{key} is " in err and "expected" in err, err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argument, word", [
+    ("trainer.accelerator=abc", "accelerator"), ("trainer.strategy=abc", "strategy"),
+    ("trainer.profiler=abc", "profiler"), ("trainer.gradient_clip_algorithm=abc", "gradient_clip_algorithm"),
+    ("callbacks.ema.device=abc", "abc"),
+    ("trainer.val_check_interval=0.5", "check_val_every_n_epoch=1"), ("trainer.barebones=true", "unknown key"),
+    ("trainer.enable_checkpointing=true", "unknown key"), ("trainer.model_registry=abc", "unknown key"),
+    ("logger=wandb logger.mode=abc", "logger.mode is 'abc'"), ("trainer=null", "chooses no file"),
+    ("callbacks=null", "chooses no file"), ("model=null", "chooses no file"), ("--nothing", "--nothing"),
+    ("-c x", "invalid choice"), ("runs_dir=FILE", "cannot be written"), ("name=' '", "give a name below runs_dir"),
+    (f"name={'a' * 300}", "cannot be written"), ("name='a\nb'", "control characters"),
+])  # fmt: skip
+def test_what_is_found_when_the_loop_is_built_leaves_nothing_either(call, tmp_path, argument, word):
+    (tmp_path / "FILE").write_text("mine")
+    status, out, err = call(*TINY, *(argument.split(" ") if "'" not in argument else [argument]))
+    assert status == 2 and err.count("\n") == 1 and word in err and "Traceback" not in out + err, err
+    assert [f.name for f in tmp_path.iterdir()] == ["FILE"]
 
 
 def test_every_config_group_is_walked():

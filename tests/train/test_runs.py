@@ -10,6 +10,7 @@ import pytest
 from paths import ROOT
 from test_changes import TINY
 from test_sweeps import finished
+from tried import tried
 
 from ssmzoo.train import config as configuration
 from ssmzoo.train.config import ConfigError, build_node, locate, plain_config
@@ -187,6 +188,7 @@ def test_a_strangers_configuration_runs_and_resolves_nothing(call, tmp_path, tra
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"config": config}))
     for arguments, entry in (([f"ckpt={run}"], "eval"), ([f"resume={run}", "trainer.max_steps=9"], "train")):
+        tried("commands on a stranger's run")
         status, out, err = call(*arguments, entry=entry)
         assert status == 2 and err.count("\n") == 1, (entry, err)
         assert "refused" in err or "models" in err or "unknown key" in err
@@ -213,6 +215,7 @@ def test_every_function_and_class_of_the_data_and_task_rooms_is_refused_but_modu
                     with pytest.raises(ConfigError, match="refused"):
                         locate(f"{found.name}.{name}", prefix)
                     refused += 1
+    tried("functions and classes named as a data module or task", refused)
     assert refused > 200
 
 
@@ -247,7 +250,16 @@ def test_a_run_says_which_backends_serve_and_warns_where_kernels_could_be_had(ca
     assert "operators: " in call(*TINY, "trainer.max_steps=1")[1]
     rows = ssmzoo.ops.backend_table()
     without = [r for r in rows if r.backend in ("torch", "reference")]
-    lost = type(rows[0])(rows[0].operator, rows[0].backend, False, f"the kernels are not compiled; run `{REBUILD}`")
-    monkeypatch.setattr(ssmzoo.ops, "backend_table", lambda: [lost, *without])
-    assert "by torch" in backends_line() and "warning: steps take several times longer" in backends_line()
-    assert REBUILD in backends_line()
+
+    def said(reason):
+        lost = type(rows[0])(rows[0].operator, "c", False, reason)
+        monkeypatch.setattr(ssmzoo.ops, "backend_table", lambda: [lost, *without])
+        return backends_line()
+
+    for reason in (f"the kernels are not compiled; run `{REBUILD}`", "SSMZOO_NATIVE='avx9', expected one of avx2"):
+        assert "by torch" in said(reason) and "warning: steps take several times longer" in said(reason)
+        assert reason in said(reason)
+    for reason in ("switched off by SSMZOO_NATIVE=off", "no c kernel for this operator"):
+        assert "by torch" in said(reason) and "warning" not in said(reason)
+    with ssmzoo.ops.backend("reference"):
+        assert said("any") == "operators: all by reference, as SSMZOO_BACKEND asks"

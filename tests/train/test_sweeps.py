@@ -15,7 +15,7 @@ from toy import TINY
 
 def test_a_failed_run_of_a_sweep_leaves_the_other_three_alone(call, tmp_path):
     status, out, err = call("-m", *TINY, "model.state_size=4,6,-1,8", "name=s")
-    assert status == 1 and "error: run 2 of the sweep failed: hidden_size must be greater than zero" in err
+    assert status == 1 and "error: run 2 of the sweep failed: model.state_size is -1" in err
     last = out[out.index("sweep: 4 runs, 3 finished, 1 failed") :].splitlines()
     assert [line.split()[:3] for line in last[1:]] == [
         ["0", "model.state_size=4", "finished"],
