@@ -63,7 +63,8 @@ def from_path(path: str) -> Subject:
     source = read_source(path)
     classes = source.manifest.get("classes") or (() if source.manifest else known_names(source.model))
     tokenizer = source.tokenizer or tokenizer_beside(Path(path).expanduser())
-    return Subject(path, source.model, classes, picture_of(source.manifest), tokenizer, source.manifest)
+    model = source.model.float()  # files of 16 bits are computed with in 32
+    return Subject(path, model, classes, picture_of(source.manifest), tokenizer, source.manifest)
 
 
 def tokenizer_beside(path: Path) -> Any:

@@ -90,6 +90,14 @@ def test_mamba_ssm_folders_load_without_an_argument(name, tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
 
 
+@pytest.mark.parametrize("to, file", [("safetensors", "model.safetensors"), ("mamba_ssm", "pytorch_model.bin")])
+def test_a_16_bit_file_stays_one(to, file, tmp_path):
+    source = exports.source("mamba (text)", tmp_path / "run")
+    torch.save({k: v.bfloat16() for k, v in source.model.state_dict().items()}, tmp_path / "w.bin")
+    out = export(tmp_path / "w.bin", to, tmp_path / "out")
+    assert {v.dtype for v in read_state_dict(out / file).values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", exports.RUNS)
 def test_timm_reads_the_folder(name, tmp_path):
     timm = pytest.importorskip("timm")

@@ -13,8 +13,9 @@ from ssmzoo.checkpoint_files import INDEX, MANIFEST
 from ssmzoo.data.text_tokenizer import Tokenizer, from_dict
 from ssmzoo.layers.image.backbone import ImageBackbone
 from ssmzoo.released.catalogue import catalogue
+from ssmzoo.released.config_json import arguments_of
 from ssmzoo.released.family import families, find
-from ssmzoo.released.load import load_official
+from ssmzoo.released.load import argument_names, load_official, read
 from ssmzoo.released.pretrained import build_pretrained
 from ssmzoo.zoo import load_model
 
@@ -66,10 +67,12 @@ def read_source(path: str | Path) -> Source:
     if not path.exists() or is_ours(path):
         model, manifest = load_model(path)
         return Source(model, manifest, str(path))
+    family, state, config = read(None, path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of the types in the file: they are kept, below
-        model = load_official(path)
-    return Source(model, {}, str(path))
+        warnings.simplefilter("ignore", UserWarning)  # of the type in the file: it is kept
+        model = load_official(family, state, **arguments_of(family, config, argument_names(family)))
+    types = {value.dtype for value in state.values() if value.is_floating_point()}
+    return Source(model.to(types.pop()) if len(types) == 1 else model, {}, str(path))
 
 
 def is_ours(path: Any) -> bool:
