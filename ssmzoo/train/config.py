@@ -243,7 +243,7 @@ def _check_logger(logger) -> None:
             )
 
 
-GROUPS = ("hparams_search", "debug", "experiment", "model", "callbacks", "logger", "trainer", "optim", "data", "task")
+GROUPS = ("hparams_search", "debug", "experiment", "model", "data", "task", "callbacks", "logger", "trainer", "optim")
 # of files, in the order in which they win over those behind
 
 
