@@ -65,6 +65,9 @@ class Task(L.LightningModule):
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, training)")
 
+    def check_data(self, data: L.LightningDataModule) -> None:
+        """Raise ValueError for data that do not go with the task's settings; called once, before anything runs."""
+
     def items(self, batch: dict[str, Tensor]) -> int:
         """How many `unit`s a batch has."""
         return len(next(iter(batch.values())))

@@ -64,6 +64,10 @@ class PrefixLanguageModeling(LanguageModeling):
         self.prefix, self.mlm_weight, self.mlm_probability = prefix, mlm_weight, mlm_probability
         self.mask_token = mask_token
 
+    def check_data(self, data) -> None:
+        if hasattr(data, "seq_len"):
+            self.prefix_of(data.seq_len)
+
     def prefix_of(self, length: int) -> int:
         """Leading positions of a sequence of this length that are read in both directions."""
         prefix = length // 2 if self.prefix is None else self.prefix

@@ -73,6 +73,7 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     factory = functools.partial(optim.build, total_steps=steps, **plain["optim"])
     factory(model)  # a wrong optimiser setting must not wait for the first step
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
+    task.check_data(data)
     return Objects(plain.get("model_name", type(model).__name__), data, task, plain)
 
 

@@ -82,6 +82,14 @@ def test_what_cannot_be_trained_so_is_refused():
         PrefixLanguageModeling(tiny_jrt(), prefix=10).step({"input_ids": torch.zeros(1, 10, dtype=torch.long)}, False)
 
 
+def test_a_prefix_as_long_as_the_sequence_is_refused_before_anything_runs(call, tmp_path):
+    status, _, err = call("model=jrt_rnn", f"runs_dir={tmp_path}", *SMALL, *TEXT, "task.prefix=32")
+    assert (
+        status == 2 and "task.prefix = 32 leaves nothing to predict of 32 tokens" in err and len(err.splitlines()) == 1
+    )
+    assert not any(tmp_path.rglob("metrics.csv"))
+
+
 def test_based_and_jrt_train_evaluate_and_generate(call, tmp_path):
     for model in ("based", "jrt_rnn"):
         status, out, err = call(f"model={model}", f"runs_dir={tmp_path}", *SMALL, *TEXT)

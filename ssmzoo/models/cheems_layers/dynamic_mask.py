@@ -96,16 +96,21 @@ class DynamicMaskAttention(nn.Module):
             t.unflatten(-1, (-1, self.d_head)) for t in (self.q_proj(x), self.k_proj(x), v)
         )  # (b l h p), (b l j p)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        allowed = visible(position, document, state, mask, prefix)  # (b 1 l s)
+        plain = state is None and mask is None and seq_idx is None and prefix is None  # a causal kernel needs no mask
+        allowed = None if plain and not self.mask_ratio else visible(position, document, state, mask, prefix)
         if state is not None:
             k, v, m = (
                 torch.cat([old.to(new.dtype), new], dim=1) for old, new in zip((state.k, state.v, state.m), (k, v, m))
             )
-        bias = self.bias(m, allowed, q.dtype)
-        q, keys, values = (t.transpose(1, 2) for t in (q, k, v))
-        y = scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=q.shape[1] != keys.shape[1])
+        if self.mask_ratio:
+            bias = self.bias(m, allowed, q.dtype)
+            q, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+            y = scaled_dot_product_attention(q, keys, values, attn_mask=bias, enable_gqa=q.shape[1] != keys.shape[1])
+            y = y.transpose(1, 2)
+        else:
+            y = attend_with_bias(q, k, v, m, allowed)
         state = DynamicMaskState(k, v, remembered(position, document, state, mask), m)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), state
+        return self.o_proj(y.flatten(2)), state
 
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, length, self.k_proj.out_features) + length * len(self.A) * itemsize(self)[1]
@@ -132,3 +137,19 @@ class DynamicMaskAttention(nn.Module):
         smallest = m.sort(dim=-1).values
         kth = smallest.gather(-1, (k - 1).clamp(min=0).expand(*smallest.shape[:-1], 1))
         return kth.masked_fill(k == 0, -torch.inf)
+
+
+def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, m: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(p) + m) v: q (b l h p), k and v (b s j p), m (b s h), allowed (b 1 l s), None: causal.
+
+    m stands as a channel of the keys that every query reads with weight 1, so that torch's kernel needs no matrix of
+    biases (b h l s), nor its gradient. Values get a channel of zeros, since the kernel wants equal widths.
+    """
+    h, p = q.shape[2:]
+    if k.shape[2] != h:
+        k, v = (t.repeat_interleave(h // t.shape[2], dim=2) for t in (k, v))
+    q, v = F.pad(q, (0, 1), value=p**0.5), F.pad(v, (0, 1))
+    k = torch.cat([k, m[..., None].to(k.dtype)], dim=-1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=p**-0.5)
+    return y.transpose(1, 2)[..., :p]
