@@ -210,7 +210,7 @@ class Task(L.LightningModule):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 norm = torch.tensor(self.gradient_norm, dtype=torch.float64)
                 torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        elif gradient_clip_val:
+        elif gradient_clip_val and self.gradients():
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:

@@ -159,10 +159,14 @@ class Poisoned(Regression):
     attempts: list = []
 
 
-def test_nan_is_skipped_so_many_times_then_the_batch_is_dumped(tmp_path, capsys):
+CLIPPING = [{}, {"gradient_clip_val": 1.0}, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}]
+
+
+@pytest.mark.parametrize("clipping", CLIPPING, ids=["none", "by norm", "by value"])
+def test_nan_is_skipped_so_many_times_then_the_batch_is_dumped(tmp_path, capsys, clipping):
     task = Poisoned(nn.Linear(8, 1))
     task.steps = (3, 4, 7)
-    trainer, task, _, _ = make(tmp_path, task=task, guards={"max_skips": 2}, gradient_clip_val=1.0)
+    trainer, task, _, _ = make(tmp_path, task=task, guards={"max_skips": 2}, **clipping)
     trainer.fit(task, datamodule=ToyData())
     assert capsys.readouterr().out.count("update skipped") == 3
     assert all(p.isfinite().all() for p in task.parameters())
