@@ -113,7 +113,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         raise ValueError(f"ends must have one entry per expert ({weight.shape[0]}), got {tuple(ends.shape)}")
     if transformed():
         return _every_expert(x, weight, ends)
-    if len(x) <= FEW_ROWS and x.is_cpu and not torch.is_grad_enabled() and eager(x, weight, ends):
+    if not torch.is_grad_enabled() and eager(x, weight, ends) and x.is_cpu and len(x) <= FEW_ROWS:
         return _row_by_row(x, weight, ends)
     return _grouped_matmul(x, weight, ends)
 
