@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import ssmzoo
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.mamba_fscil import MambaFSCIL
+from ssmzoo.models.mamba_vision import MambaVision
 from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
@@ -22,6 +23,9 @@ MORE = {  # beyond the language models of the state contract and the classifiers
     "transformer of experts": lambda: TransformerLM(VOCAB, 16, 2, n_heads=2),
     "fscil": lambda: MambaFSCIL(num_classes=4, img_size=32, in_chans=3),
     "reorder": lambda: ReorderedMamba(num_classes=5, img_size=32, patch_size=16, embed_dim=16, depth=2, d_state=2),
+    "mamba_vision": lambda: MambaVision(
+        num_classes=5, depths=(1, 1, 2, 2), embed_dim=8, stem_dim=4, num_heads=2, window_size=2, mixer={"d_state": 2}
+    ),
     "mambair": lambda: MambaIR(2, **restoration.TINY),
     "mambair_v2": lambda: MambaIRv2(2, **restoration.TINY_V2),
     "swinir": lambda: SwinIR(2, **restoration.TINY_SWIN),
