@@ -267,6 +267,7 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from ssmzoo.tasks.metrics.recall import draw_legend
     from ssmzoo.terminal import caption
     from ssmzoo.train.report import COLOURS, STYLES
 
@@ -290,6 +291,6 @@ def draw(groups: dict[str, list[dict[int, float]]], metric: str, png: Path) -> N
             )
     axes.set(xlabel="optimiser step", ylabel=metric, title="means over seeds, bands: one standard deviation")
     axes.grid(alpha=0.3)
-    axes.legend()
+    draw_legend(figure, axes)
     figure.savefig(png, dpi=120)
     plt.close(figure)

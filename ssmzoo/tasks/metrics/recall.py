@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,18 @@ def draw_memory(points: dict[str, list[tuple[float, float]]], png: Path, what: s
     kind = "recall" if accuracy else "loss"
     ax.set_title(f"{kind} against memory (bars: one standard deviation over seeds)", fontsize=9)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    draw_legend(figure, ax)
     figure.savefig(png, dpi=120)
     plt.close(figure)
     return png
+
+
+def draw_legend(figure, ax) -> None:
+    """Inside the axes, or, where names are long, in lines below them, so that the axes keep their size."""
+    handles, names = ax.get_legend_handles_labels()
+    if max(map(len, names), default=0) <= 40:
+        ax.legend(fontsize=8)
+        return
+    wrapped = [textwrap.fill(name, 95) for name in names]
+    figure.set_figheight(figure.get_figheight() + 0.14 * "\n".join(wrapped).count("\n") + 0.3)
+    figure.legend(handles, wrapped, loc="outside lower left", fontsize=7)
