@@ -41,7 +41,7 @@ def mqar(rows: list[dict], page: Path) -> str:
     held = {name: r.arms[name][0]["state_bytes"][largest] for name in names}
     names = sorted(names, key=lambda name: (FAMILIES.index(family(name)), held[name]))
     memory, heat = page.with_name("recall_memory.png"), page.with_name("recall_heat.png")
-    figure(memory, lambda axes: draw_memory(axes, r, names, held, largest))
+    figure(memory, lambda axes: draw_memory(axes, r, names, held, largest), (8.5, 4))
     shown = [
         n
         for n in ("attention with short convolution D64", "Based D64 f8", "Mamba D64 N16", "Mamba-2 D64 N128")
@@ -129,7 +129,7 @@ def verdicts_mqar(r: Results, names: list[str], held: dict[str, int], largest: s
             "against 65 at 512). "
             + "; ".join(f"{n.rpartition(' ')[2]}: {score[n]:.1f} against {score[a]:.1f} %" for n, a in twins)
             + (". Holds." if wins else ". A tie: the task at this size does not tell them apart." if ties else
-               ". Does not hold here: in these steps not every seed found the task at all, so capacity was not compared.")
+               ". Does not hold here: not every seed found the task in these steps, so capacity was not compared.")
         )  # fmt: skip
     return lines
 
@@ -161,7 +161,7 @@ def draw_memory(ax, r: Results, names: list[str], held: dict[str, int], largest:
     ax.set_ylabel("accuracy over the trained sizes (%)")
     ax.set_title("multi-query recall against memory (bars: one standard deviation over seeds)", fontsize=9)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def draw_heat(axes, r: Results, names: list[str], cases: list[str], learnt: set[str]) -> None:
