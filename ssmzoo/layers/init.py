@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +51,33 @@ def causal_lm_(model: nn.Module) -> None:
 def truncated_normal_(weight: Tensor, fan_in: float, scale: float = 0.1) -> Tensor:
     """Fill with N(0, scale / fan_in), cut at the absolute bounds +-2 scale (not at two standard deviations)."""
     return nn.init.trunc_normal_(weight, std=math.sqrt(scale / fan_in), a=-2 * scale, b=2 * scale)
+
+
+@dataclass
+class MambaInit:
+    """Initial values of the time step.
+
+    dt_min, dt_max, dt_init_floor      its range, in tokens
+    dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
+    """
+
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_init: str = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+
+    def __post_init__(self):
+        if self.dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
+
+    def time_step_(self, dt_proj: nn.Linear) -> None:
+        """Fill W_dt and b_dt."""
+        s = self.dt_scale * dt_proj.in_features**-0.5
+        nn.init.uniform_(dt_proj.weight, s if self.dt_init == "constant" else -s, s)
+        dt_bias_(dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
+
+
+def time_step_rank(dt_rank: int | str, d_model: int) -> int:
+    """r: a number, or "auto" = ceil(d / 16)."""
+    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)

@@ -36,7 +36,7 @@ from ssmzoo.layers.image.fused import (
 from ssmzoo.layers.image.mlp import Mlp
 from ssmzoo.layers.image.patch_embed import check_image, map_norm
 from ssmzoo.layers.image.ss2d import DepthwiseMapConv, init_directional_
-from ssmzoo.layers.mixers.mamba import time_step_rank
+from ssmzoo.layers.init import time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.models.vmamba import init_linear

@@ -38,8 +38,7 @@ from ssmzoo.layers.image.plain_backbone import (
     token_indices,
 )
 from ssmzoo.layers.image.ss2d import project_by, scan_directions, time_steps_by
-from ssmzoo.layers.init import A_log_s4d_real_, scaled_output_
-from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
+from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, scaled_output_, time_step_rank
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops import bidirectional_scan, permute_tokens
 from ssmzoo.suggest import from_slot

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.init import A_log_s4d_real_
-from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
+from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import causal_conv1d_fn, selective_scan_fn
 

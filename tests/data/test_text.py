@@ -451,7 +451,7 @@ def test_unigram_bits_are_per_byte(data, folder, cache):
         ({"tokenizer": "gpt2"}, r"'gpt2' is neither 'bytes' nor 'bpe' nor an existing tokenizer.json"),
         ({"bpe_vocab_size": 500}, r"data.bpe_vocab_size = 500 does nothing for data.tokenizer = 'bytes'"),
         ({"path": "x", "corpus": {"name": "y"}}, "both given"),
-        ({"corpus": {"nam": "y"}}, "data.corpus.nam is unknown; data.corpus takes name, subset"),
+        ({"corpus": {"nam": "y"}}, "data.corpus.nam is unknown; nearest: name; data.corpus takes name, subset"),
         ({"corpus": {"split": "train"}}, "data.corpus.name is missing"),
         ({"corpus": {"name": "y", "max_documents": 0}}, "max_documents = 0"),
     ],

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.init import A_log_s4d_real_
-from ssmzoo.layers.mixers.mamba import MambaInit, time_step_rank
+from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import selective_scan_fn
@@ -26,7 +25,7 @@ class MambaVisionMixer(nn.Module):
     """(b l d) -> (b l d).
 
     d_model, d_state, d_conv, expand, dt_rank   d, n, taps, e / d, r or "auto" = ceil(d / 16)
-    init        fields of ssmzoo.layers.mixers.mamba.MambaInit, by name
+    init        fields of ssmzoo.layers.init.MambaInit, by name
     bias        of the input and output projections
     """
 

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from ssmzoo.deprecated import old_arguments
 from ssmzoo.layers.image.fused import depthwise_conv, fused_depthwise, fused_gated_norm, fused_linear
 from ssmzoo.layers.image.mlp import activation
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
-from ssmzoo.layers.mixers.mamba import time_step_rank
+from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_, time_step_rank
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.ops import (

@@ -13,15 +13,13 @@ Source: Gu & Dao 2023 (arXiv 2312.00752), section 3; parameter names of state-sp
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.layers.init import A_log_s4d_real_, dt_bias_
+from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
@@ -34,36 +32,6 @@ NO_STEP = -1e4  # before the softplus: dt = 0 exactly, so that padding neither d
 class MambaState(NamedTuple):
     conv: Tensor  # (b e k) the last k inputs of the convolution, oldest first
     ssm: Tensor  # (b e n) fp32
-
-
-@dataclass
-class MambaInit:
-    """Initial values of the time step.
-
-    dt_min, dt_max, dt_init_floor      its range, in tokens
-    dt_init, dt_scale    W_dt starts in U(-s, s) ("random") or at s ("constant"), s = dt_scale / sqrt(r)
-    """
-
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    dt_init: str = "random"
-    dt_scale: float = 1.0
-    dt_init_floor: float = 1e-4
-
-    def __post_init__(self):
-        if self.dt_init not in ("random", "constant"):
-            raise ValueError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
-
-    def time_step_(self, dt_proj: nn.Linear) -> None:
-        """Fill W_dt and b_dt."""
-        s = self.dt_scale * dt_proj.in_features**-0.5
-        nn.init.uniform_(dt_proj.weight, s if self.dt_init == "constant" else -s, s)
-        dt_bias_(dt_proj.bias, self.dt_min, self.dt_max, self.dt_init_floor)
-
-
-def time_step_rank(dt_rank: int | str, d_model: int) -> int:
-    """r: a number, or "auto" = ceil(d / 16)."""
-    return math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
 
 
 class Mamba(nn.Module):
