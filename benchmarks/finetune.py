@@ -146,6 +146,7 @@ def main() -> None:
     head += f"; mean +- standard deviation over {args.seeds} seeds; {minutes:.0f} minutes"
     page = "\n\n".join(["# Fine-tuning against training from scratch", head, *tables]) + "\n"
     if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "finetune.md").write_text(page, encoding="utf-8")
     print(page)
 
