@@ -1,6 +1,6 @@
 """Two checkouts of this project side by side: CPU time of the same work by each, in alternation.
 
-    OMP_NUM_THREADS=1 python benchmarks/versions.py ../other-checkout [--only scan] [--repeats 9]
+    OMP_NUM_THREADS=1 python benchmarks/versions.py ../other-checkout [--only scan] [--repeats 5]
 
 Each checkout has processes of its own (its kernels must have been built: python -m ssmzoo.ops.native.build). Work:
 our contender of every case of `ssmzoo bench` that both checkouts have, a training step and a forward of each default

@@ -46,7 +46,8 @@ def read_model_config(name: str) -> dict:
     Inheritance between model files (a plain name in `defaults`) is followed. Raises ValueError for an unknown name.
     """
     file = config_dir() / "model" / f"{name}.yaml"
-    if ".." in name or not file.is_file():
+    elsewhere = os.path.isabs(name) or name.startswith("..") or os.path.normpath(name) != name
+    if elsewhere or not file.is_file():
         names = config_names("model")
         raise ValueError(f"unknown model {name!r}{nearest(name, names)}; `ssmzoo list models` prints all {len(names)}")
     content = copy.deepcopy(_parsed(file, file.stat().st_mtime_ns))

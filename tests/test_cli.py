@@ -68,3 +68,12 @@ def test_the_bench_compares_times_in_proportion_to_sizes():
         "| decoding | mamba, 4.00 MB | 1 ms | 1.00 |  |",
         "| decoding | other, 8.00 MB | 3 ms | 1.50 | at most 1.3x |",
     ]
+
+
+@pytest.mark.parametrize("name", ["../model/mamba", "./mamba", "x/../mamba", "/ROOT/mamba", "mamba/", ""])
+def test_presets_are_names_and_no_paths(name):
+    from ssmzoo.presets import config_dir, read_model_config
+
+    assert read_model_config("mamba")["task"] == "language"
+    with pytest.raises(ValueError, match="unknown model"):
+        read_model_config(name.replace("/ROOT", str(config_dir() / "model")))

@@ -32,15 +32,15 @@ def static_facts(a: tuple) -> tuple | None:
         or has_torch_function(a)
     ):
         return None
-    # the strides of a contiguous tensor follow from its shape (where a side is 1, no kernel uses its stride), and cost
-    # more to ask for
+    # strides cost more to ask for, and follow from the shape of a contiguous tensor (where a side is 1, no CPU kernel
+    # uses its stride)
     facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
             if value.is_neg():
                 return None
-            strides = value.is_contiguous() or value.stride()
+            strides = (value.is_cpu and value.is_contiguous()) or value.stride()
             facts += (value.shape, strides, value.dtype, value.device, value.requires_grad)
         elif value is None or kind in PLAIN_VALUES:
             facts += (kind, value)
@@ -48,7 +48,8 @@ def static_facts(a: tuple) -> tuple | None:
             facts += (kind, len(value))
             for t in value:
                 if type(t) in PLAIN and not t.is_neg():
-                    facts += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device, t.requires_grad)
+                    strides = (t.is_cpu and t.is_contiguous()) or t.stride()
+                    facts += (t.shape, strides, t.dtype, t.device, t.requires_grad)
                 elif type(t) in PLAIN_VALUES:
                     facts += (type(t), t)
                 else:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from against_reference import native
 from tried import tried
 
 from ssmzoo import ops
-from ssmzoo.ops.native import MISSING
 
-BACKENDS = ["reference", "torch", pytest.param("c", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+BACKENDS = ["reference", "torch", pytest.param("c", marks=native)]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: str(t).removeprefix("torch."))

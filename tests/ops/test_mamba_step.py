@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from against_reference import native
 
 import ssmzoo.ops as ops
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.ops.dispatch import BackendError
 from ssmzoo.ops.mamba_step.torch import by_updates
 
-native = pytest.mark.skipif(ops.mamba_step.backends["c"].missing is not None, reason="kernels are not compiled")
 SHAPES = [
     dict(d_model=20, d_state=4, d_conv=3, bias=True),
     dict(d_model=33, conv_bias=False),

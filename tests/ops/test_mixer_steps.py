@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from against_reference import native
 
 import ssmzoo.ops as ops
 from ssmzoo.layers.mixers.gated_delta import GatedDeltaNet, KimiDeltaAttention
@@ -9,7 +10,6 @@ from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.ops.dispatch import BackendError
 from ssmzoo.ops.mamba2_step.torch import by_updates
 
-native = pytest.mark.skipif(ops.mamba2_step.backends["c"].missing is not None, reason="kernels are not compiled")
 MIXERS = [
     (Mamba2, dict(d_model=16, d_state=8, headdim=8)),
     (Mamba2, dict(d_model=33, d_state=19, headdim=6, d_conv=3, bias=True, ngroups=11, norm_groups=1)),

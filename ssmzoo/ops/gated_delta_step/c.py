@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.eager import why_not_eager
 from ssmzoo.ops.gated_delta_step import gated_delta_step
-from ssmzoo.ops.mamba_step.c import why_not_few_rows
+from ssmzoo.ops.mamba_step.c import why_not
 from ssmzoo.ops.native import kernel
 
 STEP, MISSING = kernel("ssmzoo_gated_delta_step")
 TENSORS = 12  # of the arguments; numbers follow
 
 
-def why_not(a) -> str | None:
-    tensors = a[:TENSORS]
-    return why_not_few_rows(len(a.u), a.in_proj.numel(), tensors[1:]) or why_not_eager(*tensors)
-
-
-@gated_delta_step.register("c", device="cpu", missing=MISSING, unsupported=why_not)
+@gated_delta_step.register("c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS))
 def gated_delta_step_c(a) -> tuple[Tensor, Tensor, Tensor]:
     u = a.u.contiguous()
     (b, d), (_, h, n, p), k = u.shape, a.state.shape, a.conv_state.shape[2]

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.eager import why_not_eager
 from ssmzoo.ops.mamba2_step import mamba2_step
-from ssmzoo.ops.mamba_step.c import why_not_few_rows
+from ssmzoo.ops.mamba_step.c import why_not
 from ssmzoo.ops.native import kernel
 
 STEP, MISSING = kernel("ssmzoo_mamba2_step")
 TENSORS = 13  # of the arguments; numbers follow
 
 
-def why_not(a) -> str | None:
-    tensors = a[:TENSORS]
-    return why_not_few_rows(len(a.u), a.in_proj.numel(), tensors[1:]) or why_not_eager(*tensors)
-
-
-@mamba2_step.register("c", device="cpu", missing=MISSING, unsupported=why_not)
+@mamba2_step.register("c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS))
 def mamba2_step_c(a) -> tuple[Tensor, Tensor, Tensor]:
     u = a.u.contiguous()
     (b, d), (_, h, p, n), k = u.shape, a.ssm_state.shape, a.conv_state.shape[2]

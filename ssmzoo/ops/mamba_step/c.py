@@ -15,21 +15,20 @@ STEP, MISSING = kernel("ssmzoo_mamba_step")
 MAX_ROWS, MAX_WEIGHTS = 4, 2**21  # every row reads all weights: beyond these, products of matrices win
 
 
-def why_not_few_rows(rows: int, weights: int, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why the step of a whole mixer, which reads all weights for every row, does not serve a call."""
+def why_not(a, count: int | None = None) -> str | None:
+    """Why the step of a whole mixer, which reads all weights for every row, does not serve a call.
+
+    count  how many of the arguments are tensors, u the first of them; None: all
+    """
+    rows, weights = a.u.shape[0], 0 if a.in_proj is None else a.in_proj.numel()
     if torch.is_grad_enabled():
         return "serves decoding: without gradients"
     if rows > MAX_ROWS or (rows > 1 and weights > MAX_WEIGHTS):
         return f"serves one sequence, or up to {MAX_ROWS} with input projections of up to {MAX_WEIGHTS} weights"
-    for t in tensors:
+    for t in a[1:count]:
         if t is not None and not t.is_contiguous():
             return f"computes with contiguous tensors, got strides {t.stride()}"
-    return None
-
-
-def why_not(a) -> str | None:
-    weights = 0 if a.in_proj is None else a.in_proj.numel()
-    return why_not_few_rows(a.u.shape[0], weights, a[1:]) or why_not_eager(*a)
+    return why_not_eager(*a[:count])
 
 
 @mamba_step.register("c", device="cpu", missing=MISSING, unsupported=why_not)
