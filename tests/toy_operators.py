@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmzoo import ops
+from ssmzoo.ops.quantized_linear import pack_int4
 
 
 def _normal(*shape: int) -> Tensor:
@@ -285,6 +286,13 @@ EXAMPLES = {
     ),
     "linear_act": _example(
         ops.linear_act, lambda: {"x": _normal(2, 3), "weight": _normal(4, 3), "bias": _normal(4)}, act="gelu"
+    ),
+    "quantized_linear": _example(
+        ops.quantized_linear,
+        lambda: {"x": _normal(2, 6), "scale": _positive(4, 2), "bias": _normal(4)},
+        weight=pack_int4(torch.arange(-8, 4).repeat(2).view(4, 6)),
+        bits=4,
+        group_size=4,
     ),
     "gated_layer_norm": _example(
         ops.gated_layer_norm,

@@ -30,6 +30,7 @@ from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba2_step import mamba2_step
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.moe_dispatch import router_logits
+from ssmzoo.ops.quantized_linear import quantized_linear
 from ssmzoo.ops.rms_norm import rms_norm
 from ssmzoo.ops.selective_scan import selective_scan_fn
 from ssmzoo.ops.selective_state_update import selective_state_update
@@ -75,6 +76,7 @@ __all__ = [
     "observe",
     "permute_tokens",
     "prepend_mean",
+    "quantized_linear",
     "rms_norm",
     "router_logits",
     "selective_scan_fn",
