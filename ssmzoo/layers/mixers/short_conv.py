@@ -22,7 +22,8 @@ def short_conv(
 ) -> tuple[Tensor, Tensor]:
     """x (b c l) and the window before it (b c width), None for zeros -> y (b c l), the window after it.
 
-    conv   a depthwise nn.Conv1d of `width` taps without padding, or what replaces it
+    conv   a depthwise nn.Conv1d of `width` taps without padding, or what replaces it; a method `activate` of the latter
+           stands in for SiLU
     """
     one = x.shape[2] == 1 and past is not None and padding is None and seq_idx is None
     if one and not torch.is_grad_enabled() and is_plain(conv):
@@ -38,7 +39,8 @@ def short_conv(
     before = x.new_zeros(*x.shape[:2], width - 1) if history is None else history.to(x.dtype)
     x = torch.cat([before, x], dim=-1)
     y = conv(x) if seq_idx is None else _by_windows(conv, x, width, seq_idx)
-    return F.silu(y) if activation == "silu" else y, window
+    activate = getattr(conv, "activate", F.silu) if activation == "silu" else None  # its own may round behind
+    return (y if activate is None else activate(y)), window
 
 
 def _by_windows(conv: nn.Module, x: Tensor, width: int, seq_idx: Tensor) -> Tensor:
