@@ -162,6 +162,26 @@ def _step_of_heads():
     }
 
 
+def _step_of_mamba3():
+    b, d, h, p, n, g, m = 2, 3, 4, 2, 5, 2, 2
+    return {
+        "u": _normal(b, d),
+        "phase": _normal(b, h, m),
+        "ssm_state": _normal(b, h, p, n),
+        "last_k": _normal(b, h, n),
+        "last_x": _normal(b, h, p),
+        "in_proj": _normal(2 * h * p + 2 * g * n + 3 * h + m, d),
+        "dt_bias": _normal(h),
+        "B_norm": _normal(n),
+        "C_norm": _normal(n),
+        "B_bias": _normal(h, n),
+        "C_bias": _normal(h, n),
+        "D": _normal(h),
+        "norm_weight": _normal(h * p),
+        "out_proj": _normal(d, h * p),
+    }
+
+
 def _delta(per_channel: bool):
     b, l, h, n, p = 2, 5, 2, 3, 2
     return {
@@ -313,6 +333,7 @@ EXAMPLES = {
     ),
     "mamba_step": _example(ops.mamba_step, _step),
     "mamba2_step": _example(ops.mamba2_step, _step_of_heads, ngroups=2),
+    "mamba3_step": _example(ops.mamba3_step, _step_of_mamba3, ngroups=2),
     "complex_scan": _example(
         _complex_scan,
         lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},

@@ -32,10 +32,12 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
 from ssmzoo.layers.rope import rotate
-from ssmzoo.layers.state import Padding, call_aligned, itemsize
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.ops import trapezoidal_scan
+from ssmzoo.ops import mamba3_step, trapezoidal_scan
 
+NORMS = frozenset({RMSNorm, GatedRMSNorm})
 PHASE_CHUNK = 64  # tokens whose phases are summed before the sum is brought back into [0, 2 pi)
 
 
@@ -139,6 +141,8 @@ class Mamba3(nn.Module):
     ) -> tuple[Tensor, Mamba3State]:
         if isinstance(mask, Tensor):
             return call_aligned(self.forward, x, state, mask, seq_idx)
+        if is_step(x, state, mask, seq_idx) and self._fused():
+            return self._step(x, state)
         z, x, B, C, dt, dd_A, trap, ang = self.in_proj(x).split(self.widths, dim=-1)
         dt = F.softplus(fp32(dt) + fp32(self.dt_bias))  # (b l h)
         if mask is not None:
@@ -160,6 +164,37 @@ class Mamba3(nn.Module):
         if mask is not None:
             y = y * mask.mask[..., None]
         return self.out_proj(y), self._last(phase, S, k, v, state, mask)
+
+    def _fused(self) -> bool:
+        """Whether one token may go through the operator that takes the weights of the inner modules."""
+        norms = (self.B_norm, self.C_norm) if self.norm is None else (self.B_norm, self.C_norm, self.norm)
+        return not self.is_mimo and is_plain(self.in_proj, self.out_proj) and is_plain(*norms, among=NORMS)
+
+    def _step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
+        """One token (b 1 d), without gradients."""
+        weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+        out, phase, S, k, v = mamba3_step(
+            x[:, 0],
+            state.phase,
+            state.ssm,
+            state.k[:, 0],
+            state.x,
+            self.in_proj.weight,
+            self.dt_bias,
+            self.B_norm.weight,
+            self.C_norm.weight,
+            self.B_bias[:, 0],
+            self.C_bias[:, 0],
+            self.D,
+            weight,
+            self.out_proj.weight,
+            self.ngroups,
+            self.A_floor,
+            self.B_norm.eps,
+            self.C_norm.eps,
+            eps,
+        )
+        return out[:, None], Mamba3State(phase, S, k[:, None], v)
 
     def state_bytes(self, length: int) -> int:
         (size, wide), h, n = itemsize(self), self.nheads, self.d_state
@@ -205,7 +240,8 @@ class Mamba3(nn.Module):
     def _last(self, phase, S, k, v, state, padding) -> Mamba3State:
         """State after the last real token of every row; rows without one keep theirs."""
         if padding is None:
-            return Mamba3State(phase[:, -1], S, k[:, -1].to(v.dtype), v[:, -1])
+            phase, k, v = (u[:, -1].contiguous() for u in (phase, k.to(v.dtype), v))  # a view would keep all tokens
+            return Mamba3State(phase, S, k, v)
         rows, last = torch.arange(len(v), device=v.device), padding.lengths - 1
         phase, k, v = (u[rows, last] for u in (phase, k.to(v.dtype), v))
         old = (torch.zeros_like(phase), None, torch.zeros_like(k), torch.zeros_like(v)) if state is None else state

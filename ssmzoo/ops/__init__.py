@@ -28,6 +28,7 @@ from ssmzoo.ops.gated_layer_norm import gated_layer_norm
 from ssmzoo.ops.gated_linear_recurrence import gated_linear_recurrence
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.mamba2_step import mamba2_step
+from ssmzoo.ops.mamba3_step import mamba3_step
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.moe_dispatch import router_logits
 from ssmzoo.ops.quantized_linear import quantized_linear
@@ -66,6 +67,7 @@ __all__ = [
     "gated_linear_recurrence",
     "linear_act",
     "mamba2_step",
+    "mamba3_step",
     "mamba_chunk_scan",
     "mamba_chunk_scan_combined",
     "mamba_inner_fn",

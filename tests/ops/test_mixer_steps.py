@@ -1,4 +1,4 @@
-"""One-token operators of whole mixers, Mamba-2's and the gated delta ones: backends, definition and sequence form."""
+"""One-token operators of whole mixers, Mamba-2's, Mamba-3's and the gated delta ones: backends, definition and sequence form."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from against_reference import native
 import ssmzoo.ops as ops
 from ssmzoo.layers.mixers.gated_delta import GatedDeltaNet, KimiDeltaAttention
 from ssmzoo.layers.mixers.mamba2 import Mamba2
+from ssmzoo.models.mamba3 import Mamba3
 from ssmzoo.ops.dispatch import BackendError
 from ssmzoo.ops.mamba2_step.torch import by_updates
 
@@ -16,6 +17,10 @@ MIXERS = [
     (Mamba2, dict(d_model=24, d_state=5, headdim=12, ngroups=2, D_has_hdim=True, conv_bias=False, rmsnorm=False)),
     (Mamba2, dict(d_model=40, d_state=33, headdim=20, dt_limit=(0.3, 0.6))),
     (Mamba2, dict(d_model=1, d_state=1, headdim=1, d_conv=1)),
+    (Mamba3, dict(d_model=16, d_state=8, headdim=8)),
+    (Mamba3, dict(d_model=33, d_state=19, headdim=6, ngroups=11, rope_fraction=1.0, is_outproj_norm=True)),
+    (Mamba3, dict(d_model=24, d_state=33, headdim=24, A_floor=0.9)),
+    (Mamba3, dict(d_model=1, d_state=2, headdim=1, rope_fraction=1.0)),
     (GatedDeltaNet, dict(d_model=17, num_heads=2, head_dim=5, num_v_heads=6, allow_neg_eigval=True)),
     (GatedDeltaNet, dict(d_model=32, num_heads=3, head_dim=16, conv_size=2)),
     (GatedDeltaNet, dict(d_model=1, num_heads=1, head_dim=1, expand_v=1, conv_size=1)),
@@ -23,6 +28,7 @@ MIXERS = [
     (KimiDeltaAttention, dict(d_model=16, num_heads=1, head_dim=4, expand_v=2, num_v_heads=3)),
 ]
 OTHER = (Mamba2, dict(d_model=16, d_state=4, headdim=8, d_ssm=16, norm_before_gate=True))  # has no such operator
+OPERATOR = {Mamba2: ops.mamba2_step, Mamba3: ops.mamba3_step}
 each = pytest.mark.parametrize("kind, sizes", MIXERS, ids=str)
 
 
@@ -32,7 +38,7 @@ def called(kind, sizes, b: int = 2):
     mixer = kind(**sizes).requires_grad_(False)
     for p in mixer.parameters():
         p += 0.2 * torch.randn_like(p)
-    operator, seen = ops.mamba2_step if kind is Mamba2 else ops.gated_delta_step, []
+    operator, seen = OPERATOR.get(kind, ops.gated_delta_step), []
     with torch.no_grad():
         state = mixer(torch.randn(b, 7, sizes["d_model"]))[1]
         with ops.observe(**{operator.__name__: lambda call, *a: seen.append(a) or call(*a)}):
@@ -87,7 +93,7 @@ def test_steps_are_the_sequence(kind, sizes, backend):
 
 
 @native
-@pytest.mark.parametrize("kind, sizes", [MIXERS[0], MIXERS[6]], ids=str)
+@pytest.mark.parametrize("kind, sizes", [MIXERS[0], MIXERS[5], MIXERS[10]], ids=str)
 def test_c_says_what_it_does_not_serve(kind, sizes):
     operator, args = called(kind, sizes)
     with ops.backend("c"):
