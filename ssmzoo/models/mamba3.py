@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
-from ssmzoo.layers.rope import rotate
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.rope import rotate
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.ops import mamba3_step, trapezoidal_scan

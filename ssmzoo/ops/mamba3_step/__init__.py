@@ -1,6 +1,7 @@
 """One token through a whole Mamba-3 mixer of rank 1: what decoding does most, as one operator.
 
-    [z, x, B, C, d, a, t, g] = W_in u;  dt = softplus(d + b_dt);  lam = sigmoid(t);  f(v) = 1 + v, or 1 / (1 - v) for v < 0
+    [z, x, B, C, d, a, t, g] = W_in u;  dt = softplus(d + b_dt);  lam = sigmoid(t)
+    f(v) = 1 + v, or 1 / (1 - v) for v < 0
     phase = phase + dt pi tanh(g) mod 2 pi;  k, q = Rot(phase)(RMSNorm(B, C) + biases)
     S = exp(dt min(-f(a), -A_floor)) (S + (1 - lam) dt x' k'^T) + lam dt x k^T          x', k' of the token before
     y = (S q + D x) SiLU(z), or RMSNorm(S q + D x) SiLU(z) per head;  out = W_out y
