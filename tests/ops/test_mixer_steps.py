@@ -1,4 +1,4 @@
-"""One-token operators of whole mixers, of Mamba-2, Mamba-3 and the delta rules: backends, definition and sequence form."""
+"""One-token operators of Mamba-2, Mamba-3 and the delta rules: backends, definition and sequence form."""
 
 import pytest
 import torch
