@@ -59,6 +59,27 @@ def test_c_is_the_definition(shape, projections, monkeypatch):
             torch.testing.assert_close(got, e, rtol=1e-5, atol=1e-5)
 
 
+@native
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "b, shape", [(1, dict(d_model=800)), (8, dict(d_model=750, bias=True)), (9, dict(d_model=37))], ids=str
+)
+def test_c_serves_wide_layers_batches_and_threads(b, shape, threads, monkeypatch):
+    """Weights are read once whatever the batch; against float64, with less than the rounding of fp32 sums."""
+    _, args = arguments(b=b, **shape)
+    args[0][0] *= 100
+    expected = ops.mamba_step.reference(*[None if a is None else a.double() for a in args])
+    poison(monkeypatch)
+    before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
+    try:
+        with ops.backend("c"):
+            for got, e in zip(ops.mamba_step(*args), expected):
+                assert (got.double() - e).norm() <= 1e-6 * e.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_two_update_operators_are_the_definition(shape):
@@ -90,6 +111,9 @@ def test_c_says_what_it_does_not_serve():
     with ops.backend("c"):
         with pytest.raises(BackendError, match="without gradients"):
             ops.mamba_step(*args)
+        many = [a.repeat(40, *[1] * (a.ndim - 1)) if i < 3 else a for i, a in enumerate(args)]
+        with torch.no_grad(), pytest.raises(BackendError, match="up to 64 sequences, got 80"):
+            ops.mamba_step(*many)
         with torch.no_grad(), pytest.raises(BackendError, match="float32"):
             ops.mamba_step(*[None if a is None else a.double() for a in args])
     with torch.no_grad():

@@ -64,6 +64,27 @@ def test_c_is_the_definition(kind, sizes, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(tensors(args), before))
 
 
+@native
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "b, sizes", [(1, dict(d_model=768)), (8, dict(d_model=640, bias=True)), (9, dict(d_model=36, headdim=9))], ids=str
+)
+def test_c_serves_wide_layers_batches_and_threads(b, sizes, threads, monkeypatch):
+    """Weights are read once whatever the batch; against float64, with less than the rounding of fp32 sums."""
+    operator, args = called(Mamba2, sizes, b)
+    expected = operator.reference(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
+    try:
+        with ops.backend("c"):
+            for got, e in zip(operator(*args), expected):
+                assert (got.double() - e).norm() <= 1e-6 * e.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind, sizes", [m for m in MIXERS if m[0] is Mamba2], ids=str)
 def test_the_two_update_operators_are_the_definition(kind, sizes):

@@ -13,10 +13,13 @@ from ssmzoo.ops.mamba_step.c import why_not
 from ssmzoo.ops.native import kernel
 
 STEP, MISSING = kernel("ssmzoo_gated_delta_step")
+MAX_ROWS = 4  # every sequence reads all weights
 TENSORS = 12  # of the arguments; numbers follow
 
 
-@gated_delta_step.register("c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS))
+@gated_delta_step.register(
+    "c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS, most=MAX_ROWS)
+)
 def gated_delta_step_c(a) -> tuple[Tensor, Tensor, Tensor]:
     u = a.u.contiguous()
     (b, d), (_, h, n, p), k = u.shape, a.state.shape, a.conv_state.shape[2]

@@ -13,10 +13,13 @@ from ssmzoo.ops.mamba_step.c import why_not
 from ssmzoo.ops.native import kernel
 
 STEP, MISSING = kernel("ssmzoo_mamba3_step")
+MAX_ROWS = 4  # every sequence reads all weights
 TENSORS = 14  # of the arguments; numbers follow
 
 
-@mamba3_step.register("c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS))
+@mamba3_step.register(
+    "c", device="cpu", missing=MISSING, unsupported=functools.partial(why_not, count=TENSORS, most=MAX_ROWS)
+)
 def mamba3_step_c(a) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     u = a.u.contiguous()
     (b, d), (_, h, p, n), m = u.shape, a.ssm_state.shape, a.phase.shape[2]

@@ -1,5 +1,7 @@
 #include "parallel.h"
 #include <pthread.h>
+#include <sched.h>
+#include <time.h>
 #include <stdatomic.h>
 
 // Torch's own threads run the tasks where it has an OpenMP runtime (ssmzoo_use_team): they spin for milliseconds after
@@ -7,7 +9,7 @@
 // threads of OpenMP's, there is a pool. Its caller waits only for tasks that another thread has begun, so that a worker
 // that the system does not schedule delays nobody.
 
-enum { MAX_WORKERS = 255, SPINS = 2000 };
+enum { MAX_WORKERS = 255, SPINS = 2000, LATE = 500000 };  // LATE: nanoseconds
 
 static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;  // held by the caller whose job is in the pool
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -106,4 +108,101 @@ void parallel_for(int64_t tasks, int64_t threads, void (*body)(void *, int64_t),
     while (atomic_load(&active)) pthread_cond_wait(&done, &lock);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&gate);
+}
+
+// A task is claimed by moving the ticket, (number of the job << 32) + next task, on by one. Who comes late finds another
+// job's number on it and cannot move it, so that the job's fields may be overwritten as soon as its tasks are finished.
+struct crew {
+    void (*program)(void *, crew *);
+    void *argument;
+    pthread_t caller;
+    int64_t threads;
+    _Atomic uint64_t ticket;
+    _Atomic int64_t tasks, finished;
+    void (*_Atomic body)(void *, int64_t);
+    void *_Atomic context;
+    _Atomic int closed;
+};
+
+static void claim_tasks(crew *t, uint64_t number) {
+    void (*body)(void *, int64_t) = atomic_load(&t->body);
+    void *context = atomic_load(&t->context);
+    const uint64_t tasks = (uint64_t)atomic_load(&t->tasks);
+    for (uint64_t ticket = atomic_load(&t->ticket); ticket >> 32 == number && (ticket & UINT32_MAX) < tasks;) {
+        if (!atomic_compare_exchange_weak(&t->ticket, &ticket, ticket + 1)) continue;
+        body(context, (int64_t)(ticket & UINT32_MAX));
+        atomic_fetch_add(&t->finished, 1);
+        ticket = atomic_load(&t->ticket);
+    }
+}
+
+static inline void wait_a_little(int64_t *spins) {  // others may need the core
+    if (++*spins < SPINS) pause_cpu();
+    else sched_yield();
+}
+
+static void join_crew(void *context, int64_t index) {
+    crew *t = context;
+    (void)index;
+    if (atomic_load(&t->closed)) return;
+    if (pthread_equal(pthread_self(), t->caller)) {
+        t->program(t->argument, t);
+        atomic_store(&t->closed, 1);
+        return;
+    }
+    for (uint64_t seen = 0;;) {
+        int64_t spins = 0;
+        while (atomic_load(&t->ticket) >> 32 == seen && !atomic_load(&t->closed)) wait_a_little(&spins);
+        if (atomic_load(&t->closed)) return;
+        seen = atomic_load(&t->ticket) >> 32;
+        claim_tasks(t, seen);
+    }
+}
+
+// Where other programs use the cores, a thread may be taken off one in the middle of a task, and the caller waits for it for
+// milliseconds, in every job anew. After such a wait it works alone for a while, longer each time.
+static _Atomic int64_t alone_until, alone_for;
+
+static int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void wait_for_others(crew *t, int64_t tasks) {
+    for (int64_t spins = 0; spins < SPINS; spins++) {
+        if (atomic_load(&t->finished) >= tasks) return;
+        pause_cpu();
+    }
+    const int64_t start = nanoseconds();
+    while (atomic_load(&t->finished) < tasks) sched_yield();
+    const int64_t now = nanoseconds(), before = atomic_load(&alone_for);
+    if (now - start < LATE) return;
+    const int64_t next = now - atomic_load(&alone_until) > 1000000000 ? 20000000 : before < 640000000 ? 2 * before : before;
+    atomic_store(&alone_for, next);
+    atomic_store(&alone_until, now + next);
+    t->threads = 1;
+}
+
+void parallel_crew(int64_t threads, void (*program)(void *, crew *), void *context) {
+    if (threads > 1 && nanoseconds() < atomic_load(&alone_until)) threads = 1;
+    crew t = {.program = program, .argument = context, .caller = pthread_self(), .threads = threads};
+    parallel_for(threads, threads, join_crew, &t);
+}
+
+int64_t crew_size(const crew *t) { return t->threads; }
+
+void crew_for(crew *t, int64_t tasks, void (*body)(void *, int64_t), void *context) {
+    if (t->threads <= 1 || tasks <= 1 || tasks > INT32_MAX) {
+        for (int64_t i = 0; i < tasks; i++) body(context, i);
+        return;
+    }
+    atomic_store(&t->body, body);
+    atomic_store(&t->context, context);
+    atomic_store(&t->tasks, tasks);
+    atomic_store(&t->finished, 0);
+    const uint64_t number = (atomic_load(&t->ticket) >> 32) + 1;
+    atomic_store(&t->ticket, number << 32);
+    claim_tasks(t, number);
+    wait_for_others(t, tasks);
 }
