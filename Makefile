@@ -2,6 +2,7 @@
 # make test    set up, then run the tests
 # make setup   set up only: .venv with pinned versions
 # make checkpoints   set up, then train again the small models that the notebooks and docs/probes.md look into
+# make docs          set up, then build the documentation site into build/site, without network
 # make probes        set up, then run every probe on them: results in runs/probes, figures of docs/probes.md anew
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 endif
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-slow setup lint native checkpoints probes clean
+.PHONY: train test test-slow setup lint docs native checkpoints probes clean
 
 train: setup
 	$(BIN)/python train.py model=moe_mamba
@@ -27,6 +28,9 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: setup
+	$(BIN)/python tools/pages/build.py
 
 setup: $(STAMP)
 
