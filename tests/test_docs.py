@@ -1,6 +1,8 @@
 """The pages say what the code says: arrows, line numbers, links, and lines that fit a screen."""
 
+import os
 import re
+from pathlib import Path
 
 import house
 import pytest
@@ -31,7 +33,9 @@ def test_a_named_line_holds_the_named_function(reference):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_that_a_page_links_to_exist(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    made = [ROOT / "docs" / room for room in ("models", "api")]  # when the site is built: tests/test_pages.py
+    local = [Path(os.path.normpath(page.parent / link)) for link in links if "://" not in link]
+    missing = [link for link in local if not link.exists() and link.parent not in made]
     assert not missing
 
 
