@@ -3,6 +3,7 @@
     QuantizedLinear      y = Q(x [T]) W^T + bias, W of 8 or 4 bits (ops.quantized_linear), perhaps rounded behind
     QuantizedEmbedding   rows of 8 or 4 bits
     QuantizedConv1d      a depthwise convolution of 8 bits, with SiLU and a rounding behind it
+    SeparateExperts      a bank of experts as one linear layer each, so that each may be quantised by itself
     Rounding             8-bit integers times a scale per channel: what integer kernels would hand on
 
 Every forward is that of an ordinary module; integers and scales are buffers, under the names a checkpoint stores.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.feedforward.mlp import ACTIVATIONS as FUNCTIONS
 from ssmzoo.layers.hadamard import hadamard
 from ssmzoo.ops import quantized_linear
 from ssmzoo.ops.quantized_linear import DYNAMIC, unpack_int4
@@ -167,3 +169,49 @@ class QuantizedConv1d(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.settings().items())
+
+
+class SeparateExperts(nn.Module):
+    """A bank of experts (`ssmzoo.layers.feedforward.moe.Experts`) whose matrices are modules: lin1, lin2, gate, one per
+    expert. rows (r d) sorted by expert, ends (e) -> (r d_output)
+
+    activation   its name; None for linear experts | gated: with gate | bias: lin1 and gate have one
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        d_model: int,
+        d_expert: int,
+        d_output: int,
+        activation: str | None = "relu",
+        gated: bool = False,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.n_experts, self.d_model, self.d_expert, self.d_output = n_experts, d_model, d_expert, d_output
+        self.activation, self.gated, self.bias = activation, gated, bias
+
+        def bank(into: int, out: int, bias: bool = False) -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(into, out, bias=bias) for _ in range(n_experts))
+
+        self.lin1 = bank(d_model, d_expert, bias)
+        self.lin2 = bank(d_expert, d_output) if activation is not None else None
+        self.gate = bank(d_model, d_expert, bias) if gated else None
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        parts = rows.split([*sizes, len(rows) - sum(sizes)])
+        out = [self.expert(i, part) for i, part in enumerate(parts[:-1]) if len(part)]
+        return torch.cat([*out, rows.new_zeros(len(parts[-1]), self.d_output)])
+
+    def expert(self, i: int, x: Tensor) -> Tensor:
+        h = self.lin1[i](x)
+        if self.activation is None:
+            return h
+        act = FUNCTIONS[self.activation]
+        return self.lin2[i](act(h) if self.gate is None else act(self.gate[i](x)) * h)
+
+    def settings(self) -> dict[str, Any]:
+        names = ("n_experts", "d_model", "d_expert", "d_output", "activation", "gated", "bias")
+        return {name: getattr(self, name) for name in names}

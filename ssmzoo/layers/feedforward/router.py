@@ -53,7 +53,8 @@ class Window:
 
 
 class Router(nn.Module):
-    """The linear router s = x W_g with W_g (d e), truncated normal with fan-in d."""
+    """The linear router s = x W_g with W_g (d e), truncated normal with fan-in d; gate_bias (e) is added where a model
+    that was rewritten needs one (`ssmzoo.adapt.quantise`), and is None otherwise."""
 
     def __init__(self, d_model: int, n_experts: int, jitter: float = 0.0, init_scale: float = 0.1):
         super().__init__()
@@ -63,6 +64,7 @@ class Router(nn.Module):
             raise ValueError(f"jitter must lie in [0, 1), got {jitter}")
         self.d_model, self.n_experts, self.jitter, self.init_scale = d_model, n_experts, jitter, init_scale
         self.gate = nn.Parameter(torch.empty(d_model, n_experts))
+        self.register_parameter("gate_bias", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,7 +75,8 @@ class Router(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.jitter and self.training:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        return router_logits(x, self.gate)
+        s = router_logits(x, self.gate)
+        return s if self.gate_bias is None else s + self.gate_bias
 
 
 class TokenChoice(Router):
