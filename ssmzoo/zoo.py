@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ssmzoo import presets
+from ssmzoo.adapt.quantise.stored import restructure
 from ssmzoo.checkpoint_files import MANIFEST, find_checkpoint, read_manifest, read_weights, weights_of
 from ssmzoo.moved import names
 from ssmzoo.released.catalogue import find_weights, split_name
@@ -15,6 +16,7 @@ from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.pretrained import build_pretrained
 
+QUANTISATION = "quantisation"  # section of a manifest: the form of a model of integers (ssmzoo.adapt.quantise.stored)
 OLD = "build_model config_dir config_names describe_config list_models model_class read_model_config".split()
 __getattr__ = names(__name__, dict.fromkeys(OLD, "ssmzoo.presets"))
 
@@ -61,10 +63,18 @@ def load_model(path: str | Path, prefer: str = "best", **overrides) -> tuple[nn.
     if not isinstance(node, dict) or "_target_" not in node:
         raise CheckpointError(f"{folder / MANIFEST} has no config.model to build the model from")
     try:
-        model = presets.build_model(node | overrides)
+        model = build_recorded(manifest, node | overrides)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model of {folder} cannot be built: {error}") from None
-    fit_state_dict(
-        model, weights_of(folder, manifest), what=f"{manifest.get('model', 'the model')} as its manifest describes it"
-    )
+    what = f"{manifest.get('model', 'the model')} as its manifest describes it"
+    fit_state_dict(model, weights_of(folder, manifest), what=what, assign=QUANTISATION in manifest)
     return model.eval(), manifest
+
+
+def build_recorded(manifest: dict, node: dict) -> nn.Module:
+    """The model that a manifest describes, without its weights: layers of integers where it was quantised.
+
+    node  class and constructor arguments, from the manifest's configuration. Raises ValueError, TypeError.
+    """
+    model = presets.build_model(node)
+    return restructure(model, manifest[QUANTISATION]) if QUANTISATION in manifest else model

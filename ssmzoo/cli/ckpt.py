@@ -122,12 +122,12 @@ def export(args) -> None:
 
 def list_formats(checkpoint: str) -> None:
     """Every format, and for those that this model does not have the reason."""
-    from ssmzoo.inference.export import formats
+    from ssmzoo.inference.export import formats, refusal
     from ssmzoo.inference.export.source import read_source
 
     source = read_source(checkpoint)
     for name, format in formats().items():
-        reason = format.refuse(source)
+        reason = refusal(name, source)
         print(f"{name:<13} {format.__doc__.splitlines()[0] if reason is None else f'no: {reason}'}")
 
 

@@ -13,6 +13,7 @@ from ssmzoo.terminal import plain_output
 
 COMMANDS = tuple(
     "list info backends doctor verify generate restore probe bench runs ckpt weights predict score embed".split()
+    + ["quantise"]
 )
 
 

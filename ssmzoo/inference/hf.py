@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ssmzoo.adapt.quantise.stored import restructure
 from ssmzoo.inference.export.source import is_ours, read_source
 from ssmzoo.inference.export.to_hf import spare_rows
 from ssmzoo.inference.export.tokenizer import fast_tokenizer, special_tokens
@@ -30,13 +31,15 @@ CACHE = "cache" if "cache" in NAMES else "past_key_values"  # from transformers 
 
 
 class ZooConfig(PreTrainedConfig):
-    """target: a class of ssmzoo.models; arguments: of its constructor. The sizes are for programs that ask for them."""
+    """target: a class of ssmzoo.models; arguments: of its constructor; quantisation: its form as a model of integers.
+    The sizes are for programs that ask for them."""
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = [CACHE]
 
     target: str = ""
     arguments: dict | None = None
+    quantisation: dict | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
     use_cache: bool = True
@@ -53,6 +56,8 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = build_model({"_target_": config.target} | (config.arguments or {}))
+        if config.quantisation is not None:
+            restructure(self.model, config.quantisation)
         tied = tied_names(self.model)
         self._tied_weights_keys = {PREFIX + name: PREFIX + first for name, first in tied.items()}
         self.takes_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -186,7 +191,7 @@ def run_config(path: str | Path, **kwargs) -> ZooConfig:
     source = read_source(path)
     if source.kind != "language":
         raise CheckpointError(f"{path} holds {source.name}, which is no language model; transformers gets those only")
-    fields = generic_config(source.model, source.node) | special_tokens(source.tokenizer)
+    fields = generic_config(source.model, source.node, source.quantisation) | special_tokens(source.tokenizer)
     return ZooConfig.from_dict(fields, **kwargs)
 
 

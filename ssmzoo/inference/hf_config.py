@@ -10,13 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssmzoo.layers.quantized import QuantizedLinear
+
 MODEL_TYPE, ARCHITECTURE, PREFIX = "ssmzoo", "ZooForCausalLM", "model."
 
 
-def generic_config(model: nn.Module, node: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model and the node (`_target_` and arguments) that it was built from."""
+def generic_config(model: nn.Module, node: dict[str, Any], quantisation: dict | None = None) -> dict[str, Any]:
+    """config.json of a model and the node (`_target_` and arguments) that it was built from; quantisation: the section
+    of its manifest, if it has one."""
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    rows, width = (len(head(model).weight), 0) if embedding is None else embedding.weight.shape
+    rows, width = head(model).out_features, 0
+    if embedding is not None:
+        rows, width = embedding.num_embeddings, embedding.embedding_dim
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -26,7 +31,7 @@ def generic_config(model: nn.Module, node: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": rows,
         "hidden_size": width,
         "tie_word_embeddings": bool(tied_names(model)),
-    }
+    } | ({} if quantisation is None else {"quantisation": quantisation})
 
 
 def generic_state(model: nn.Module) -> dict[str, Tensor]:
@@ -49,4 +54,4 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def head(model: nn.Module) -> nn.Module:
     """The linear layer that gives the logits: the last one registered."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    return [m for m in model.modules() if isinstance(m, (nn.Linear, QuantizedLinear))][-1]

@@ -14,11 +14,16 @@ from ssmzoo.released.files import CheckpointError
 
 
 def fit_state_dict(
-    module: nn.Module, state: dict[str, Tensor], what: str = "the model", family: str | None = None
+    module: nn.Module,
+    state: dict[str, Tensor],
+    what: str = "the model",
+    family: str | None = None,
+    assign: bool = False,
 ) -> None:
     """Load `state` strictly; raise CheckpointError listing missing and unexpected keys and wrong shapes.
 
     family  the one that was asked for: a hint that the file looks like it would help nobody
+    assign  keep the tensors that were read, which may be mapped from a file, in place of copying them
 
     Tensors of another floating type become the module's, with a warning that names both.
     """
@@ -43,7 +48,7 @@ def fit_state_dict(
             hint = f"; the head of the file has {heads[0]} classes: build the model with num_classes={heads[0]}"
         raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + hint)
     say_conversion(own, state, what)
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def say_conversion(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
-from ssmzoo.presets import build_model
 from ssmzoo.suggest import nearest
 from ssmzoo.train import config as configuration
 from ssmzoo.train.errors import UserError, user_errors
 from ssmzoo.train.quiet import quiet
 from ssmzoo.train.report import show, write_report
+from ssmzoo.zoo import build_recorded
 
 KEYS = ("ckpt", "which", "data", "task", "out", "seed")
 
@@ -89,7 +89,7 @@ def build_evaluation(cfg: DictConfig) -> tuple[Path, dict[str, Any], Any, Any, P
                 f"the data has {size} = {value}, the checkpoint was trained with {built_with}: "
                 f"use the tokenizer and data settings it was trained with"
             )
-    model = build_model(plain["model"])
+    model = build_recorded(manifest, plain["model"])
     model.load_state_dict(read_weights(folder))
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model)
     default_out = (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "eval"

@@ -14,6 +14,7 @@ from ssmzoo.released.family import to_ours
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import Taken, compare, role, share
 from ssmzoo.released.pretrained import released_state
+from ssmzoo.zoo import QUANTISATION
 
 
 def start_from(model: nn.Module, path: str, upcycle: float = 0.5, classes: Sequence[str] | None = None) -> str:
@@ -26,6 +27,7 @@ def start_from(model: nn.Module, path: str, upcycle: float = 0.5, classes: Seque
     CheckpointError when an embedding or a norm would stay new, when a head is not in the file, or when less than half
     of the model's values are there.
     """
+    refuse_integers(path)
     found = to_ours(model, read_weights(path))
     experts = upcycled_state(model, found, upcycle)
     made = [key for key in experts if key not in found or experts[key].shape != found[key].shape]
@@ -40,6 +42,17 @@ def start_pretrained(model: nn.Module, name: str, tag: str | bool) -> str:
     """As `start_from`, with the released weights of a preset, which are fetched if need be."""
     entry = find_weights(name, tag)
     return take(model, released_state(model, entry), f"pretrained={tag}", f"{entry.name} ({entry.source})")
+
+
+def refuse_integers(path: str) -> None:
+    """Raise CheckpointError for a quantised checkpoint: its integers are no weights to train."""
+    try:
+        manifest = read_manifest(find_checkpoint(path))
+    except CheckpointError:  # a released file or folder
+        return
+    if QUANTISATION in manifest:
+        made_of = manifest[QUANTISATION].get("made_of", "the checkpoint it was made of")
+        raise CheckpointError(f"{path} is quantised, its integers cannot be trained; start from {made_of}")
 
 
 def _other_classes(path: str, classes: Sequence[str] | None) -> bool:

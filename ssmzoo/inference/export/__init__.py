@@ -39,6 +39,13 @@ def find_format(name: str) -> ModuleType:
     return known[name]
 
 
+def refusal(name: str, source: Source) -> str | None:
+    """Why a model has no such layout; None when it has."""
+    if source.quantisation is not None and name != "hf":
+        return "its weights are integers of our own form; export the checkpoint it was made of"
+    return find_format(name).refuse(source)
+
+
 def export(checkpoint: str | Path | Source, to: str, out: str | Path) -> Path:
     """Write a model in another program's layout, with a model card; either the whole folder appears or nothing.
 
@@ -52,8 +59,8 @@ def export(checkpoint: str | Path | Source, to: str, out: str | Path) -> Path:
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out")
     source = checkpoint if isinstance(checkpoint, Source) else read_source(checkpoint)
-    if reason := chosen.refuse(source):
-        others = [name for name, format in formats().items() if format.refuse(source) is None]
+    if reason := refusal(to, source):
+        others = [name for name in formats() if refusal(name, source) is None]
         raise ValueError(f"{source.name} has no layout {to!r}: {reason}; it has {', '.join(others)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")

@@ -17,7 +17,7 @@ from ssmzoo.released.config_json import arguments_of
 from ssmzoo.released.family import families, find
 from ssmzoo.released.load import argument_names, load_official, read
 from ssmzoo.released.pretrained import build_pretrained
-from ssmzoo.zoo import load_model
+from ssmzoo.zoo import QUANTISATION, load_model
 
 
 class Source(NamedTuple):
@@ -35,6 +35,11 @@ class Source(NamedTuple):
     def node(self) -> dict[str, Any] | None:
         """Class and constructor arguments, where a run recorded them."""
         return self.manifest.get("config", {}).get("model")
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """The form of a model of integers, where a run recorded one."""
+        return self.manifest.get(QUANTISATION)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -26,6 +26,8 @@ def refuse(source: Source) -> str | None:
 
 def why_not_native(source: Source) -> str | None:
     """Why a class of transformers itself does not read this model; None when one does."""
+    if source.quantisation is not None:
+        return "transformers has no layers of these integers"
     return why_no_mamba(source, "MODEL_TYPE") or why_not_transformers(source.model)
 
 
@@ -59,7 +61,7 @@ def native(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def generic(source: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of the zoo's class, which stands in ssmzoo/inference/hf.py."""
-    return generic_config(source.model, source.node), generic_state(source.model)
+    return generic_config(source.model, source.node, source.quantisation), generic_state(source.model)
 
 
 def usage(source: Source) -> str:
