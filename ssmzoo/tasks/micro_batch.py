@@ -24,11 +24,38 @@ def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     """`parts` batches of nearly equal size; every tensor and list of a batch has one entry per sample."""
     size = batch_size(batch)
     edges = [size * i // parts for i in range(parts + 1)]
-    return [{k: v[a:b] for k, v in batch.items()} for a, b in zip(edges, edges[1:])]
+    cut = part_of_graphs if "num_graphs" in batch else part_of
+    return [cut(batch, a, b) for a, b in zip(edges, edges[1:])]
+
+
+def part_of(batch: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+    """Samples first .. end - 1."""
+    return {k: v[first:end] for k, v in batch.items()}
+
+
+def part_of_graphs(batch: dict[str, Any], first: int, end: int) -> dict[str, Any]:
+    """Graphs first .. end - 1 of a batch of graphs: their nodes and edges, numbered from 0."""
+    graph, (source, _) = batch["batch"], batch["edge_index"]
+    nodes = (graph >= first) & (graph < end)
+    start, part = int((graph < first).sum()), {"num_graphs": end - first}
+    for name, value in batch.items():
+        if name in ("edge_index", "edge_label_index"):
+            part[name] = value[:, nodes[value[0]]] - start
+        elif name == "edge_attr":
+            part[name] = value[nodes[source]]
+        elif name == "batch":
+            part[name] = value[nodes] - first
+        elif name == "y" and "edge_label_index" in batch:
+            part[name] = value[nodes[batch["edge_label_index"][0]]]
+        elif name == "y" and len(value) != len(graph):
+            part[name] = value[first:end]
+        elif name != "num_graphs":
+            part[name] = value[nodes]
+    return part
 
 
 def batch_size(batch: dict[str, Any]) -> int:
-    return len(next(iter(batch.values())))
+    return batch["num_graphs"] if "num_graphs" in batch else len(next(iter(batch.values())))
 
 
 def step_in_parts(step: Callable, labelled: Callable, batch: dict[str, Any], parts: int):

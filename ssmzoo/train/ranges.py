@@ -147,6 +147,13 @@ RANGES: dict[str, Range | Batches] = {
     "data.patch_schedule": COUNT,
     "data.val_crop": COUNT,
     "data.holdout": COUNT,
+    "data.max_freqs": COUNT,
+    "data.walk_steps": COUNT,
+    "data.nodes": Range(3),
+    "data.distractors": SHARE,
+    "data.legs": Range(2),
+    "data.num_classes": Range(2),
+    "data.epoch_graphs": COUNT,
     "data.bpe_vocab_size": Range(257),  # the 256 bytes and one pair
     "data.seq_len": COUNT,
     "data.val_tokens": COUNT,

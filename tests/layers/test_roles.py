@@ -13,10 +13,11 @@ from ssmzoo.released.fit import role as role_in
 from ssmzoo.train.optim import parameter_roles
 
 NODES = {}
+KNOWN = {"img_size": 64, "level": "graph", "node_vocab": None, "edge_vocab": None}  # not 3
 for model_name in ssmzoo.list_models():
     found = read_model_config(model_name)["model"]
     unknown = [k for k, v in found.items() if str(v).startswith("${")]  # what only the data knows
-    sizes = {k: 64 if k == "img_size" else 3 for k in unknown}
+    sizes = {k: KNOWN.get(k, 3) for k in unknown}
     NODES.setdefault(model_class(found["_target_"]), found | sizes)
 
 

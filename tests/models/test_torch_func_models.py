@@ -59,7 +59,8 @@ def close(got, expected):
 
 
 def test_every_model_class_is_here():
-    registered = {model_class(read_model_config(name)["model"]["_target_"]) for name in ssmzoo.list_models()}
+    names = set(ssmzoo.list_models()) - set(ssmzoo.list_models(task="graphs"))  # no samples: test_graph_mamba.py
+    registered = {model_class(read_model_config(name)["model"]["_target_"]) for name in names}
     assert registered == {type(MODELS[name]()) for name in MODELS}
 
 
