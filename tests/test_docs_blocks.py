@@ -20,13 +20,14 @@ FAST = ("docs/index.md", "docs/howto/gpu_kernels.md")
 NOT_RUN = {
     r"^(make|source) ": "what every test begins with",
     r"pretrained|mamba_130m|predict vmamba_tiny|hf_text|weights fetch": "fetches weights or data over the network",
+    r"pyg/": "fetches data over the network, with an extra",
     r"trainer=(ddp|fsdp|slurm)|sbatch|torchrun|^--wrap": "needs several GPUs or machines",
     r"optuna|hparams_search": "needs the extra sweep",
     r"python benchmarks/|ssmzoo bench": "measured by hand; takes minutes",
     r"--lm-eval|inference\.lm_eval|--to (gguf|onnx)": "needs an extra that the tests do not have",
     r"logger=wandb": "asks for an account",
     r"compile=true": "compiles for minutes",
-    r"x2\.pth|my_table\.yaml|my\.txt|photos/": "a file of the reader's",
+    r"x2\.pth|my_table\.yaml|my\.txt|photos/|mine\.npz": "a file of the reader's",
 }
 PRELUDE = {  # what a page's Python takes as given
     "docs/tutorial.md": """

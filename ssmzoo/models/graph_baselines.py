@@ -1,7 +1,10 @@
-"""What Graph-Mamba is measured against: GatedGCN alone, and GPS with full attention within every graph.
+"""GPS and GatedGCN: message passing beside full attention within every graph, and alone.
 
-GatedGCN   h, e <- GatedGCN(h, e), a residual inside (Bresson & Laurent 2017, arXiv 1711.07553)
-GPS        u = BN(GatedGCN(h, e)) + BN(h + attention(h)),   h <- BN(u + FF(u))   (Rampasek et al. 2022, 2205.12454)
+    GatedGCN   h, e <- GatedGCN(h, e), a residual inside (Bresson & Laurent 2017, arXiv 1711.07553)
+    GPS        u = BN(GatedGCN(h, e)) + BN(h + attention(h)),   h <- BN(u + FF(u))   (Rampasek et al. 2022, 2205.12454)
+
+Source: rampasek/GraphGPS (MIT), graphgps/layer/gps_layer.py and gatedgcn_layer.py; names of their parameters but for
+the attention, whose projections are linear maps here.
 """
 
 from __future__ import annotations

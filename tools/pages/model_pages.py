@@ -88,6 +88,9 @@ def inputs_of(name: str, model) -> tuple | None:
         channels = next((read[k] for k in ("in_chans", "inp_channels") if isinstance(read.get(k), int)), 3)
         side = read["img_size"] if isinstance(read.get("img_size"), int) else 64
         return (torch.zeros(1, channels, side, side),)
+    if task == "graphs":
+        edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+        return ({"x": torch.zeros(4, 3), "edge_index": edges, "edge_attr": torch.zeros(4, 1)},)
     return None
 
 
