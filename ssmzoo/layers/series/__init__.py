@@ -1,0 +1,1 @@
+"""Layers of models that read windows of time series, (b l c)."""
