@@ -1,6 +1,6 @@
 """MAAT, Mamba Adaptive Anomaly Transformer (Engineering Applications of Artificial Intelligence 160, 2025, 111685).
 
-    x (b l c) -> convolution and positions -> e_layers x [encoder layer, Mamba path, gate] -> LayerNorm -> Linear(d -> c)
+    x (b l c) -> convolution, positions -> e_layers x [encoder layer, Mamba path, gate] -> LayerNorm -> Linear(d -> c)
 
     Y = encoder layer(X)                          as in Anomaly Transformer (layers/series)
     K = N(M(Y) + X)                               M a causal Mamba (state 8), N a LayerNorm

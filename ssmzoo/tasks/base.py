@@ -18,12 +18,14 @@ class StepOutput(NamedTuple):
     """loss is differentiated; metrics are means over `count` items of the batch (tokens, images, sequences).
 
     auxiliary   added to the loss as it is: terms that are no means over the items that `Task.labelled` counts
+    losses      by name: each is back-propagated by itself and the gradients add up; loss is then their sum, for rows
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     count: int | Tensor
     auxiliary: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
 
 
 class Report(NamedTuple):
@@ -58,6 +60,8 @@ class Task(L.LightningModule):
         self.expert_load: Tensor | None = None  # share of the last batch's tokens per expert, (layers e) or (e)
         self.halve_batch, self.parts = False, 1  # when memory runs out: allowed?, parts that a batch is computed in
         self._update = Update()
+        self._losses: list[Tensor] = []  # parts of this micro-batch's loss that wait for backward passes of their own
+        self._factor: Tensor | None = None  # the leaf whose gradient they get
         self._micro_batches: list[tuple[dict[str, Tensor], Tensor | float]] = []  # of this update, with their weights
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
@@ -128,7 +132,13 @@ class Task(L.LightningModule):
         """A micro-batch's part of the update's loss."""
         weight = weight.to(out.loss.dtype) if isinstance(weight, Tensor) else weight
         loss = out.loss if isinstance(weight, float) and weight == 1 else out.loss * weight
-        return loss if out.auxiliary is None else loss + out.auxiliary * self._update.filling
+        loss = loss if out.auxiliary is None else loss + out.auxiliary * self._update.filling
+        self._losses = [part * weight for part in (out.losses or {}).values()]
+        if not self._losses:
+            return loss
+        self._losses += [] if out.auxiliary is None else [out.auxiliary * self._update.filling]
+        self._factor = loss.detach().requires_grad_()
+        return self._factor
 
     def step_that_fits(self, batch) -> StepOutput:
         """`step` for training; in twice as many parts when memory runs out and `halve_batch` allows it."""
@@ -147,11 +157,13 @@ class Task(L.LightningModule):
         """
         trainer = self.trainer
         try:
-            return super().backward(loss, *args, **kwargs)
+            super().backward(loss, *args, **kwargs)
+            return self.backward_by_name()
         except Exception as error:
             alone = trainer.world_size == 1 and trainer.precision != "16-mixed"
             if not (self.halve_batch and alone and is_out_of_memory(error)):
                 raise
+            self._losses = []
             loss.detach_()  # lets go of the graph and of what it holds
             self.parts = halve(self.parts, self._micro_batches[-1][0], trainer.global_step, error)
         while True:
@@ -162,11 +174,20 @@ class Task(L.LightningModule):
                     with trainer.precision_plugin.train_step_context():
                         again = self.weighted_loss(self.step_that_fits(batch), weight)
                     (again / trainer.accumulate_grad_batches).backward()
+                    self.backward_by_name()
                 return None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 self.parts = halve(self.parts, batch, trainer.global_step, error)
+
+    def backward_by_name(self) -> None:
+        """One backward pass for each of a step's named losses, after the one of the leaf that stood for their sum: its
+        gradient is what precision and accumulation multiply by. All in one on several ranks, whose sums run once."""
+        losses, self._losses = self._losses, []
+        passes = [losses] if self.trainer.world_size > 1 else [[part] for part in losses]
+        for i, parts in enumerate(passes if losses else ()):
+            torch.autograd.backward(parts, [self._factor.grad] * len(parts), retain_graph=i + 1 < len(passes))
 
     def note_training(self, loss: Tensor, metrics: dict[str, Tensor], weight: Tensor | float) -> None:
         """Means over the update's micro-batches and over all ranks, noted when a row of the loggers is due."""

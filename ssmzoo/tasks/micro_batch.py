@@ -81,7 +81,8 @@ def step_in_parts(step: Callable, labelled: Callable, batch: dict[str, Any], par
 
     metrics = {k: mean([o.metrics[k] for o in outs]) for k in outs[0].metrics}
     auxiliary = None if outs[0].auxiliary is None else mean([o.auxiliary for o in outs])
-    return type(outs[0])(mean([o.loss for o in outs]), metrics, sum(o.count for o in outs), auxiliary)
+    losses = outs[0].losses and {k: mean([o.losses[k] for o in outs]) for k in outs[0].losses}
+    return type(outs[0])(mean([o.loss for o in outs]), metrics, sum(o.count for o in outs), auxiliary, losses)
 
 
 def halve(parts: int, batch: dict[str, Any], step: int, error: BaseException) -> int:

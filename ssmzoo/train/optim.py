@@ -54,7 +54,7 @@ def schedule(
     total_steps: int,
     warmup_steps: int,
     min_lr_ratio: float,
-    milestones: Sequence[int] = (),
+    milestones: Sequence[float] = (),
     gamma: float = 0.5,
     decay_fraction: float = 0.2,
     hold_steps: int = 0,
@@ -67,7 +67,7 @@ def schedule(
 
     constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
     wsd       1, and over the last `decay_fraction` of the run linearly to min_lr_ratio;
-    multistep times `gamma` at every step listed in milestones
+    multistep times `gamma` at every step listed in milestones; one below 1 is a share of the run
 
     cosine and linear begin after `hold_steps` more steps at the peak, or at step 0, under the warm-up, without
     `warmup_prefix`. The factor moves every `stair_steps` steps; in the last `cooldown_steps` it is min_lr_ratio / 10.
@@ -94,7 +94,8 @@ def schedule(
             return 1 - (1 - min_lr_ratio) * done
         if kind == "wsd":
             return 1 - (1 - min_lr_ratio) * max(0.0, (done - (1 - decay_fraction)) / decay_fraction)
-        return gamma ** sum(step >= m for m in milestones) if kind == "multistep" else 1.0
+        passed = sum(step >= (m if m >= 1 else m * total_steps) for m in milestones)
+        return gamma**passed if kind == "multistep" else 1.0
 
     return factor
 
@@ -146,7 +147,7 @@ def build(
     schedule_kind: str = "cosine",
     warmup_steps: int = 0,
     min_lr_ratio: float = 0.1,
-    milestones: Sequence[int] = (),
+    milestones: Sequence[float] = (),
     gamma: float = 0.5,
     hold_steps: int = 0,
     warmup_lr_ratio: float | None = None,

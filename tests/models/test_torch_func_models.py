@@ -8,7 +8,9 @@ from test_state_contract import NODES, VOCAB, tiny_node
 from torch.func import functional_call, grad, jvp, vmap
 
 import ssmzoo
+from ssmzoo.models.anomaly_transformer import AnomalyTransformer
 from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.maat import MAAT
 from ssmzoo.models.mamba_fscil import MambaFSCIL
 from ssmzoo.models.mamba_vision import MambaVision
 from ssmzoo.models.mambair import MambaIR
@@ -19,6 +21,7 @@ from ssmzoo.models.token_dynamics import ReorderedMamba
 from ssmzoo.presets import build_model, model_class, read_model_config
 
 SAMPLES = 2
+SERIES = {"d_model": 8, "n_heads": 2, "e_layers": 2, "d_ff": 8}
 MORE = {  # beyond the language models of the state contract and the classifiers of the vision tests
     "transformer of experts": lambda: TransformerLM(VOCAB, 16, 2, n_heads=2),
     "fscil": lambda: MambaFSCIL(num_classes=4, img_size=32, in_chans=3),
@@ -29,6 +32,8 @@ MORE = {  # beyond the language models of the state contract and the classifiers
     "mambair": lambda: MambaIR(2, **restoration.TINY),
     "mambair_v2": lambda: MambaIRv2(2, **restoration.TINY_V2),
     "swinir": lambda: SwinIR(2, **restoration.TINY_SWIN),
+    "maat": lambda: MAAT(3, **SERIES),
+    "anomaly_transformer": lambda: AnomalyTransformer(3, **SERIES),
     "unet": lambda: MambaIRUNet(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, d_state=2, squeeze_factor=4),
 }
 JRT = tiny_node("jrt_rnn")  # reads its prefix in both directions
@@ -44,6 +49,7 @@ def make(name):
     ids = name in NODES or name == "jrt_rnn" or isinstance(model, TransformerLM)
     side = 8 if name in ("mambair", "mambair_v2", "swinir", "unet") else 32
     x = torch.randint(VOCAB, (SAMPLES, 6)) if ids else torch.randn(SAMPLES, 3, side, side, dtype=dtype)
+    x = torch.randn(SAMPLES, 10, 3, dtype=dtype) if isinstance(model, (MAAT, AnomalyTransformer)) else x
 
     def out(parameters, x):
         y = functional_call(model, parameters, (x,))

@@ -48,9 +48,7 @@ class AnomalyAttention(nn.Module):
     causal       whether a point sees the past only
     """
 
-    def __init__(
-        self, d_model: int, n_heads: int, attention: str = "full", causal: bool = False, block_size: int = 10
-    ):
+    def __init__(self, d_model: int, n_heads: int, attention: str = "full", causal: bool = False, block_size: int = 10):
         super().__init__()
         if min(d_model, n_heads, block_size) < 1 or d_model % n_heads:
             fitting = [h for h in range(1, d_model + 1) if d_model % h == 0]

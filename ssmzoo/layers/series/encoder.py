@@ -38,10 +38,9 @@ class PositionTable(nn.Module):
 
     def __init__(self, d_model: int):
         super().__init__()
-        angle = torch.arange(POSITIONS)[:, None] * torch.exp(
-            torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model)
-        )
-        pe = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model]
+        rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))
+        angle = torch.arange(POSITIONS, dtype=torch.float64)[:, None] * rate
+        pe = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d_model].to(torch.get_default_dtype())
         self.register_buffer("pe", pe[None])
 
     def forward(self, length: int) -> Tensor:
