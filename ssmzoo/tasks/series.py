@@ -100,17 +100,17 @@ class AnomalyDetection(Task):
         self._improvements = saved.get("improvements", self._improvements)
 
     @torch.no_grad()
-    def scores(self, data, part) -> np.ndarray:
+    def scores(self, data, part, temperature: float | None = None) -> np.ndarray:
         """(t) float64 of a part: of every point the score in the first window that holds it, or the mean over
-        windows that overlap on purpose (data.score_stride)."""
+        windows that overlap on purpose (data.score_stride). temperature: another than the task's; 0: the error alone.
+        """
         was_training = self.model.training
         self.model.eval()
-        found = [self._scored(batch["x"].to(self.device)) for batch in data.windows(part)]
+        temperature = self.temperature if temperature is None else temperature
+        batches = (batch["x"].to(self.device) for batch in data.windows(part))
+        found = [anomaly_score(self.model(x), x, temperature).double().cpu().numpy() for x in batches]
         self.model.train(was_training)
         return spread(np.concatenate(found), part.starts, len(part.values))
-
-    def _scored(self, x: Tensor) -> np.ndarray:
-        return anomaly_score(self.model(x), x, self.temperature).double().cpu().numpy()
 
     def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
         rows = {"validation reconstruction error": f"{validation['rec']:.4g} squared deviations"}
@@ -118,7 +118,8 @@ class AnomalyDetection(Task):
         return found._replace(rows=rows | found.rows)
 
     def evaluate(self, out: Path, data) -> Report:
-        """Scores, threshold and what it finds in the test part, beside the baselines; scores.csv and anomalies.png."""
+        """What it finds in the test part, beside its error alone and the baselines; scores.csv, measures.csv and
+        anomalies.png."""
         train, test = data.part("train"), data.part("test")
         own = find(self.scores(data, train), self.scores(data, test), test.labels, self)
         write_scores(out / "scores.csv", own, test.labels)
@@ -134,7 +135,10 @@ class AnomalyDetection(Task):
         texts = {"about the series": "\n".join(data.notes)} if data.notes else {}
         if test.labels is None:
             return Report(rows, texts, [figure])
-        methods = {type(self.model).__name__: own} | self.compared(train, test, data.window)
+        name = type(self.model).__name__
+        alone = find(self.scores(data, train, 0.0), self.scores(data, test, 0.0), test.labels, self)
+        methods = {name: own, "its error alone": alone} | self.compared(train, test, data.window)
+        write_measures(out / "measures.csv", methods)
         title = "test part, percent (areas: no threshold; adjusted counts are optimistic)"
         return Report(rows | verdict(methods), texts | {title: table(methods)}, [figure])
 
@@ -155,6 +159,16 @@ def spread(scores: np.ndarray, starts, length: int) -> np.ndarray:
         total[span] += np.where(new, row, 0)
         count[span] += new
     return total / np.maximum(count, 1)
+
+
+def write_measures(file: Path, methods: dict[str, Found]) -> None:
+    """A row a method, shares between 0 and 1."""
+    with open(file, "w", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["method", *next(iter(methods.values())).measures.row()])
+        writer.writerows(
+            [name, *(f"{v:.6f}" for v in found.measures.row().values())] for name, found in methods.items()
+        )
 
 
 def write_scores(file: Path, found: Found, labels: np.ndarray | None) -> None:
