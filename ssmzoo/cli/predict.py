@@ -1,4 +1,4 @@
-"""`ssmzoo predict RUN_OR_NAME IMAGE ...`: classes of pictures, with names and probabilities."""
+"""`ssmzoo predict RUN_OR_NAME IMAGE ...`: classes of pictures; masks and boxes drawn on them by dense models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "predict",
-        help="classes of pictures, with names and probabilities",
-        description="Classify pictures with a trained run or with released weights (`ssmzoo weights list`).",
+        help="classes of pictures, or masks and boxes drawn on them",
+        description="Classify pictures with a trained run or with released weights (`ssmzoo weights list`); runs of "
+        "task=segmentation and task=detection draw masks and boxes.",
     )
     parser.add_argument("model", help="run folder, checkpoint, or name of released weights such as vmamba_tiny")
     parser.add_argument("inputs", nargs="+", help="pictures, folders, or - for names of files on standard input")
@@ -20,17 +21,28 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, help="pictures at a time (32)")
     parser.add_argument("-o", "--out", type=Path, help="table as .csv or .json")
     parser.add_argument("--sheet", type=Path, help="contact sheet as .png")
+    parser.add_argument("--draw", type=Path, help="folder for pictures with masks or boxes (predictions)")
+    parser.add_argument("--min-score", type=float, default=0.3, help="objects below it are left out (0.3)")
+    parser.add_argument("--size", type=int, help="short side at which classes of pixels are predicted (as in training)")
     parser.add_argument("--device", help="cpu, cuda, ... (cpu)")
     return parser
 
 
 def run(args) -> int:
     from ssmzoo.inference.predict import draw_sheet, predict, write_table
+    from ssmzoo.inference.predict_dense import is_dense
 
     check_out(args.out, (".csv", ".json"))
     check_out(args.sheet, (".png",))
+    subject = subject_of(args)
+    if is_dense(subject):
+        return run_dense(subject, args)
+    if args.draw or args.size is not None:
+        raise ValueError(
+            f"{args.model} classifies whole pictures: --draw and --size are for masks and boxes; use --sheet"
+        )
     found, failed = [], []
-    for p in predict(subject_of(args), pictures(args.inputs), args.top, args.batch, failed=failed.append):
+    for p in predict(subject, pictures(args.inputs), args.top, args.batch, failed=failed.append):
         found.append(p)
         print(
             f"{p.file}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in zip(p.classes, p.probabilities))}"
@@ -41,6 +53,26 @@ def run(args) -> int:
         write_table(found, args.out)
     if args.sheet and found:
         draw_sheet(found, args.sheet)
+    return 1 if failed else 0
+
+
+def run_dense(subject, args) -> int:
+    """Masks or boxes."""
+    from ssmzoo.inference.predict_dense import predict_dense, write_objects
+
+    if args.sheet:
+        raise ValueError(f"{args.model} gives masks or boxes, which --draw writes; --sheet is for classes of pictures")
+    found, failed = [], []
+    folder = args.draw or Path("predictions")
+    for p in predict_dense(subject, pictures(args.inputs), folder, args.size, args.min_score, failed.append):
+        found.append(p)
+        words = ", ".join(f"{name} {100 * value:.1f} %" for name, value, _ in p.found[: args.top])
+        more = f" and {len(p.found) - args.top} more" if len(p.found) > args.top else ""
+        print(f"{p.file}: {words or 'nothing found'}{more} -> {p.written[0]}")
+    for error in failed:
+        print(f"error: {error}", file=sys.stderr)
+    if args.out and found:
+        write_objects(found, args.out)
     return 1 if failed else 0
 
 

@@ -214,6 +214,12 @@ class ShuffleMambaReg(LayerShuffle):
         x = self.join_registers(x) if self.global_pool == "token" else self.pool_tokens(x)
         return self.classify(x, pre_logits)
 
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head and self.cls_reduce > 1:  # what narrows the registers belongs to the head
+            self.neck = self.norm_neck = nn.Identity()
+        return taken
+
     def join_registers(self, x: Tensor) -> Tensor:
         """The k registers of (b l d), narrowed and side by side: (b k d/cls_reduce)"""
         registers = split_tokens(x, self.token_indices(x.shape[1]))[1]

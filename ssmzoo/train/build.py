@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ssmzoo.checkpoint_files import read_weights
+from ssmzoo.models.dense_network import DenseNetwork
 from ssmzoo.presets import build_model
 from ssmzoo.train import config as configuration
 from ssmzoo.train import optim
@@ -60,9 +62,11 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     model = build_model(plain["model"])
     if plain.get("init_from") and not resuming:  # a resumed run has weights of its own
         classes = getattr(data, "classes", None)
-        print(start_from(model, plain["init_from"], float(plain.get("upcycle", 0.5)), classes), flush=True)
+        part = part_for(model, plain["init_from"])
+        print(start_from(part, plain["init_from"], float(plain.get("upcycle", 0.5)), classes), flush=True)
     if plain.get("pretrained") and not resuming:
-        print(start_pretrained(model, plain["model_name"], plain["pretrained"]), flush=True)
+        part = model.backbone if isinstance(model, DenseNetwork) else model
+        print(start_pretrained(part, plain["model_name"], plain["pretrained"]), flush=True)
     if said := prepare(model, plain.get("freeze"), plain.get("lora")):
         print(said, flush=True)
     if plain.get("grad_checkpointing"):
@@ -75,6 +79,13 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
     task.check_data(data)
     return Objects(plain.get("model_name", type(model).__name__), data, task, plain)
+
+
+def part_for(model, path: str):
+    """What weights from a file go into: the model, or its backbone where they are those of a backbone."""
+    if not isinstance(model, DenseNetwork) or set(read_weights(path)) & set(model.state_dict()):
+        return model
+    return model.backbone
 
 
 def keep_tokenizer(cfg: DictConfig) -> None:
@@ -98,6 +109,9 @@ def build_data(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     data.setup("fit")
     configuration.set_sizes(data.sizes)
     plain = OmegaConf.to_container(cfg, resolve=True)
+    task = configuration.locate(plain["task"]["_target_"], "ssmzoo.tasks.")
+    if hasattr(task, "network"):  # the model is a part of what is trained
+        plain["model"] = task.network(plain["model"], plain["task"], data.sizes)
     lacking = [k for k, v in plain["model"].items() if isinstance(v, str) and v.startswith("<") and v.endswith("data>")]
     if lacking:
         raise UserError(

@@ -31,6 +31,22 @@ RULES: dict[str, str | None] = {  # the first pattern that fits a key: why it is
     "compile": None,
     "grad_checkpointing": None,
     "task._target_": WEIGHTS,
+    **dict.fromkeys(
+        (
+            f"task.{k}"
+            for k in (
+                "head",
+                "channels",
+                "auxiliary",
+                "out_indices",
+                "tap",
+                "min_stride",
+                "extra_levels",
+                "anchor_scale",
+            )
+        ),
+        WEIGHTS,
+    ),
     "task.*": None,
     "data.batch_size": None,
     "data.num_workers": None,

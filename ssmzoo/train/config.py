@@ -88,7 +88,7 @@ def plain_config(content: Any, what: str) -> dict[str, Any]:
         if "${" in f"{key}{value}" and not re.fullmatch(r"\$\{sizes:\w+\}", str(value)):
             raise ConfigError(f"{what}: {key} holds a ${{...}}, which is not resolved in files of others: refused")
         node, _, last = key.rpartition(".")
-        if last == "_target_" and node not in ("model", "task", "data"):
+        if last == "_target_" and node not in ("model", "model.backbone", "task", "data"):
             raise ConfigError(f"{what}: {key} is refused: only model, task and data name a class")
     return content
 
@@ -147,23 +147,28 @@ def free_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def paired_overrides(arguments: Sequence[str]) -> list[str]:
-    """Let `data=mqar` choose its task where none is typed: data classes may name a `default_task`."""
+    """Let `data=mqar` choose its task where none is typed, and `task=segmentation` its data: data classes may name a
+    `default_task`, tasks a `default_data`."""
     typed = dict(a.lstrip("+").split("=", 1) for a in arguments if "=" in a)
-    if "data" not in typed or "task" in typed or any(a.lstrip("~") == "task" for a in arguments):
+    if any(a.lstrip("~") in ("task", "data") for a in arguments) or ("task" in typed) == ("data" in typed):
         return list(arguments)
-    tasks = {_default_task(name) for name in typed["data"].split(",")}
-    return [*arguments, *(f"task={task}" for task in tasks if task is not None and len(tasks) == 1)]
+    given, other = ("data", "task") if "data" in typed else ("task", "data")
+    if other == "data" and "experiment" in typed:  # which has data of its own
+        return list(arguments)
+    found = {_default_of(given, name) for name in typed[given].split(",")}
+    return [*arguments, *(f"{other}={name}" for name in found if name is not None and len(found) == 1)]
 
 
-def _default_task(data: str) -> str | None:
-    """The task that the class of a file in configs/data names; None where it names none."""
-    files = [config_dir() / "data" / f"{data}.yaml"]
+def _default_of(group: str, name: str) -> str | None:
+    """The task that the class of a file in configs/data names, or the data of one in configs/task; None without."""
+    files = [config_dir() / group / f"{name}.yaml"]
     while files and files[-1].exists():
         content = read_yaml(files.pop()) or {}
-        if "_target_" in content:
-            return getattr(locate(content["_target_"]), "default_task", None)
+        node = content.get(group, content)
+        if "_target_" in node:
+            return getattr(locate(node["_target_"]), {"data": "default_task", "task": "default_data"}[group], None)
         parents = [p for p in content.get("defaults", []) if isinstance(p, str) and p != "_self_"]
-        files = [config_dir() / "data" / f"{parent}.yaml" for parent in parents[:1]]
+        files = [config_dir() / group / f"{parent}.yaml" for parent in parents[:1]]
     return None
 
 

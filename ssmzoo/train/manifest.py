@@ -36,7 +36,12 @@ def manifest(run, trainer) -> dict[str, Any]:
 def picture(data) -> dict[str, Any]:
     """How validation pictures are prepared, as `ssmzoo.released.catalogue.Picture` has it."""
     mean, std = data.normalisation()
-    return {"size": data.image_size, "crop": data.crop_pct, "mean": list(mean), "std": list(std)}
+    return {
+        "size": getattr(data, "picture_size", data.image_size),
+        "crop": data.crop_pct,
+        "mean": list(mean),
+        "std": list(std),
+    }
 
 
 @functools.cache

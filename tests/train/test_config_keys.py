@@ -90,7 +90,8 @@ def recipe(group, name):
 
     register_resolvers()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        model = ["model=shuffle_mamba"] if name.startswith("imagenet/") else []  # these leave the choice to the user
+        free = name.startswith(("imagenet/", "dense/"))  # these leave the choice to the user
+        model = ["model=shuffle_mamba"] if free else []
         cfg = hydra.compose("train", [f"{group}={name}", *model], return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     return cfg, cfg.pop("hydra").runtime.choices

@@ -1,0 +1,1 @@
+"""What `ssmzoo.models.detector` needs of its own."""
