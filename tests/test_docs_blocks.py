@@ -27,7 +27,7 @@ NOT_RUN = {
     r"--lm-eval|inference\.lm_eval|--to (gguf|onnx)": "needs an extra that the tests do not have",
     r"logger=wandb": "asks for an account",
     r"compile=true": "compiles for minutes",
-    r"x2\.pth|my_table\.yaml|my\.txt|photos/|mine\.npz": "a file of the reader's",
+    r"x2\.pth|my_table\.yaml|my\.txt|photos/|mine\.npz|(mine|other)\.csv|=PSM": "a file of the reader's",
 }
 PRELUDE = {  # what a page's Python takes as given
     "docs/tutorial.md": """

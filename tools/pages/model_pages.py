@@ -91,6 +91,8 @@ def inputs_of(name: str, model) -> tuple | None:
     if task == "graphs":
         edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
         return ({"x": torch.zeros(4, 3), "edge_index": edges, "edge_attr": torch.zeros(4, 1)},)
+    if task == "anomaly":
+        return (torch.zeros(1, 20, model.enc_in),)
     return None
 
 
