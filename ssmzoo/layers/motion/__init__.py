@@ -1,0 +1,1 @@
+"""Layers of models that read or write motion, (b frames c)."""

@@ -1,0 +1,1 @@
+"""MambaTalk's audio encoder and its stacks of Mamba blocks."""

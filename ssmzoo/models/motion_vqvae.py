@@ -1,0 +1,93 @@
+"""MambaTalk, stage 1: motion of a body part as one code per frame (VQ-VAE), and the plain autoencoder of translation.
+
+    z = encoder(x)                        conv 3 blocks without down-sampling (layers/motion/conv.py)
+    k = argmin_k |z - e_k|^2              per frame;  q = z + sg(e_k - z), straight through
+    loss = mean |sg(z) - e_k|^2 + lambda mean |z - sg(e_k)|^2
+    decoder   2 residual blocks, n times [conv 3, LeakyReLU 0.2], the last of them to the output's width, conv 3
+
+Paper: MambaTalk (NeurIPS 2024, arXiv 2403.09471). Source: project MambaTalk @b3c30e4 (Apache-2.0),
+models/motion_representation.py and quantizer.py; parameter names are theirs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.layers.motion.conv import SLOPE, MotionEncoder, ResBlock, conv
+
+
+class VQOutput(NamedTuple):
+    """motion (b l c) rebuilt, latent (b l w) quantised, loss of the codes (scalar), code (b l) int64."""
+
+    motion: Tensor
+    latent: Tensor
+    loss: Tensor
+    code: Tensor
+
+
+class Quantizer(nn.Module):
+    """(b l w) -> latent (b l w), loss, code (b l)."""
+
+    def __init__(self, codes: int, width: int, commitment: float):
+        super().__init__()
+        self.embedding, self.commitment = nn.Embedding(codes, width), commitment
+        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        code = self.nearest(z)
+        e = self.embedding(code)
+        loss = (z.detach() - e).square().mean() + self.commitment * (z - e.detach()).square().mean()
+        return z + (e - z).detach(), loss, code
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Codes (b l) int64 of latents (b l w)."""
+        e = self.embedding(torch.arange(self.embedding.num_embeddings, device=z.device))
+        distance = z.square().sum(-1, keepdim=True) + e.square().sum(-1) - 2 * z @ e.mT
+        return distance.argmin(-1)
+
+
+class MotionDecoder(nn.Module):
+    """(b l width) -> (b l c)."""
+
+    def __init__(self, width: int, channels: int, n_layers: int):
+        super().__init__()
+        blocks: list[nn.Module] = [ResBlock(width), ResBlock(width)]
+        for i in range(n_layers):
+            blocks += [conv(width, channels if i == n_layers - 1 else width), nn.LeakyReLU(SLOPE)]
+        self.main = nn.Sequential(*blocks, conv(channels, channels))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.main(z.mT).mT
+
+
+class MotionVQVAE(nn.Module):
+    """motion (b l c) -> VQOutput.
+
+    channels, width, n_layers   c, width of the convolutions and codes, layers of encoder and decoder
+    codes        size of the code book; 0: no codes, a plain autoencoder (the global motion)
+    commitment   lambda
+    """
+
+    def __init__(
+        self, channels: int = 78, width: int = 256, n_layers: int = 2, codes: int = 256, commitment: float = 1.0
+    ):
+        super().__init__()
+        self.channels = channels
+        self.encoder = MotionEncoder(channels, width, n_layers)
+        self.quantizer = Quantizer(codes, width, commitment) if codes else None
+        self.decoder = MotionDecoder(width, channels, n_layers)
+
+    def forward(self, x: Tensor) -> VQOutput:
+        if x.ndim != 3 or x.shape[-1] != self.channels:
+            raise ValueError(f"expected motion (batch, frames, {self.channels} channels), got {tuple(x.shape)}")
+        z = self.encoder(x)
+        code = x.new_zeros(x.shape[:2], dtype=torch.long)
+        latent, loss, code = (z, z.new_zeros(()), code) if self.quantizer is None else self.quantizer(z)
+        return VQOutput(self.decoder(latent), latent, loss, code)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Motion (b l c) of codes (b l)."""
+        return self.decoder(self.quantizer.embedding(code))
