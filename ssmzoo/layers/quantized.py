@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Module):
     bits, group_size   of the weight, as in `ssmzoo.ops.quantized_linear`
     activation         float: x as it is; static: int8 by the buffer `act_scale`; dynamic: int8, every token by itself
     rotate             x is rotated first (`ssmzoo.layers.hadamard`), in the way the weight expects
-    rounded            the output is rounded to 8 bits by `output`, a Rounding
+    rounded            the product is rounded to 8 bits by `output`, a Rounding, before the bias is added
     """
 
     def __init__(
@@ -84,17 +84,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = hadamard(x) if self.rotate else x
         act_scale = DYNAMIC if self.activation == DYNAMIC else self.act_scale
-        y = quantized_linear(
-            x,
-            self.weight,
-            self.scale,
-            None,
-            self.bias,
-            bits=self.bits,
-            group_size=self.group_size,
-            act_scale=act_scale,
-        )
-        return y if self.output is None else self.output(y)
+        bias = self.bias if self.output is None else None
+        options = dict(bits=self.bits, group_size=self.group_size, act_scale=act_scale)
+        y = quantized_linear(x, self.weight, self.scale, None, bias, **options)
+        if self.output is not None:
+            y = self.output(y) if self.bias is None else self.output(y) + self.bias.to(y.dtype)
+        return y
 
     def settings(self) -> dict[str, Any]:
         names = ("in_features", "out_features", "bits", "group_size", "activation", "rotate")

@@ -34,6 +34,7 @@ class Settings:
     untie         a head that shares the embedding's table gets its own
     embedding, head   quantise them
     group_size    inputs that share a scale at 4 bits; damping: of GPTQ
+    half          GPTQ corrects for 4-bit values that are rounded to fp16, as the released code computes
     percentile    of |x| that the scale of the scan's input is to represent where channels are not reordered
 
     Raises ValueError for values that have no meaning.
@@ -51,6 +52,7 @@ class Settings:
     group_size: int = 128
     damping: float = 0.01
     percentile: float = ALPHA
+    half: bool = False
 
     def __post_init__(self):
         for mode in (self.mode, *self.layers.values()):

@@ -51,7 +51,7 @@ def points_of(model: nn.Module, settings: Settings, orders: Mapping[str, Order])
     )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module) not in experts and settings.integer_activations(name):
-            points.inputs[name] = RunningMax()
+            points.inputs.setdefault(name, RunningMax())  # a mixer, which comes first, may want another observer
         if isinstance(module, Mamba2) and settings.integer_activations(name):
             mamba2_points(points, name, module, orders.get(name), settings)
         elif isinstance(module, Mamba) and settings.integer_activations(name):

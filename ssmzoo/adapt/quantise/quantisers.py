@@ -53,7 +53,7 @@ def eight_bit(w: Tensor, parts: Tensor | None = None) -> Codes:
 def group_scales(w: Tensor, bits: int, group_size: int) -> Tensor:
     """2 max|w| / (2^bits - 1) of every row and group, (e m); groups of zeros get a scale that changes nothing."""
     pieces = [piece.abs().amax(1) for piece in w.split(group_size, dim=1)]
-    return 2 * torch.stack(pieces, dim=1) / (2**bits - 1)
+    return torch.stack(pieces, dim=1) * (2 / (2**bits - 1))
 
 
 def to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -93,9 +93,10 @@ def two_levels(w: Tensor, group_size: int | None = 128) -> TwoLevels:
         codes = four_bit_one_group(w)
         return TwoLevels(codes.q, None, codes.scale / 16, codes.q * 16)
     codes = four_bit(w, group_size)
-    values = codes.values()
+    values = codes.values().to(w.dtype)
     channel = values.abs().amax(1, keepdim=True) / 127
-    return TwoLevels(codes.q, codes.scale / channel, channel, torch.round(values / channel).clamp(-128, 127).char())
+    int8 = torch.round(values / channel).clamp(-128, 127).to(torch.int8)
+    return TwoLevels(codes.q, (codes.scale / channel).half(), channel.float(), int8)
 
 
 def embedding_rows(w: Tensor, bits: int, signed_maximum: bool = False) -> Codes:
@@ -106,4 +107,5 @@ def embedding_rows(w: Tensor, bits: int, signed_maximum: bool = False) -> Codes:
         scale = w.amax(1, keepdim=True) / (127 if bits == 8 else 8)
     else:
         scale = w.abs().amax(1, keepdim=True).clamp_min(LEAST_MAX) / high
-    return Codes(torch.round(w / scale).clamp(low, high).to(torch.int8), scale.float(), w.shape[1])
+    q = (torch.round(w / scale - low).clamp(0, high - low) + low) if bits == 4 else torch.round(w / scale)
+    return Codes(q.clamp(low, high).to(torch.int8), scale.float(), w.shape[1])

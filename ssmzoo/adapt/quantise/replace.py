@@ -31,7 +31,7 @@ def codes_of(weight: Tensor, bits: int, settings: Settings, hessian: Tensor | No
         return eight_bit(weight)
     size = min(settings.group_size, weight.shape[1])
     if hessian is not None and hessian.any():
-        return gptq(weight, hessian, 4, size, settings.damping)
+        return gptq(weight, hessian, 4, size, settings.damping, settings.half)
     return four_bit(weight, size)
 
 

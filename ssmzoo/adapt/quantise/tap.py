@@ -34,7 +34,9 @@ class Taps:
         )
 
     def outputs(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        self.handles.append(module.register_forward_hook(lambda m, args, y: see(y)))
+        """What a module returns; of linear layers without the bias, which integers get afterwards."""
+        bias = getattr(module, "bias", None) if isinstance(module, nn.Linear) else None
+        self.handles.append(module.register_forward_hook(lambda m, args, y: see(y if bias is None else y - bias)))
 
     def behind_conv(self, conv: nn.Conv1d, see: Callable[[Tensor], None]) -> None:
         """SiLU of the convolution, (b l c)."""
