@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,8 +102,7 @@ def calibration(
     data.prepare_data()
     data.setup("fit")
     if hasattr(data, "tokens"):
-        ids = torch.as_tensor(data.tokens("train"))
-        shown = windows(ids, samples, length or min(LENGTH, data.seq_len))
+        shown = windows(data.tokens("train"), samples, length or min(LENGTH, data.seq_len))
         return shown, {"of": "training part", "fingerprint": data.fingerprint, **figures(shown)}
     shown = batches(data.train_dataloader(), samples, isinstance(model, LanguageModel), length)
     return shown, {"of": "training part", **figures(shown)}
@@ -117,17 +117,17 @@ def of_text(path: str, manifest: dict, samples: int, length: int) -> tuple[list[
         content = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    ids = torch.tensor(from_dict(manifest["tokenizer"]).encode(content))
+    ids = np.array(from_dict(manifest["tokenizer"]).encode(content))
     shown = windows(ids, samples, length)
     return shown, {"of": Path(path).name, **figures(shown)}
 
 
-def windows(ids: Tensor, samples: int, length: int) -> list[Tensor]:
+def windows(ids: np.ndarray, samples: int, length: int) -> list[Tensor]:
     """`samples` windows (length), evenly spread; fewer where the text is short."""
     length = min(length, len(ids))
     samples = min(samples, len(ids) // max(1, length))
     starts = torch.linspace(0, max(0, len(ids) - length), max(1, samples)).long().tolist()
-    return [ids[start : start + length].long() for start in starts] if samples else []
+    return [torch.from_numpy(ids[s : s + length].astype(np.int64)) for s in starts] if samples else []
 
 
 def batches(loader, samples: int, language: bool, length: int | None) -> list[Tensor]:
