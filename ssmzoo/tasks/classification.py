@@ -79,6 +79,10 @@ class ImageClassification(Task):
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval() if mesa > 0 else None
         self.confusion: Tensor | None = None
 
+    def check_data(self, data) -> None:
+        if "in_chans" not in data.sizes:
+            raise ValueError(f"task=classification is for images, {type(data).__name__} has none; leave out task=")
+
     def step(self, batch, training: bool) -> StepOutput:
         images, labels = batch["image"], batch["label"]
         if int(labels.max()) >= self.classes:
