@@ -30,7 +30,7 @@ MODELS = {"Graph-Mamba": "graph_mamba", "GPS": "gps", "GatedGCN alone": "gated_g
 ORDERS = ("degree_noise", "degree", "random", "stored")
 SHORT = ("trainer.max_steps=300", "trainer.val_check_interval=50", "model.d_model=32")
 CLAIMS = {  # name: (arguments of all its runs, {arm: arguments})
-    "digits": (("trainer.max_steps=600",), {n: (f"model={m}",) for n, m in MODELS.items()}),
+    "digits": (("trainer.max_steps=500",), {n: (f"model={m}",) for n, m in MODELS.items()}),
     "ring": (
         ("data=ring_transfer", *SHORT),
         {n: (f"model={m}",) for n, m in MODELS.items()},
@@ -40,7 +40,7 @@ CLAIMS = {  # name: (arguments of all its runs, {arm: arguments})
         {o: ("model=graph_mamba", f"model.order={o}") for o in ORDERS},
     ),
     "orders": (
-        ("trainer.max_steps=600",),
+        ("trainer.max_steps=500",),
         {o: ("model=graph_mamba", f"model.order={o}") for o in ORDERS[1:]},
     ),
 }

@@ -103,7 +103,7 @@ def write_page(rows: list[dict], page: Path) -> None:
         "is the best on the validation graphs of a run; mean, range and number of seeds.",
     ]
     if arms(rows, "digits"):
-        lines += ["", "## Digits as graphs (600 steps of 32)", ""]
+        lines += ["", "## Digits as graphs (500 steps of 32)", ""]
         lines += [*accuracy_table(rows, "digits", "model"), "", f"{BASELINES}"]
     if arms(rows, "ring"):
         lines += ["", "## Ring transfer, 8 to 16 edges, width 32 (300 steps of 32); guessing: 20 %", ""]
@@ -116,7 +116,7 @@ def write_page(rows: list[dict], page: Path) -> None:
         ]
         lines += accuracy_table(rows, "tree", "order", ORDER_NAMES)
     if arms(rows, "orders"):
-        lines += ["", "## Orders of Graph-Mamba: digits (600 steps of 32)", ""]
+        lines += ["", "## Orders of Graph-Mamba: digits (500 steps of 32)", ""]
         both = [r | {"arm": "degree_noise"} for r in rows if r["claim"] == "digits" and r["arm"] == "Graph-Mamba"]
         both = [r | {"claim": "orders"} for r in both] + [r for r in rows if r["claim"] == "orders"]
         lines += accuracy_table(both, "orders", "order", ORDER_NAMES)
