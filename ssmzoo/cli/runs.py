@@ -29,12 +29,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("what", nargs="*", default=["runs"], help="a folder of runs; or: compare RUN RUN ...")
     parser.add_argument("--metric", help="metric to compare, e.g. val/loss (default: the monitored one)")
     parser.add_argument("--out", default="comparison.png", help="picture of the comparison")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page: a sortable table, curves on each other")
     return parser
 
 
 def run(args) -> None:
-    if args.what[0] == "compare":
+    if args.what[0] == "compare" and args.html is None:
         return compare([read_run(Path(p)) for p in args.what[1:]], args.metric, Path(args.out))
+    if args.html is not None:
+        return write_page(args.what, args.html)
     if len(args.what) > 1:
         raise ValueError(
             f"runs takes one folder, got {', '.join(args.what)} (to compare runs: `ssmzoo runs compare ...`)"
@@ -43,6 +46,26 @@ def run(args) -> None:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder of runs")
     list_runs(root)
+
+
+def write_page(what: list[str], out: Path) -> None:
+    """`--html`: of the runs below one folder, or of those named behind `compare`."""
+    from ssmzoo.train.runs_page import Row, write_runs_page
+
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--html is {out}: there is no folder {out.parent}")
+    folders = [Path(p) for p in (what[1:] if what[0] == "compare" else what)]
+    runs, damaged = ([read_run(f) for f in folders], []) if what[0] == "compare" else read_all(folders[0])
+    for line in damaged:
+        print(f"damaged: {line}")
+    if not runs:
+        raise ValueError(f"no runs in {folders[0] if folders else 'what was given'}")
+    changed = differing_keys(runs)
+    rows = [
+        Row(r.folder, r.status, r.step, r.seconds, r.monitor, r.best, {k: r.config.get(k) for k in changed})
+        for r in runs
+    ]
+    print(f"{len(rows)} runs in {write_runs_page(rows, out)}")
 
 
 def read_run(folder: Path) -> Run:

@@ -1,4 +1,4 @@
-"""The end of a run: a table on the terminal, report.md and curves.png in the run folder."""
+"""The end of a run: a table on the terminal, report.md, report.html and curves.png in the run folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ssmzoo.terminal import caption
 from ssmzoo.train.logger import read_metrics
+from ssmzoo.train.page import write_run_page
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for the colour-blind
 STYLES = ("-", "--", ":", "-.")
@@ -111,7 +112,7 @@ def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path 
 def write_report(
     run_dir: Path, title: str, command: str, rows: dict[str, str], texts: dict[str, str], figures: list[Path]
 ) -> Path:
-    """report.md: the command, the table, the texts and the pictures."""
+    """report.md: the command, the table, the texts and the pictures; the same as a page beside it."""
     lines = [f"# {title}", "", f"`{command}`", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     for name, body in texts.items():
@@ -119,4 +120,8 @@ def write_report(
     lines += ["", *(f"![{f.stem}]({f.relative_to(run_dir).as_posix()})" for f in figures)]
     path = run_dir / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        write_run_page(run_dir)
+    except (OSError, ValueError) as error:
+        print(f"warning: no report.html ({error})", flush=True)
     return path
