@@ -10,11 +10,13 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ssmzoo.moved import MODULES
 from ssmzoo.suggest import nearest
+
+if TYPE_CHECKING:  # names are listed, and completed in a shell, without loading torch
+    from torch import nn
 
 
 @functools.cache
@@ -78,6 +80,8 @@ def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
 
 def model_class(target: str) -> type[nn.Module]:
     """The class a config names. Only classes of `ssmzoo.models` are accepted, so that a config cannot run others."""
+    from torch import nn
+
     module, _, name = str(target).rpartition(".")
     module = MODULES.get(module, module)  # what earlier checkpoints call it
     if not module.startswith("ssmzoo.models."):

@@ -12,7 +12,6 @@ import inspect
 from pathlib import Path
 
 from ssmzoo.presets import build_model, config_names, describe_config, model_class, read_model_config
-from ssmzoo.released.files import SUFFIXES
 from ssmzoo.suggest import nearest
 
 
@@ -75,6 +74,8 @@ def run(args) -> None:
 
 def is_file(name: str) -> bool:
     """A path of weights rather than a model's name: it exists, or is written like one."""
+    from ssmzoo.released.files import SUFFIXES
+
     return "/" in name or Path(name).suffix in SUFFIXES or (Path(name).exists() and name not in config_names("model"))
 
 

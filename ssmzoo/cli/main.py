@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 
 from ssmzoo import __version__
-from ssmzoo.cli import lm_eval
+from ssmzoo.cli import completion, lm_eval
 from ssmzoo.terminal import plain_output
 
 COMMANDS = tuple(
-    "list info backends doctor verify generate restore probe bench runs ckpt weights predict score embed".split()
-    + ["quantise"]
+    "list info backends doctor verify generate restore probe bench runs ckpt weights predict score embed "
+    "quantise new completion demo".split()
 )
 
 
@@ -31,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name in ("train", "eval"):
-        subparsers.add_parser(name, help=f"same as python {name}.py", add_help=False)
+        same = subparsers.add_parser(name, help=f"same as python {name}.py", add_help=False)
+        same.add_argument("overrides", nargs="*", help="model=NAME, key=value; for the completion of shells")
     for name in COMMANDS:
         try:
             module = importlib.import_module(f"ssmzoo.cli.{name}_" if name == "list" else f"ssmzoo.cli.{name}")
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(argv: list[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        completion.complete(build_parser())
     if argv[:1] in (["train"], ["eval"]) and lm_eval.FLAG not in argv:
         from ssmzoo.cli import train as entry
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    from ssmzoo.probes.subject import probes
+    from ssmzoo.probes.names import probes
 
     known = probes()
     parser = subparsers.add_parser(

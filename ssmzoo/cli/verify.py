@@ -6,8 +6,6 @@ import argparse
 import time
 from pathlib import Path
 
-from ssmzoo.released.family import find
-from ssmzoo.released.golden import GoldenCase
 from ssmzoo.suggest import nearest
 
 
@@ -53,12 +51,16 @@ def run(args) -> int:
 
 def is_case(file: Path) -> bool:
     """Whether a .json is a golden case: of a family that is known, or with its tensors beside it."""
+    from ssmzoo.released.family import find
+
     known = any(find(file.parent.name, kind) for kind in ("official", "golden"))
     return known or file.with_suffix(".safetensors").is_file()
 
 
 def check(file: Path, rtol: float) -> tuple[str, str, str]:
     """(error of outputs, of gradients, "ok" | "FAIL[: why]" | "unsupported") of one case, for printing."""
+    from ssmzoo.released.golden import GoldenCase
+
     try:
         outputs, gradients = GoldenCase.load(file).check()
     except KeyError as error:

@@ -7,10 +7,8 @@ finding.write("out", title="hidden attention")      # summary.md, one CSV per ta
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +83,3 @@ class Finding:
         summary = out / "summary.md"
         summary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return [summary, *files]
-
-
-@cache
-def probes() -> dict[str, str]:
-    """{name: first sentence} of every file here with a top-level `probe(subject)` (or `run(model, data, out_dir)`)."""
-    found = {}
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        source = file.read_text(encoding="utf-8")
-        if re.search(r"^def (probe\(subject|run\(model)", source, re.MULTILINE):
-            found[file.stem] = re.match(r'"""(.*?)[\n"]', source).group(1)
-    return found

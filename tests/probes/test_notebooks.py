@@ -38,7 +38,7 @@ def test_recipes_are_those_of_the_shipped_checkpoints():
 
 
 def test_every_probe_is_run_and_documented_with_its_figure():
-    from ssmzoo.probes.subject import probes
+    from ssmzoo.probes.names import probes
 
     runs = script("run_probes")
     text = (NOTEBOOKS.parent / "docs" / "probes.md").read_text()

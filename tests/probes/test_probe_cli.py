@@ -5,7 +5,8 @@ import torch
 from paths import CHECKPOINTS
 
 from ssmzoo.cli.main import build_parser
-from ssmzoo.probes.subject import Finding, Subject, probes
+from ssmzoo.probes.names import probes
+from ssmzoo.probes.subject import Finding, Subject
 
 APPLY = {  # probe: kinds of shipped checkpoints it is for
     "dsf": ("image", "language", "sd_ssm_D4"),
