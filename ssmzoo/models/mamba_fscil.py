@@ -126,6 +126,27 @@ class CrossScan(nn.Module):
         return BranchOutput((y * F.silu(z)).mean((1, 2)), z, *steps)
 
 
+class PositionMlp(nn.Module):
+    """In place of a scan (an ablation): a gated MLP at every position, of about as many parameters; no position sees
+    another."""
+
+    def __init__(self, dim: int, d_state: int, d_rank: int):
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        hidden = (2 * d_rank + 3 * d_state + 4) // 2
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, s: Tensor) -> BranchOutput:
+        """s (b y x e)"""
+        x, z = self.in_proj(s).chunk(2, dim=-1)
+        y = self.fc2(F.silu(self.fc1(F.silu(x)))) * F.silu(z)
+        none = s.new_zeros(len(s), 0)
+        return BranchOutput(y.mean((1, 2)), z, none, none, none)
+
+
+BRANCHES = {"ssm": SharedScan, "ss2d": CrossScan, "mlp": PositionMlp}
+
+
 def projection(in_channels: int, mid: int, out_channels: int, side: int, layers: int) -> nn.Sequential:
     """1x1 convolutions with a LayerNorm over (channels, y, x) and LeakyReLU 0.1 behind all but the last."""
     steps, width = [], in_channels
@@ -150,7 +171,7 @@ class MambaNeck(nn.Module):
     """Feature maps (b c y y) to features and what the losses need (`NeckOutput`).
 
     feat_size        y, the side of the maps
-    version          "ssm" or "ss2d"
+    version          "ssm", "ss2d", or "mlp" (no scan)
     mid_channels     width inside the MLP, 2 c unless given
     d_state, d_rank  n and r (r = n unless given)
     num_layers, num_layers_new  convolutions of the base and of the new branch's MLP
@@ -175,8 +196,8 @@ class MambaNeck(nn.Module):
         detach_residual: bool = False,
     ):
         super().__init__()
-        if version not in ("ssm", "ss2d"):
-            raise ValueError(f"version is {version!r}; expected 'ssm' or 'ss2d'")
+        if version not in BRANCHES:
+            raise ValueError(f"version is {version!r}; expected one of {', '.join(map(repr, BRANCHES))}")
         if not use_residual_proj and in_channels != out_channels:
             raise ValueError(
                 f"in_channels={in_channels} and out_channels={out_channels} differ, so the identity path "
@@ -188,8 +209,7 @@ class MambaNeck(nn.Module):
             self.add_module(f"mlp_proj{suffix}", projection(in_channels, mid, out_channels, feat_size, layers))
             table = nn.Parameter(torch.empty(1, feat_size**2, out_channels))
             self.register_parameter(f"pos_embed{suffix}", nn.init.trunc_normal_(table, std=0.02))
-            branch = SharedScan if version == "ssm" else CrossScan
-            self.add_module(f"block{suffix}", branch(out_channels, d_state, rank))
+            self.add_module(f"block{suffix}", BRANCHES[version](out_channels, d_state, rank))
         self.residual_proj = PooledLinear(in_channels, out_channels) if use_residual_proj else None
         if use_new_branch:
             nn.init.zeros_(self.block_new.in_proj.weight[out_channels:].data)

@@ -34,6 +34,7 @@ class FewShotIncremental(Task):
     old_lr               learning rate of the base branch relative to the new one's
     with_len_base, with_len   scale targets by class frequency, in the base session and afterwards
     detach_residual      no gradient into the base branch
+    dual_branch          False: no second branch; the sessions train the base branch on, at `lr` (an ablation)
     base_mixup, base_cutmix   alpha of either in the base session (0: off);  base_mix_prob  how often a batch is mixed
     base_plain_again     with mixing: add the loss of the unmixed labels once more, as the released code does
     """
@@ -58,6 +59,7 @@ class FewShotIncremental(Task):
         with_len_base: bool = False,
         with_len: bool = True,
         detach_residual: bool = True,
+        dual_branch: bool = True,
         base_mixup: float = 0.0,
         base_cutmix: float = 0.0,
         base_mix_prob: float = 0.8,
@@ -84,7 +86,14 @@ class FewShotIncremental(Task):
             weight_sep_new=weight_sep_new,
         )
         self.mix_prob, self.old_lr, self.with_len_base, self.with_len = mix_prob, old_lr, with_len_base, with_len
-        self.detach_residual = detach_residual
+        self.detach_residual, self.dual_branch = detach_residual, dual_branch
+        if not dual_branch:
+            self.weights["weight_sep_new"] = 0.0  # there are no new scan parameters
+        if model.neck_args["version"] == "mlp" and weight_sep + self.weights["weight_sep_new"] > 0:
+            raise ValueError(
+                "a neck without a scan (model.version=mlp) has no parameters to be set apart: give task.weight_sep=0 "
+                "task.weight_sep_new=0"
+            )
         self.mix = mixing(base_mixup, base_cutmix, base_mix_prob, 0.5, 0.0, model.num_classes)
         self.base_plain_again = base_plain_again
 
@@ -139,7 +148,8 @@ class FewShotIncremental(Task):
         few = self.maps(data, "few")
         means = torch.stack([base[0][base[1] == c].mean(0) for c in range(data.base_classes)])
         scores, nearest = [self.score(test, data.seen(0))], [nearest_mean(means, test)]
-        model.add_branch(self.detach_residual)
+        if self.dual_branch:
+            model.add_branch(self.detach_residual)
         for session in range(1, data.sessions + 1):
             old, new = data.seen(session - 1), data.seen(session)
             chosen = (few[1] >= old) & (few[1] < new)
@@ -162,8 +172,8 @@ class FewShotIncremental(Task):
     def learn(self, x: Tensor, y: Tensor, base: int, steps: int) -> None:
         """One session: `steps` updates of the neck on stored maps x (n d y x) with labels y."""
         neck = self.model.neck.train()
-        new = [p for n, p in neck.named_parameters() if "_new" in n]
-        old = [p for n, p in neck.named_parameters() if "_new" not in n]
+        new = [p for n, p in neck.named_parameters() if "_new" in n or not self.dual_branch]
+        old = [p for n, p in neck.named_parameters() if "_new" not in n and self.dual_branch]
         groups = [{"params": new, "lr": self.lr}, {"params": old, "lr": self.lr * self.old_lr}]
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: session_rate(s, steps))

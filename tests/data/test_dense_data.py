@@ -23,7 +23,7 @@ def test_embedded_scenes_are_exact_and_repeatable():
     train, val = data.sides()
     for scene in (val.read(0, 1), val.read(3, 1), train.read(0, 77)):
         objects = scene.objects
-        assert scene.image.shape == (64, 64, 3) and 1 <= len(objects) <= 3
+        assert scene.image.shape == (64, 64, 3) and 1 <= len(objects) <= 4
         for box, label, mask in zip(objects.boxes, objects.labels, objects.masks):
             ys, xs = np.nonzero(mask)
             assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]

@@ -62,11 +62,11 @@ def colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
 
 
 def draw_scene(seed: int, levels: np.ndarray, labels: np.ndarray, photos: tuple[str, ...], size: int) -> Scene:
-    """A scene of one to three digits; levels (n 8 8) uint8."""
+    """A scene of two to four digits, as far as they find room; levels (n 8 8) uint8."""
     rng = np.random.default_rng(seed)
     image, masks, found = background(rng, photos, size), [], []
-    for _ in range(int(rng.integers(1, 4))):
-        i, side = int(rng.integers(len(labels))), int(rng.integers(size // 3, size // 2 + 1))
+    for _ in range(int(rng.integers(2, 5))):
+        i, side = int(rng.integers(len(labels))), int(rng.integers(size // 3, size * 9 // 20 + 1))
         alpha = ink(levels[i], side)
         place = free_place(rng, masks, alpha, size)
         if place is None or not (alpha > 0.5).any():

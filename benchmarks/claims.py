@@ -1,0 +1,162 @@
+"""What papers claim, tried in small: python benchmarks/claims.py
+
+    python benchmarks/claims.py --budget 60           what is missing, for so many minutes; then the page
+    python benchmarks/claims.py --only res_vmamba     one claim, or several with commas between them
+    python benchmarks/claims.py --list                what there is, and how much of it is done
+    python benchmarks/claims.py --page-only           the page and its figures, from docs/results/claims.json
+
+Every run has one thread. The learning rate of an arm is chosen among three on a seed of its own (100), by what is
+measured at the end; then seeds 0, 1 and 2 are trained at it. A run that was stopped goes on from its last checkpoint,
+and what is finished is not repeated. The claims are in benchmarks/claims_list.py, the page's form in
+benchmarks/claims_page.py. --scripts calls the claims that have scripts and pages of their own (recall, ...), too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from claims_list import CLAIMS, SCRIPTS, Arm, Claim
+from claims_page import write_page
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "claims.json"
+RATE_SEED, SEEDS, FACTORS = 100, (0, 1, 2), (0.5, 1.0, 2.0)
+
+
+class OutOfTime(Exception):
+    """The budget is used up."""
+
+
+def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
+    """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
+    name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
+    found = next((f.parent for f in runs.glob(f"*/{name}/status.txt")), None)
+    kept = found / "cpu_seconds.json" if found else None
+    used = json.loads(kept.read_text()) if kept and kept.exists() else 0.0
+    if found is None or not (found / "status.txt").read_text().startswith("finished"):
+        left = until - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        fresh = [
+            *claim.common,
+            *arm.overrides,
+            f"optim.lr={rate:g}",
+            f"seed={seed}",
+            f"name={name}",
+            f"runs_dir={runs}",
+        ]
+        arguments = [f"resume={found}"] if found and (found / "checkpoints").exists() else fresh
+        before = os.times()
+        try:
+            subprocess.run(
+                [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *arguments],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                timeout=None if left == float("inf") else left,
+            )
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
+        finally:
+            now, found = os.times(), next((f.parent for f in runs.glob(f"*/{name}/status.txt")), None)
+            used += now.children_user + now.children_system - before.children_user - before.children_system
+            if found:
+                (found / "cpu_seconds.json").write_text(json.dumps(used))
+    return {"value": claim.measure(found), "cpu_seconds": round(used, 1)}
+
+
+def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:
+    """The rate on a seed of its own, then the seeds."""
+    rates = {rate: train(claim, arm, rate, RATE_SEED, runs, until) for rate in (f * arm.lr for f in FACTORS)}
+    best = (max if claim.higher else min)(rates, key=lambda r: rates[r]["value"])
+    for seed in SEEDS:
+        row = train(claim, arm, best, seed, runs, until)
+        print(f"{claim.name}: {arm.name}, seed {seed}, lr {best:g}: {row['value']:.4g}", flush=True)
+        note(claim.name, arm.name, best, seed, row)
+
+
+def run(claims: list[Claim], runs: Path, minutes: float) -> None:
+    """Whatever is missing, until the time is over."""
+    until = time.monotonic() + 60 * minutes
+
+    def note(claim: str, arm: str, rate: float, seed: int, row: dict) -> None:
+        known = load()
+        known.setdefault(claim, {}).setdefault(arm, {})[str(seed)] = row | {"lr": rate}
+        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+    try:
+        for claim in claims:
+            for arm in claim.arms:
+                if len(load().get(claim.name, {}).get(arm.name, {})) < len(SEEDS):
+                    try_arm(claim, arm, runs, until, note)
+    except OutOfTime:
+        print(f"{minutes:g} minutes are over; the same command goes on", flush=True)
+
+
+def run_scripts(minutes: float) -> None:
+    """The claims with scripts of their own, one after the other."""
+    until = time.monotonic() + 60 * minutes
+    for name, script in SCRIPTS.items():
+        left = until - time.monotonic()
+        if left <= 0:
+            print(f"no time left for {name}", flush=True)
+            return
+        arguments = [word.format(minutes=f"{left / 60:.3g}") for word in script.command]
+        print(f"{name}: python {' '.join(arguments)}", flush=True)
+        try:
+            subprocess.run(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                check=False,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                timeout=None if left == float("inf") else left,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped; its finished runs are kept", flush=True)
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def show() -> None:
+    known = load()
+    for name, claim in CLAIMS.items():
+        done = sum(len(known.get(name, {}).get(a.name, {})) for a in claim.arms)
+        print(f"{name:<22}{done} of {len(SEEDS) * len(claim.arms)} runs   {claim.sentence}")
+    for name, script in SCRIPTS.items():
+        print(f"{name:<22}python {' '.join(script.command)}   {script.page}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CLAIMS), help=f"some of {', '.join(CLAIMS)}")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="minutes; what runs then is stopped and kept"
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "claims")
+    parser.add_argument("--scripts", action="store_true", help="also the claims with scripts of their own")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--page-only", action="store_true")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := [n for n in names if n not in CLAIMS]:
+        parser.error(f"unknown claim {unknown[0]}; choose from {', '.join(CLAIMS)}")
+    if arguments.list:
+        return show()
+    started = time.monotonic()
+    if not arguments.page_only:
+        run([CLAIMS[n] for n in names], arguments.runs.resolve(), arguments.budget)
+        if arguments.scripts:
+            run_scripts(arguments.budget - (time.monotonic() - started) / 60)
+    write_page(load(), RESULTS.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The claims of benchmarks/claims.py: what is said, the arms that are compared, what is measured."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Arm(NamedTuple):
+    """One side of a comparison: a name, overrides of train.py, the middle one of three learning rates."""
+
+    name: str
+    overrides: tuple[str, ...]
+    lr: float = 2e-3
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name)
+
+
+class Claim(NamedTuple):
+    """sentence and published: what the paper says; data: what is used here; verdict(means) -> one sentence, from
+    {arm: (mean, deviation)} of `unit` (larger is better where `higher`)."""
+
+    name: str
+    sentence: str
+    published: str
+    data: str
+    common: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    measure: Callable[[Path], float]
+    unit: str
+    verdict: Callable[[dict[str, tuple[float, float]]], str]
+    higher: bool = True
+
+
+class Script(NamedTuple):
+    """A claim with a script and a page of its own; {minutes} in the command is what is left of the budget."""
+
+    command: tuple[str, ...]
+    page: str
+    sentence: str
+
+
+def last(metric: str) -> Callable[[Path], float]:
+    """In per cent, of the last validation: no point of the curve is picked."""
+
+    def read(run: Path) -> float:
+        rows = [r for r in csv.DictReader((run / "metrics.csv").open()) if r.get(f"val/{metric}")]
+        return 100 * float(rows[-1][f"val/{metric}"])
+
+    return read
+
+
+def session_mean(run: Path) -> float:
+    """Mean top-1 over the sessions, in per cent."""
+    values = [float(r["top1"]) for r in csv.DictReader((run / "sessions.csv").open())]
+    return 100 * sum(values) / len(values)
+
+
+def against(first: str, second: str, what: str) -> Callable[[dict[str, tuple[float, float]]], str]:
+    """ "holds" where the first is ahead by more than both deviations together."""
+
+    def verdict(means: dict[str, tuple[float, float]]) -> str:
+        (a, s), (b, t) = means[first], means[second]
+        told = f"{first} {a:.2f}, {second} {b:.2f}"
+        if a - b > s + t:
+            return f"holds here: {what} ({told})"
+        if b - a > s + t:
+            return f"does not hold here: the other way round ({told})"
+        return f"undecided here: within the spread ({told})"
+
+    return verdict
+
+
+def patch_verdict(means: dict[str, tuple[float, float]]) -> str:
+    found = []
+    for model in ("Adventurer", "ViT"):
+        values = [means[f"{model}, patch {p}"][0] for p in (8, 4, 2)]
+        rises = all(b > a for a, b in zip(values, values[1:]))
+        told = "rises with every halving" if rises else "does not rise throughout"
+        found.append(f"{model} {told} ({', '.join(f'{v:.2f}' for v in values)} at patch 8, 4, 2)")
+    return "; ".join(found)
+
+
+def head_verdict(means: dict[str, tuple[float, float]]) -> str:
+    gap = {p: means[f"upernet, patch {p}"][0] - means[f"linear, patch {p}"][0] for p in (8, 4)}
+    told = ", ".join(f"{v:+.2f} at patch {p}" for p, v in gap.items())
+    return f"{'holds' if gap[4] < gap[8] else 'does not hold'} here: UPerNet less linear is {told}"
+
+
+DIGITS = "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 220 steps of 64"
+SHORT = ("trainer.max_steps=220", "trainer.val_check_interval=220", "trainer.accelerator=cpu", "data.num_workers=0")
+
+CLAIMS = {
+    c.name: c
+    for c in (
+        Claim(
+            "res_vmamba",
+            "A learned residual path around every stage makes VMamba better (Res-VMamba).",
+            "CNFOOD-241 top-1 from scratch: Res-VMamba 79.54, above VMamba's, not verified (arXiv 2402.15761)",
+            DIGITS,
+            ("model=res_vmamba", *SHORT),
+            tuple(Arm(f"fuse {f}", (f"model.fuse={f}",)) for f in ("learned", "random", "none")),
+            last("top1"),
+            "top-1, %",
+            against("fuse learned", "fuse none", "the learned path helps"),
+        ),
+        Claim(
+            "mamba_fscil",
+            "The dual branch, the class-sensitive losses and the scan each carry Mamba-FSCIL.",
+            "average top-1 over sessions: CIFAR-100 68.14, miniImageNet 69.81, CUB-200 68.13 (arXiv 2407.06136)",
+            "the digits in sessions: 0 to 5, then 6 and 7, then 8 and 9 from five images each; 260 steps of 64",
+            ("model=mamba_fscil", "trainer.accelerator=cpu", "data.num_workers=0"),
+            (
+                Arm("whole", ()),
+                Arm("without the dual branch", ("task.dual_branch=false",)),
+                Arm(
+                    "without class-sensitive losses",
+                    ("task.weight_supp=0", "task.weight_supp_novel=0", "task.weight_sep=0", "task.weight_sep_new=0"),
+                ),
+                Arm("MLP in place of the scan", ("model.version=mlp", "task.weight_sep=0", "task.weight_sep_new=0")),
+            ),
+            session_mean,
+            "average top-1 over sessions, %",
+            against("whole", "without the dual branch", "the second branch keeps what was learnt"),
+        ),
+        Claim(
+            "patch_scaling",
+            "Smaller patches keep making a plain encoder better, down to single pixels (Adventurer).",
+            "ImageNet top-1 at 64 px, patch 16 to 1: Adventurer-B 69.2 77.2 80.0 80.5 80.9, DeiT-B 68.2 76.9 80.1 80.8 "
+            "81.3 (arXiv 2502.03738)",
+            DIGITS,
+            SHORT,
+            tuple(
+                Arm(f"{title}, patch {p}", (f"model={model}", f"model.patch_size={p}"))
+                for title, model in (("Adventurer", "adventurer"), ("ViT", "vit"))
+                for p in (8, 4, 2)
+            ),
+            last("top1"),
+            "top-1, %",
+            patch_verdict,
+        ),
+        Claim(
+            "dense_heads",
+            "With small patches the head matters less: a linear layer does what UPerNet does.",
+            "ADE20K mIoU, Adventurer-B: UPerNet at patch 16 45.7; linear 44.0 at 16, 46.8 at 2 (arXiv 2502.03738)",
+            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 220 steps of 16",
+            ("model=adventurer", "task=segmentation", *SHORT, "data.batch_size=16", "data.val_scenes=100"),
+            tuple(
+                Arm(f"{head}, patch {p}", (f"task.head={head}", f"model.patch_size={p}"))
+                for p in (8, 4)
+                for head in ("upernet", "linear")
+            ),
+            last("miou"),
+            "mIoU, %",
+            head_verdict,
+        ),
+    )
+}
+
+SCRIPTS = {
+    "recall": Script(
+        ("benchmarks/recall.py", "--budget", "{minutes}"),
+        "docs/results/recall.md",
+        "memory of linear recurrences, in small",
+    ),
+    "regular_languages": Script(
+        ("benchmarks/regular_languages.py",),
+        "docs/results/regular_languages.md",
+        "length generalisation on nine automata",
+    ),
+    "token_dynamics": Script(
+        ("benchmarks/token_dynamics.py",), "docs/results/token_dynamics.md", "convergent and divergent token dynamics"
+    ),
+    "vision": Script(
+        ("benchmarks/vision_claims.py", "--out", "docs/results/vision.md"),
+        "docs/results/vision.md",
+        "state fusion, layer shuffle",
+    ),
+    "restoration": Script(
+        ("benchmarks/restoration.py", "claim"),
+        "docs/results/restoration.md",
+        "MambaIR, its ablations and its Swin twin",
+    ),
+    "theory": Script(("benchmarks/theory.py",), "docs/results", "expressivity and generalisation bounds"),
+    "moe": Script(("benchmarks/moe.py",), "docs/tutorial.md", "the cost of experts"),
+}
