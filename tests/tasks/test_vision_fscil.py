@@ -143,7 +143,7 @@ def test_losses_of_known_cases():
     assert separation(p, torch.tensor([0, 1]), base=3) == 0  # one kind only
 
 
-@pytest.mark.parametrize("version", ["ssm", "ss2d"])
+@pytest.mark.parametrize("version", ["ssm", "ss2d", "mlp"])
 def test_a_new_branch_changes_nothing_and_learns(version):
     model = MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=5, img_size=16, d_state=4, version=version).eval()
     x = torch.randn(2, 1, 16, 16)
@@ -187,6 +187,20 @@ def test_protocol(monkeypatch, tmp_path):
     assert len(report.rows["top-1 per session"].split()) == 3 and (tmp_path / "sessions.safetensors").exists()
     assert torch.equal(model.neck.mlp_proj[0].weight, first)  # old_lr = 0
     assert (tmp_path / "sessions.csv").read_text().count("\n") == 4
+
+
+def test_ablations_without_the_second_branch_and_without_a_scan():
+    def model(version="ssm"):
+        return MambaFSCIL("vmamba", {"dims": 8}, in_chans=1, num_classes=5, img_size=16, d_state=4, version=version)
+
+    with pytest.raises(ValueError, match="task.weight_sep_new=0"):
+        FewShotIncremental(model("mlp"))
+    FewShotIncremental(model("mlp"), weight_sep_new=0.0)
+    task = FewShotIncremental(model(), dual_branch=False, steps=6, batch_size=4)
+    before = {n: p.detach().clone() for n, p in task.model.neck.named_parameters()}
+    task.learn(torch.randn(6, 16, 2, 2), torch.tensor([0, 1, 2, 3, 4, 4]), base=3, steps=6)
+    changed = {n for n, p in task.model.neck.named_parameters() if not torch.equal(p, before[n])}
+    assert not task.model.neck.use_new_branch and {"block.in_proj.weight", "mlp_proj.0.weight"} <= changed
 
 
 def test_mixing_in_the_base_session():
