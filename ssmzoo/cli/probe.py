@@ -29,7 +29,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add(
         "checkpoint",
         help="a run folder, a checkpoint folder inside one, or the name of a model for images or their restoration "
-        "(timm's: timm/NAME): its initial weights on embedded photographs",
+        "(timm's: timm/NAME): its initial weights, or with --pretrained the released ones, on embedded photographs",
+    )
+    add(
+        "--pretrained",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="TAG",
+        help="a model given by name: with its released weights, fetched if need be (TAG where it has several)",
     )
     add("--input", help="a text to read (or @file), or a picture; default: validation data of the run")
     add("--out", type=Path, help="folder for the results; default: probes/NAME beside the checkpoint")
@@ -89,7 +97,10 @@ def run(args: argparse.Namespace) -> int:
 
     command = command_of(args)
     module = importlib.import_module(f"ssmzoo.probes.{args.name}")
+    whose = args.checkpoint
     if Path(args.checkpoint).exists():
+        if args.pretrained:
+            raise ValueError(f"--pretrained is for a model given by name; {args.checkpoint} has weights of its own")
         folder = find_checkpoint(args.checkpoint)
         out = args.out or folder.parent.parent / "probes" / args.name
         if args.name == "expressivity":
@@ -99,8 +110,10 @@ def run(args: argparse.Namespace) -> int:
         from ssmzoo.cli.probe_by_name import named_subject
 
         subject, out = named_subject(args.checkpoint, args), args.out or Path("probes") / args.name / args.checkpoint
+        whose += " with released weights" if args.pretrained else " with initial weights, not trained"
     finding = module.probe(subject)
-    files = finding.write(out, f"{args.name}: {type(subject.model).__name__} of {args.checkpoint}", command)
+    files = finding.write(out, f"{args.name}: {type(subject.model).__name__} of {whose}", command)
+    print(f"model: {whose}")
     for key, value in finding.summary.items():
         print(f"{key}: {value}")
     print(f"written to {out}: {', '.join(f.name for f in files)}")
@@ -112,9 +125,22 @@ def command_of(args: argparse.Namespace) -> str:
     parser = argparse.ArgumentParser()
     defaults = vars(add_parser(parser.add_subparsers()).parse_args([args.name, str(args.checkpoint)]))
     words = ["ssmzoo", "probe", args.name, str(args.checkpoint)]
-    for key in ("input", "layers", "channels", "positions", "masks", "target", "length", "batch", "max_bytes"):
+    for key in (
+        "input",
+        "layers",
+        "channels",
+        "positions",
+        "masks",
+        "target",
+        "length",
+        "batch",
+        "max_bytes",
+        "pretrained",
+    ):
         value = getattr(args, key)
-        if value != defaults[key]:
+        if value is True:
+            words.append(f"--{key}")
+        elif value != defaults[key]:
             words += [
                 f"--{key.replace('_', '-')}",
                 ",".join(map(str, value))

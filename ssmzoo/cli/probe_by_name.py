@@ -1,4 +1,4 @@
-"""A probe's subject without a run: an image model by name, with its initial weights, on real photographs."""
+"""A probe's subject without a run: an image model by name, with initial or released weights, on real photographs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ RESTORATION = ("restoration", "denoise", "jpeg", "real_denoise")
 
 def named_subject(name: str, args: argparse.Namespace):
     """The model `name` for colour images or their restoration, or `timm/NAME` of timm's, and the pictures it looks at:
-    --input, or the embedded photographs.
+    --input, or the embedded photographs. Weights: the initial ones of seed 0, with --pretrained the released ones.
 
-    Raises ValueError for a name that is no image model, saying what else the argument may be.
+    Raises ValueError for a name that is no image model, saying what else the argument may be, and DownloadError for
+    weights that cannot be had.
     """
     import torch
 
     from ssmzoo.presets import build_model, list_models, read_model_config
     from ssmzoo.probes.subject import Subject
     from ssmzoo.suggest import nearest
+    from ssmzoo.zoo import create_model
 
     torch.manual_seed(0)
-    restores = False
+    restores, side = False, SIDE
     if name.startswith("timm/"):
-        model = of_timm(name[5:])
+        model = of_timm(name[5:], args.pretrained)
     else:
         restoration = [n for task in RESTORATION for n in list_models(task=task)]
         names = list_models(task="classification") + restoration
@@ -39,10 +41,12 @@ def named_subject(name: str, args: argparse.Namespace):
         for key, value in node.items():
             if isinstance(value, str) and value.startswith("${sizes:"):
                 node[key] = SIZES[value[8:-1]]
-        model = build_model(node)
+        side = node.get("img_size", SIDE)
+        side = side if isinstance(side, int) else SIDE
+        model = create_model(name, pretrained=args.pretrained) if args.pretrained else build_model(node)
     return Subject(
         model.eval(),
-        pictures(args, restores),
+        pictures(args, restores, side),
         layers=args.layers,
         channels=args.channels,
         target=args.target,
@@ -50,20 +54,25 @@ def named_subject(name: str, args: argparse.Namespace):
     )
 
 
-def of_timm(name: str):
+def of_timm(name: str, pretrained: bool | str):
+    if pretrained not in (True, False):
+        raise ValueError(f"timm's files are chosen in the name: timm/{name}.{pretrained}, with --pretrained alone")
     from ssmzoo._torchvision import make_importable
     from ssmzoo.suggest import nearest
 
     make_importable()
     import timm
 
-    if not timm.is_model(name):
+    if not timm.is_model(name.partition(".")[0]):
         raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
-    return timm.create_model(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"timm cannot make {name!r}: {error}") from None
 
 
-def pictures(args: argparse.Namespace, restores: bool = False):
-    """(b 3 SIDE SIDE), normalised: the largest centred square of every picture, scaled; for restoration (b 3 CROP CROP)
+def pictures(args: argparse.Namespace, restores: bool = False, size: int = SIDE):
+    """(b 3 size size), normalised: the largest centred square of every picture, scaled; for restoration (b 3 CROP CROP)
     in [0, 1], what stands in the middle."""
     import numpy as np
     import torch
@@ -86,6 +95,6 @@ def pictures(args: argparse.Namespace, restores: bool = False):
         if restores:
             squares.append(image.expand(-1, 3, -1, -1))
             continue
-        image = F.interpolate(image, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+        image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         squares.append((image.expand(-1, 3, -1, -1) - mean) / std)
     return torch.cat(squares)

@@ -22,11 +22,13 @@ from ssmzoo.inference.export.source import is_ours, read_source
 from ssmzoo.inference.export.to_hf import spare_rows
 from ssmzoo.inference.export.tokenizer import fast_tokenizer, special_tokens
 from ssmzoo.inference.hf_cache import StateCache, as_mask
-from ssmzoo.inference.hf_config import MODEL_TYPE, PREFIX, generic_config, generic_state, head, tied_names
-from ssmzoo.presets import build_model
+from ssmzoo.inference.hf_config import MODEL_TYPE, PREFIX, embedding, generic_config, generic_state, head, tied_names
+from ssmzoo.inference.hf_hidden import recorded
+from ssmzoo.presets import build_model, model_class
 from ssmzoo.released.files import CheckpointError
 
 NAMES = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+RECOMPUTED = {"use_reentrant": False, "every_n_layers": 1, "offload": False}
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # from transformers 5.24 on, before
 
 
@@ -42,7 +44,20 @@ class ZooConfig(PreTrainedConfig):
     quantisation: dict | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    tie_word_embeddings: bool | None = None  # None: as the arguments say; False unties a head
     use_cache: bool = True
+
+    def build(self) -> nn.Module:
+        """The zoo's model with fresh weights."""
+        node = {"_target_": self.target} | (self.arguments or {})
+        if self.quantisation is not None:
+            model = build_model(node)
+            restructure(model, self.quantisation)
+            return model
+        takes = inspect.signature(model_class(self.target)).parameters
+        untied = self.tie_word_embeddings is False and "tie_embeddings" in takes
+        return build_model(node | ({"tie_embeddings": False} if untied else {}))
 
 
 class ZooForCausalLM(PreTrainedModel, GenerationMixin):
@@ -50,15 +65,15 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = ZooConfig
     main_input_name = "input_ids"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True  # transformers' word for: the cache cannot be cropped
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
-        self.model = build_model({"_target_": config.target} | (config.arguments or {}))
-        if config.quantisation is not None:
-            restructure(self.model, config.quantisation)
+        self.model = config.build()
         tied = tied_names(self.model)
+        config.tie_word_embeddings = bool(tied)
         self._tied_weights_keys = {PREFIX + name: PREFIX + first for name, first in tied.items()}
         self.takes_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.post_init()
@@ -94,7 +109,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         """Give buffers that no file holds the constructor's values: transformers built the model without any."""
         names = {name for name, _ in self.model.named_buffers()} - self.model.state_dict().keys()
         if names:
-            fresh = build_model({"_target_": self.config.target} | (self.config.arguments or {}))
+            fresh = self.config.build()
             for name in names:
                 self.model.get_buffer(name).copy_(fresh.get_buffer(name))
 
@@ -118,16 +133,18 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids (b l) or inputs_embeds (b l d); attention_mask (b, past + l), 1 for real tokens, 0 for padding on
         any side; labels (b l), shifted here, -100 for none. The loss contains the model's own (`aux`). cache is what
-        transformers from 5.24 on calls past_key_values."""
-        if output_hidden_states or output_attentions:
-            raise ValueError("hidden states and attentions are not returned; ssmzoo.probes looks into the layers")
+        transformers from 5.24 on calls past_key_values. hidden_states: see `recorded`."""
+        if output_attentions:
+            raise ValueError("attentions are not returned; ssmzoo.probes looks into the layers")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = input_ids if inputs_embeds is None else inputs_embeds
         cache = self.cache_of(past_key_values if cache is None else cache, use_cache)
         keep = {"logits_to_keep": logits_to_keep} if self.takes_keep and isinstance(logits_to_keep, int) else {}
         state = None if cache is None else cache.state
-        logits, state, aux = self.model(x, state, mask=as_mask(attention_mask, x.shape[1]), **keep)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with recorded(self.model, wanted) as hidden:
+            logits, state, aux = self.model(x, state, mask=as_mask(attention_mask, x.shape[1]), **keep)
         if not keep:
             logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
         loss = None
@@ -136,7 +153,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss + sum(value for key, value in aux.items() if key.endswith("_loss"))
         if cache is not None:
             cache.advance(state, x.shape[1])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=tuple(hidden) or None, **{CACHE: cache})
         return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
 
     def cache_of(self, cache: StateCache | None, use_cache: bool | None) -> StateCache | None:
@@ -157,7 +174,7 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
             model_kwargs[CACHE] = StateCache()
 
     def get_input_embeddings(self) -> nn.Module | None:
-        return next((m for m in self.model.modules() if isinstance(m, nn.Embedding)), None)
+        return embedding(self.model)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._replace(self.get_input_embeddings(), value)
@@ -173,17 +190,30 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """transformers' method; the constructor's arguments follow, so that the saved model is built with the size."""
-        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        sizes = {"vocab_size": len(embedding.weight), "pad_vocab_size_multiple": 1}
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        sizes = {"vocab_size": len(table.weight), "pad_vocab_size_multiple": 1}
         known = inspect.signature(type(self.model)).parameters
         self.config.arguments = (self.config.arguments or {}) | {k: v for k, v in sizes.items() if k in known}
-        return embedding
+        return table
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **_) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute every block in the backward pass, without re-entering autograd: the only form that the zoo has."""
+        given = {"every_n_layers": every_n_layers, "offload": offload} | (gradient_checkpointing_kwargs or {})
+        other = {k: v for k, v in given.items() if v != RECOMPUTED.get(k)}
+        if other:
+            raise ValueError(f"gradient checkpointing of the zoo's models is {RECOMPUTED}; got {other}")
         self.model.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
         self.model.set_grad_checkpointing(False)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return any(getattr(m, "grad_checkpointing", False) for m in self.model.modules())
+
+    is_gradient_checkpointing = is_activation_checkpointing
 
 
 def run_config(path: str | Path, **kwargs) -> ZooConfig:

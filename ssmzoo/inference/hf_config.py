@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssmzoo.inference.hf_hidden import depth
+from ssmzoo.layers.decoder import Decoder, LanguageModel
 from ssmzoo.layers.quantized import QuantizedLinear
 
 MODEL_TYPE, ARCHITECTURE, PREFIX = "ssmzoo", "ZooForCausalLM", "model."
@@ -18,10 +20,10 @@ MODEL_TYPE, ARCHITECTURE, PREFIX = "ssmzoo", "ZooForCausalLM", "model."
 def generic_config(model: nn.Module, node: dict[str, Any], quantisation: dict | None = None) -> dict[str, Any]:
     """config.json of a model and the node (`_target_` and arguments) that it was built from; quantisation: the section
     of its manifest, if it has one."""
-    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    table = embedding(model)
     rows, width = head(model).out_features, 0
-    if embedding is not None:
-        rows, width = embedding.num_embeddings, embedding.embedding_dim
+    if table is not None:
+        rows, width = table.num_embeddings, table.embedding_dim
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -30,6 +32,7 @@ def generic_config(model: nn.Module, node: dict[str, Any], quantisation: dict | 
         "arguments": {key: value for key, value in node.items() if key != "_target_"},
         "vocab_size": rows,
         "hidden_size": width,
+        "num_hidden_layers": depth(model),
         "tie_word_embeddings": bool(tied_names(model)),
     } | ({} if quantisation is None else {"quantisation": quantisation})
 
@@ -52,6 +55,16 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
+def embedding(model: nn.Module) -> nn.Module | None:
+    """The table of the vocabulary; None for a model that reads no ids."""
+    decoder = next((m for m in model.modules() if isinstance(m, Decoder)), None)
+    if decoder is not None:
+        return decoder.embedding
+    return next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+
+
 def head(model: nn.Module) -> nn.Module:
-    """The linear layer that gives the logits: the last one registered."""
+    """The layer that gives the logits: a language model names it, of another it is the last linear one."""
+    if isinstance(model, LanguageModel):
+        return getattr(model, model.head_name)
     return [m for m in model.modules() if isinstance(m, (nn.Linear, QuantizedLinear))][-1]

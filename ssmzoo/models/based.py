@@ -135,7 +135,7 @@ class LearnedPositions(nn.Module):
         """(b l) -> vectors (b l d), and the tokens (b) of the open document so far. ValueError behind the table."""
         padding = left_align(mask)
         seq_idx = seq_idx if padding is None else padding.align_seq_idx(seq_idx)
-        position, _ = document_positions(*input_ids.shape, input_ids.device, done, seq_idx)
+        position, _ = document_positions(*input_ids.shape[:2], input_ids.device, done, seq_idx)
         after = tokens_done(position, done, padding)
         if padding is not None:
             position = padding.restore(position.masked_fill(~padding.mask, 0))

@@ -25,7 +25,7 @@ WITHOUT = {
 MODEL = Arguments(
     "Adventurer",
     {
-        **{"img_size": 224, "patch_size": 16, "depth": 12, "embed_dim": 192, "channels": 3, "num_classes": 1000},
+        **{"img_size": 224, "patch_size": 16, "depth": 12, "embed_dim": 256, "channels": 3, "num_classes": 1000},
         **{"drop_rate": 0.0, "drop_path_rate": 0.1, **SHARED},
     },
     WITHOUT | RUNNER | {"initializer_cfg": (None, "sets initial values")},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.models.based import BasedLM, GatedConv, TaylorAttention
-from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
+from ssmzoo.released.arguments import DEVICE, INITIAL, KERNEL, RECOMPUTE, Arguments
 from ssmzoo.released.catalogue import Hub, Weights
 from ssmzoo.released.infer import count, part, ratio
 from ssmzoo.released.names import Names
@@ -36,22 +36,40 @@ SIZED = {"d_model": None, "embed_dim": None}  # one of the two names of the widt
 LENGTH = {"l_max": (None, "the longest sequence, of which nothing depends"), **PLACED}
 CONV = Arguments(
     "BaseConv",
-    {"use_bias": True, "expand_proj": 4, "kernel_size": 3, **SIZED},
+    {"use_bias": True, "expand_proj": 2, "kernel_size": 3, **SIZED},
     {"kernel_sizes": (3, "swallowed there: kernel_size counts"), **LENGTH},
+    {"use_cuda": (False, "the fused convolution there has a bias, which this one lacks")},
 )
 TAYLOR = {"feature_dim": 16, "num_heads": 16, "eps": 1e-12, **SIZED}
 LINEAR = Arguments(
     "LinearAttention",
     TAYLOR | {"feature_map": None},
     {"parallel_implementation": ("quadratic", KERNEL), **LENGTH},
-    {"feature_dim_v": (None, "values have the width of a head")},
+    {
+        "feature_dim_v": (None, "values have the width of a head"),
+        "head_dim": (None, "the heads here share d_model evenly"),
+        "use_decay_proj": (False, "no decay that depends on the input exists here"),
+    },
 )
 SLIDING = Arguments(
     "SlidingAttention",
-    {"window_size": 256, "num_heads": 16, "rotary_emb_dim": None, "qkv_proj_bias": False, "out_proj_bias": False}
-    | SIZED,
-    {"dropout": (0.0, TRAINING), **LENGTH},
-    {"causal": (True, "windows of a causal model lie before each token")},
+    {"window_size": 128, "rotary_emb_dim": 0, "qkv_proj_bias": True, "out_proj_bias": True} | SIZED,
+    {
+        **{"dropout": (0.0, TRAINING), "causal": (True, "overruled there: it is always causal")},
+        **{"fused_bias_fc": (False, KERNEL), "use_flash_attn": (True, KERNEL), "checkpointing": RECOMPUTE},
+        **{"use_mask": (True, "kept and not read there"), "inference_bs": (1, "sizes a cache")},
+        **{"inference_mode": ("default", KERNEL), **DEVICE, **LENGTH},
+    },
+    {
+        "num_heads_kv": (None, "every head here has keys of its own"),
+        "cross_attn": (False, "only self-attention exists here"),
+        "softmax_scale": (None, "the scale is 1/sqrt(width of a head) here"),
+        "rotary_emb_base": (10000.0, "the base of the released models"),
+        "rotary_emb_scale_base": (None, "rotary positions are not scaled here"),
+        "rotary_emb_interleaved": (False, "the halves of a head are paired here"),
+        "return_residual": (False, "the input is not handed back here"),
+    },
+    required=("num_heads",),
 )
 LM_HONOURED = {
     **{"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_inner": None, "rms_norm": True},
@@ -124,7 +142,7 @@ def language(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict[
         raise ValueError("rms_norm=False: the models here have RMSNorm")
     c = CONV.complete(config["mixer"] or {})
     t = dict(config["alt_mixer"] or {})
-    s = SLIDING.complete(config["alt_mixer_2"] or {"num_heads": heads})
+    s = SLIDING.complete({"num_heads": heads} | dict(config["alt_mixer_2"] or {}))
     for at, mixer in (("alt_mixer", t), ("alt_mixer_2", s)):
         if mixer.get("num_heads", heads) != heads:
             raise ValueError(f"{at}.num_heads is {mixer['num_heads']}: attention layers here have n_head={heads} heads")
@@ -177,7 +195,10 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All but heads and windows, which leave no trace."""
     if "out_proj.weight" in state:
         named_embed_dim = "Wqkv.weight" in state or "proj_k_enc.weight" in state
-        return {"embed_dim" if named_embed_dim else "d_model": len(state["out_proj.weight"])}
+        inferred = {"embed_dim" if named_embed_dim else "d_model": len(state["out_proj.weight"])}
+        if "Wqkv.weight" in state:
+            inferred |= {"qkv_proj_bias": "Wqkv.bias" in state, "out_proj_bias": "out_proj.bias" in state}
+        return inferred
     state = clean(state)
     words = state.get("transformer.embeddings.word_embeddings.weight")
     if words is None:

@@ -20,9 +20,16 @@ ONE_LAYER = Names(("block.{rest}", "blocks.0.{rest}"), ("readout.{rest}", "mlps.
 
 MODEL = Arguments(
     "LSRNN",
-    {"state_size": 64, "embed_size": None, "num_layers": None, "scale_eigv": 1.0},
-    {"return_all_outputs": (False, "accepted and not read there")},
-    required=("output_size", "input_size"),
+    {"embed_size": None, "num_layers": None, "scale_eigv": 1.0},
+    {
+        "return_all_outputs": (False, "accepted and not read there"),
+        "num_transition_matrices": (2, "handed on and not read there"),
+        "mlp_multiplier": (2, "handed on and not read there"),
+        "debug": (False, "kept and not read there"),
+        "ignore_empty_token": (False, "kept and not read there"),
+        "eps": (1e-7, "kept and not read there"),
+    },
+    required=("output_size", "input_size", "state_size"),
 )
 TABLES = (MODEL,)
 

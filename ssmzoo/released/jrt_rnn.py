@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.state import ModelOutput, left_align
 from ssmzoo.models.jrt_rnn import JRTRNNLM, PrefixLinearAttention
 from ssmzoo.released import based
-from ssmzoo.released.arguments import KERNEL, Arguments
+from ssmzoo.released.arguments import DEVICE, KERNEL, Arguments
 from ssmzoo.released.based import LM_HONOURED, LM_INERT, LM_REFUSED, PLACED, TAYLOR, OfficialSums, from_official
 
 __all__ = ["MODELS", "TABLES", "TELLING_KEYS", "from_official", "golden", "infer", "official", "to_official"]
@@ -22,13 +22,16 @@ MODELS = (JRTRNNLM,)
 TELLING_KEYS = (r"mixer\.proj_k_enc\.weight", r"mixer\.proj_v_enc\.weight")
 ATTENTION = Arguments(
     "PrefixLinearAttention",
-    TAYLOR | {"enc_length": 1024, "use_mask": True},
+    {key: value for key, value in TAYLOR.items() if key != "num_heads"} | {"use_mask": True},
     {
         **{"implementation": ("default", KERNEL), "parallel_implementation": ("default", KERNEL)},
-        **{"dec_length": (1024, "the rest of a sequence may have any length"), "feature_map": (None, "Taylor's")},
+        **{"dec_length": (None, "the rest of a sequence may have any length"), "feature_map": (None, "Taylor's")},
         **{"l_max": (None, "the longest sequence, of which nothing depends")},
         **PLACED,
+        **DEVICE,
     },
+    {"scale_dim": (None, "the scale of the Taylor features is their number here")},
+    required=("num_heads", "enc_length"),  # None there, with which it does not run
 )
 DATA = {"data_type": ("mixed", "how training data was packed"), "dec_length": (1024, "the rest may have any length")}
 LM = Arguments("GPTLMHeadModel", LM_HONOURED | {"enc_length": 1024}, LM_INERT | DATA, LM_REFUSED)

@@ -47,7 +47,7 @@ UNET = Arguments(
 SCAN = {"d_state": 16, "d_conv": 3, "expand": 2.0, "dt_rank": "auto", "conv_bias": True, "bias": False}
 BLOCK = Arguments(
     "VSSBlock",
-    {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "is_light_sr": False} | SCAN,
+    {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "is_light_sr": False, "norm_eps": 1e-6} | SCAN,
     SCAN_INITIAL | {"norm_layer": WITHOUT["norm_layer"]},
 )
 MIXER = Arguments("SS2D", {"dropout": 0.0} | SCAN, SCAN_INITIAL | DEVICE, required=("d_model",))
@@ -78,10 +78,11 @@ def states_of_levels(state: dict[str, Tensor]) -> tuple[int, ...]:
     return tuple(16 if A is None else A.shape[1] for A in found)
 
 
-def official_block(state, hidden_dim, drop_path, attn_drop_rate, is_light_sr, **scan) -> RSSB:
+def official_block(state, hidden_dim, drop_path, attn_drop_rate, is_light_sr, norm_eps, **scan) -> RSSB:
     """One released `VSSBlock` as a module (tokens (b l d), (rows, columns)) -> tokens."""
     block = TokenBlock(hidden_dim, scan["d_state"], scan["expand"], drop_path, is_light_sr, squeeze_of(state))
     block.self_attention = official_ss2d(hidden_dim, dropout=attn_drop_rate, **scan)
+    block.ln_1.eps = norm_eps  # of norm_layer there, which makes the first norm only; 1e-5 in the whole models
     return block
 
 

@@ -37,7 +37,7 @@ BLOCK = Arguments(
     "VSSBlock",
     {"hidden_dim": 0, "drop_path": 0.0, "norm_layer": "ln"}
     | SCAN
-    | {"mlp_ratio": 4.0, "act_layer": "gelu", "drop": 0.0, "norm_eps": 1e-5}  # norm_eps: that of the whole models
+    | {"mlp_ratio": 4.0, "act_layer": "gelu", "drop": 0.0, "norm_eps": 1e-6}  # norm_eps: of norm_layer there
     | {"d_conv": 3, "conv_bias": True, "bias": False},
     UNUSED | SCAN_INITIAL,
     BROKEN,

@@ -16,13 +16,16 @@ MODELS = (SDSSMModel,)
 
 
 SHARED = {
-    **{"state_size": 64, "num_transition_matrices": 2, "Lp_norm": 1.2, "return_all_outputs": False},
+    **{"num_transition_matrices": 2, "Lp_norm": 1.2, "return_all_outputs": False},
 }
-UNREAD = {"embed_size": (None, "accepted and not read there")}
-LINEAR = Arguments(
-    "SDSSM", SHARED, UNREAD | {"mlp_size": (None, "of the two-layer readout")}, required=("output_size", "input_size")
-)
-NONLINEAR = Arguments("SDSSM_nonlinear", SHARED | {"mlp_size": None}, UNREAD, required=("output_size", "input_size"))
+UNREAD = {
+    "embed_size": (None, "accepted and not read there"),
+    "mlp_multiplier": (1, "handed on and not read there"),
+}
+DEBUG = {"debug": (False, "the outputs before the readout are not returned here")}
+SIZES = ("output_size", "input_size", "state_size")
+LINEAR = Arguments("SDSSM", SHARED, UNREAD | {"mlp_size": (None, "of the two-layer readout")}, DEBUG, SIZES)
+NONLINEAR = Arguments("SDSSM_nonlinear", SHARED | {"mlp_size": None}, UNREAD, DEBUG, SIZES)
 TABLES = (LINEAR, NONLINEAR)
 
 

@@ -36,7 +36,7 @@ SCAN = {"d_conv": 3, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": 
 BLOCK = Arguments(
     "SpatialMambaBlock",
     {"hidden_dim": 0, "drop_path": 0.0, "attn_drop_rate": 0.0, "mlp_ratio": 4.0, "mlp_act_layer": "gelu"}
-    | {"mlp_drop_rate": 0.0, "norm_eps": 1e-5}  # norm_eps: that of the whole models
+    | {"mlp_drop_rate": 0.0, "norm_eps": 1e-6}  # norm_eps: of norm_layer there
     | SCAN,
     SCAN_INITIAL | {"norm_layer": EITHER, "use_checkpoint": RECOMPUTE, "num_heads": (8, "unread there")},
     ONE_STATE,

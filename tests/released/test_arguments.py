@@ -62,6 +62,41 @@ def test_the_tables_hold_every_official_argument_with_its_default(name):
             assert (list(ours) if isinstance(ours, tuple) else ours) == default, argument
 
 
+@pytest.mark.parametrize("name", [n for n in TABLES if n.endswith("ForCausalLM") and "cheems" not in n])
+def test_the_tables_are_those_of_the_installed_transformers(name):
+    from ssmzoo._torchvision import make_importable
+
+    make_importable()
+    transformers = pytest.importorskip("transformers")
+    table = TABLES[name]
+    official = getattr(transformers, table.cls.replace("ForCausalLM", "Config"))()
+    for argument in {*table.honoured, *table.inert, *table.refused} & official.to_dict().keys():
+        ours, theirs = table.default(argument), getattr(official, argument)
+        derived = argument in ("time_step_rank", "intermediate_size")  # "auto" and 2 hidden_size, as numbers there
+        assert (
+            derived
+            or ours is None
+            or (list(ours) if isinstance(ours, tuple) else ours)
+            == (list(theirs) if isinstance(theirs, tuple) else theirs)
+        ), argument
+    own = set(official.to_dict()) - set(transformers.PreTrainedConfig().to_dict())
+    assert own - set(table.names) - {"layer_types", "model_type"} == set()
+
+
+def test_a_sliding_window_left_out_is_the_classes_own():
+    """128 // 2 keys before the token, no rotary positions, and the biases that the file has."""
+    from ssmzoo.models.based import BasedLM  # noqa: F401  the family's classes are importable
+    from ssmzoo.released.load import load_official
+
+    state = {"Wqkv.weight": torch.randn(24, 8), "out_proj.weight": torch.randn(8, 8)}
+    model = load_official("based", state, num_heads=2)
+    assert (model.window, model.rope) == (65, False)
+    with pytest.raises(TypeError, match="num_heads cannot be inferred"):
+        load_official("based", state)
+    with pytest.raises(ValueError, match="softmax_scale=0.5"):
+        load_official("based", state, num_heads=2, softmax_scale=0.5)
+
+
 @pytest.mark.parametrize("file", INFERRED, ids=[f"{f.parent.name}/{f.stem}" for f in INFERRED])
 def test_what_the_tensors_tell_need_not_be_given(file):
     """Without the arguments that the file tells, the outputs are the official ones."""
