@@ -253,7 +253,8 @@ class BasedLM(BackboneLM):
             return self.backbone(input_ids, state, **more)
         done, layers = (None, None) if state is None else (state[0], state[1:])
         vectors, done = self.positions(input_ids, done, more["mask"], more["seq_idx"])
-        hidden, state, aux = self.backbone(self.backbone.embedding(input_ids) + vectors, layers, **more)
+        words = input_ids if input_ids.is_floating_point() else self.backbone.embedding(input_ids)
+        hidden, state, aux = self.backbone(words + vectors, layers, **more)
         return hidden, (done, *state), aux
 
 

@@ -95,8 +95,10 @@ class ScenarioMambaLM(MambaLM):
         scenario: str = "divergent",
         ssm_cfg: Mapping[str, Any] | None = None,
         tie_embeddings: bool = True,
+        pad_vocab_size_multiple: int = 8,
     ):
-        super().__init__(vocab_size, d_model, n_layer, ssm_cfg=ssm_cfg, tie_embeddings=tie_embeddings)
+        more = {"tie_embeddings": tie_embeddings, "pad_vocab_size_multiple": pad_vocab_size_multiple}
+        super().__init__(vocab_size, d_model, n_layer, ssm_cfg=ssm_cfg, **more)
         self.scenario = scenario
         choose_scenario(self, scenario)
 
