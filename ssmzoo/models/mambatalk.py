@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.motion.conv import SLOPE, MotionEncoder
 from ssmzoo.models.mambatalk_layers.audio import AudioEncoder
 from ssmzoo.models.mambatalk_layers.scan import Scan
+from ssmzoo.models.motion_vqvae import MotionCodes
 
 PARTS = ("face", "upper", "hands", "lower")
 BODY = PARTS[1:]
@@ -173,3 +174,42 @@ class MambaTalk(nn.Module):
         text = text(table(word))
         p = choose(torch.cat([text, audio], -1)).unflatten(-1, (-1, 2)).softmax(-1)
         return text * p[..., 1] + audio * p[..., 0]
+
+
+class MambaTalkBody(nn.Module):
+    """Both stages: MambaTalk with the code books it speaks in, which stand still.
+
+    frames, d_model, audio_dim, motion_dim, words, dropout   see `MambaTalk`
+    codes          size and width of the code books: `rec` has as many channels as there are codes, and is compared
+                   with latents
+    n_layers, lower_layers   of the code books, see `MotionCodes`
+
+    forward as MambaTalk's.
+    """
+
+    def __init__(
+        self,
+        frames: int = 64,
+        d_model: int = 768,
+        audio_dim: int = 512,
+        motion_dim: int = 256,
+        words: int = 11195,
+        dropout: float = 0.1,
+        codes: int = 256,
+        n_layers: int = 2,
+        lower_layers: int = 4,
+    ):
+        super().__init__()
+        self.codes = MotionCodes(codes, codes, n_layers, lower_layers).requires_grad_(False)
+        self.talk = MambaTalk(337, frames, d_model, audio_dim, motion_dim, codes, words, dropout=dropout)
+
+    first_stage = "codes"  # a file that holds its weights alone fills this part (init_from)
+
+    def forward(self, audio: Tensor, word: Tensor, motion: Tensor, mask: Tensor, speaker: Tensor) -> TalkOutput:
+        return self.talk(audio, word, motion, mask, speaker)
+
+    def train(self, mode: bool = True) -> MambaTalkBody:
+        """The code books stay in evaluation."""
+        super().train(mode)
+        self.codes.eval()
+        return self

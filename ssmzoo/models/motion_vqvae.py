@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.motion.conv import SLOPE, MotionEncoder, ResBlock, conv
 
+CHANNELS = {"face": 106, "upper": 78, "hands": 180, "lower": 61}  # of the parts of a body
+
 
 class VQOutput(NamedTuple):
     """motion (b l c) rebuilt, latent (b l w) quantised, loss of the codes (scalar), code (b l) int64."""
@@ -91,3 +93,36 @@ class MotionVQVAE(nn.Module):
     def decode(self, code: Tensor) -> Tensor:
         """Motion (b l c) of codes (b l)."""
         return self.decoder(self.quantizer.embedding(code))
+
+
+class MotionCodes(nn.Module):
+    """Stage 1 as a whole: code books of four parts, and the autoencoder of the global motion.
+
+    {"face" (b l 106), "upper" (b l 78), "hands" (b l 180), "lower" (b l 61)} -> {part: VQOutput}, and "global" whose
+    motion has the translation (velocity x, height, velocity z) in channels 54 to 57
+
+    width, codes            of all parts
+    n_layers, lower_layers  of face, upper body and hands; of the lower body and the global motion
+    """
+
+    def __init__(self, width: int = 256, codes: int = 256, n_layers: int = 2, lower_layers: int = 4):
+        super().__init__()
+        for part, channels in CHANNELS.items():
+            self.add_module(part, MotionVQVAE(channels, width, lower_layers if part == "lower" else n_layers, codes))
+        self.add_module("global", MotionVQVAE(CHANNELS["lower"], width, lower_layers, codes=0))
+        self.register_buffer("trained", torch.zeros(()))  # steps; stage 2 refuses codes that nobody trained
+
+    def forward(self, parts: dict[str, Tensor]) -> dict[str, VQOutput]:
+        found = {part: getattr(self, part)(parts[part]) for part in CHANNELS}
+        return found | {"global": self.translation(parts["lower"])}
+
+    def translation(self, lower: Tensor) -> VQOutput:
+        """Of the lower body (b l 61), whose own translation is not looked at."""
+        seen = torch.cat([lower[..., :54], torch.zeros_like(lower[..., 54:57]), lower[..., 57:]], -1)
+        return getattr(self, "global")(seen)
+
+    def decode(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Codes (b l) of the four parts -> motion of the four parts, with the translation of the autoencoder."""
+        parts = {part: getattr(self, part).decode(code) for part, code in codes.items()}
+        lower, moved = parts["lower"], self.translation(parts["lower"]).motion[..., 54:57]
+        return parts | {"lower": torch.cat([lower[..., :54], moved, lower[..., 57:]], -1)}

@@ -23,12 +23,15 @@ def start_from(model: nn.Module, path: str, upcycle: float = 0.5, classes: Seque
     Official names are translated. A head or another layer of another shape (classes, scale) stays new and is listed
     with its share of the parameters, as is a layer that the file lacks. Where the model has experts and the file a
     dense feed-forward, the experts are its copies, of whose hidden units a share `upcycle` is drawn anew. A head of a
-    run folder whose classes are named otherwise than `classes` stays new, even where its shape fits. Raises
+    run folder whose classes are named otherwise than `classes` stays new, even where its shape fits. A model that
+    names a `first_stage` takes a file without that part's name as the weights of it. Raises
     CheckpointError when an embedding or a norm would stay new, when a head is not in the file, or when less than half
     of the model's values are there.
     """
     refuse_integers(path)
     found = to_ours(model, read_weights(path))
+    if (stage := getattr(model, "first_stage", None)) and not any(key.startswith(f"{stage}.") for key in found):
+        return f"{take(model.get_submodule(stage), found, f'init_from={path}', str(path))}, into model.{stage}"
     experts = upcycled_state(model, found, upcycle)
     made = [key for key in experts if key not in found or experts[key].shape != found[key].shape]
     others = _other_classes(path, classes)

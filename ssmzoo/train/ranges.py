@@ -164,6 +164,11 @@ RANGES: dict[str, Range | Batches] = {
     "data.score_stride": COUNT,
     "data.test_fraction": PROPER_SHARE,
     "data.per_kind": COUNT,
+    "data.clips": COUNT,
+    "data.val_clips": COUNT,
+    "data.clip_frames": COUNT,
+    "data.speakers": Range(1, 25),
+    "data.frames": Range(8),
     "lora.rank": COUNT,
     "lora.alpha": Range(0, open="low"),
     "task.label_smoothing": SHARE,
@@ -207,6 +212,8 @@ RANGES: dict[str, Range | Batches] = {
     "task.temperature": AT_LEAST_0,
     "task.ratio": Range(0, 100, "low high"),
     "task.vus_window": AT_LEAST_0,
+    "task.codes_steps": AT_LEAST_0,
+    "task.codes_lr": POSITIVE,
 }
 
 
@@ -223,7 +230,7 @@ MODEL: dict[str, Range] = {  # by the last part of a key below model.; of others
     **_named(COUNT, "n_layer n_blocks num_layers depth depths num_blocks num_refinement_blocks num_layers_new"),
     **_named(COUNT, "n_heads n_kv_heads num_heads num_heads_kv num_v_heads expert_heads experts_per_head ngroups"),
     **_named(COUNT, "attn_every moe_every top_k n1 n2 n_slots num_tokens num_transition_matrices cls_reduce"),
-    **_named(COUNT, "enc_in e_layers block_size"),
+    **_named(COUNT, "enc_in e_layers block_size frames audio_dim motion_dim words width codes n_layers lower_layers"),
     **_named(COUNT, "squeeze_factor convffn_kernel_size pad_vocab_size_multiple parameters pos_embed mlp_size"),
     **_named(AT_LEAST_0, "d_conv d_ff d_intermediate mlp_dim mlp_ratio ssm_ratio n_experts n_positions n_registers"),
     **_named(AT_LEAST_0, "num_classes output_stride attn_layer_idx rotary_emb_dim eps norm_eps init_noise"),

@@ -91,6 +91,13 @@ def inputs_of(name: str, model) -> tuple | None:
     if task == "graphs":
         edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
         return ({"x": torch.zeros(4, 3), "edge_index": edges, "edge_attr": torch.zeros(4, 1)},)
+    if task == "motion_codes":
+        from ssmzoo.models.motion_vqvae import CHANNELS
+
+        return ({part: torch.zeros(1, 8, channels) for part, channels in CHANNELS.items()},)
+    if task == "speech_motion":
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        return (torch.zeros(1, 8 * 533, 3), ids, torch.zeros(1, 8, 337), torch.ones(1, 8, 337), ids)
     if task == "anomaly":
         return (torch.zeros(1, 20, model.enc_in),)
     return None

@@ -1,0 +1,170 @@
+"""Stage 2 of MambaTalk: from speech, words, speaker and four frames of motion to codes, and from codes to motion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.tasks.base import Report, StepOutput, Task
+from ssmzoo.tasks.metrics import motion as metrics
+from ssmzoo.tasks.motion import codes_step
+from ssmzoo.tasks.objectives.motion import random_mask, seed_mask, speech_loss
+
+SEEDS = 4  # frames of motion that are given
+BODY = ("upper", "hands", "lower")
+PARTS = ("face", *BODY)
+
+
+class SpeechMotion(Task):
+    """Train a model that names what it says in `model.codes`.
+
+    codes_steps   train the code books for so many steps first, unless init_from brought trained ones; 0: refuse then
+    codes_lr      learning rate of that
+
+    A step is three passes, whose losses add up: all motion hidden but four frames; a growing share of its values
+    hidden, twice. Validation hides all but four frames. The report speaks whole clips, window after window, and judges
+    them.
+    """
+
+    unit = "windows"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Callable[[nn.Module], Any] | None = None,
+        codes_steps: int = 150,
+        codes_lr: float = 1e-3,
+    ):
+        super().__init__(model, optim)
+        if codes_steps < 0 or codes_lr <= 0:
+            raise ValueError(
+                f"task.codes_steps = {codes_steps} must not be negative, task.codes_lr = {codes_lr} positive"
+            )
+        self.codes_steps, self.codes_lr = codes_steps, codes_lr
+
+    def check_data(self, data) -> None:
+        if not self.model.codes.trained and not self.codes_steps:
+            raise ValueError(
+                "the code books are not trained: give init_from=runs/motion_codes/NAME (python train.py "
+                "model=motion_codes makes one), or task.codes_steps above 0"
+            )
+
+    def on_fit_start(self) -> None:
+        """The first stage, where no run of it was given and none is in a checkpoint."""
+        codes = self.model.codes
+        if codes.trained or not self.codes_steps:
+            return
+        print(f"stage 1: {self.codes_steps} steps of the code books (or give init_from)", flush=True)
+        codes.requires_grad_(True).train()
+        optimizer = torch.optim.Adam(codes.parameters(), lr=self.codes_lr)
+        for _, batch in zip(range(self.codes_steps), _without_end(self.trainer.datamodule)):
+            loss, _ = codes_step(codes, {k: v.to(self.device) for k, v in batch.items()})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        codes.trained += self.codes_steps
+        codes.requires_grad_(False).eval()
+        print(f"stage 1: loss {float(loss.detach()):.4f}", flush=True)
+
+    def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
+        with torch.no_grad():
+            said = self.model.codes(batch)
+        latent, code = ({part: getattr(said[part], kind) for part in PARTS} for kind in ("latent", "code"))
+        whole = batch["whole"]
+        masks = [(seed_mask(whole, SEEDS), 0.0)]
+        if training:
+            share = 0.05 + 0.95 * self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
+            masks += [(random_mask(whole, share), 1.0)] * 2
+        loss = 0.0
+        for mask, face_weight in masks:
+            out = self.model(batch["audio"], batch["word"], whole, mask, batch["speaker"])
+            loss = loss + speech_loss(out.rec, out.cls, latent, code, face_weight)
+        right = torch.stack([(out.cls[part].argmax(-1) == code[part]).float().mean() for part in BODY]).mean()
+        return StepOutput(loss, {"code_accuracy": right}, len(whole))
+
+    @torch.no_grad()
+    def speak(self, clip, frames: int, seed: Tensor | None = None) -> dict[str, Tensor]:
+        """Motion (l ...) of the parts for a whole clip: windows of `frames`, the next one seeded by the last four of
+        the one before; `seed` (4 337) in front, of the clip itself by default."""
+        skeleton, step = self.trainer.datamodule.skeleton, frames - SEEDS
+        samples = len(clip.audio) // len(clip.word)
+        whole, found = (clip.whole[:SEEDS] if seed is None else seed), []
+        length = len(clip.word) // 8 * 8
+        for start in range(0, length - frames + 1, step):
+            rows = slice(start, start + frames)
+            given = torch.zeros(1, frames, whole.shape[-1])
+            given[0, :SEEDS] = whole[-SEEDS:]
+            audio = clip.audio[start * samples : (start + frames) * samples][None]
+            speaker = torch.full((1, frames), clip.speaker)
+            inputs = (audio, clip.word[rows][None], given, seed_mask(given, SEEDS), speaker)
+            out = self.model(*(x.to(self.device) for x in inputs))
+            codes = {part: out.cls[part].argmax(-1) for part in BODY}
+            codes |= {"face": self.model.codes.face.quantizer.nearest(out.rec["face"])}
+            parts = {k: v[0].cpu() for k, v in self.model.codes.decode(codes).items()}
+            whole = skeleton.whole_of(parts)
+            found.append({k: v[: step if start + step + frames <= length else frames] for k, v in parts.items()})
+        return {part: torch.cat([f[part] for f in found]) for part in PARTS}
+
+    def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
+        rows = {"validation loss": f"{validation['loss']:.4f} (all but four frames hidden)"}
+        rows |= {"codes named right": f"{100 * validation['code_accuracy']:.1f} % (body; all but four frames hidden)"}
+        found = self.evaluate(run_dir, self.trainer.datamodule)
+        return found._replace(rows=rows | found.rows)
+
+    def evaluate(self, out: Path, data) -> Report:
+        """Whole clips spoken and judged, beside their true motion and with the beats of another clip."""
+        self.model.eval()
+        skeleton, clips = data.skeleton, data.held_out
+        spoken = [self.speak(clip, data.frames) for clip in clips]
+        whole = [skeleton.whole_of(parts) for parts in spoken]
+        got = [skeleton.joints_of(w).numpy() for w in whole]
+        truth = [skeleton.joints_of(c.whole[: len(w)]).numpy() for c, w in zip(clips, whole)]
+        others = [c.beats for c in clips[1:] + clips[:1]]
+        own, true, other = (self.consistency(*x) for x in ((got, clips), (truth, clips), (got, clips, others)))
+        rows = {
+            "beat consistency": f"{own:.3f}; of the true motion {true:.3f}, "
+            f"of this motion with another clip's beats {other:.3f}",
+            "diversity": f"{metrics.diversity(got):.3f} m; of the true motion {metrics.diversity(truth):.3f} m",
+            "Frechet distance": f"{self.frechet(spoken, clips, skeleton):.4g} between latents of the upper body",
+        }
+        real = [skeleton.parts_of(c.whole, c.expression)["face"] for c in clips]
+        faces = [(s["face"].numpy(), r[: len(s["face"])].numpy()) for s, r in zip(spoken, real)]
+        rows["face"] = (
+            f"MSE {np.mean([metrics.face_error(*f) for f in faces]):.4f}, "
+            f"LVD {np.mean([metrics.face_velocity(*f) for f in faces]):.4f} (jaw and expressions, no vertices)"
+        )
+        from ssmzoo.tasks.motion_figure import draw_gif, draw_trajectories
+
+        figures = [draw_trajectories(out / "trajectories.png", got[0], truth[0], clips[0].beats)]
+        figures += [draw_gif(out / "motion.gif", got[0], truth[0], skeleton.PARENT)]
+        return Report(rows, {}, figures)
+
+    def consistency(self, positions: list[np.ndarray], clips, beats: list[np.ndarray] | None = None) -> float:
+        """Over clips, weighted by their lengths; NaN where no clip has a beat."""
+        joints = self.trainer.datamodule.skeleton.BEAT_JOINTS
+        beats = beats or [c.beats for c in clips]
+        found = [(metrics.beat_consistency(p, b, joints), len(p)) for p, b in zip(positions, beats)]
+        found = [(v, n) for v, n in found if v == v]
+        return sum(v * n for v, n in found) / sum(n for _, n in found) if found else float("nan")
+
+    @torch.no_grad()
+    def frechet(self, spoken, clips, skeleton) -> float:
+        """In place of the published feature net, whose weights need SMPL-X data: latents of stage 1, per frame."""
+        encoder = self.model.codes.upper.encoder
+        true = [skeleton.parts_of(c.whole, c.expression)["upper"] for c in clips]
+        made, real = (
+            torch.cat([encoder(x[None].to(self.device))[0] for x in xs]).cpu().numpy()
+            for xs in ([s["upper"] for s in spoken], true)
+        )
+        return metrics.frechet(made, real)
+
+
+def _without_end(data):
+    """Batches of a loader of their own, so that the run's order stays what it is without them."""
+    while True:
+        yield from data.train_dataloader()
