@@ -26,6 +26,8 @@ NOT_RUN = {
     r"python benchmarks/|ssmzoo bench": "measured by hand; takes minutes",
     r"--lm-eval|inference\.lm_eval|--to (gguf|onnx)": "needs an extra that the tests do not have",
     r"logger=wandb": "asks for an account",
+    r"ssmzoo demo": "tests/test_demo.py",
+    r"^pip install|pip install -e": "installs",
     r"ssmzoo completion": "tests/test_completion.py",
     r"compile=true": "compiles for minutes",
     r"x2\.pth|my_table\.yaml|my\.txt|photos/|mine\.npz|(mine|other)\.csv|=PSM": "a file of the reader's",

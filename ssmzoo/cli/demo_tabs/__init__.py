@@ -1,0 +1,18 @@
+"""The tabs of `ssmzoo demo`: each file has KIND, the runs that it shows, and `tab(gr, {name: folder})`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+
+@functools.lru_cache(maxsize=4)
+def subject(folder: Path):
+    """A trained model with what it needs, kept for the next call."""
+    from ssmzoo.inference.subject import load_subject
+
+    return load_subject(str(folder))
+
+
+def choice(gr, runs: dict[str, Path]):
+    return gr.Dropdown(list(runs), value=next(iter(runs)), label="run")
