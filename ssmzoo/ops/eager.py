@@ -9,40 +9,50 @@ from torch.overrides import has_torch_function
 
 from ssmzoo.ops.transforms import functorch_transforms_active, transformed
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PARAMETER = torch.nn.Parameter
+PLAIN = (Tensor, PARAMETER)
 NO_MEMORY = torch.device("meta")
 PLAIN_VALUES = (bool, int, float, str, torch.dtype)
 # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
 dispatch_modes = torch._C._len_torch_dispatch_stack
+# Private: what torch.jit.is_tracing and a question per device type ask, at a third of the cost.
+tracing, any_autocast = torch._C._is_tracing, torch._C._is_any_autocast_enabled
 
 
 def static_facts(a: tuple) -> tuple | None:
     """What checks of arguments and the choice of a backend rest on, hashable: the modes at work; of every tensor of `a`
-    shape, strides, dtype, device and requires_grad; every other argument as it is.
+    shape, strides, dtype, device (unless it is the CPU) and requires_grad; every other argument as it is.
 
     None while anything compiles, traces, transforms or watches, and for tensors of a subclass or `negated`: then
     nothing is remembered from one call to the next, nor where NO_MEMORY is among the facts.
     """
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or tracing()
         or functorch_transforms_active()
         or forward_ad._current_level >= 0  # see `transformed`
         or dispatch_modes()
         or has_torch_function(a)
     ):
         return None
-    # strides cost more to ask for, and follow from the shape of a contiguous tensor (where a side is 1, no CPU kernel
-    # uses its stride)
-    facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    if any_autocast():
+        facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    else:
+        facts = [torch.is_grad_enabled()]
     for value in a:
         kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is Tensor or kind is PARAMETER:
             if value.is_neg():
                 return None
-            strides = (value.is_cpu and value.is_contiguous()) or value.stride()
-            facts += (value.shape, strides, value.dtype, value.device, value.requires_grad)
-        elif value is None or kind in PLAIN_VALUES:
+            # strides cost more to ask for, and follow from the shape of a contiguous tensor (where a side is 1, no CPU
+            # kernel uses its stride)
+            if value.is_cpu:
+                facts += (value.shape, value.is_contiguous() or value.stride(), value.dtype, value.requires_grad)
+            else:
+                facts += (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        elif value is None:
+            facts.append(None)
+        elif kind in PLAIN_VALUES:
             facts += (kind, value)
         elif kind is tuple:
             facts += (kind, len(value))

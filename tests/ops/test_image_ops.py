@@ -5,6 +5,7 @@ import torch
 
 import ssmzoo.ops as ops
 from ssmzoo.models.spatial_mamba import StructureAwareSSM
+from ssmzoo.ops.linear_act.c import MISSING
 from ssmzoo.released.golden import relative_error
 
 
@@ -93,21 +94,28 @@ def test_training_and_inference_of_the_mixer_agree():
     torch.testing.assert_close(quick, mixer(x), rtol=1e-4, atol=1e-5)
 
 
+KERNELS = None if MISSING else "c"  # asked for by name: small products are left to torch
+
+
 @pytest.mark.parametrize("act", [None, "gelu", "relu", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_act(act, bias):
+@pytest.mark.parametrize("asked", sorted({KERNELS, None}, key=str))
+def test_linear_act(act, bias, asked):
     x, weight, b = torch.randn(3, 7, 2, 10)[:, ::2], torch.randn(6, 10), torch.randn(6) if bias else None
     expected = ops.linear_act.reference(x, weight, b, act)
-    torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
+    with ops.backend(asked):
+        torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
     with ops.backend("torch"):
         torch.testing.assert_close(ops.linear_act(x, weight, b, act), expected, rtol=1e-5, atol=1e-5)
     given = [t.requires_grad_() for t in (x, weight, b) if t is not None]
-    found = torch.autograd.grad(ops.linear_act(x, weight, b, act).square().sum(), given, create_graph=True)
+    with ops.backend(asked):
+        found = torch.autograd.grad(ops.linear_act(x, weight, b, act).square().sum(), given, create_graph=True)
     expected = torch.autograd.grad(ops.linear_act.reference(x, weight, b, act).square().sum(), given, create_graph=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     twice, wanted = (torch.autograd.grad(g[1].square().sum(), x)[0] for g in (found, expected))
     torch.testing.assert_close(twice, wanted, rtol=1e-3, atol=1e-3)
-    (expanded,) = torch.autograd.grad(ops.linear_act(x, weight, b).sum(), x)
+    with ops.backend(asked):
+        (expanded,) = torch.autograd.grad(ops.linear_act(x, weight, b).sum(), x)
     torch.testing.assert_close(expanded, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad(), torch.autocast("cpu"):
         assert ops.linear_act(x, weight, b, act).dtype == torch.bfloat16
@@ -123,15 +131,16 @@ def test_gradients_of_linear_act(act, rows, d, e):
     assert ops.chosen_backend(ops.linear_act, *given, act) == "torch"
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found = torch.autograd.grad(ops.linear_act(*single, act), single, dy.float())
+        with ops.backend(KERNELS):
+            found = torch.autograd.grad(ops.linear_act(*single, act), single, dy.float())
         for one, other in zip(found, expected):
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
     torch.set_num_threads(1)
-    (weight_only,) = torch.autograd.grad(
-        ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float()
-    )
+    without = single[0].detach()
+    with ops.backend(KERNELS):
+        (weight_only,) = torch.autograd.grad(ops.linear_act(without, single[1], None, act), single[1], dy.float())
     with ops.backend("torch"):
-        (again,) = torch.autograd.grad(ops.linear_act(single[0].detach(), single[1], None, act), single[1], dy.float())
+        (again,) = torch.autograd.grad(ops.linear_act(without, single[1], None, act), single[1], dy.float())
     torch.testing.assert_close(weight_only, again, rtol=1e-4, atol=1e-4)
 
 
@@ -141,3 +150,12 @@ def test_linear_act_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"weight \(4, 5\)"):
         ops.linear_act(torch.randn(2, 3), torch.randn(4, 5))
     assert ops.linear_act(torch.randn(0, 3), torch.randn(4, 3)).shape == (0, 4)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
+def test_small_products_are_left_to_torch_unless_asked_for():
+    small, large = torch.randn(4, 16), torch.randn(512, 128)
+    assert ops.chosen_backend(ops.linear_act, small, torch.randn(16, 16)) == "torch"
+    assert ops.chosen_backend(ops.linear_act, large, torch.randn(64, 128)) == "c"
+    with ops.backend("c"):
+        assert ops.chosen_backend(ops.linear_act, small, torch.randn(16, 16)) == "c"

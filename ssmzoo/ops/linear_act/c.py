@@ -11,6 +11,7 @@ import struct
 import torch
 from torch import Tensor
 
+from ssmzoo.ops.dispatch import wanted_backend
 from ssmzoo.ops.eager import why_not_eager
 from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.linear_act import linear_act
@@ -25,6 +26,7 @@ if POINTWISE is None:
     MISSING = "this torch has no oneDNN"
 CODES = {None: 0, "gelu": 1, "relu": 2, "silu": 3}
 ONEDNN = {None: ("none", ""), "gelu": ("gelu", "none"), "relu": ("relu", ""), "silu": ("swish", "")}  # gelu: exact
+SMALL = 1 << 22  # multiply-adds; below, torch's product and activation are done sooner
 ROWS = 1024  # at least, for a thread of its own; fewer rows are shared by columns
 
 
@@ -80,6 +82,8 @@ LINEAR.kernels["c"] = Kernel(forward, backward)
 
 
 def why_not(a) -> str | None:
+    if wanted_backend() is None and a.x.shape[:-1].numel() * a.weight.numel() < SMALL:
+        return "leaves small products to torch, whose call takes a fraction of oneDNN's, unless asked for by name"
     return why_not_eager(a.x, a.weight, a.bias)
 
 

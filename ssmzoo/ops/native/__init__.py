@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import struct
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ssmzoo.ops.native.sources import source_hash
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
 PADDING = ((0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())  # to four strides
 REBUILD = "python -m ssmzoo.ops.native.build"
+WINDOWS = "there are no compiled kernels for Windows yet: PyTorch's functions serve; Linux in WSL has the kernels"
 LEVELS = ("avx512", "avx2", "neon", "plain")  # best first
 
 
@@ -54,6 +56,8 @@ def _load(folder: Path) -> tuple[ctypes.CDLL | None, str, str | None]:
                 return library, level, None
     except (OSError, AttributeError) as error:
         return None, "", f"{path.name} cannot be used ({error}); rebuild it with `{REBUILD}`"
+    if sys.platform == "win32":
+        return None, "", WINDOWS
     missing = "are not compiled" if not found else f"are not compiled for {wanted or 'this machine'}"
     return None, "", f"the kernels {missing}; run `{REBUILD}` (needs a C compiler)"
 

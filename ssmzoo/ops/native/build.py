@@ -67,6 +67,8 @@ def compiler() -> str:
 
 def build(target: Path = HERE) -> list[Path]:
     """Compile and link; objects are kept and reused. A library is replaced in one step. Raises BuildError."""
+    if sys.platform == "win32":  # threads and aligned memory are POSIX's, and so are the calls of parallel.c
+        raise BuildError("the kernels are not built on Windows, where PyTorch's functions serve; WSL has them")
     cc = compiler().split()
     cache = HERE / "__pycache__"
     cache.mkdir(exist_ok=True)
