@@ -100,6 +100,7 @@ CASES = [
         },
         target=50,
         repeats=5,
+        quick=True,
     ),
     Case(
         f"dense_scan evaluation, B {BATCH}, L 500",

@@ -80,7 +80,7 @@ def beside_mamba2(name: str) -> Case:
     """Each preset in a case of its own, beside a Mamba-2 of its size."""
     title = f"training step of {name}, {SHAPE[0]} x {SHAPE[1]} tokens, at equal parameters"
     contenders = {"mamba2": lambda: training_step("mamba2", **twin(name))(), name: training_step(name)}
-    return Case(title, contenders, at_most=1.5, repeats=3,
+    return Case(title, contenders, at_most=1.5, repeats=3, by_name=True,
                 size=lambda label: active(name) if label == name else active("mamba2", **twin(name)))  # fmt: skip
 
 
@@ -90,6 +90,7 @@ CASES = [
         {name: decode(name) for name in ("mamba", "mamba2", *PRESETS)},
         at_most=1.3,
         repeats=40,
+        by_name=True,
         size=active,
     ),
     *map(beside_mamba2, PRESETS),

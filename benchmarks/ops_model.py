@@ -167,6 +167,7 @@ CASES = [
         {"ssmzoo": decode(128), "transformers generate": decode_hugging_face(128)},
         target=8,
         repeats=5,
+        quick=True,
     ),
     Case(
         "decoding cost of a token by position",

@@ -63,6 +63,7 @@ CASES = [
         },
         target=10,
         repeats=5,
+        quick=b == 4,
     )
     for b, l, h in ((1, 2048, 24), (4, 256, 8))
 ]

@@ -63,7 +63,7 @@ def test_the_bench_compares_times_in_proportion_to_sizes():
     ops = bench._load()
     sizes = {"mamba": 1_000_000, "other": 2_000_000}
     case = ops.Case("decoding", dict.fromkeys(sizes), at_most=1.3, size=sizes.get)
-    table = ops.report([(case, {"mamba": 1.0, "other": 3.0})]).splitlines()
+    table = ops.report([(case, {"": {"mamba": 1.0, "other": 3.0}})]).splitlines()
     assert table[2:] == [
         "| decoding | mamba, 4.00 MB | 1 ms | 1.00 |  |",
         "| decoding | other, 8.00 MB | 3 ms | 1.50 | at most 1.3x |",
