@@ -10,6 +10,7 @@ from paths import ROOT
 LEAVES = (
     "suggest",
     "terminal",
+    "threads",
     "safe_yaml",
     "moved",
     "deprecated",

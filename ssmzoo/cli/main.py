@@ -11,6 +11,7 @@ import traceback
 from ssmzoo import __version__
 from ssmzoo.cli import completion, lm_eval
 from ssmzoo.terminal import plain_output
+from ssmzoo.threads import wait_asleep
 
 COMMANDS = tuple(
     "list info backends doctor verify generate restore probe bench runs ckpt weights predict score embed "
@@ -68,6 +69,8 @@ def _main(argv: list[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
         completion.complete(build_parser())
+    if argv[:1] != ["bench"]:  # which measures torch and us as programs find them
+        wait_asleep()
     if argv[:1] in (["train"], ["eval"]) and lm_eval.FLAG not in argv:
         from ssmzoo.cli import train as entry
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from ssmzoo.presets import config_dir
 from ssmzoo.terminal import plain_output
+from ssmzoo.threads import wait_asleep
 
 USER_ERROR, FAILED = 2, 1
 
@@ -26,6 +27,7 @@ def evaluate() -> None:
 
 
 def _run(config_name: str) -> None:
+    wait_asleep()
     with plain_output():
         _run_plainly(config_name)
 

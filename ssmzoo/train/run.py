@@ -20,6 +20,7 @@ from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 from ssmzoo.layers.feedforward.moe import active_parameters
 from ssmzoo.presets import build_model
 from ssmzoo.tasks.micro_batch import is_out_of_memory
+from ssmzoo.threads import sharing
 from ssmzoo.train import changes, ledger, optim
 from ssmzoo.train.build import Loop, Objects, build, build_loop
 from ssmzoo.train.callbacks import interruptible, stop
@@ -103,8 +104,9 @@ def begin(objects: Objects, folder: Path) -> None:
     roles = optim.roles_table(objects.task.model, objects.plain["optim"].get("decay", "roles"))
     rate = f"learning rate {objects.plain['optim'].get('lr', 1e-3):g} at its peak"
     print(f"{objects.model_name} in {folder}\n{roles}\n{rate}\n{backends_line()}", flush=True)
-    if said := describe(objects.task.model, objects.plain, objects.data):
-        print(said, flush=True)
+    for said in (describe(objects.task.model, objects.plain, objects.data), sharing(torch.get_num_threads())):
+        if said:
+            print(said, flush=True)
     ledger.write_status(folder, "running")
 
 
