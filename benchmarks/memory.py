@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py
     MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 python benchmarks/memory.py    # a mapping per tensor
+    python benchmarks/memory.py --runs [moe_mamba vmamba mambair]                  # whole default runs, cut short
 
 Prediction: `ssmzoo info MODEL --memory --batch B`. Measurement: the largest resident set (VmHWM) over five updates
 minus what is resident before the model is built, after a small model was trained once, so that libraries that load late
-are not counted.
+are not counted. With --runs: the largest resident set of `python train.py model=MODEL` as a whole, of a few updates
+and a validation.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ CASES = {  # model: (samples, further settings)
     "mamba_25m": (8, []),
 }
 STEPS = 5
+RUNS = ("moe_mamba", "vmamba", "mambair")  # `make train` and the defaults that hold most
+RUN_STEPS, ALLOWED = 12, 1024  # updates; MiB that a default run may take
 
 
 def resident(key: str) -> int:
@@ -95,9 +99,27 @@ def predict(model: str, overrides: list[str]) -> dict:
     return {"predicted": found.resident(), "batch": size, "traced": found.traced}
 
 
+def whole_run(model: str) -> float:
+    """MiB, the largest resident set of a default run that ends after a few updates with a validation and its report."""
+    import os
+    import tempfile
+
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        steps = [f"trainer.max_steps={RUN_STEPS}", f"trainer.val_check_interval={RUN_STEPS}"]
+        command = [sys.executable, str(root / "train.py"), f"model={model}", f"runs_dir={folder}", *steps]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        said = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{model}: {said[-2000:]}")
+    return usage.ru_maxrss / 1024  # KiB on Linux
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--runs", action="store_true", help="whole default runs instead")
     parser.add_argument("--one", choices=("measure", "predict"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -105,6 +127,10 @@ def main() -> None:
         action = {"measure": measure, "predict": predict}[args.one]
         print("RESULT " + json.dumps(action(args.models[0], [f"data.batch_size={batch}", *more])))
         return
+    if args.runs:
+        found = {model: whole_run(model) for model in args.models or RUNS}
+        print("\n".join(f"{model:<16}{peak:>8.0f} MiB resident" for model, peak in found.items()))
+        return sys.exit(any(peak > ALLOWED for peak in found.values()))
     print(f"{'model':<16}{'batch':>6}{'predicted MiB':>15}{'measured MiB':>14}{'error':>8}  traced with")
     for model in args.models or CASES:
         found: dict = {}

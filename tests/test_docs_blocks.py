@@ -142,7 +142,7 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     }
 
     def run(code, *command):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{name(page)}:\n{code}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
     for run_folder in sorted(set(re.findall(r"runs/(\w+)/NAME", page.read_text(encoding="utf-8")))):

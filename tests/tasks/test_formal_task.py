@@ -216,6 +216,6 @@ def test_notebook_runs():
     """notebooks/expressivity.ipynb, from the shipped checkpoints to the last figure."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "notebooks/expressivity.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     text = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "lead to the right state: 100.0 %" in text and "0 of 200" in text and "they commute" in text

@@ -31,7 +31,7 @@ def train(tmp_path, *arguments):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

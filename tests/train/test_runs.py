@@ -26,7 +26,7 @@ def start(tmp_path, *arguments) -> subprocess.Popen:
 
 
 def end(process) -> tuple[int, str]:
-    out = process.communicate(timeout=600)[0]
+    out = process.communicate(timeout=1200)[0]
     return process.returncode, out
 
 

@@ -232,18 +232,18 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(tmp_path, corpus):
     run = tmp_path / "moe_mamba/broken"
     for sent in (signal.SIGKILL, signal.SIGTERM):
         known = (run / "checkpoints/index.json").read_text() if (run / "checkpoints/index.json").exists() else ""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1200
         while time.monotonic() < deadline and broken.poll() is None:
             index = run / "checkpoints/index.json"
             if index.exists() and index.read_text() != known:
                 break
             time.sleep(0.02)
         broken.send_signal(sent)
-        printed = broken.communicate(timeout=120)[0]
+        printed = broken.communicate(timeout=1200)[0]
         if sent == signal.SIGTERM and "run folder" not in printed:
             assert broken.returncode == 75 and "continue with" in printed
         broken = start(f"resume={run}")
-    assert broken.wait(timeout=120) == 0 and whole.wait(timeout=120) == 0
+    assert broken.wait(timeout=1200) == 0 and whole.wait(timeout=1200) == 0
 
     from ssmzoo.train.logger import read_metrics
 
