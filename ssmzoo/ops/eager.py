@@ -15,8 +15,6 @@ NO_MEMORY = torch.device("meta")
 PLAIN_VALUES = (bool, int, float, str, torch.dtype)
 # Private: torch has no public question for an active TorchDispatchMode (fake tensors, proxies, flop counters).
 dispatch_modes = torch._C._len_torch_dispatch_stack
-# Private: what torch.jit.is_tracing and a question per device type ask, at a third of the cost.
-tracing, any_autocast = torch._C._is_tracing, torch._C._is_any_autocast_enabled
 
 
 def static_facts(a: tuple) -> tuple | None:
@@ -28,17 +26,14 @@ def static_facts(a: tuple) -> tuple | None:
     """
     if (
         torch.compiler.is_compiling()
-        or tracing()
+        or torch.jit.is_tracing()
         or functorch_transforms_active()
         or forward_ad._current_level >= 0  # see `transformed`
         or dispatch_modes()
         or has_torch_function(a)
     ):
         return None
-    if any_autocast():
-        facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
-    else:
-        facts = [torch.is_grad_enabled()]
+    facts = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
     for value in a:
         kind = type(value)
         if kind is Tensor or kind is PARAMETER:
