@@ -54,9 +54,9 @@ SPREADS = {
 }
 
 
-def jobs(names: list[str], done: dict) -> Iterator[tuple[str, list[str]]]:
+def jobs(names: list[str], seeds: list[int], done: dict) -> Iterator[tuple[str, list[str]]]:
     """(key, arguments of train.py) of what is missing, seed by seed."""
-    for seed in SEEDS:
+    for seed in seeds:
         for claim in (n for n in names if n in CLAIMS):
             common, arms = CLAIMS[claim]
             for arm, words in arms.items():
@@ -158,20 +158,20 @@ def resident(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-def cost(runs: Path) -> dict:
-    found: dict = {}
+def cost(runs: Path, done: dict) -> Iterator[tuple[str, dict]]:
+    """(key, row) of every size and model that is missing; none larger than one that took too long."""
     for n in SIZES:
         for arm, model in MODELS.items():
-            if found.get(arm, [[0, 0, 0]])[-1] is None:
+            key = f"cost/{arm}/{n}"
+            before = [done[k] for k in (f"cost/{arm}/{m}" for m in SIZES if m < n) if k in done]
+            if key in done or any(row["seconds"] is None for row in before):
                 continue
             status, _, _ = forked(lambda m=model, n=n: step_cost(m, n), runs / "cost.json")
-            row = None if status else json.loads((runs / "cost.json").read_text())
-            found.setdefault(arm, []).append(None if row is None else [n, row["seconds"], row["bytes"]])
-            print(f"cost: {arm}, {n:,} nodes: {row}", flush=True)
-    return {"steps": found, "limit": LIMIT}
+            found = {"seconds": None, "bytes": None} if status else json.loads((runs / "cost.json").read_text())
+            yield key, {"claim": "cost", "arm": arm, "nodes": n, "limit": LIMIT} | found
 
 
-def packing(_: Path) -> dict:
+def packing(_: Path, done: dict) -> Iterator[tuple[str, dict]]:
     """CPU seconds of the scan over 64 graphs, forward and backward, packed and padded to the largest, in turns."""
     import torch
 
@@ -182,7 +182,7 @@ def packing(_: Path) -> dict:
 
     torch.manual_seed(0)
     scan, found = NodeScan(48), {}
-    for name, (low, high) in SPREADS.items():
+    for name, (low, high) in SPREADS.items() if "packing" not in done else ():
         generator = torch.Generator().manual_seed(1)
         share = torch.rand(64, generator=generator)
         sizes = torch.exp(math.log(low) + share * (math.log(high) - math.log(low))).round().long()
@@ -211,8 +211,8 @@ def packing(_: Path) -> dict:
                 function().sum().backward()
                 times[form].append(time.process_time() - started)
         found[name] = {"nodes": v, "slots": 64 * longest, "difference": off} | {k: min(t) for k, t in times.items()}
-        print(f"packing: {name}: {found[name]}", flush=True)
-    return {"packing": found}
+    if "packing" not in done:
+        yield "packing", {"claim": "packing", "packing": found}
 
 
 MEASURES = {"cost": cost, "packing": packing}
@@ -222,6 +222,7 @@ def main() -> None:
     known = [*CLAIMS, *MEASURES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(known), help=f"some of {', '.join(known)}")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; no run starts after them")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "claims_graphs")
     parser.add_argument("--page-only", action="store_true", help="from docs/results/graphs.json")
@@ -229,6 +230,7 @@ def main() -> None:
     names = arguments.only.split(",")
     if unknown := [n for n in names if n not in known]:
         parser.error(f"unknown claim {unknown[0]}; choose from {', '.join(known)}")
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     runs, until = arguments.runs.resolve(), time.monotonic() + 60 * arguments.budget
     if not arguments.page_only:
         os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
@@ -236,9 +238,11 @@ def main() -> None:
         held = runs / "results.jsonl"
         done = load(held)
         import_everything()
-        for name in (n for n in names if n in MEASURES and n not in done):
-            note(done, held, name, {"claim": name} | MEASURES[name](runs))
-        for key, words in list(jobs(names, done)):
+        for name in (n for n in names if n in MEASURES):
+            for key, row in MEASURES[name](runs, done):
+                note(done, held, key, row)
+                print(f"{key}: {row}", flush=True)
+        for key, words in list(jobs(names, seeds, done)):
             if time.monotonic() < until and (found := train(key, words, runs)) is not None:
                 note(done, held, key, found)
                 print(f"{key}: {100 * found['accuracy']:.1f} %, {found['cpu_seconds']:.0f} CPU s", flush=True)

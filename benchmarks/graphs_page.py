@@ -17,12 +17,15 @@ ORDER_NAMES = {
 def spread(values: list[float]) -> str:
     """Mean, range and number of seeds, in percent."""
     low, high = min(values), max(values)
+    if len(values) == 1:
+        return f"{100 * low:.1f} (one seed)"
     return f"{100 * statistics.mean(values):.1f} ({100 * low:.1f} to {100 * high:.1f}; {len(values)} seeds)"
 
 
 def arms(rows: list[dict], claim: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
-    for row in rows:
+    places = ("Graph-Mamba", "GPS", "GatedGCN alone")
+    for row in sorted(rows, key=lambda r: places.index(r["arm"]) if r.get("arm") in places else -1):
         if row["claim"] == claim:
             found.setdefault(row["arm"], []).append(row)
     return found
@@ -48,17 +51,16 @@ def accuracy_table(rows: list[dict], claim: str, head: str, names: dict[str, str
     return lines
 
 
-def cost_table(row: dict) -> list[str]:
-    steps, lines = row["steps"], []
-    arms_ = list(steps)
-    lines.append(f"| nodes | {' | '.join(f'{a}: seconds, MB' for a in arms_)} |")
-    lines.append("|---|" + "---|" * len(arms_))
-    sizes = [n for n, *_ in max(([s for s in v if s] for v in steps.values()), key=len)]
-    for i, n in enumerate(sizes):
+def cost_table(found: dict[str, list[dict]]) -> list[str]:
+    sizes = sorted({row["nodes"] for rows in found.values() for row in rows})
+    lines = [f"| nodes | {' | '.join(f'{arm}: seconds, MB' for arm in found)} |", "|---|" + "---|" * len(found)]
+    for n in sizes:
         cells = []
-        for arm in arms_:
-            cell = steps[arm][i] if i < len(steps[arm]) else None
-            cells.append(f"over {row['limit']} s" if cell is None else f"{cell[1]:.3g}, {cell[2] / 2**20:.0f}")
+        for rows in found.values():
+            row = next((r for r in rows if r["nodes"] == n), None)
+            over = f"over {rows[0]['limit']} s" if row is not None else "not tried"
+            measured = row is not None and row["seconds"] is not None
+            cells.append(f"{row['seconds']:.3g}, {row['bytes'] / 2**20:.0f}" if measured else over)
         lines.append(f"| {n:,} | {' | '.join(cells)} |")
     return lines
 
@@ -74,17 +76,17 @@ def packing_table(row: dict) -> list[str]:
     return lines
 
 
-def draw_cost(row: dict, png: Path) -> None:
+def draw_cost(found: dict[str, list[dict]], png: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for (arm, found), colour in zip(row["steps"].items(), ("#0072B2", "#D55E00", "#009E73")):
-        n, seconds, held = zip(*(s for s in found if s))
+    for (arm, rows), colour in zip(found.items(), ("#0072B2", "#D55E00", "#009E73")):
+        n, seconds, held = zip(*((r["nodes"], r["seconds"], r["bytes"] / 2**20) for r in rows if r["seconds"]))
         axes[0].loglog(n, seconds, marker="o", color=colour, label=arm)
-        axes[1].loglog(n, [max(b, 2**20) / 2**20 for b in held], marker="o", color=colour, label=arm)
+        axes[1].loglog(n, held, marker="o", color=colour, label=arm)
     for axis, what in zip(axes, ("CPU seconds of a training step", "MB of a training step")):
         axis.set(xlabel="nodes of one graph", ylabel=what)
         axis.grid(alpha=0.3)
@@ -120,15 +122,16 @@ def write_page(rows: list[dict], page: Path) -> None:
         both = [r | {"arm": "degree_noise"} for r in rows if r["claim"] == "digits" and r["arm"] == "Graph-Mamba"]
         both = [r | {"claim": "orders"} for r in both] + [r for r in rows if r["claim"] == "orders"]
         lines += accuracy_table(both, "orders", "order", ORDER_NAMES)
-    if "cost" in by_key:
-        draw_cost(by_key["cost"], page.with_name("graphs_cost.png"))
+    if costs := arms(rows, "cost"):
+        costs = {a: sorted(r, key=lambda row: row["nodes"]) for a, r in costs.items()}
+        draw_cost(costs, page.with_name("graphs_cost.png"))
         lines += ["", "## Time and memory of a training step against the size of one graph", ""]
         lines += [
             "Width 48, three layers, 6.2 edges a node. Memory is what the process grew by. GPS attends by torch's",
             "fused kernel, which keeps no matrix of all pairs: its memory is linear here, its time is not.",
             "",
         ]
-        lines += [*cost_table(by_key["cost"]), "", "![time and memory against nodes](graphs_cost.png)"]
+        lines += [*cost_table(costs), "", "![time and memory against nodes](graphs_cost.png)"]
     if "packing" in by_key:
         lines += [
             "",

@@ -15,7 +15,8 @@ LARGEST = 400  # nodes of a graph that is drawn
 
 @torch.no_grad()
 def draw_graphs(model: nn.Module, data, png: Path, device, rows: int = 2, columns: int = 6) -> Path:
-    """Graphs of the first validation batch, nodes coloured by their first feature, or by the prediction of nodes."""
+    """Graphs of the first validation batch; nodes are coloured by their first feature, or by the sum of all where the
+    data has no place for them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,13 +33,13 @@ def draw_graphs(model: nn.Module, data, png: Path, device, rows: int = 2, column
     drawn = [g for g in range(batch["num_graphs"]) if sizes[g] <= LARGEST][: rows * columns]
     for axis, number in zip(axes.flat, drawn):
         graph, nodes = cut(batch, number)
-        places = data.position(graph)
-        places = spread(graph) if places is None else places
+        places, colour = data.position(graph), graph["x"][:, 0]
+        if places is None:
+            places, colour = spread(graph), graph["x"].float().sum(1)
         source, target = graph["edge_index"]
         axis.plot(*places[torch.stack([source, target])].permute(2, 0, 1).numpy(), color="0.8", lw=0.6, zorder=0)
-        words, right, colour = said(model.level, logits, batch["y"], number, nodes)
-        colour = graph["x"][:, 0].float() if colour is None else colour
-        axis.scatter(*places.T.numpy(), c=colour.numpy(), s=14, cmap="viridis", zorder=1)
+        words, right = said(model.level, logits, batch["y"], number, nodes)
+        axis.scatter(*places.T.numpy(), c=colour.float().numpy(), s=14, cmap="viridis", zorder=1)
         axis.set_title(caption(words), fontsize=8, color="black" if right else "#D55E00")
     figure.suptitle("validation graphs and what the model says (wrong in red)", fontsize=10)
     figure.savefig(png, dpi=120)
@@ -54,31 +55,35 @@ def cut(batch: dict[str, Any], number: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def spread(graph: dict[str, Tensor]) -> Tensor:
-    """(n 2) by springs along the edges."""
+    """(n 2) by distances along the edges, of large graphs by springs."""
     import networkx as nx
     import numpy as np
 
     found = nx.Graph()
     found.add_nodes_from(range(len(graph["x"])))
     found.add_edges_from(graph["edge_index"].T.tolist())
-    places = nx.spring_layout(found, seed=0, iterations=100)
+    try:
+        places = nx.kamada_kawai_layout(found) if len(found) <= 60 else nx.spring_layout(found, seed=0)
+    except ImportError:  # the former needs scipy
+        places = nx.circular_layout(found)
     return torch.from_numpy(np.array([places[i] for i in range(len(places))]))
 
 
-def said(level: str, logits: Tensor, y: Tensor, number: int, nodes: Tensor) -> tuple[str, bool, Tensor | None]:
-    """(words, whether they are right, colours (n) or None) of one graph."""
+def said(level: str, logits: Tensor, y: Tensor, number: int, nodes: Tensor) -> tuple[str, bool]:
+    """(words, whether they are right) of one graph."""
     if level == "edge":
-        return "", True, None
+        return "", True
     if y.is_floating_point():
         rows = (logits, y) if level == "graph" else (logits[nodes], y[nodes])
         got, wanted = (r[number if level == "graph" else slice(None)].float().mean().item() for r in rows)
-        return f"{got:.2f} (is {wanted:.2f})", True, None
+        return f"{got:.2f} (is {wanted:.2f})", True
     predicted = logits.argmax(-1)
     if level == "graph":
         right = bool(predicted[number] == y[number])
-        return f"{predicted[number]}" if right else f"{predicted[number]}, is {y[number]}", right, None
+        return f"{predicted[number]}" if right else f"{predicted[number]}, is {y[number]}", right
     asked = nodes & (y >= 0)
     hits, count = int((predicted[asked] == y[asked]).sum()), int(asked.sum())
     if count == 1:
-        return f"{int(predicted[asked])}, is {int(y[asked])}", hits == 1, None
-    return f"{hits} of {count} nodes right", hits == count, predicted[nodes]
+        got, wanted = int(predicted[asked]), int(y[asked])
+        return f"{got}" if got == wanted else f"{got}, is {wanted}", got == wanted
+    return f"{hits} of {count} nodes right", hits == count
