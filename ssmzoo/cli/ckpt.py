@@ -22,6 +22,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     export = actions.add_parser("export", help="weights for other programs, in their names and files")
     export.add_argument("checkpoint", help="a run folder, a checkpoint, or a released file or folder")
     export.add_argument("--to", metavar="FORMAT", help="the program's layout; --to list names them")
+    export.add_argument("--type", metavar="TYPE", help="of gguf's large matrices: f32 (default), f16, q8_0 or q4_0")
     export.add_argument("--out", help="new folder; without --to: a file ending in .safetensors or .pt")
     return parser
 
@@ -111,11 +112,13 @@ def export(args) -> None:
         return list_formats(args.checkpoint)
     if args.out is None:
         raise ValueError("--out is missing: the folder to make, or without --to a file ending in .safetensors or .pt")
+    if args.to is None and args.type is not None:
+        raise ValueError("--type belongs to --to gguf")
     if args.to is None:
         return export_file(args)
     from ssmzoo.inference.export import export as write
 
-    out = write(args.checkpoint, args.to, args.out)
+    out = write(args.checkpoint, args.to, args.out, **({} if args.type is None else {"type": args.type}))
     for file in sorted(out.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
 

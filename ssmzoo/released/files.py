@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssmzoo.released.gguf import read_gguf
 from ssmzoo.released.unpickle import Record, Refused, read_archive
 
 WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "model_ema")  # what scripts put around
 STANDARD = ("model.safetensors", "pytorch_model.bin")  # what transformers and mamba_ssm call the one file of a folder
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 BESIDE = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer)[\w.-]*$")  # no weights
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)$")
 
@@ -36,7 +37,7 @@ class WeightFile(NamedTuple):
 
 
 def read_state_dict(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pth, .pt, .bin or .ckpt file, or of a folder that holds one checkpoint.
+    """Tensors of a .safetensors, .pth, .pt, .bin, .ckpt or .gguf file, or of a folder that holds one checkpoint.
 
     wrappers  the containers that training scripts put around a state dict, the one to take first. They may be nested;
               `module.` of torch's DataParallel is cut off.
@@ -88,6 +89,8 @@ def read_content(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.suffix == ".gguf":
+            return read_gguf(path)
         refuse_zip_bomb(path)
         if zipfile.is_zipfile(path):
             return read_archive(path)

@@ -13,6 +13,7 @@ from ssmzoo.released.config_json import arguments_of, family_of_config, read_con
 from ssmzoo.released.family import families, family_of, find, foreign, looks_like
 from ssmzoo.released.files import WRAPPERS, CheckpointError, read_state_dict
 from ssmzoo.released.fit import fit_state_dict
+from ssmzoo.released.gguf import gguf_config
 from ssmzoo.released.infer import join
 from ssmzoo.suggest import nearest
 
@@ -21,7 +22,7 @@ def load_official(family, checkpoint=None, **official_kwargs) -> nn.Module:
     """Build an official model from a checkpoint in the official naming, in eval mode.
 
     family           the system's name; may be left out (`load_official(checkpoint)`): config.json or the keys tell it
-    checkpoint       a path (.pth .pt .bin .safetensors, or a folder, whose config.json adds constructor arguments) or a
+    checkpoint       a path (.pth .pt .bin .safetensors .gguf, or a folder, whose config.json adds arguments) or a
                      state dict
     official_kwargs  the official class's own constructor arguments. What is left out is inferred from the tensors;
                      what they cannot tell takes the official class's default.
@@ -49,7 +50,8 @@ def read(family: str | None, checkpoint) -> tuple[str, dict[str, Tensor], dict[s
         return family or recognise(checkpoint, {}), dict(checkpoint), {}
     if not isinstance(checkpoint, (str, Path)):
         raise TypeError(f"a checkpoint is a path or a state dict, got a {type(checkpoint).__name__}")
-    config = read_config(Path(checkpoint).expanduser())
+    path = Path(checkpoint).expanduser()
+    config = gguf_config(path) if path.suffix == ".gguf" else read_config(path)
     if family is not None:
         return family, read_state_dict(checkpoint, find(family, "WRAPPERS") or WRAPPERS), config
     state = read_state_dict(checkpoint)

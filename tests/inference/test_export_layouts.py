@@ -188,3 +188,40 @@ def test_damaged_and_missing_checkpoints(call, tmp_path):
     for path in (run, tmp_path / "nowhere"):
         status, _, error = call("ckpt", "export", str(path), "--to", "hf", "--out", "x", entry="ssmzoo")
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, error", [("f32", 1e-5), ("f16", 1e-3), ("q8_0", 0.03), ("q4_0", 0.3)])
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_gguf_files_come_back(name, kind, error, tmp_path):
+    """As weights in mamba_ssm's names, whatever the type of the large matrices; the smaller type, the smaller file."""
+    pytest.importorskip("gguf")
+    mixer = {"ssm_cfg": {"d_state": 8, "headdim": 16, "ngroups": 2}} if name == "mamba2" else {}
+    target = f"ssmzoo.models.{name}.Mamba{'2' if mixer else ''}LM"
+    node = {"_target_": target, "vocab_size": 64, "d_model": 64, "n_layer": 2, **mixer}
+    run = exports.write(node, tmp_path / "run")
+    file = export(run, "gguf", tmp_path / "out", type=kind) / "model.gguf"
+    model = read_source(run).model
+    read = ssmzoo.load_official(file)
+    ids = torch.arange(20)[None]
+    expected, found = model(ids).logits, read(ids)[0]
+    assert (found - expected).norm() <= error * expected.norm()
+    large = model.lm_head.weight.numel() + sum(
+        m.weight.numel() for n, m in model.named_modules() if n.endswith(("in_proj", "out_proj"))
+    )
+    bits = {"f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}[kind]
+    others = sum(p.numel() for p in model.parameters()) - large
+    assert abs(file.stat().st_size - large * bits / 8 - 4 * others) < 20_000
+
+
+def test_gguf_that_cannot_be_read_is_refused_in_words(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ValueError, match="damaged.gguf"):
+        read_state_dict(tmp_path / "damaged.gguf")
+    run = exports.write(
+        {"_target_": "ssmzoo.models.mamba.MambaLM", "vocab_size": 64, "d_model": 32, "n_layer": 1}, tmp_path / "run"
+    )
+    with pytest.raises(ValueError, match="unknown type 'q5_1'.*q4_0"):
+        export(run, "gguf", tmp_path / "out", type="q5_1")
+    with pytest.raises(ValueError, match="has no type"):
+        export(run, "hf", tmp_path / "out", type="q8_0")

@@ -3,7 +3,7 @@
 A format is a file `to_<format>.py` beside this one. It holds
 
     refuse(source) -> str | None     why a model has no such layout; None when it has
-    write(source, folder) -> None    the files, into a folder that exists
+    write(source, folder) -> None    the files, into a folder that exists; with type=... where the format has TYPES
     usage(source) -> str             how the other program reads them, for the model card
 
 and its docstring's first line is its description. Nothing else lists the formats.
@@ -46,18 +46,30 @@ def refusal(name: str, source: Source) -> str | None:
     return find_format(name).refuse(source)
 
 
-def export(checkpoint: str | Path | Source, to: str, out: str | Path) -> Path:
+def check_options(name: str, chosen: ModuleType, options: dict[str, str]) -> None:
+    """Refuse a type that a format does not have."""
+    types = getattr(chosen, "TYPES", {})
+    for key, value in options.items():
+        if key != "type" or not types:
+            raise ValueError(f"layout {name!r} has no {key}; gguf has types")
+        if value not in types:
+            raise ValueError(f"unknown type {value!r}{nearest(value, types)}; choose one of {', '.join(types)}")
+
+
+def export(checkpoint: str | Path | Source, to: str, out: str | Path, **options: str) -> Path:
     """Write a model in another program's layout, with a model card; either the whole folder appears or nothing.
 
     checkpoint  a run folder or checkpoint of ours, or a released file or folder in official names
     to          one of `formats()`
     out         folder to be made
+    options     of the format: type="q8_0" for gguf (f32, f16, q8_0, q4_0)
 
     Raises ValueError for a format that the model does not have, naming those it has, and FileExistsError.
     """
     chosen, out = find_format(to), Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out")
+    check_options(to, chosen, options)
     source = checkpoint if isinstance(checkpoint, Source) else read_source(checkpoint)
     if reason := refusal(to, source):
         others = [name for name in formats() if refusal(name, source) is None]
@@ -67,7 +79,7 @@ def export(checkpoint: str | Path | Source, to: str, out: str | Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        chosen.write(source, temporary)
+        chosen.write(source, temporary, **options)
         command = " ".join(["ssmzoo", *sys.argv[1:]]) if sys.argv[1:2] == ["ckpt"] else None
         text = model_card(source, to, chosen.usage(source), command)
         (temporary / "README.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One GGUF file for llama.cpp (Mamba, Falcon-Mamba and Mamba-2)."""
+"""One GGUF file for llama.cpp (Mamba, Falcon-Mamba and Mamba-2), in float32 or smaller (--type)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,17 @@ from ssmzoo.inference.export.language import is_tied, mixers, norm_eps, why_no_m
 from ssmzoo.inference.export.source import Source, family_of_class
 from ssmzoo.inference.export.tokenizer import fast_tokenizer, special_tokens
 from ssmzoo.layers.mixers.mamba2 import Mamba2
+from ssmzoo.released.gguf import BLOCK
 
 CONTEXT = 2**20  # a recurrent model has no limit; llama.cpp's converter writes this one
-BLOCK = {  # names within a block: ours, which are mamba_ssm's, and llama.cpp's
-    "norm.weight": "attn_norm.weight",
-    "mixer.in_proj.weight": "ssm_in.weight",
-    "mixer.conv1d.weight": "ssm_conv1d.weight",
-    "mixer.conv1d.bias": "ssm_conv1d.bias",
-    "mixer.x_proj.weight": "ssm_x.weight",
-    "mixer.dt_proj.weight": "ssm_dt.weight",
-    "mixer.dt_proj.bias": "ssm_dt.bias",
-    "mixer.dt_bias": "ssm_dt.bias",
-    "mixer.A_log": "ssm_a",
-    "mixer.D": "ssm_d",
-    "mixer.norm.weight": "ssm_norm.weight",
-    "mixer.out_proj.weight": "ssm_out.weight",
-}
+# what a file of a type holds as that type: the large matrices; the others, and widths that do not fit, are float32
+LARGE = ("token_embd.weight", "output.weight", "ssm_in.weight", "ssm_out.weight")
+TYPES = {
+    "f32": ("F32", 0),
+    "f16": ("F16", 1),
+    "q8_0": ("Q8_0", 7),
+    "q4_0": ("Q4_0", 2),
+}  # gguf's name, llama.cpp's number
 
 
 def refuse(source: Source) -> str | None:
@@ -45,8 +40,10 @@ def refuse(source: Source) -> str | None:
     return None
 
 
-def write(source: Source, folder: Path) -> None:
+def write(source: Source, folder: Path, type: str = "f32") -> None:
+    """type: one of TYPES, of the large matrices"""
     from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
 
     model, first = source.model, mixers(source.model)[0]
     two = isinstance(first, Mamba2)
@@ -66,10 +63,14 @@ def write(source: Source, folder: Path) -> None:
         writer.add_ssm_group_count(first.ngroups)
     else:
         writer.add_ssm_dt_b_c_rms(family_of_class(source.cls) == "falcon_mamba")
-    writer.add_file_type(0)  # all tensors in float32
+    wanted, number = TYPES[type]
+    writer.add_file_type(number)
+    if number not in (0, 1):
+        writer.add_quantization_version(2)
     add_tokenizer(writer, source.tokenizer, len(model.lm_head.weight))
     for name, tensor in tensors(source).items():
-        writer.add_tensor(name, tensor.float().contiguous().numpy(), raw_dtype=GGMLQuantizationType.F32)
+        kind = GGMLQuantizationType[wanted if name.endswith(LARGE) and tensor.shape[1] % 32 == 0 else "F32"]
+        writer.add_tensor(name, quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -136,4 +137,7 @@ def _merges(fast) -> list[str]:
 def usage(source: Source) -> str:
     alone = isinstance(source.tokenizer, ByteTokenizer) or source.tokenizer is None
     note = " Its vocabulary is bytes: llama.cpp splits text as GPT-2 does, which changes nothing for single bytes."
-    return "`llama-cli -m model.gguf -p ...` of llama.cpp; tensors are float32." + (note if alone else "")
+    return (
+        "`llama-cli -m model.gguf -p ...` of llama.cpp; large matrices are of the type asked for, float32 by default."
+        + (note if alone else "")
+    )
