@@ -10,18 +10,26 @@ from ssmzoo.adapt.quantise import MODES
 
 TOP = """# Quantisation: what fewer bits cost
 
-Written by `python benchmarks/quantisation.py` (every number: `quantisation.json` beside this page). The models are the
-default runs of the embedded text with a fixed number of steps, and a Mamba-2 of two layers that learnt multi-query
-recall; each was quantised as `ssmzoo quantise RUN --mode MODE` does it, with 64 samples of its own training part.
-Loss on the same held-out text (65,536 bytes), in bits per byte. The models are small and trained for minutes: they
-say which step matters, not what a model of billions loses.
-[docs/quantisation.md](../quantisation.md) says what the modes are.
+Written by `python benchmarks/quantisation.py` (every number: `quantisation.json` beside this page). Each model was
+quantised as `ssmzoo quantise RUN --mode MODE` does it, with 64 samples of its own training part, and is judged on the
+same held-out text (65,536 bytes), in bits per byte. *small*: the runs under notebooks/checkpoints; the others: default
+runs of the embedded text with the steps that stand below. All are small and trained for minutes: they say which step
+matters, not what a model of billions loses. [docs/quantisation.md](../quantisation.md) says what the modes are.
 """
 
 PUBLISHED = """
 Published for Quamba2-8B in W4A8 (Chiang et al. 2025, arXiv 2503.22879): 1.6 points of accuracy lost on average, 4x less
 memory, 1.3x faster prefill and 3x faster generation, with integer kernels of a GPU. The bytes agree with what stands
 above; the speed is a matter of kernels (`ssmzoo bench`), the losses are those of small models.
+"""
+
+
+IMAGES = """
+## Image models
+
+`python benchmarks/quantised_images.py`: w8a8 of all linear layers, random weights, one image, one thread. The second
+column bounds what faster products could give; the third is what they give with the backend that served here.
+
 """
 
 
@@ -91,6 +99,17 @@ def steps(found: dict) -> str:
     )
 
 
+def images(found: dict) -> str:
+    """What 8-bit products could give image models."""
+    rows = [
+        [key.partition("/")[2], f"{one['linear']:.0%}", f"{one['time']:.2f}", f"{one['distance']:.4f}"]
+        for key, one in found.items()
+        if key.startswith("images/")
+    ]
+    head = ["model", "time in linear layers", "time of w8a8, float32 = 1", "distance of the output"]
+    return IMAGES + table(head, rows) if rows else ""
+
+
 def draw(found: dict, out: Path) -> None:
     """Loss against bytes."""
     import matplotlib
@@ -125,6 +144,6 @@ def write(found: dict, out: Path) -> None:
         f"{t} {found[f'{t}/float32']['step']}" for t in (*titles(found), RECALL) if f"{t}/float32" in found
     )
     text = f"{TOP}\nSteps of training: {trained}.\n\n## Modes\n\n{modes(found)}\n"
-    text += "![loss against bytes](quantisation.png)\n" + recall(found) + steps(found) + PUBLISHED
+    text += "![loss against bytes](quantisation.png)\n" + recall(found) + steps(found) + images(found) + PUBLISHED
     (out / "quantisation.md").write_text(text, encoding="utf-8")
     draw(found, out)

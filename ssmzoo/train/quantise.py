@@ -134,9 +134,11 @@ def batches(loader, samples: int, language: bool, length: int | None) -> list[Te
     """Rows of a training loader: token ids (l) each, or images (1 c y x)."""
     shown: list[Tensor] = []
     for batch in loader:
-        key = next((k for k in ("input_ids", "image", "input") if k in batch), None)
+        key = next((k for k in ("input_ids", "image", "lq") if k in batch), None)
         if key is None:
-            raise ValueError(f"calibration knows batches with input_ids or image; these have {', '.join(batch)}")
+            raise ValueError(
+                f"calibration knows batches with input_ids, image or lq (photographs); these have {', '.join(batch)}"
+            )
         shown += [row[:length] for row in batch[key]] if language else list(batch[key].split(1))
         if len(shown) >= samples:
             break
