@@ -25,13 +25,19 @@ CHOICE = {
 }
 WITHOUT = {
     **{"one_hot_impl": (False, EQUAL), "use_torch_bmm": (False, EQUAL), "use_einsum": (False, EQUAL)},
-    **{"init_type": (None, INITIAL), "init_scale": (0.1, INITIAL)},
+    **{"init_type": (None, INITIAL), "init_scale": (0.1, INITIAL), "detach_gate": (False, "acts in training only")},
 }
-ONLY = {"moe_values_exp": (None, "a power of the router's values exists for token choice only")}
+OWN = {"get_router_values_from": ("weights", "the router here has weights of its own")}
+ONLY = OWN | {
+    "moe_values_exp": (None, "a power of the router's values exists for token choice only"),
+    "random_perm": (False, "an ablation that shuffles the routers' values"),
+    "softmax_ungrouped": (False, "the softmax here is taken over the group"),
+}
 SIZES = ("type", "dmodel", "n_experts", "expert_size")
 SHARED = {"expert": "ff", "activation": "relu", "doutput": None}
-TOKEN = Arguments("TokenChoiceFF", SHARED | SWITCH | {"moe_values_exp": None}, WITHOUT, required=SIZES)
-EXPERT = Arguments("ExpertChoiceFF", SHARED | CHOICE, WITHOUT, ONLY, required=SIZES)
+TOKEN = Arguments("TokenChoiceFF", SHARED | SWITCH | {"moe_values_exp": 1}, WITHOUT, OWN, required=SIZES)
+HEATMAPS = {"n_gating_heatmaps": (4, "pictures in a log")}
+EXPERT = Arguments("ExpertChoiceFF", SHARED | CHOICE, WITHOUT | HEATMAPS, ONLY, required=SIZES)
 TABLES = (TOKEN, EXPERT)
 
 

@@ -84,9 +84,23 @@ def test_image_models_by_name_must_exist(name, message, tmp_path):
         run("erf", name, "--out", tmp_path)
 
 
+def test_released_weights_are_asked_for_and_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="vmamba_tiny is not on this machine"):
+        run("erf", "vmamba_tiny", "--pretrained", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="no released weights are known for 'swinir'"):
+        run("erf", "swinir", "--pretrained", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="has weights of its own"):
+        run("erf", CHECKPOINTS / "image", "--pretrained", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["mambair", "swinir", pytest.param("mambair_unet", marks=pytest.mark.slow)])
-def test_receptive_fields_of_restoration_models(name, tmp_path):
+def test_receptive_fields_of_restoration_models(name, tmp_path, capsys):
     run("erf", name, "--batch", 1, "--out", tmp_path)
+    assert f"model: {name} with initial weights, not trained" in capsys.readouterr().out
+    assert "with initial weights, not trained" in (tmp_path / "summary.md").read_text()
     sides = [float(row.split(",")[1]) for row in (tmp_path / "shares.csv").read_text().splitlines()[1:]]
     assert sides == sorted(sides) and 0 < sides[0] <= 1
 
