@@ -13,6 +13,7 @@ pretrained=True fetches the released weights that `ssmzoo weights list` names; w
 from __future__ import annotations
 
 import inspect
+import re
 
 from ssmzoo._torchvision import make_importable
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn  # noqa: E402
 from ssmzoo.layers.image.backbone import FourStage, ImageBackbone  # noqa: E402
 from ssmzoo.presets import config_dir, list_models, model_class, read_model_config  # noqa: E402
 from ssmzoo.released.catalogue import Asset, Hub, entries_of, find_weights  # noqa: E402
-from ssmzoo.released.family import find  # noqa: E402
-from ssmzoo.released.files import WRAPPERS, read_state_dict  # noqa: E402
+from ssmzoo.released.family import find, looks_like  # noqa: E402
+from ssmzoo.released.files import WRAPPERS, CheckpointError, read_state_dict  # noqa: E402
 from ssmzoo.suggest import nearest  # noqa: E402
 
 IMAGENET = dict(
@@ -86,6 +87,18 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     return convert(model, state) if convert else state
 
 
+def plainly(name: str, error: RuntimeError, overlay: dict) -> CheckpointError:
+    """torch's list of every key that does not fit, in a line, with what the file looks like."""
+    said = []
+    for kind, names in re.findall(r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)", str(error)):
+        keys = re.findall(r'"([^"]+)"', names)
+        said.append(f"{kind.lower()} keys {len(keys)}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}")
+    if wrong := re.findall(r"size mismatch for ([^:]+):", str(error)):
+        said.append(f"wrong shapes {len(wrong)}: {', '.join(wrong[:6])}{' ...' if len(wrong) > 6 else ''}")
+    hint = looks_like(overlay.get("state_dict") or {})
+    return CheckpointError(f"the checkpoint does not fit {name}; {'; '.join(said)}{hint}")
+
+
 def from_file(cls: type[nn.Module], overlay: dict | None) -> dict | None:
     """A pretrained_cfg_overlay whose file is read here: by the family's choice of weights, and running nothing."""
     if not overlay or not overlay.get("file"):
@@ -119,14 +132,13 @@ def register(name: str) -> None:
         if pretrained:
             kwargs = with_weights(name, cls, kwargs)
         features = dict(out_indices=default_indices(cls, arguments | kwargs), feature_cls="getter")
-        return build_model_with_cfg(
-            cls,
-            name,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=features,
-            **(arguments | kwargs),
-        )
+        more = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": features} | arguments | kwargs
+        try:
+            return build_model_with_cfg(cls, name, pretrained, **more)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise plainly(name, error, kwargs.get("pretrained_cfg_overlay") or {}) from None
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__

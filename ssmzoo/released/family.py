@@ -63,11 +63,11 @@ def telling_key(family: str, state: dict[str, Tensor]) -> str | None:
 
 
 def looks_like(state: dict[str, Tensor]) -> str:
-    """'; by <key> it looks like ...' for an error message; empty when no family is recognised."""
+    """'; by <key> it looks like ...' for an error message; empty when nothing is recognised."""
     for family in families("TELLING_KEYS"):
         if key := telling_key(family, state):
             return f"; by {key} it looks like a checkpoint of family {family!r}"
-    return ""
+    return f"; {said}" if (said := foreign(state)) else ""
 
 
 def foreign(state: dict[str, Tensor]) -> str:

@@ -100,7 +100,8 @@ def read_content(path: Path) -> Any:
     except Refused as error:
         raise CheckpointError(f"{path} was refused: {error}") from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {error}") from None
+        reason = str(error).partition(". This is an internal")[0]  # torch goes on about its own zip reader
+        raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {reason}") from None
     except UnpicklingError:
         raise CheckpointError(f"{path} was refused: it is no file of weights that torch.save wrote") from None
     except Exception as error:  # safetensors has types of its own, a damaged pickle raises any

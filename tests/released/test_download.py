@@ -113,6 +113,23 @@ def test_the_familys_choice_of_weights_is_taken_by_every_route(hub, monkeypatch)
     assert equal(timm.create_model("vmamba_tiny", pretrained=True, **arguments), model)
 
 
+def test_a_file_of_another_model_is_told_in_a_line_by_every_route(hub, monkeypatch):
+    import timm
+
+    import ssmzoo.timm  # noqa: F401
+
+    strange = pickled({"bert.encoder.layer.0.attention.self.query.weight": torch.zeros(2, 2)})
+    _, entry = offered(hub, monkeypatch, content=strange)
+    with pytest.raises(ValueError, match=r"does not fit vmamba as asked for; missing keys .* looks like .*BERT"):
+        ssmzoo.create_model("vmamba", pretrained=True)
+    node = read_model_config("vmamba")["model"]
+    arguments = {k: v for k, v in node.items() if k != "_target_" and not str(v).startswith("$")}
+    small = weights.Weights("vmamba_tiny", entry.source, family="vmamba")
+    monkeypatch.setattr(weights, "catalogue", lambda: {"vmamba_tiny": small})
+    with pytest.raises(ValueError, match=r"does not fit vmamba_tiny; missing keys [^\n]* looks like [^\n]*BERT"):
+        timm.create_model("vmamba_tiny", pretrained=True, **arguments)
+
+
 def test_release_assets_survive_a_broken_line_and_continue_an_interrupted_call(hub, monkeypatch):
     model, entry = offered(hub, monkeypatch, source=weights.Asset(f"{hub.url}/assets/a%23.pth"))
     hub.cut["assets/a%23.pth"] = 5000
