@@ -57,7 +57,9 @@ def test_a_wheel_holds_configs_benchmarks_sources_and_kernels(tmp_path):
         archive.extractall(target)
     names = {str(f.relative_to(target)) for f in target.rglob("*") if f.is_file()}
     sources = {
-        str(f.relative_to(ROOT)) for f in (ROOT / "ssmzoo").rglob("*") if f.suffix in (".py", ".c", ".h", ".cpp")
+        str(f.relative_to(ROOT))
+        for f in (ROOT / "ssmzoo").rglob("*")
+        if f.suffix in (".py", ".c", ".h", ".cpp", ".js", ".css", ".txt")
     }
     assert sources <= names
     configs = {f"ssmzoo/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.yaml")}
