@@ -29,7 +29,7 @@ def resize_taps(length: int, scale: float, antialias: bool = True) -> tuple[Tens
     Output i (from 1) samples u = i / s + (1 - 1 / s) / 2; when s < 1 the kernel is stretched by 1 / s (antialias).
     Indices outside are reflected with the edge repeated.
     """
-    out = math.ceil(length * scale)
+    out = length * int(scale) if scale == int(scale) else math.ceil(length * scale)  # no ceil of a traced length
     stretch = scale if antialias and scale < 1 else 1.0
     width = 4 / stretch
     taps = math.ceil(width) + 2

@@ -6,7 +6,7 @@ import torch
 
 from ssmzoo.inference.export import export
 from ssmzoo.inference.export.to_onnx import refuse
-from ssmzoo.inference.export.traced import first_state, one_loop, sides, tensors_of
+from ssmzoo.inference.export.traced import call_of, first_state, one_loop, sides, tensors_of
 from ssmzoo.ops import selective_scan_fn
 
 FAST = ("mamba (text)", "mambair_classic_x2")
@@ -25,8 +25,7 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
     session = onnxruntime.InferenceSession(export(source, "onnx", tmp_path / "out") / "model.onnx")
     if source.kind == "language":
         return decode(source.model, session)
-    x = exports.inputs(name)
-    channels, (height, width) = x.shape[1], x.shape[2:]
+    _, channels, height, width = call_of(source).inputs[0].shape  # the size of its training, where it takes no other
     sizes = [(1, height, width), (5, height, width)] + ([(2, height + 4, width + 9)] if sides(source) else [])
     for b, h, w in sizes:
         x = torch.rand(b, channels, h, w)

@@ -9,7 +9,7 @@ import torch
 
 from ssmzoo.inference.export import export
 from ssmzoo.inference.export.to_torch_export import FILE, refuse
-from ssmzoo.inference.export.traced import first_state, sides, tensors_of
+from ssmzoo.inference.export.traced import call_of, first_state, sides, tensors_of
 
 FAST = ("mamba (text)", "mamba2 (text)", "vim", "mambair_classic_x2")
 RUNS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in exports.RUNS]
@@ -34,8 +34,7 @@ def test_the_program_computes_what_the_model_computes(name, tmp_path):
         return torch.testing.assert_close(
             torch.cat(logits, 1), exports.outputs(source.model, ids), rtol=1e-4, atol=1e-5
         )
-    x = exports.inputs(name)
-    channels, (height, width) = x.shape[1], x.shape[2:]
+    _, channels, height, width = call_of(source).inputs[0].shape  # the size of its training, where it takes no other
     for b, h, w in [(1, height, width), (5, height, width)] + ([(2, height + 4, width + 9)] if sides(source) else []):
         x = torch.rand(b, channels, h, w)
         torch.testing.assert_close(program(x), exports.outputs(source.model, x), rtol=1e-4, atol=1e-5)

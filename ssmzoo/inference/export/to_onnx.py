@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.inference.export.source import Source
-from ssmzoo.inference.export.traced import Call, call_of, compare, plain_operators, why_no_step
+from ssmzoo.inference.export.traced import Call, call_of, compare, form_of, plain_operators, why_no_step
 from ssmzoo.layers.feedforward.router import Router
 
 OPSET = 18
@@ -79,9 +79,8 @@ def usage(source: Source) -> str:
             "token; results are `logits` (batch, 1, vocabulary) and `next_state_i` for the next call.\n\n"
             '```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession("model.onnx")\n```'
         )
-    form = "(batch, channels, height, width)"
     return (
-        f"`pixels` {form}, normalised as in training, to `output`.\n\n"
+        f"`pixels` {form_of(source)}, normalised as in training, to `output`.\n\n"
         '```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession("model.onnx")\n'
         'output = session.run(None, {"pixels": pixels})\n```'
     )

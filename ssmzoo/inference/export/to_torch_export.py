@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ssmzoo.inference.export.source import Source
-from ssmzoo.inference.export.traced import call_of, compare, plain_operators, why_no_step
+from ssmzoo.inference.export.traced import call_of, compare, form_of, plain_operators, why_no_step
 
 TOLERANCE = 1e-4  # of the largest result, between the program and the model
 FILE = "model.pt2"
@@ -44,6 +44,6 @@ def usage(source: Source) -> str:
             f"{read}state = (\n{zeros})\nlogits, *state = program(torch.zeros(1, 1, dtype=torch.long), *state)\n```"
         )
     return (
-        "Pictures (batch, channels, height, width), normalised as in training, to the model's output. Needs nothing of "
+        f"Pictures {form_of(source)}, normalised as in training, to the model's output. Needs nothing of "
         f"ssmzoo.\n\n{read}output = program(pixels)\n```"
     )

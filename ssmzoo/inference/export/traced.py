@@ -108,6 +108,12 @@ def sides(source: Source) -> dict[int, str]:
     return {2: "height", 3: "width"} if free else {}
 
 
+def form_of(source: Source) -> str:
+    """The shape of the pictures that a program takes, in words: '(batch, 3, 32, 32)', '(batch, 3, height, width)'."""
+    channels, *size = example(source).shape[1:]
+    return f"(batch, {channels}, {', '.join(sides(source).values() or map(str, size))})"
+
+
 def why_no_step(model: nn.Module) -> str | None:
     """Why one token cannot be a program of fixed shapes."""
     if not getattr(model, "causal", True):

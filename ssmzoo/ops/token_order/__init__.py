@@ -49,7 +49,7 @@ def permute_tokens(x: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
     inverse  undo it: token i of the result is the one that stands at i in `order`
     returns  (b l d): x[:, order]
     """
-    order = order.expand(len(x), -1).long()
+    order = order.expand(x.shape[0], -1).long()  # len() of a traced tensor is a plain number
     order = order.argsort(-1) if inverse else order
     return x.gather(1, order[..., None].expand_as(x))
 
