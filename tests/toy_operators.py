@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ssmzoo import ops
 from ssmzoo.ops.quantized_linear import pack_int4
+from ssmzoo.ops.stack_step import MambaLayer
 
 
 def _normal(*shape: int) -> Tensor:
@@ -250,6 +251,46 @@ def _in_place(name: str, state: str, /, **arguments):
     return getattr(ops, name)(**{state: new}, **arguments), new
 
 
+def _stack(x, norm, first, second):
+    """stack_step of two layers, whose other weights are fixed."""
+    rng = torch.Generator().manual_seed(0)
+    one = lambda *shape: torch.randn(shape, generator=rng, dtype=torch.float64).to(x.dtype)  # noqa: E731
+    layers = [
+        MambaLayer(
+            norm,
+            1e-5,
+            one(4, 1, 3),
+            one(4),
+            one(5, 4),
+            one(4, 1),
+            one(4),
+            one(4, 2),
+            one(4),
+            first,
+            None,
+            one(3, 4),
+            None,
+        ),
+        MambaLayer(
+            norm,
+            1e-5,
+            one(4, 1, 3),
+            None,
+            one(5, 4),
+            one(4, 1),
+            one(4),
+            one(4, 2),
+            one(4),
+            second,
+            None,
+            one(3, 4),
+            None,
+        ),
+    ]
+    y, states = ops.stack_step(x, layers, [(one(2, 4, 3), one(2, 4, 2)) for _ in layers])
+    return y, *(t for state in states for t in state)
+
+
 SEQ_IDX = torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 3, 4]])
 SYMBOLS = torch.tensor([[0, 3, 1, 1, 2], [2, 0, 0, 3, 1]])
 PADDED = torch.tensor([[-1, 0, 0, 1, 1, 1], [2, 2, 2, 5, -1, -1]])
@@ -332,6 +373,10 @@ EXAMPLES = {
         ops.gated_delta_step, functools.partial(_step_of_delta, True), num_heads=2
     ),
     "mamba_step": _example(ops.mamba_step, _step),
+    "stack_step": _example(
+        _stack,
+        lambda: {"x": _normal(2, 3), "norm": _normal(3), "first": _normal(8, 3), "second": _normal(8, 3)},
+    ),
     "mamba2_step": _example(ops.mamba2_step, _step_of_heads, ngroups=2),
     "mamba3_step": _example(ops.mamba3_step, _step_of_mamba3, ngroups=2),
     "complex_scan": _example(

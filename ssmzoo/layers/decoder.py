@@ -28,11 +28,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
-from ssmzoo.layers.state import ModelOutput, Padding, left_align
+from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.stack import apply_linear, step
+from ssmzoo.layers.state import ModelOutput, Padding, is_step, left_align
+from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
 
 ROUTING = [torch.ops.aten.topk.default]  # kept: a rounding difference could send a token to another expert
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 EXPERTS = torch.ops.ssmzoo.grouped_matmul.default
+NORMS = frozenset({RMSNorm})  # of layers that may be passed over in one operator
 RECOMPUTE = (False, True, "full", "selective")  # grad_checkpointing
 
 
@@ -99,6 +104,18 @@ class Block(nn.Module):
             x = x + y if self.residual is None else self.residual(name, x, u, y)
         return x, states[self.mixers[0]] if single else states, aux
 
+    def layer(self) -> MambaLayer | Mamba2Layer | None:
+        """What `stack_step` needs instead of this block's forward; None unless it is one plain mixer behind a norm."""
+        if (
+            type(self).forward is not Block.forward
+            or self.residual is not None
+            or not is_plain(self, among={type(self)})
+        ):
+            return None
+        (_, norm, mixer), *more = self.sublayers()
+        plain = is_plain(norm, among=NORMS) and norm.weight.dtype is torch.float32
+        return mixer.layer(norm) if plain and not more and hasattr(mixer, "layer") else None
+
 
 class Decoder(nn.Module):
     """embedding -> blocks -> norm: ids (b l), or vectors (b l d), -> hidden (b l d), state, aux.
@@ -152,7 +169,11 @@ class Decoder(nn.Module):
             x = x.float()
         how = torch.is_grad_enabled() and self.grad_checkpointing
         states, aux = [], []
-        for block, before in zip(blocks, state or (None,) * len(blocks), strict=True):
+        one = state is not None and is_step(x, state, padding, seq_idx) and prefix is None
+        if one and (stepped := step(blocks, x, state)) is not None:
+            x, states = stepped
+            blocks = ()
+        for block, before in zip(blocks, state or (None,) * len(blocks), strict=not states):
             run = functools.partial(recomputed, block, how) if how else block
             x, after, extra = run(x, before, mask=padding, seq_idx=seq_idx, prefix=prefix)
             states.append(after)
@@ -189,7 +210,7 @@ class LanguageModel(nn.Module):
         """As `Decoder`; logits_to_keep: only those of the last so many positions (0: all), to save memory."""
         decode, head = getattr(self, self.decoder_name), getattr(self, self.head_name)
         hidden, state, aux = decode(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
-        return ModelOutput(head(hidden), state, aux)
+        return ModelOutput(apply_linear(head, hidden), state, aux)
 
 
 class CausalLM(LanguageModel, Decoder):

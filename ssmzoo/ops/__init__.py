@@ -37,6 +37,7 @@ from ssmzoo.ops.selective_scan import selective_scan_fn
 from ssmzoo.ops.selective_state_update import selective_state_update
 from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
+from ssmzoo.ops.stack_step import stack_step
 from ssmzoo.ops.state_fusion import state_fusion
 from ssmzoo.ops.taylor_attention import taylor_attention, taylor_state
 from ssmzoo.ops.token_order import bidirectional_scan, mix_tokens, permute_tokens, prepend_mean
@@ -87,6 +88,7 @@ __all__ = [
     "ssd_minimal_discrete",
     "ssd_scan",
     "ssd_state_update",
+    "stack_step",
     "state_fusion",
     "taylor_attention",
     "taylor_state",

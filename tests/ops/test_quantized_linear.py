@@ -41,6 +41,13 @@ def expected(c, group_size, act_scale):
     return y.view(*c["x"].shape[:2], -1)
 
 
+def slack(c, group_size, act_scale):
+    """What fp32 sums, and 16-bit activations of the C kernel where they are not of 8 bits, may cost: (e)"""
+    offset = 0 if c["zero"] is None else c["zero"].repeat_interleave(group_size, 1)[:, : c["codes"].shape[1]]
+    sizes = ((c["codes"] - offset) * c["scale"].repeat_interleave(group_size, 1)[:, : c["codes"].shape[1]]).abs().sum(1)
+    return c["x"].abs().max() * sizes * (2**-16 if act_scale is None else 1e-6) + 1e-6
+
+
 def backends():
     return [name for name, b in OPERATORS["quantized_linear"].backends.items() if b.missing is None]
 
@@ -61,7 +68,10 @@ def test_the_sum_of_the_docstring(rows, d, e, bits, act_scale, zero):
             if why is None:
                 with backend(name):
                     found = quantized_linear(*given, **options)
-                assert (found - wanted).norm() <= 2e-6 * wanted.norm(), name
+                assert ((found - wanted).abs() <= slack(c, group_size, act_scale if name == "c" else 1)).all(), name
+                assert (found - wanted).norm() <= (
+                    2e-6 if act_scale is not None or name != "c" else 4e-4
+                ) * wanted.norm(), name
 
 
 def test_packing_keeps_every_value():

@@ -23,8 +23,10 @@ from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.stack import matrix
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_step, selective_scan_fn
+from ssmzoo.ops.stack_step import MambaLayer
 
 NO_STEP = -1e4  # before the softplus: dt = 0 exactly, so that padding neither decays nor feeds the state
 
@@ -154,6 +156,18 @@ class Mamba(nn.Module):
         """Whether one token may go through the operator that takes the weights of the inner modules."""
         x_proj, dt_proj = self.x_proj, self.dt_proj
         return is_plain(self.conv1d, x_proj, dt_proj, *projections) and x_proj.bias is None and dt_proj.bias is not None
+
+    def layer(self, norm: nn.Module) -> MambaLayer | None:
+        """This mixer behind a norm as `stack_step` takes it; None if a module is to be called."""
+        i, x, dt, o = self.in_proj, self.x_proj, self.dt_proj, self.out_proj
+        matrices = [matrix(m) for m in (x, dt, i, o)]
+        if not is_plain(self, among={Mamba}) or not is_plain(self.conv1d) or any(m is None for m in matrices):
+            return None
+        if x.bias is not None or dt.bias is None:
+            return None
+        conv = self.conv1d
+        small, large = (*matrices[:2], dt.bias, self.A_log, self.D), (matrices[2], i.bias, matrices[3], o.bias)
+        return MambaLayer(norm.weight, norm.eps, conv.weight, conv.bias, *small, *large)
 
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
         """One token (b 1 d), or (b 1 2e) when called without the projections' weights and biases."""

@@ -28,8 +28,10 @@ from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.stack import matrix
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba2_step, mamba_chunk_scan_combined, ssd_state_update
+from ssmzoo.ops.stack_step import Mamba2Layer
 
 
 class Mamba2State(NamedTuple):
@@ -191,12 +193,27 @@ class Mamba2(nn.Module):
 
     def _fused(self) -> bool:
         """Whether one token may go through the operator that takes the weights of the inner modules."""
-        if self.d_mlp or not is_plain(self.in_proj, self.conv1d, self.out_proj):
+        return is_plain(self.in_proj, self.out_proj) and self._simple()
+
+    def _simple(self) -> bool:
+        """The same but for the projections."""
+        if self.d_mlp or not is_plain(self.conv1d):
             return False
         norm = self.norm
         if norm is None:
             return True
         return is_plain(norm, among={GatedRMSNorm}) and norm.group_size == self.d_ssm and not norm.norm_before_gate
+
+    def layer(self, norm: nn.Module) -> Mamba2Layer | None:
+        """This mixer behind a norm as `stack_step` takes it; None if a module is to be called."""
+        i, conv, o, own = self.in_proj, self.conv1d, self.out_proj, self.norm
+        matrices = matrix(i), matrix(o)
+        if not is_plain(self, among={Mamba2}) or any(m is None for m in matrices) or not self._simple():
+            return None
+        weight, eps = (None, 0.0) if own is None else (own.weight, own.eps)
+        middle = conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, weight
+        last = self.ngroups, eps, *(self.dt_limit if self.options.clamp_steps else (0.0, math.inf))
+        return Mamba2Layer(norm.weight, norm.eps, matrices[0], *middle, matrices[1], i.bias, o.bias, *last)
 
     def _step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One token (b 1 d), without gradients."""

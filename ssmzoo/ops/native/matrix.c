@@ -349,3 +349,60 @@ void multiply_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int
 #endif
     (m->bits == 8 ? byte_rows : nibble_rows)(m, v, y, ldy, from, to);
 }
+
+// ---- a product by itself ----
+
+typedef struct {
+    const float *x;  // (count columns)
+    matrix m;
+    float *y;  // (count rows)
+    int64_t count, act, threads;
+    double act_scale;
+} multiply_args;
+
+typedef struct {
+    const multiply_args *a;
+    vectors v;
+    float *y;
+    int64_t rows;  // per task
+} multiply_work;
+
+enum { CHUNK = 1024, SHARE_OF_VECTORS = 16 };
+
+static void prepare_share(void *context, int64_t index) {
+    multiply_work *s = context;
+    const int64_t from = index * SHARE_OF_VECTORS, to = from + SHARE_OF_VECTORS;
+    prepare(&s->v, &s->a->m, from, to < s->v.count ? to : s->v.count, (int)s->a->act, (float)s->a->act_scale);
+}
+
+static void multiply_share(void *context, int64_t index) {
+    const multiply_work *s = context;
+    const int64_t from = index * s->rows, to = from + s->rows, size = s->a->m.rows;
+    multiply_rows(&s->a->m, &s->v, s->y, size, from, to < size ? to : size);
+}
+
+static void multiply_few(void *context, crew *t) {
+    const multiply_args *a = context;
+    multiply_work s = {.a = a, .y = a->y, .rows = rows_per_task(a->m.rows, crew_size(t))};
+    void *memory = scratch(prepared_bytes(&a->m, a->count));
+    begin_vectors(&s.v, &a->m, a->x, a->count, a->m.columns, memory);
+    prepare(&s.v, &a->m, 0, a->count, (int)a->act, (float)a->act_scale);
+    crew_for(t, (a->m.rows + s.rows - 1) / s.rows, multiply_share, &s);
+    free(memory);
+}
+
+void ssmzoo_multiply(const multiply_args *a) {
+    const int64_t small = a->m.rows * a->m.columns < 1 << 15;  // starting threads takes longer
+    if (a->count <= 8) { parallel_crew(small ? 1 : a->threads, multiply_few, (void *)a); return; }
+    const int64_t rows = rows_per_task(a->m.rows, a->threads), tasks = (a->m.rows + rows - 1) / rows;
+    const int64_t at_once = a->count < CHUNK ? a->count : CHUNK;
+    void *memory = scratch(prepared_bytes(&a->m, at_once));
+    for (int64_t first = 0; first < a->count; first += CHUNK) {
+        multiply_work s = {.a = a, .y = a->y + first * a->m.rows, .rows = rows};
+        const int64_t count = a->count - first < CHUNK ? a->count - first : CHUNK;
+        begin_vectors(&s.v, &a->m, a->x + first * a->m.columns, count, a->m.columns, memory);
+        if (a->m.bits != 32) parallel_for((count + SHARE_OF_VECTORS - 1) / SHARE_OF_VECTORS, a->threads, prepare_share, &s);
+        parallel_for(tasks, a->threads, multiply_share, &s);
+    }
+    free(memory);
+}

@@ -116,7 +116,7 @@ struct crew {
     void (*program)(void *, crew *);
     void *argument;
     pthread_t caller;
-    int64_t threads;
+    int64_t threads, ended;
     _Atomic uint64_t ticket;
     _Atomic int64_t tasks, finished;
     void (*_Atomic body)(void *, int64_t);
@@ -136,6 +136,12 @@ static void claim_tasks(crew *t, uint64_t number) {
     }
 }
 
+static int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 static inline void wait_a_little(int64_t *spins) {  // others may need the core
     if (++*spins < SPINS) pause_cpu();
     else sched_yield();
@@ -147,6 +153,7 @@ static void join_crew(void *context, int64_t index) {
     if (atomic_load(&t->closed)) return;
     if (pthread_equal(pthread_self(), t->caller)) {
         t->program(t->argument, t);
+        t->ended = nanoseconds();
         atomic_store(&t->closed, 1);
         return;
     }
@@ -163,10 +170,13 @@ static void join_crew(void *context, int64_t index) {
 // milliseconds, in every job anew. After such a wait it works alone for a while, longer each time.
 static _Atomic int64_t alone_until, alone_for;
 
-static int64_t nanoseconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+static int late(int64_t since) {  // whether others have been waited for that long
+    const int64_t now = nanoseconds(), before = atomic_load(&alone_for);
+    if (now - since < LATE) return 0;
+    const int64_t next = now - atomic_load(&alone_until) > 1000000000 ? 20000000 : before < 640000000 ? 2 * before : before;
+    atomic_store(&alone_for, next);
+    atomic_store(&alone_until, now + next);
+    return 1;
 }
 
 static void wait_for_others(crew *t, int64_t tasks) {
@@ -176,18 +186,14 @@ static void wait_for_others(crew *t, int64_t tasks) {
     }
     const int64_t start = nanoseconds();
     while (atomic_load(&t->finished) < tasks) sched_yield();
-    const int64_t now = nanoseconds(), before = atomic_load(&alone_for);
-    if (now - start < LATE) return;
-    const int64_t next = now - atomic_load(&alone_until) > 1000000000 ? 20000000 : before < 640000000 ? 2 * before : before;
-    atomic_store(&alone_for, next);
-    atomic_store(&alone_until, now + next);
-    t->threads = 1;
+    if (late(start)) t->threads = 1;
 }
 
 void parallel_crew(int64_t threads, void (*program)(void *, crew *), void *context) {
     if (threads > 1 && nanoseconds() < atomic_load(&alone_until)) threads = 1;
     crew t = {.program = program, .argument = context, .caller = pthread_self(), .threads = threads};
     parallel_for(threads, threads, join_crew, &t);
+    if (threads > 1) late(t.ended);  // or at the end, until they have left
 }
 
 int64_t crew_size(const crew *t) { return t->threads; }
