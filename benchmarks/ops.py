@@ -38,6 +38,13 @@ SETS = {
 }
 
 
+LEFT_OUT = "left out, "
+
+
+class Missing(RuntimeError):
+    """A contender that this machine does not have; the message says why. The others are measured."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of comparison.
@@ -46,7 +53,7 @@ class Case:
                 ours, the others are what it is compared with
     target      how many times faster than the others the first should be
     at_most     instead: how many times slower than the first the others may be
-    unit        "ms" for times; "MB" when the functions return megabytes instead of being timed
+    unit        "ms" for times; "MB", "tokens/s" when the functions return that number instead of being timed
     size        of a contender by its name, in parameters; times are compared in proportion to it
     quick       among the few that `ssmzoo bench --quick` runs
     by_name     left out unless asked for by name
@@ -66,12 +73,17 @@ class Case:
 def measure(case: Case, repeats: int, seconds: float = SECONDS) -> dict[str, float]:
     """Median per contender, in the case's unit. On one thread CPU time, which other programs do not blur."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    runs = {name: build() for name, build in case.contenders.items()}
     if case.unit != "ms":
+<<<<<<< HEAD
         return {name: float(run()) for name, run in runs.items()}
 
     def timed(run) -> float:
         start = clock()
+=======
+        return dict(filter(None, (_value(case, name, build) for name, build in case.contenders.items())))
+    runs = {name: build() for name, build in case.contenders.items()}
+    for run in runs.values():
+>>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
         run()
         return 1e3 * (clock() - start)
 
@@ -86,11 +98,24 @@ def measure(case: Case, repeats: int, seconds: float = SECONDS) -> dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+<<<<<<< HEAD
 def in_fresh_process(case: Case, repeats: int, seconds: float = SECONDS, level: str = "") -> dict[str, float] | str:
     """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run.
 
     level  instruction set, "" for the best
     """
+=======
+def _value(case: Case, name: str, build: Callable) -> tuple[str, float] | None:
+    try:
+        return name, float(build()())
+    except Missing as why:
+        print(f"{case.name}: {name} {LEFT_OUT}{why}", file=sys.stderr)
+        return None
+
+
+def in_fresh_process(case: Case, repeats: int) -> dict[str, float] | str:
+    """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run."""
+>>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
     code = (
         "import json, sys; sys.path[:0] = {path!r}; import ops; case = next(c for c in ops.load_cases({name!r}) "
         "if c.name == {name!r}); print(json.dumps(ops.measure(case, {repeats}, {seconds})))"
@@ -103,7 +128,12 @@ def in_fresh_process(case: Case, repeats: int, seconds: float = SECONDS, level: 
     except subprocess.TimeoutExpired:
         return f"it takes longer than {LIMIT} s here"
     if result.returncode != 0:
+<<<<<<< HEAD
         return (result.stderr.strip() or f"it ended with status {result.returncode}").splitlines()[-1]
+=======
+        return result.stderr.strip().splitlines()[-1]
+    print("\n".join(line for line in result.stderr.splitlines() if LEFT_OUT in line), end="", flush=True)
+>>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 

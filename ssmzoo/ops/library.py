@@ -178,10 +178,10 @@ class Differentiable:
 
     def differentiable_gradients(self, a: tuple, dresult: Tensor) -> dict[str, Tensor]:
         names = [n for n in self.tensors if getattr(a, n) is not None and getattr(a, n).requires_grad]
-        given = [getattr(a, name) for name in names]
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = self.twice(a)
+            given = [getattr(a, name).view_as(getattr(a, name)) for name in names]  # one may have been made of another
+            y = self.twice(a._replace(**dict(zip(names, given))))
         return dict(zip(names, torch.autograd.grad(y, given, dresult, create_graph=again)))
 
     def _define(self, refer: str) -> None:

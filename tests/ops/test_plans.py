@@ -154,7 +154,9 @@ def test_a_backend_that_goes_away_is_not_asked_again(example):
             if (b := called.backends.get("c")) is not None:
                 changed[name] = b
                 called.backends["c"] = dataclasses.replace(b, missing="its library is gone", function=None, eager=None)
-        torch.testing.assert_close(function(**tensors), expected)
+        rounds = example == "quantized_linear"  # in float32, where its kernel rounds activations to 16 bits
+        close = {"rtol": 1e-4, "atol": 1e-4} if rounds else {}
+        torch.testing.assert_close(function(**tensors), expected, **close)
     finally:
         for name, b in changed.items():
             OPERATORS[name].backends["c"] = b
