@@ -57,6 +57,7 @@ class Case:
     size        of a contender by its name, in parameters; times are compared in proportion to it
     quick       among the few that `ssmzoo bench --quick` runs
     by_name     left out unless asked for by name
+    limit       seconds, for the case in all
     """
 
     name: str
@@ -68,22 +69,22 @@ class Case:
     size: Callable[[str], int] | None = None
     quick: bool = False
     by_name: bool = False
+    limit: int = LIMIT
+
+
+def clock() -> float:
+    """Seconds; on one thread CPU time, which other programs do not blur."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def measure(case: Case, repeats: int, seconds: float = SECONDS) -> dict[str, float]:
-    """Median per contender, in the case's unit. On one thread CPU time, which other programs do not blur."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Median per contender, in the case's unit."""
     if case.unit != "ms":
-<<<<<<< HEAD
-        return {name: float(run()) for name, run in runs.items()}
+        return dict(filter(None, (_value(case, name, build) for name, build in case.contenders.items())))
+    runs = {name: build() for name, build in case.contenders.items()}
 
     def timed(run) -> float:
         start = clock()
-=======
-        return dict(filter(None, (_value(case, name, build) for name, build in case.contenders.items())))
-    runs = {name: build() for name, build in case.contenders.items()}
-    for run in runs.values():
->>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
         run()
         return 1e3 * (clock() - start)
 
@@ -98,13 +99,6 @@ def measure(case: Case, repeats: int, seconds: float = SECONDS) -> dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-<<<<<<< HEAD
-def in_fresh_process(case: Case, repeats: int, seconds: float = SECONDS, level: str = "") -> dict[str, float] | str:
-    """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run.
-
-    level  instruction set, "" for the best
-    """
-=======
 def _value(case: Case, name: str, build: Callable) -> tuple[str, float] | None:
     try:
         return name, float(build()())
@@ -113,9 +107,11 @@ def _value(case: Case, name: str, build: Callable) -> tuple[str, float] | None:
         return None
 
 
-def in_fresh_process(case: Case, repeats: int) -> dict[str, float] | str:
-    """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run."""
->>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
+def in_fresh_process(case: Case, repeats: int, seconds: float = SECONDS, level: str = "") -> dict[str, float] | str:
+    """`measure` where no earlier case has taught the allocator to keep large blocks; a sentence if it can't be run.
+
+    level  instruction set, "" for the best
+    """
     code = (
         "import json, sys; sys.path[:0] = {path!r}; import ops; case = next(c for c in ops.load_cases({name!r}) "
         "if c.name == {name!r}); print(json.dumps(ops.measure(case, {repeats}, {seconds})))"
@@ -124,16 +120,12 @@ def in_fresh_process(case: Case, repeats: int) -> dict[str, float] | str:
     command = [sys.executable, "-c", code.format(path=path, name=case.name, repeats=repeats, seconds=seconds)]
     more = {"SSMZOO_NATIVE": level, **SETS[level]} if level else {}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | more, timeout=LIMIT)
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | more, timeout=case.limit)
     except subprocess.TimeoutExpired:
-        return f"it takes longer than {LIMIT} s here"
+        return f"it takes longer than {case.limit} s here"
     if result.returncode != 0:
-<<<<<<< HEAD
         return (result.stderr.strip() or f"it ended with status {result.returncode}").splitlines()[-1]
-=======
-        return result.stderr.strip().splitlines()[-1]
     print("\n".join(line for line in result.stderr.splitlines() if LEFT_OUT in line), end="", flush=True)
->>>>>>> 9fe1f4b (ssmzoo bench decode: tokens per second beside transformers and llama.cpp; GGUF files without a tokenizer name the size of their vocabulary; batched gradients of operators whose inputs depend on each other)
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 

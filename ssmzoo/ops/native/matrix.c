@@ -9,33 +9,42 @@ static inline int64_t groups(const matrix *m) { return (m->columns + m->group - 
 
 // ---- floats ----
 
-// The product of one row with `count` vectors, before the sum over lanes; `chains` sums are taken side by side.
+// The products of `rows` (1 or 2) neighbouring rows with `count` vectors, before the sum over lanes. One vector and one row
+// take `chains` sums side by side; several vectors take two rows, so that x is loaded half as often.
 INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, int64_t ld, int64_t columns,
-                      const int count, const int chains) {
-    vf sum[VECTORS][4];
-#pragma GCC unroll 8
-    for (int c = 0; c < count; c++)
+                      const int rows, const int count, const int chains) {
+    vf sum[2 * VECTORS][4];
+#pragma GCC unroll 16
+    for (int c = 0; c < rows * count; c++)
 #pragma GCC unroll 4
         for (int u = 0; u < chains; u++) sum[c][u] = (vf){0};
     int64_t i = 0;
     for (; i + chains * VL <= columns; i += chains * VL)
 #pragma GCC unroll 4
         for (int u = 0; u < chains; u++) {
-            const vf v = v_load(w + i + u * VL);
+            const vf v = v_load(w + i + u * VL), v2 = rows == 2 ? v_load(w + columns + i + u * VL) : v;
 #pragma GCC unroll 8
-            for (int c = 0; c < count; c++) sum[c][u] += v * v_load(x + c * ld + i + u * VL);
+            for (int c = 0; c < count; c++) {
+                const vf one = v_load(x + c * ld + i + u * VL);
+                sum[c][u] += v * one;
+                if (rows == 2) sum[count + c][u] += v2 * one;
+            }
         }
-    for (; i < columns; i += VL) {
-        const vf v = v_load_some(w + i, columns - i);
+    for (; i < columns; i += VL)
+        for (int r = 0; r < rows; r++) {
+            const vf v = v_load_some(w + r * columns + i, columns - i);
 #pragma GCC unroll 8
-        for (int c = 0; c < count; c++) sum[c][0] += v * v_load_some(x + c * ld + i, columns - i);
-    }
+            for (int c = 0; c < count; c++) sum[r * count + c][0] += v * v_load_some(x + c * ld + i, columns - i);
+        }
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
-    for (int c = 0; c < count; c++) {
+        for (int c = 0; c < count; c++) {
+            vf *all = sum[r * count + c];
 #pragma GCC unroll 4
-        for (int u = 1; u < chains; u++) sum[c][0] += sum[c][u];
-        part[c][at] = sum[c][0];
-    }
+            for (int u = 1; u < chains; u++) all[0] += all[u];
+            part[c][at + r] = all[0];
+        }
 }
 
 // ---- integers ----
@@ -118,6 +127,7 @@ INLINE void integer_row(vf (*part)[VL], int at, const matrix *m, const vectors *
         vi sum[VECTORS];
 #pragma GCC unroll 8
         for (int c = 0; c < count; c++) sum[c] = bits == 4 ? (vi){v->start[from + c * pieces + p]} : (vi){0};
+        const vf scale = v_set(scales[one->group]);
         char last[STEP] = {0};
         for (int64_t s = 0; s < one->steps + (one->rest > 0); s++, w += STEP, x += bits == 4 ? 2 * STEP : STEP) {
             if (s == one->steps) w = memcpy(last, w, (size_t)one->rest);
@@ -135,11 +145,10 @@ INLINE void integer_row(vf (*part)[VL], int at, const matrix *m, const vectors *
             }
         }
 #pragma GCC unroll 8
-        for (int c = 0; c < count; c++) {
-            const float scale = scales[one->group] * v->scale[from + c * pieces + p];
-            total[c] += __builtin_convertvector(sum[c], vf) * scale;
-            if (zeros) shift[c] -= scale * zeros[one->group] * v->sum[from + c * pieces + p];
-        }
+        for (int c = 0; c < count; c++)
+            total[c] += __builtin_convertvector(sum[c], vf) * scale * v_set(v->scale[from + c * pieces + p]);
+        for (int c = 0; zeros && c < count; c++)
+            shift[c] -= scale[0] * zeros[one->group] * v->scale[from + c * pieces + p] * v->sum[from + c * pieces + p];
     }
 #pragma GCC unroll 8
     for (int c = 0; c < count; c++) part[c][at] = total[c] + (zeros ? (vf){shift[c]} : (vf){0});
@@ -280,11 +289,12 @@ INLINE void sums_of_rows(float *y, int64_t ldy, vf (*part)[VL], const float *bia
 INLINE void tile(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t row, int64_t rows, int64_t first,
                  const int count, const int bits, const int vnni) {
     vf part[VECTORS][VL];
+    const float *w = (const float *)m->data + row * m->columns, *x = v->x + first * v->ld;
+    const int chains = count == 1 ? 4 : count == 2 ? 2 : 1;
     for (int q = 0; q < rows; q++) {
-        if (bits == 32)
-            float_row(part, q, (const float *)m->data + (row + q) * m->columns, v->x + first * v->ld, v->ld, m->columns, count,
-                      count == 1 ? 4 : count == 2 ? 2 : 1);
-        else integer_row(part, q, m, v, first, row + q, count, bits, vnni);
+        if (bits != 32) integer_row(part, q, m, v, first, row + q, count, bits, vnni);
+        else if (count == 1 || q + 1 == rows) float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 1, count, chains);
+        else float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 2, count, chains), q++;
     }
     sums_of_rows(y + first * ldy + row, ldy, part, m->bias ? m->bias + row : NULL, rows, count);
 }
@@ -348,6 +358,42 @@ void multiply_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int
     if (vnni_here) { (m->bits == 8 ? byte_rows_vnni : nibble_rows_vnni)(m, v, y, ldy, from, to); return; }
 #endif
     (m->bits == 8 ? byte_rows : nibble_rows)(m, v, y, ldy, from, to);
+}
+
+// ---- integers as floats, for products that arithmetic bounds ----
+
+typedef struct {
+    matrix m;
+    float *to;  // (rows columns)
+    int64_t threads;
+} dense_args;
+
+enum { DENSE_ROWS = 32 };
+
+static void dense_task(void *context, int64_t index) {
+    const dense_args *a = context;
+    const matrix *m = &a->m;
+    const int64_t count = groups(m), end = (index + 1) * DENSE_ROWS < m->rows ? (index + 1) * DENSE_ROWS : m->rows;
+    for (int64_t row = index * DENSE_ROWS; row < end; row++)
+        for (int64_t g = 0; g < count; g++) {
+            const int64_t from = g * m->group, to = from + m->group < m->columns ? from + m->group : m->columns;
+            const float scale = m->scale[row * count + g], zero = m->zero ? m->zero[row * count + g] : 0;
+            float *y = a->to + row * m->columns;
+            if (m->bits == 8) {
+                const int8_t *w = (const int8_t *)m->data + row * m->columns;
+                for (int64_t i = from; i < to; i++) y[i] = ((float)w[i] - zero) * scale;
+            } else {
+                const uint8_t *w = (const uint8_t *)m->data + row * (m->columns / 2);
+                for (int64_t i = from / 2; i < to / 2; i++) {
+                    y[2 * i] = ((float)(w[i] & 15) - 8 - zero) * scale;
+                    y[2 * i + 1] = ((float)(w[i] >> 4) - 8 - zero) * scale;
+                }
+            }
+        }
+}
+
+void ssmzoo_dense(const dense_args *a) {
+    parallel_for((a->m.rows + DENSE_ROWS - 1) / DENSE_ROWS, a->threads, dense_task, (void *)a);
 }
 
 // ---- a product by itself ----

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssmzoo.ops.native import kernel
 
 MULTIPLY, MISSING = kernel("ssmzoo_multiply")
+DENSE, _ = kernel("ssmzoo_dense")
 FLOAT, STATIC, DYNAMIC = range(3)  # what becomes of activations beside integers: see `prepare` in matrix.h
 
 
@@ -36,3 +37,10 @@ def multiply(x: Tensor, matrix: tuple[int, ...], act: int = FLOAT, act_scale: fl
     values = x.data_ptr(), *matrix, y.data_ptr(), count, act, torch.get_num_threads(), act_scale
     MULTIPLY(struct.pack("13qd", *values))
     return y
+
+
+def dense(matrix: tuple[int, ...]) -> Tensor:
+    """The matrix (e d) that integers and scales stand for, fp32."""
+    weight = torch.empty(matrix[4], matrix[5])
+    DENSE(struct.pack("10q", *matrix, weight.data_ptr(), torch.get_num_threads()))
+    return weight
