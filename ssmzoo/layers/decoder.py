@@ -210,7 +210,7 @@ class LanguageModel(nn.Module):
         """As `Decoder`; logits_to_keep: only those of the last so many positions (0: all), to save memory."""
         decode, head = getattr(self, self.decoder_name), getattr(self, self.head_name)
         hidden, state, aux = decode(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
-        return ModelOutput(apply_linear(head, hidden), state, aux)
+        return ModelOutput(apply_linear(head, hidden) if hidden.shape[1] == 1 else head(hidden), state, aux)
 
 
 class CausalLM(LanguageModel, Decoder):
