@@ -51,7 +51,7 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
             f"name={name}",
             f"runs_dir={runs}",
         ]
-        arguments = [f"resume={found}"] if found and (found / "checkpoints").exists() else fresh
+        arguments = [f"resume={found}"] if found else fresh
         before = os.times()
         try:
             subprocess.run(

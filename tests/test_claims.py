@@ -1,0 +1,100 @@
+"""benchmarks/claims.py: which runs it asks for, that nothing is repeated, its page and its verdicts."""
+
+import json
+import math
+
+import claims
+import pytest
+from claims_list import CLAIMS, SCRIPTS, against
+from claims_page import write_page
+from paths import ROOT
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Every call of train.py, answered by a run folder whose score is best at the middle rate."""
+    asked = []
+
+    def fake(command, **options):
+        words = dict(w.split("=", 1) for w in command if "=" in w)
+        asked.append(words)
+        folder = tmp_path / "runs" / "model" / words["name"]
+        folder.mkdir(parents=True)
+        score = 0.9 - 0.1 * abs(math.log2(float(words["optim.lr"]) / 2e-3)) + 0.001 * int(words["seed"])
+        (folder / "metrics.csv").write_text(f"step,val/top1\n110,0.1\n220,{score}\n")
+        (folder / "status.txt").write_text("finished")
+
+    monkeypatch.setattr(claims.subprocess, "run", fake)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "claims.json")
+    return asked
+
+
+def test_rates_on_a_seed_of_their_own_then_the_seeds_and_nothing_twice(trained, tmp_path, capsys):
+    claim = CLAIMS["res_vmamba"]
+    claims.run([claim], tmp_path / "runs", 1e9)
+    assert len(trained) == 3 * (3 + 3)  # arms x (rates + seeds)
+    first = trained[:6]
+    assert [w["seed"] for w in first] == ["100"] * 3 + ["0", "1", "2"]
+    assert [w["optim.lr"] for w in first] == ["0.001", "0.002", "0.004", "0.002", "0.002", "0.002"]
+    assert first[0]["model.fuse"] == "learned" and first[0]["trainer.max_steps"] == "220"
+    known = json.loads((tmp_path / "claims.json").read_text())
+    assert known["res_vmamba"]["fuse none"]["2"]["value"] == pytest.approx(90.2) and len(known["res_vmamba"]) == 3
+    claims.run([claim], tmp_path / "runs", 1e9)
+    assert len(trained) == 18
+    (tmp_path / "claims.json").unlink()  # results come back from the run folders
+    claims.run([claim], tmp_path / "runs", 1e9)
+    assert len(trained) == 18 and json.loads((tmp_path / "claims.json").read_text()) == known
+
+
+def test_a_budget_ends_between_and_within_runs(trained, tmp_path, capsys):
+    claims.run([CLAIMS["res_vmamba"]], tmp_path / "runs", 0)
+    assert not trained and "0 minutes are over" in capsys.readouterr().out
+    folder = tmp_path / "runs/model/res_vmamba-fuse-learned-0.001-seed100"
+    folder.mkdir(parents=True)
+    (folder / "status.txt").write_text("stopped")
+    with pytest.raises(KeyError):  # the fake wants a name; a resumed run is asked for by its folder alone
+        claims.run([CLAIMS["res_vmamba"]], tmp_path / "runs", 1)
+    assert trained[-1] == {"resume": str(folder)}
+
+
+def test_the_page_says_what_is_missing_and_judges_what_is_whole(tmp_path):
+    rows = {
+        arm.name: {str(s): {"value": 90 + i + 0.1 * s, "cpu_seconds": 20.0, "lr": 2e-3} for s in range(3)}
+        for i, arm in enumerate(CLAIMS["res_vmamba"].arms)
+    }
+    page = write_page({"res_vmamba": rows}, tmp_path).read_text()
+    assert "| fuse learned | 90.10 ± 0.10 | 0.002 | 0, 1, 2 | 20 |" in page
+    assert "**Does not hold here: the other way round (fuse learned 90.10, fuse none 92.10).**" in page
+    assert "not tried yet" in page and "Not all arms are tried yet" in page
+    assert (tmp_path / "claims_res_vmamba.png").stat().st_size > 3000
+    assert not (tmp_path / "claims_patch_scaling.png").exists()
+
+
+def test_verdicts():
+    judge = against("a", "b", "a helps")
+    assert judge({"a": (5, 0.1), "b": (4, 0.1)}).startswith("holds here: a helps")
+    assert judge({"a": (4, 0.1), "b": (5, 0.1)}).startswith("does not hold here")
+    assert judge({"a": (5, 0.6), "b": (4, 0.6)}).startswith("undecided here")
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_arm_is_a_configuration_that_composes(name):
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from ssmzoo.presets import config_dir
+    from ssmzoo.train.config import check, free_overrides, paired_overrides, register_resolvers
+
+    register_resolvers()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for arm in CLAIMS[name].arms:
+            typed = free_overrides(paired_overrides([*CLAIMS[name].common, *arm.overrides]))
+            cfg = compose("train", typed)
+            OmegaConf.set_struct(cfg, False)
+            check(cfg)
+    means = {arm.name: (float(i), 0.1) for i, arm in enumerate(CLAIMS[name].arms)}
+    assert "here" in CLAIMS[name].verdict(means) or "rise" in CLAIMS[name].verdict(means)
+
+
+def test_scripts_that_are_called_exist():
+    assert all((ROOT / script.command[0]).exists() for script in SCRIPTS.values())
