@@ -59,12 +59,16 @@ class ConvModule(nn.Module):
 
 
 class PixelClassifier(nn.Module):
-    """Base of the heads: dropout of whole channels and `conv_seg`, drawn with deviation 0.01."""
+    """Base of the heads: dropout of whole channels and `conv_seg`.
+
+    It is drawn with deviation 0.01 as published, where many channels add up, and 1 / sqrt(dim) below 128, where such
+    small weights leave the backbone without gradients for hundreds of steps.
+    """
 
     def __init__(self, dim: int, num_classes: int, drop_rate: float):
         super().__init__()
         self.dropout, self.conv_seg = nn.Dropout2d(drop_rate), nn.Conv2d(dim, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.normal_(self.conv_seg.weight, std=0.01 if dim >= 128 else dim**-0.5)
         nn.init.zeros_(self.conv_seg.bias)
 
     def classify(self, x: Tensor) -> Tensor:
