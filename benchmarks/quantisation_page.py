@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantisation import RECALL, VARIANTS
+from quantisation import RECALL, TEXT, VARIANTS
 
 from ssmzoo.adapt.quantise import MODES
 
@@ -14,7 +14,9 @@ Written by `python benchmarks/quantisation.py` (every number: `quantisation.json
 quantised as `ssmzoo quantise RUN --mode MODE` does it, with 64 samples of its own training part, and is judged on the
 same held-out text (65,536 bytes), in bits per byte. *small*: the runs under notebooks/checkpoints; the others: default
 runs of the embedded text with the steps that stand below. All are small and trained for minutes: they say which step
-matters, not what a model of billions loses. [docs/quantisation.md](../quantisation.md) says what the modes are.
+matters, not what a model of billions loses. Speeds are ratios of interleaved runs on a shared CPU, by the backend of
+`quantized_linear` that served: the torch form, which writes the matrix out, where there is no kernel.
+[docs/quantisation.md](../quantisation.md) says what the modes are.
 """
 
 PUBLISHED = """
@@ -110,6 +112,14 @@ def images(found: dict) -> str:
     return IMAGES + table(head, rows) if rows else ""
 
 
+def missing(found: dict) -> str:
+    """What the command measures and this page does not have yet."""
+    names = [f"the default {title}" for title in TEXT if f"{title}/float32" not in found]
+    names += [] if f"{RECALL}/float32" in found else ["recall accuracy"]
+    names += [] if any(key.count("/") == 2 for key in found) else ["the ablation by step"]
+    return f"\nNot measured yet: {', '.join(names)} (the command goes on where the .json ends).\n" if names else ""
+
+
 def draw(found: dict, out: Path) -> None:
     """Loss against bytes."""
     import matplotlib
@@ -144,6 +154,13 @@ def write(found: dict, out: Path) -> None:
         f"{t} {found[f'{t}/float32']['step']}" for t in (*titles(found), RECALL) if f"{t}/float32" in found
     )
     text = f"{TOP}\nSteps of training: {trained}.\n\n## Modes\n\n{modes(found)}\n"
-    text += "![loss against bytes](quantisation.png)\n" + recall(found) + steps(found) + images(found) + PUBLISHED
+    text += (
+        "![loss against bytes](quantisation.png)\n"
+        + recall(found)
+        + steps(found)
+        + images(found)
+        + missing(found)
+        + PUBLISHED
+    )
     (out / "quantisation.md").write_text(text, encoding="utf-8")
     draw(found, out)
