@@ -16,7 +16,14 @@ def python(code, cwd, **environment):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=plain, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("folder", ["above", "inside", "beside", "with a folder of the same name", "notebooks"])
+def few_of(*others: str) -> list:
+    """Each costs a start of Python with all libraries."""
+    return [pytest.param(other, marks=pytest.mark.slow) for other in others]
+
+
+@pytest.mark.parametrize(
+    "folder", ["above", "with a folder of the same name", *few_of("inside", "beside", "notebooks")]
+)
 def test_found_from_every_folder(tmp_path, folder):
     (tmp_path / "ssmzoo").mkdir()  # what a clone of the default name looks like from above: an empty namespace
     folders = {"above": ROOT.parent, "inside": ROOT, "beside": tmp_path / "ssmzoo", "notebooks": ROOT / "notebooks"}
@@ -27,7 +34,7 @@ def test_found_from_every_folder(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "first", ["timm", "torchvision", "torchmetrics", "lightning", "ssmzoo.timm", "ssmzoo.data.images"]
+    "first", ["torchvision", "torchmetrics", "ssmzoo.timm", *few_of("timm", "lightning", "ssmzoo.data.images")]
 )
 def test_any_library_may_be_imported_first(tmp_path, first):
     code = f"import {first}, timm, ssmzoo.timm; print(len(timm.list_models('vmamba_*')))"

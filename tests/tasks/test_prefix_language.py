@@ -90,20 +90,20 @@ def test_a_prefix_as_long_as_the_sequence_is_refused_before_anything_runs(call, 
     assert not any(tmp_path.rglob("metrics.csv"))
 
 
-def test_based_and_jrt_train_evaluate_and_generate(call, tmp_path):
-    for model in ("based", "jrt_rnn"):
-        status, out, err = call(f"model={model}", f"runs_dir={tmp_path}", *SMALL, *TEXT)
-        assert (status, err) == (0, ""), err
-        run = tmp_path / model / "a"
-        rows = list(csv.DictReader((run / "metrics.csv").open()))
-        assert any(row.get("train/cross_entropy") for row in rows)
-        status, out, err = call(f"ckpt={run}", "task.read_twice=true", "task.eval_lengths=[1]", entry="eval")
-        assert (status, err) == (0, ""), err
-        assert "first half read once" in out and "first half read twice" in out
-        arguments = ["generate", str(run), "--prompt", "import", "--max-new-tokens", "3", "--greedy"]
-        once = call(*arguments, entry="ssmzoo")
-        twice = call(*arguments, "--read-twice", entry="ssmzoo")
-        assert once[0] == twice[0] == 0 and twice[1].startswith("import")
+@pytest.mark.parametrize("model", [pytest.param("based", marks=pytest.mark.slow), "jrt_rnn"])
+def test_it_trains_evaluates_and_generates(call, tmp_path, model):
+    status, out, err = call(f"model={model}", f"runs_dir={tmp_path}", *SMALL, *TEXT)
+    assert (status, err) == (0, ""), err
+    run = tmp_path / model / "a"
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert any(row.get("train/cross_entropy") for row in rows)
+    status, out, err = call(f"ckpt={run}", "task.read_twice=true", "task.eval_lengths=[1]", entry="eval")
+    assert (status, err) == (0, ""), err
+    assert "first half read once" in out and "first half read twice" in out
+    arguments = ["generate", str(run), "--prompt", "import", "--max-new-tokens", "3", "--greedy"]
+    once = call(*arguments, entry="ssmzoo")
+    twice = call(*arguments, "--read-twice", entry="ssmzoo")
+    assert once[0] == twice[0] == 0 and twice[1].startswith("import")
 
 
 @pytest.mark.parametrize("flags", [["task.read_twice=true"], ["task.prefix=true"]])
