@@ -20,6 +20,7 @@ BACKWARD, _ = kernel("ssmzoo_cross_selective_scan_backward")
 CHUNK = 32  # steps between saved states, as in the C file
 COLUMNS = {"cross": 0b1010, "unidirectional": 0, "bidirectional": 0}
 REVERSED = {"cross": 0b1100, "unidirectional": 0, "bidirectional": 0b1100}
+TASKS = 8  # wanted
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 
@@ -43,9 +44,10 @@ def saved(a: Inputs) -> Tensor:
 
 
 def _tiling(b: int, e: int) -> tuple[int, int]:
-    """(tiles of channels per task, tasks per batch entry and pair of directions): few, so that rows stay whole."""
+    """(tiles of channels per task, tasks per batch entry and pair of directions): few, so that rows stay whole;
+    the same however many threads there are, since the order of sums follows from them."""
     tiles = -(-e // VECTOR_LENGTH)
-    wanted = -(-2 * torch.get_num_threads() // max(1, 2 * b))
+    wanted = -(-TASKS // max(1, 2 * b))
     per_task = max(1, min(MAX_TILES, -(-tiles // wanted)))
     return per_task, -(-tiles // per_task)
 

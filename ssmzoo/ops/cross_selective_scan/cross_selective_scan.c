@@ -11,11 +11,7 @@
 #include "tensor.h"
 
 enum { CHUNK = 32, BACK = 4, PAD = 16 * 20 };  // PAD keeps streams apart, see selective_scan.c
-#if VL == 16
-enum { BLOCK = 16 };
-#else
-enum { BLOCK = 8 };
-#endif
+enum { BLOCK = 16 };  // states per block, see selective_scan.c
 
 typedef struct {
     // u (b l e), steps (b l 4c), w (4 e r), bias (4 e), A (4e n), D (4e), y (b 2 l e), saved; all float32, last axis dense
@@ -154,9 +150,7 @@ static void cross_states(int64_t n, float *h, const float *A2, const float *B, c
 #define CROSS(size) \
     if (n - i >= size) { cross_block(size, h + i * VL, A2 + i * VL, B + i, C + i, c, dt, du, y, count); i += size; continue; }
         CROSS(BLOCK)
-#if VL == 16
         CROSS(8)
-#endif
         CROSS(4)
         CROSS(2)
         CROSS(1)

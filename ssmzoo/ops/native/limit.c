@@ -1,30 +1,21 @@
-// The pace that the vector unit sets, for benchmarks: `count` exponentials with two multiply-adds each, all in registers
-// and first-level cache, shared among threads.
+// What benchmarks and tests ask of the vector unit itself: its pace of multiply-adds, and exponentials alone.
 #include "parallel.h"
 #include "vec.h"
 
-enum { TASKS = 16 };
-typedef struct { int64_t count, threads; float *result; } limit_args;
+enum { TASKS = 16, CHAINS = 12 };
+typedef struct { int64_t count, threads; float *result; } pace_args;
 
-static void limit_task(void *context, int64_t task) {
-    const limit_args *a = context;
-    vf h[16], sum = {0}, x = v_set(0.01f);
-    float rate[16 * VL], factor[32];
-    for (int i = 0; i < 16 * VL; i++) rate[i] = -1.0f - (float)i / 64;
-    for (int i = 0; i < 32; i++) factor[i] = 1.0f / (float)(i + 1);
-    for (int i = 0; i < 16; i++) h[i] = v_set(0.0f);
-    for (int64_t i = 0; i < a->count / (TASKS * 16 * VL); i++) {
-        x = v_set(0.01f) + sum * 1e-30f;
-#pragma GCC unroll 16
-        for (int j = 0; j < 16; j++) {
-            h[j] = v_exp2(x * v_load(rate + j * VL)) * h[j] + v_set(factor[j]);
-            sum += h[j] * factor[j + 16];
-        }
+static void pace_task(void *context, int64_t task) {
+    const pace_args *a = context;
+    vf x[CHAINS], sum = {0}, factor = v_set(0.5f);
+    for (int i = 0; i < CHAINS; i++) x[i] = v_set((float)i);
+    for (int64_t i = 0; i < a->count / (TASKS * CHAINS * VL); i++) {
+#pragma GCC unroll 12
+        for (int j = 0; j < CHAINS; j++) x[j] = x[j] * factor + factor;
     }
+    for (int i = 0; i < CHAINS; i++) sum += x[i];
     a->result[task] = v_sum(sum);
 }
-
-void ssmzoo_exponential_limit(const limit_args *a) { parallel_for(TASKS, a->threads, limit_task, (void *)a); }
 
 // The pace that memory sets: all numbers are read once, a slab per task, whose sum is kept.
 enum { SLAB = 1 << 18 };
@@ -41,3 +32,14 @@ static void read_task(void *context, int64_t task) {
 }
 
 void ssmzoo_read(const read_args *a) { parallel_for(a->count / SLAB, a->threads, read_task, (void *)a); }
+
+// `count` multiply-adds of floats in independent chains in registers, shared among threads; 16 floats of result.
+void ssmzoo_multiply_adds(const pace_args *a) { parallel_for(TASKS, a->threads, pace_task, (void *)a); }
+
+// y = 2^x, count a multiple of 16; `range` as in vec.h
+void ssmzoo_exponentials(const float *x, float *y, int64_t count, int64_t range) {
+    for (int64_t i = 0; i + VL <= count; i += VL) {
+        vf t = v_load(x + i);
+        v_store(y + i, range == WITHIN_BOUND ? v_exp2_of(t, WITHIN_BOUND) : range ? v_exp2_of(t, AT_MOST_BOUND) : v_exp2(t));
+    }
+}

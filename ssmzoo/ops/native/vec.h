@@ -6,8 +6,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -41,23 +43,26 @@ INLINE void v_store_some(float *p, vf x, int64_t count) {
 }
 INLINE vf v_select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 // The bound when x lies beyond it, otherwise x; NaN stays NaN.
-INLINE vf v_at_least(vf x, float low) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_max_ps((__m512)v_set(low), (__m512)x);
+INLINE vf v_at_least(vf x, float low) { return (vf)_mm512_max_ps((__m512)v_set(low), (__m512)x); }
+INLINE vf v_at_most(vf x, float high) { return (vf)_mm512_min_ps((__m512)v_set(high), (__m512)x); }
 #elif defined(__AVX2__)
-    return (vf)_mm256_max_ps((__m256)v_set(low), (__m256)x);
+INLINE vf v_at_least(vf x, float low) { return (vf)_mm256_max_ps((__m256)v_set(low), (__m256)x); }
+INLINE vf v_at_most(vf x, float high) { return (vf)_mm256_min_ps((__m256)v_set(high), (__m256)x); }
+#elif defined(__SSE2__)
+INLINE vf v_at_least(vf x, float low) { return (vf)_mm_max_ps((__m128)v_set(low), (__m128)x); }
+INLINE vf v_at_most(vf x, float high) { return (vf)_mm_min_ps((__m128)v_set(high), (__m128)x); }
+#elif defined(__aarch64__)
+INLINE vf v_at_least(vf x, float low) { return (vf)vmaxq_f32((float32x4_t)x, (float32x4_t)v_set(low)); }
+INLINE vf v_at_most(vf x, float high) { return (vf)vminq_f32((float32x4_t)x, (float32x4_t)v_set(high)); }
 #else
-    return v_select(x < low, v_set(low), x);
+INLINE vf v_at_least(vf x, float low) { return v_select(x < low, v_set(low), x); }
+INLINE vf v_at_most(vf x, float high) { return v_select(x > high, v_set(high), x); }
 #endif
-}
-INLINE vf v_at_most(vf x, float high) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_min_ps((__m512)v_set(high), (__m512)x);
-#elif defined(__AVX2__)
-    return (vf)_mm256_min_ps((__m256)v_set(high), (__m256)x);
-#else
-    return v_select(x > high, v_set(high), x);
-#endif
+INLINE int v_any(vi mask) {
+    int any = 0;
+    for (int i = 0; i < VL; i++) any |= mask[i];
+    return any != 0;
 }
 INLINE vf v_abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 #if defined(__clang__) || __GNUC__ >= 12
@@ -82,15 +87,35 @@ INLINE float v_sum(vf x) {  // always in the same order: halves, quarters, ...
     return x[0];
 }
 
-// 2^t, relative error below 1.2e-7; exact at 0, gradual underflow, infinities and NaN as they should be.
-INLINE vf v_exp2(vf t) {
+// 2^t, relative error below 2e-7, exact at 0; infinities and NaN as they should be. Results below 2^-125 are right to 2^-125
+// only (on AVX-512 they underflow gradually): that would take a second multiplication by a power of two.
+// `range`, known when compiled, tells what is sure of t, so that it need not be held there.
+enum { ANY, AT_MOST_BOUND, WITHIN_BOUND };  // nothing; t <= EXP2_BOUND; |t| <= EXP2_BOUND
+enum { RANGE_HELPS = VL < 16 };             // AVX-512 holds nothing in any case
+#define EXP2_BOUND 120.0f
+INLINE vf v_exp2_of(vf t, const int range) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for infinite t
+    (void)range;
+    const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for infinite t
 #else
-    t = v_at_most(v_at_least(t, -151.0f), 129.0f);
-    vf n = (t + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-    vf r = t - n;
+    if (range < WITHIN_BOUND) t = v_at_least(t, -126.0f);
+    if (range < AT_MOST_BOUND) t = v_at_most(t, 128.0f);
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // t = n + i/8 + r: 2^(n-1) 2^(i/8) from a table, less i/8 in the place that n + i/8 is added to; 2^(r+1) cubic
+    const __m256i table = _mm256_setr_epi32(0x3f000000, 0x3efb95c2, 0x3ef837f0, 0x3ef5fed7, 0x3ef504f3, 0x3ef5672a, 0x3ef744fd,
+                                            0x3efac0c7);
+    const vf m = t + 1572864.0f;  // 1.5 * 2^20: rounds to eighths, which are the lowest bits then
+    const vf r = t - (m - 1572864.0f);
+    vf p = r * 0.1109924465f + 0.4805152714f;
+    p = p * r + 1.3862944841f;
+    p = p * r + 2.0f;
+    return p * (vf)((vi)_mm256_permutevar8x32_epi32(table, (__m256i)m) + ((vi)m << 20));
+#else
+#if !defined(__AVX512F__)
+    const vf m = t + (12582912.0f + 126);  // 1.5 * 2^23: rounds to the nearest integer; 2^(n-1) has the exponent n + 126
+    const vf r = t - (m - (12582912.0f + 126));
 #endif
     vf p = v_set(1.326472731e-3f);
     p = p * r + 9.671512991e-3f;
@@ -98,14 +123,14 @@ INLINE vf v_exp2(vf t) {
     p = p * r + 2.402224243e-1f;
     p = p * r + 6.931470037e-1f;
     p = p * r + 1.0f;
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__)
     return (vf)_mm512_scalef_ps((__m512)p, n);
 #else
-    vi k = __builtin_convertvector(v_select(n == n, n, v_set(0)), vi);
-    vi half = k >> 1;  // in two steps, since 2^k itself may not be a normal number
-    return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
+    return (p + p) * (vf)((vi)m << 23);
+#endif
 #endif
 }
+INLINE vf v_exp2(vf t) { return v_exp2_of(t, ANY); }
 #define LOG2E 1.44269504088896340736f
 INLINE vf v_exp(vf x) { return v_exp2(x * LOG2E); }
 INLINE vf v_sigmoid(vf x) { return 1.0f / (1.0f + v_exp(-x)); }
@@ -120,11 +145,11 @@ INLINE vf v_softplus_of(vf x, vf s) {
     return v_at_least(x, 0.0f) + 2.0f * s * p;
 }
 INLINE vf v_softplus(vf x) {
-    vf y = v_exp(-v_abs(x));
+    vf y = v_exp2_of(-v_abs(x) * LOG2E, AT_MOST_BOUND);
     return v_softplus_of(x, y / (2.0f + y));
 }
 INLINE vf v_softplus_slope(vf x, vf *slope) {  // and its derivative, by one division
-    vf y = v_exp(-v_abs(x)), both = 1.0f / ((1.0f + y) * (2.0f + y));
+    vf y = v_exp2_of(-v_abs(x) * LOG2E, AT_MOST_BOUND), both = 1.0f / ((1.0f + y) * (2.0f + y));
     *slope = v_select(x < 0.0f, y, v_set(1.0f)) * (2.0f + y) * both;
     return v_softplus_of(x, y * (1.0f + y) * both);
 }

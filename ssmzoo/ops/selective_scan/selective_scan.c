@@ -1,16 +1,12 @@
 // The forward of the selective scan; selective_scan.h says how it is laid out.
 #include "selective_scan.h"
 
-#if VL == 16
-enum { BLOCK = 16 };  // states per block: as many as registers hold
-#else
-enum { BLOCK = 8 };
-#endif
+enum { BLOCK = 16 };  // states per block: all in registers with AVX-512's 32, in first-level cache with 16 registers
 enum { HAND = 64, LONG = 256 };  // steps in hand at once; rows are long where time is contiguous
 
 // One block of `count` states over steps [from, to): h (rows) is carried, y gains <h, C>.
-INLINE void forward_block(int count, int per_lane, float *h, const float *A2, coefficients B, coefficients C,
-                          const float *dt, const float *du, float *y, int64_t from, int64_t to) {
+INLINE void forward_block(const int count, const int per_lane, const int range, float *h, const float *A2, coefficients B,
+                          coefficients C, const float *dt, const float *du, float *y, int64_t from, int64_t to) {
     vf state[BLOCK];
     for (int j = 0; j < count; j++) state[j] = v_load(h + j * VL);
     for (int64_t s = from; s < to; s++) {
@@ -18,7 +14,7 @@ INLINE void forward_block(int count, int per_lane, float *h, const float *A2, co
         const float *b = B.data + s * B.step, *c = C.data + s * C.step;
 #pragma GCC unroll 16
         for (int j = 0; j < count; j++) {
-            vf decay = v_exp2(d * v_load(A2 + j * VL));
+            vf decay = v_exp2_of(d * v_load(A2 + j * VL), range);
             state[j] = decay * state[j] + x * (per_lane ? v_load(b + j * VL) : v_set(b[j]));
             sum[j & 1] += state[j] * (per_lane ? v_load(c + j * VL) : v_set(c[j]));
         }
@@ -27,7 +23,7 @@ INLINE void forward_block(int count, int per_lane, float *h, const float *A2, co
     for (int j = 0; j < count; j++) v_store(h + j * VL, state[j]);
 }
 
-static void forward_states(int64_t n, int per_lane, float *h, const float *A2, coefficients B, coefficients C,
+static void forward_states(int64_t n, int per_lane, int bounded, float *h, const float *A2, coefficients B, coefficients C,
                            const float *dt, const float *du, float *y, int64_t from, int64_t to) {
     for (int64_t i = 0; i < n;) {
         int64_t k = per_lane ? i * VL : i;
@@ -36,15 +32,14 @@ static void forward_states(int64_t n, int per_lane, float *h, const float *A2, c
         const float *ai = A2 + i * VL;
 #define FORWARD(count) \
     if (n - i >= count) { \
-        if (per_lane) forward_block(count, 1, hi, ai, b, c, dt, du, y, from, to); \
-        else forward_block(count, 0, hi, ai, b, c, dt, du, y, from, to); \
+        if (per_lane) forward_block(count, 1, ANY, hi, ai, b, c, dt, du, y, from, to); \
+        else if (RANGE_HELPS && bounded) forward_block(count, 0, WITHIN_BOUND, hi, ai, b, c, dt, du, y, from, to); \
+        else forward_block(count, 0, ANY, hi, ai, b, c, dt, du, y, from, to); \
         i += count; \
         continue; \
     }
         FORWARD(BLOCK)
-#if VL == 16
         FORWARD(8)
-#endif
         FORWARD(4)
         FORWARD(1)
     }
@@ -52,17 +47,17 @@ static void forward_states(int64_t n, int per_lane, float *h, const float *A2, c
 
 typedef struct {  // memory of a task; [steps][VL] unless said otherwise
     float *h, *A2;      // [tiles][n][VL]
-    float *bias, *skip;  // [tiles][VL]
+    float *bias, *skip, *steepest;  // [tiles][VL]; the largest |A2| of a channel
     float *u, *delta, *z, *out, *dt, *x, *y;
     float *B, *C;
 } forward_memory;
 
 static float *forward_scratch(const task_info *t, forward_memory *m, int64_t hand) {
     int64_t rows = hand * VL, states = t->tiles * t->a->n * VL, coefficients_size = coefficient_floats(t, hand);
-    float *p = scratch(sizeof(float) * (size_t)(2 * states + 2 * t->tiles * VL + 7 * rows + 2 * coefficients_size));
+    float *p = scratch(sizeof(float) * (size_t)(2 * states + 3 * t->tiles * VL + 7 * rows + 2 * coefficients_size));
     float *memory = p, **buffers[] = {&m->u, &m->delta, &m->z, &m->out, &m->dt, &m->x, &m->y};
     m->h = p, m->A2 = p += states;
-    m->bias = p += states, m->skip = p += t->tiles * VL;
+    m->bias = p += states, m->skip = p += t->tiles * VL, m->steepest = p += t->tiles * VL;
     p += t->tiles * VL;
     for (int i = 0; i < 7; i++, p += rows) *buffers[i] = p;
     m->B = p, m->C = p + coefficients_size;
@@ -76,17 +71,20 @@ static void forward_tile(const task_info *t, forward_memory *m, coefficients B, 
     int64_t n = a->n, channel = tile_channel(t, tile);
     int lanes = tile_lanes(t, tile);
     float *h = m->h + tile * n * VL, *A2 = m->A2 + tile * n * VL;
-    vf bias = v_load(m->bias + tile * VL), skip = v_load(m->skip + tile * VL);
+    vf bias = v_load(m->bias + tile * VL), skip = v_load(m->skip + tile * VL), steepest = v_load(m->steepest + tile * VL);
+    vi beyond = {0};  // where an exponent may be large, or is no number
     strip u = bring(t, &a->u, m->u, tile, start, steps), delta = bring(t, &a->delta, m->delta, tile, start, steps);
     strip z = bring(t, &a->z, m->z, tile, start, steps), out = strip_of(t, &a->out, m->out, tile, start);
     for (int64_t s = 0; s < steps; s++) {
         __builtin_prefetch(delta.data + s * delta.step + VL);  // the next tile, where channels are contiguous
         __builtin_prefetch(u.data + s * u.step + VL);
         vf dt = time_step(a, strip_load(delta, s) + bias), us = strip_load(u, s);
+        beyond |= ~(v_abs(dt) * steepest <= EXP2_BOUND);
         v_store(m->dt + s * VL, dt);
         v_store(m->x + s * VL, dt * us);
         v_store(m->y + s * VL, skip * us);
     }
+    int bounded = !v_any(beyond);
     for (int64_t from = 0, to; from < steps; from = to) {
         int64_t end = a->save && (from / a->chunk + 1) * a->chunk < steps ? (from / a->chunk + 1) * a->chunk : steps;
         if (a->save && from % a->chunk == 0) {
@@ -95,7 +93,7 @@ static void forward_tile(const task_info *t, forward_memory *m, coefficients B, 
         }
         to = segment_end(a, t->batch, start, from, end);
         if (is_reset(a, t->batch, start + from)) memset(h, 0, sizeof(float) * (size_t)(n * VL));
-        forward_states(n, (int)t->p.per_lane, h, A2, B, C, m->dt, m->x, m->y, from, to);
+        forward_states(n, (int)t->p.per_lane, bounded, h, A2, B, C, m->dt, m->x, m->y, from, to);
     }
     for (int64_t s = 0; s < steps; s++) {
         vf y = v_load(m->y + s * VL);
@@ -115,6 +113,7 @@ static void forward_task(void *context, int64_t index) {
         int64_t channel = tile_channel(&t, k);
         int lanes = tile_lanes(&t, k);
         load_rates(m.A2 + k * n * VL, a, channel, lanes);
+        v_store(m.steepest + k * VL, steepest(m.A2 + k * n * VL, n));
         load_states(m.h + k * n * VL, &a->initial, t.batch, channel, lanes, n);
         load_vector(m.bias + k * VL, &a->bias, channel, lanes);
         load_vector(m.skip + k * VL, &a->D, channel, lanes);

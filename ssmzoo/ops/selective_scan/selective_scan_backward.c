@@ -11,7 +11,8 @@ enum { HAND = 128 };  // steps brought into cache at once
 typedef struct {  // one tile and chunk; x = dt u. The outputs may lie where the inputs are: step s is read before it is written
     strip u, delta, dout, z, du, ddelta, dz;
     float *dt, *x, *dy, *y, *grad_x, *grad_dt;  // [step][VL]
-    vf bias, skip;
+    vf bias, skip, steepest;
+    int bounded;  // |dt A2| <= EXP2_BOUND throughout
 } rows_of_tile;
 enum { INPUTS = 4, ROWS = 6 };
 typedef struct {  // rows [step][count][VL] of one block of states; `after` has one step more: the state before the chunk
@@ -19,8 +20,8 @@ typedef struct {  // rows [step][count][VL] of one block of states; `after` has 
 } rows_of_block;
 
 // Steps [from, to) forwards, keeping decays and states; y gains <h, C> when the gate will want it.
-INLINE void recompute_block(int count, int per_lane, int gated, const float *start, const float *A2, coefficients B,
-                            coefficients C, const rows_of_tile *r, rows_of_block k, int64_t from, int64_t to) {
+INLINE void recompute_block(const int count, const int per_lane, const int gated, const int range, const float *start, const float *A2,
+                            coefficients B, coefficients C, const rows_of_tile *r, rows_of_block k, int64_t from, int64_t to) {
     vf state[BLOCK], rate[BLOCK];
     for (int j = 0; j < count; j++) state[j] = v_load(start + j * VL), rate[j] = v_load(A2 + j * VL);
     for (int64_t s = from; s < to; s++) {
@@ -28,7 +29,7 @@ INLINE void recompute_block(int count, int per_lane, int gated, const float *sta
         const float *b = B.data + s * B.step, *c = C.data + s * C.step;
 #pragma GCC unroll 4
         for (int j = 0; j < count; j++) {
-            vf decay = v_exp2(d * rate[j]);
+            vf decay = v_exp2_of(d * rate[j], range);
             v_store(k.decay + (s * count + j) * VL, decay);
             state[j] = decay * state[j] + x * (per_lane ? v_load(b + j * VL) : v_set(b[j]));
             v_store(k.after + ((s + 1) * count + j) * VL, state[j]);
@@ -39,7 +40,7 @@ INLINE void recompute_block(int count, int per_lane, int gated, const float *sta
 }
 
 // Steps [from, to) backwards. dh and dA (rows) are carried; `start` holds the state before step `from`.
-INLINE void adjoint_block(int count, int per_lane, const float *start, const float *A2, coefficients B, coefficients C,
+INLINE void adjoint_block(const int count, const int per_lane, const float *start, const float *A2, coefficients B, coefficients C,
                           const rows_of_tile *r, rows_of_block k, float *dh_rows, float *dA_rows, int64_t from, int64_t to) {
     vf dh[BLOCK], dA[BLOCK], rate[BLOCK];
     for (int j = 0; j < count; j++)
@@ -67,14 +68,14 @@ INLINE void adjoint_block(int count, int per_lane, const float *start, const flo
     for (int j = 0; j < count; j++) v_store(dh_rows + j * VL, dh[j]), v_store(dA_rows + j * VL, dA[j]);
 }
 
-INLINE void through_block(int count, int per_lane, int gated, const task_info *t, const float *saved, const float *A2,
-                          coefficients B, coefficients C, const rows_of_tile *r, rows_of_block k, float *dh, float *dA,
+INLINE void through_block(const int count, const int per_lane, const int gated, const int range, const task_info *t,
+                          const float *saved, const float *A2, coefficients B, coefficients C, const rows_of_tile *r, rows_of_block k, float *dh, float *dA,
                           int64_t start, int64_t steps) {
     static const float zeros[BLOCK * VL];
     for (int64_t from = 0, to; from < steps; from = to) {
         to = segment_end(t->a, t->batch, start, from, steps);
         const float *h = is_reset(t->a, t->batch, start + from) ? zeros : saved;
-        recompute_block(count, per_lane, gated, h, A2, B, C, r, k, from, to);
+        recompute_block(count, per_lane, gated, range, h, A2, B, C, r, k, from, to);
     }
     for (int64_t to = steps, from; to > 0; to = from) {
         from = t->a->seq_idx.data ? to - 1 : 0;
@@ -85,9 +86,11 @@ INLINE void through_block(int count, int per_lane, int gated, const task_info *t
     }
 }
 
-static void begin_tile(const scan_args *a, const rows_of_tile *r, int64_t steps) {
+static void begin_tile(const scan_args *a, rows_of_tile *r, int64_t steps) {
+    vi beyond = {0};
     for (int64_t s = 0; s < steps; s++) {
         vf dt = time_step(a, strip_load(r->delta, s) + r->bias), u = strip_load(r->u, s), dout = strip_load(r->dout, s);
+        beyond |= ~(v_abs(dt) * r->steepest <= EXP2_BOUND);
         v_store(r->dt + s * VL, dt);
         v_store(r->x + s * VL, dt * u);
         if (a->z.data) {
@@ -99,6 +102,7 @@ static void begin_tile(const scan_args *a, const rows_of_tile *r, int64_t steps)
         v_store(r->grad_x + s * VL, (vf){0});
         v_store(r->grad_dt + s * VL, (vf){0});
     }
+    r->bounded = !v_any(beyond);
 }
 
 // From the gradients of dt u and dt to those of u, delta and z; sums for D and the bias.
@@ -163,7 +167,7 @@ static void scatter_lanes(const task_info *t, const tensor *part, int64_t consta
 
 typedef struct {  // memory of a backward task; [tiles][n][VL] unless said otherwise
     float *A2, *saved, *dh, *dA, *dB, *dC;
-    float *bias, *skip, *dD, *dbias;  // [tiles][VL]
+    float *bias, *skip, *steepest, *dD, *dbias;  // [tiles][VL]; steepest: the largest |A2| of a channel
     float *inputs;                    // [tiles][INPUTS][steps in hand][VL]
     float *rows;                      // [tiles][ROWS][chunk][VL]
     float *B, *C;
@@ -181,7 +185,7 @@ static void *backward_scratch(const task_info *t, backward_memory *m) {
     struct { float **start; int64_t size; } parts[] = {
         {&m->dA, states}, {&m->dB, states}, {&m->dC, states}, {&m->dD, vectors}, {&m->dbias, vectors},
         {&m->block.grad_B, BLOCK * rows + SHIFT}, {&m->block.grad_C, BLOCK * rows + SHIFT},  // up to here set to 0
-        {&m->dh, states}, {&m->saved, states}, {&m->A2, states}, {&m->bias, vectors}, {&m->skip, vectors},
+        {&m->dh, states}, {&m->saved, states}, {&m->A2, states}, {&m->bias, vectors}, {&m->skip, vectors}, {&m->steepest, vectors},
         {&m->inputs, t->tiles * m->inputs_gap}, {&m->rows, t->tiles * m->rows_gap}, {&m->B, coefficients_size},
         {&m->C, coefficients_size + 2 * SHIFT}, {&m->block.decay, BLOCK * rows + SHIFT}, {&m->block.after, BLOCK * (rows + VL)}};
     int64_t total = 0, zeroed = 0;
@@ -207,7 +211,7 @@ static rows_of_tile tile_rows(const task_info *t, const backward_memory *m, int6
         if (strips[i]) *strips[i] = strip_from(strip_of(t, tensors[i], buffer + i % INPUTS * m->hand * VL, tile, start), into);
     float **work[] = {&r.dt, &r.x, &r.dy, &r.y, &r.grad_x, &r.grad_dt};
     for (int i = 0; i < ROWS; i++) *work[i] = rows + i * a->chunk * VL;
-    r.bias = v_load(m->bias + tile * VL), r.skip = v_load(m->skip + tile * VL);
+    r.bias = v_load(m->bias + tile * VL), r.skip = v_load(m->skip + tile * VL), r.steepest = v_load(m->steepest + tile * VL);
     return r;
 }
 
@@ -247,13 +251,16 @@ static void backward_chunk(const task_info *t, const backward_memory *m, int64_t
         coefficients b = {B.data + (per_lane ? i * VL : i), B.step}, c = {C.data + (per_lane ? i * VL : i), C.step};
         for (int64_t k = first; k < first + tiles; k++) {
             int64_t at_state = k * states + i * VL;
-#define THROUGH(count, per_lane, gated) \
-    through_block(count, per_lane, gated, t, m->saved + at_state, m->A2 + at_state, b, c, &m->tiles[k], m->block, m->dh + at_state, \
-                  m->dA + at_state, begin, steps)
-#define THROUGH_LANES(count, gated) if (per_lane) THROUGH(count, 1, gated); else THROUGH(count, 0, gated)
-            if (count == BLOCK) { if (gated) { THROUGH_LANES(BLOCK, 1); } else { THROUGH_LANES(BLOCK, 0); } }
-            else if (count == 2) { THROUGH_LANES(2, gated); }
-            else { THROUGH_LANES(1, gated); }
+#define THROUGH(count, per_lane, gated, range) \
+    through_block(count, per_lane, gated, range, t, m->saved + at_state, m->A2 + at_state, b, c, &m->tiles[k], m->block, \
+                  m->dh + at_state, m->dA + at_state, begin, steps)
+#define THROUGH_BLOCK(gated) \
+    if (per_lane) THROUGH(BLOCK, 1, gated, ANY); \
+    else if (RANGE_HELPS && m->tiles[k].bounded) THROUGH(BLOCK, 0, gated, WITHIN_BOUND); \
+    else THROUGH(BLOCK, 0, gated, ANY)
+            if (count == BLOCK) { if (gated) { THROUGH_BLOCK(1); } else { THROUGH_BLOCK(0); } }
+            else if (count == 2) { if (per_lane) THROUGH(2, 1, gated, ANY); else THROUGH(2, 0, gated, ANY); }
+            else { if (per_lane) THROUGH(1, 1, gated, ANY); else THROUGH(1, 0, gated, ANY); }
         }
         if (per_lane) {
             int64_t channel = tile_channel(t, first), at_state = first * states + i * VL;
@@ -281,6 +288,7 @@ static void begin_task(const task_info *t, const backward_memory *m) {
         int64_t channel = tile_channel(t, k);
         int lanes = tile_lanes(t, k);
         load_rates(m->A2 + k * states, a, channel, lanes);
+        v_store(m->steepest + k * VL, steepest(m->A2 + k * states, n));
         load_states(m->dh + k * states, &a->dlast, t->batch, channel, lanes, n);
         load_vector(m->bias + k * VL, &a->bias, channel, lanes);
         load_vector(m->skip + k * VL, &a->D, channel, lanes);
