@@ -113,7 +113,8 @@ def test_integers_come_near_and_keep_their_form(model, mode):
     again = restructure(copy.deepcopy(model), {"format": FORMAT, "modules": structure(made)})
     again.load_state_dict(made.state_dict())
     ids = torch.stack(text(2, 24))
-    assert torch.equal(again(ids).logits, made(ids).logits)
+    with torch.no_grad():  # with gradients another backend serves
+        assert torch.equal(again(ids).logits, made(ids).logits)
     assert not any(type(m) is nn.Linear for m in made.modules()) and any(type(m) is nn.Linear for m in model.modules())
     integers = {b.data_ptr(): b for b in made.state_dict().values() if b.dtype in (torch.int8, torch.uint8)}
     assert sum(b.numel() for b in integers.values()) < (1.3 if mode.startswith("w8") else 0.75) * count(model)
