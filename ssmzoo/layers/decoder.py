@@ -29,8 +29,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.one_call import apply_linear, step
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.stack import apply_linear, step
 from ssmzoo.layers.state import ModelOutput, Padding, is_step, left_align
 from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
 

@@ -18,12 +18,14 @@ from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
 from ssmzoo.models.swinir import SwinIR
 from ssmzoo.models.token_dynamics import ReorderedMamba
+from ssmzoo.models.vit import ViT
 from ssmzoo.presets import build_model, model_class, read_model_config
 
 SAMPLES = 2
 SERIES = {"d_model": 8, "n_heads": 2, "e_layers": 2, "d_ff": 8}
 MORE = {  # beyond the language models of the state contract and the classifiers of the vision tests
     "transformer of experts": lambda: TransformerLM(VOCAB, 16, 2, n_heads=2),
+    "vit": lambda: ViT(num_classes=3, img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2),
     "fscil": lambda: MambaFSCIL(num_classes=4, img_size=32, in_chans=3),
     "reorder": lambda: ReorderedMamba(num_classes=5, img_size=32, patch_size=16, embed_dim=16, depth=2, d_state=2),
     "mamba_vision": lambda: MambaVision(

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import ssmzoo
 from ssmzoo.checkpoint_files import read_weights
+from ssmzoo.models.mambatalk import MambaTalk
 from ssmzoo.released.family import families, to_official
 from ssmzoo.released.files import CheckpointError
 from ssmzoo.released.fit import role
@@ -45,6 +46,8 @@ TINY = {  # small enough to build in no time, by family; every family with model
     "regular_rnn_baselines": lambda: ssmzoo.create_model("lstm", input_size=3, num_classes=4, state_size=6),
     "mambair": lambda: ssmzoo.create_model("mambair_light_x2", embed_dim=30, depths=[1, 1]),
     "mambair_v2": lambda: ssmzoo.create_model("mambair_v2_light_x2", depths=[1, 1], num_heads=[2, 2], embed_dim=16),
+    "maat": lambda: ssmzoo.create_model("maat", enc_in=3, d_model=16, n_heads=2, e_layers=1, d_ff=16),
+    "mambatalk": lambda: MambaTalk(pose_dims=15, frames=6, d_model=16, audio_dim=16, motion_dim=12, codes=10, words=13),
 }
 FOREIGN_KEYS = {
     "blocks.0.att.time_decay": "RWKV",

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.one_call import matrix
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.stack import matrix
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_step, selective_scan_fn
 from ssmzoo.ops.stack_step import MambaLayer

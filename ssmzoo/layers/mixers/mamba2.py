@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
+from ssmzoo.layers.one_call import matrix
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.stack import matrix
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba2_step, mamba_chunk_scan_combined, ssd_state_update
 from ssmzoo.ops.stack_step import Mamba2Layer

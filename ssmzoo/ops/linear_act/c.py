@@ -86,7 +86,9 @@ LINEAR.kernels["c"] = Kernel(forward, backward)
 
 
 def why_not(a) -> str | None:
-    if wanted_backend() is None and a.x.shape[:-1].numel() * a.weight.numel() < SMALL:
+    # compiled programs may be for every size: a comparison would bind them to this one
+    free = not torch.compiler.is_compiling() and wanted_backend() is None
+    if free and a.x.shape[:-1].numel() * a.weight.numel() < SMALL:
         return "leaves small products to torch, whose call takes a fraction of oneDNN's, unless asked for by name"
     return why_not_eager(a.x, a.weight, a.bias)
 

@@ -62,6 +62,7 @@ def matrix(linear: nn.Module) -> Tensor | Integers | None:
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), which for few tokens reads the matrix once and at the speed of memory. x (... d) -> (... e)"""
-    if x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled() and is_plain(linear):
+    free = not torch.compiler.is_compiling() and not torch.is_grad_enabled()  # compiled programs may be for every size
+    if free and x.numel() <= FEW * x.shape[-1] and is_plain(linear):
         return linear_act(x, linear.weight, linear.bias)
     return linear(x)
