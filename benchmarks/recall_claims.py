@@ -234,6 +234,11 @@ EXPERTS = Claim(
             for e in (8, 32)
         ),
         Arm("Transformer", ("model=transformer", *WIDTH, "model.n_heads=4"), (2e-3, 4e-3)),
+        Arm(
+            "Transformer, selective attention",
+            ("model=transformer", *WIDTH, "model.n_heads=4", "model.selective_attention=true"),
+            (2e-3, 4e-3),
+        ),
         *(
             Arm(
                 f"Transformer-MoE, {e} experts",
@@ -243,7 +248,6 @@ EXPERTS = Claim(
             for e in (8, 32)
         ),
     ),
-    search=("trainer.max_steps=61",),
 )
 
 
