@@ -30,6 +30,7 @@ NAMES = Names(
     ("transformer.ln_f.{p}", "backbone.ln_f.{p}"),
 )
 TRAINING = "acts in training only"
+NO_SUCH_MLP = "our model has no such part"
 NAMED = "names the class"
 PLACED = {"_target_": (None, NAMED), "layer_idx": (None, "names the block in a cache")}
 SIZED = {"d_model": None, "embed_dim": None}  # one of the two names of the width
@@ -71,26 +72,37 @@ SLIDING = Arguments(
     },
     required=("num_heads",),
 )
-LM_HONOURED = {
-    **{"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_inner": None, "rms_norm": True},
-    **{"pad_vocab_size_multiple": 8, "layer_norm_epsilon": 1e-5, "residual_in_fp32": True, "n_positions": None},
-    **{"alt_mixer_layers": (), "alt_mixer_2_layers": (), "mixer": None, "alt_mixer": None, "alt_mixer_2": None},
+LM_HONOURED = {  # None: the tensors tell
+    **{"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_inner": None, "rms_norm": None},
+    **{"pad_vocab_size_multiple": 1, "layer_norm_epsilon": 1e-5, "residual_in_fp32": False, "n_positions": None},
+    **{"alt_mixer_layers": None, "alt_mixer_2_layers": None, "mixer": None, "alt_mixer": None, "alt_mixer_2": None},
+    **{"activation_function": "gelu_new", "mlp_fc1_bias": None, "mlp_fc2_bias": None},
+    **{"qkv_proj_bias": None, "out_proj_bias": None, "rotary_emb_fraction": 0.0},  # of the sliding windows
 }
 LM_INERT = {
-    **{"use_flash_attn": (True, KERNEL), "fused_mlp": (False, KERNEL), "fused_bias_fc": (False, KERNEL)},
-    **{"fused_dropout_add_ln": (False, KERNEL), "special_initializer": (True, INITIAL)},
-    **{"initializer_range": (0.02, INITIAL), "embd_pdrop": (0.0, TRAINING), "attn_pdrop": (0.0, TRAINING)},
-    **{"resid_pdrop": (0.0, TRAINING), "max_position_embeddings": (0, "overruled by n_positions there")},
-    **{"out_proj_bias": (False, "the mixers have their own"), "qkv_proj_bias": (False, "the mixers have their own")},
-    **{"scale_attn_by_inverse_layer_idx": (False, "read by mixers that these models do not have")},
-    **{"reorder_and_upcast_attn": (False, KERNEL), "rotary_emb_fraction": (1, "the mixers have their own")},
+    **{"use_flash_attn": (False, KERNEL), "fused_mlp": (False, KERNEL), "fused_bias_fc": (False, KERNEL)},
+    **{"fused_dropout_add_ln": (False, KERNEL), "special_initializer": (False, INITIAL)},
+    **{"use_weight_init": (True, INITIAL), "initializer_range": (0.02, INITIAL)},
+    **{"embd_pdrop": (0.1, TRAINING), "attn_pdrop": (0.1, TRAINING), "resid_pdrop": (0.1, TRAINING)},
+    **{"max_position_embeddings": (None, "another name of n_positions"), "mlp_checkpoint_lvl": (0, KERNEL)},
+    **{"fixed_decay": (False, "its table is handed to mixers that do not read it"), "use_cache": (True, KERNEL)},
+    **{"reorder_and_upcast_attn": (False, KERNEL), "ff_mult": (2, "read by other MLPs"), **DEVICE},
+    **{"bos_token_id": (50256, "the tokenizer's"), "eos_token_id": (50256, "the tokenizer's")},
+    **{"process_group": (None, "cuts the tensors over machines"), "sequence_parallel": (True, KERNEL)},
 }
+ONE_SCALE = "the scale is 1/sqrt(width of a head) in every layer"
 LM_REFUSED = {
-    **{"activation_function": ("swiglu", "only the gated MLP with SiLU exists here")},
+    **{"scale_attn_weights": (True, ONE_SCALE), "scale_attn_by_inverse_layer_idx": (False, ONE_SCALE)},
     **{
-        "mlp_fc1_bias": (False, "the MLPs here have no biases"),
-        "mlp_fc2_bias": (False, "the MLPs here have no biases"),
+        "n_head_kv": (None, "every head here has keys of its own"),
+        "prenorm": (True, "every norm stands before a layer"),
     },
+    **{"parallel_block": (False, "mixer and MLP stand one after the other here"), "mlp_type": ("base", NO_SUCH_MLP)},
+    **{"rotary_emb_base": (10000.0, "the base of the released models"), "attn_dwconv": (False, NO_SUCH_MLP)},
+    **{"rotary_emb_scale_base": (None, "rotary positions are not scaled here"), "lm_head_bias": (False, NO_SUCH_MLP)},
+    **{"rotary_emb_interleaved": (False, "the halves of a head are paired here")},
+    **{"tie_word_embeddings": (True, "the head of the released models is their embedding")},
+    **{"word_embed_proj_dim": (None, "the embedding is as wide as the model here")},
 }
 LM = Arguments("GPTLMHeadModel", LM_HONOURED, LM_INERT, LM_REFUSED)
 TABLES = (LM, CONV, LINEAR, SLIDING)
@@ -108,7 +120,7 @@ def official(state: dict[str, Tensor], **given):
     config = LM.complete(given)
     arguments, state = language(config, state)
     kinds = {"mixer": "C", "alt_mixer": "T", "alt_mixer_2": "S"}
-    return BasedLM(**arguments, layer_pattern=pattern(config, kinds)), state
+    return rotary(config, BasedLM(**arguments, layer_pattern=pattern(config, kinds))), state
 
 
 def width_of(given: Mapping[str, Any]) -> int:
@@ -138,8 +150,7 @@ def sliding(d: int, config: Mapping[str, Any]) -> dict[str, Any]:
 def language(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """GPT2MixerConfig's fields -> (arguments of BasedLM but for the pattern, the state under our names)."""
     d, heads = config["n_embd"], config["n_head"]
-    if not config["rms_norm"]:
-        raise ValueError("rms_norm=False: the models here have RMSNorm")
+    refuse_other_parts(config)
     c = CONV.complete(config["mixer"] or {})
     t = dict(config["alt_mixer"] or {})
     s = SLIDING.complete({"num_heads": heads} | dict(config["alt_mixer_2"] or {}))
@@ -159,17 +170,44 @@ def language(config: Mapping[str, Any], state: dict[str, Tensor]) -> tuple[dict[
     return arguments, to_ours(theirs)
 
 
+def refuse_other_parts(config: Mapping[str, Any]) -> None:
+    """ValueError for what GPTLMHeadModel can have and the released models have not."""
+    if (given := config["activation_function"]) != "swiglu":
+        own = ", the class's own," if given == LM_HONOURED["activation_function"] else ""
+        raise ValueError(
+            f"activation_function={given!r}{own} is not here: only the gated MLP with SiLU is. Which gate a file was "
+            f"trained with its tensors do not tell: activation_function='swiglu' says it"
+        )
+    for name, wanted in {"rms_norm": True, "mlp_fc1_bias": False, "mlp_fc2_bias": False}.items():
+        if config[name] not in (None, wanted):
+            raise ValueError(f"{name}={config[name]}: the models here have RMSNorm, and MLPs without biases")
+    if config["qkv_proj_bias"] or config["out_proj_bias"]:
+        raise ValueError("qkv_proj_bias and out_proj_bias: the windows of the language models here have no biases")
+
+
+def rotary(config: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The windows turn their queries and keys by the positions over all of a head, or not at all (the class's own)."""
+    fraction, width = config["rotary_emb_fraction"], config["n_embd"] // config["n_head"]
+    if int(fraction * width) not in (0, width):
+        raise ValueError(f"rotary_emb_fraction is {fraction}: here all {width} channels of a head rotate, or none (0)")
+    for module in model.modules():
+        if isinstance(module, SlidingAttention):
+            module.rope = int(fraction * width) > 0
+    return model
+
+
 def pattern(config: Mapping[str, Any], letters: Mapping[str, str]) -> str:
     """One letter per layer."""
-    first, second = set(config["alt_mixer_layers"]), set(config["alt_mixer_2_layers"])
+    first, second = set(config["alt_mixer_layers"] or ()), set(config["alt_mixer_2_layers"] or ())
     names = ("alt_mixer_2" if i in second else "alt_mixer" if i in first else "mixer" for i in range(config["n_layer"]))
     return "".join(letters[name] for name in names)
 
 
 def clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix of the hub's files and without counters of metrics."""
+    """Without the prefix of the hub's files, counters of metrics, and a table of decays that no mixer reads."""
     state = {key.removeprefix("model."): value for key, value in state.items()}
-    return {k: v for k, v in state.items() if "metric" not in k} if "lm_head.weight" in state else state
+    unread = ("train_metric", "val_metric", "test_metric", "transformer.decay.")
+    return {key: value for key, value in state.items() if not key.startswith(unread)}
 
 
 def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,6 +246,8 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     windows = [i for i in layers if f"transformer.layers.{i}.mixer.Wqkv.weight" in state]
     inferred = {"n_embd": words.shape[1], "n_layer": len(layers), "vocab_size": len(words)}
     inferred |= {"alt_mixer_layers": linear, "alt_mixer_2_layers": windows}
+    inferred |= {"rms_norm": "transformer.ln_f.bias" not in state}
+    inferred |= {f"mlp_{fc}_bias": f"transformer.layers.0.mlp.{fc}.bias" in state for fc in ("fc1", "fc2")}
     if given.get("n_inner") is None and layers:
         inferred["n_inner"] = len(state["transformer.layers.0.mlp.fc1.weight"]) // 2
     if convolutions := [i for i in layers if i not in (*linear, *windows)]:
@@ -268,13 +308,19 @@ def golden(case) -> dict[str, Tensor]:
     return got if "logits" not in got else {"logits": got["logits"]}
 
 
-def released(preset: str, repo: str, metric: str, tag: str = "", licence: str | None = None) -> Weights:
-    """A file of HazyResearch on the hub: the sizes are in the tensors, the 16 heads are not."""
+RELEASED = {  # what the tensors do not tell
+    **{"n_head": 16, "vocab_size": 50257, "pad_vocab_size_multiple": 8, "activation_function": "swiglu"},
+    **{"rotary_emb_fraction": 1, "residual_in_fp32": True},
+}
+
+
+def released(preset: str, repo: str, metric: str, tag: str = "", licence: str | None = None, **more) -> Weights:
+    """A file of HazyResearch on the hub: the sizes are in the tensors, the 16 heads (and `more`) are not."""
     return Weights(
         preset,
         Hub(f"hazyresearch/{repo}", "pytorch_model.bin"),
         **{"tag": tag, "licence": licence, "tokenizer": "openai-community/gpt2", "metric": metric},
-        arguments={"n_head": 16, "vocab_size": 50257},
+        arguments=RELEASED | more,
         note="" if licence else "the code is Apache-2.0; a licence of this file was not found",
     )
 

@@ -18,24 +18,23 @@ MODELS = (CheemsLM,)
 TELLING_KEYS = (r"pre_sequence_layernorm\.weight", r"post_state_residual\.weight")
 NAMES = Names(("model.word_embed.{p}", "embedding.{p}"), ("lm_head.{p}", "head.{p}"), ("model.{rest}", "{rest}"))
 OTHER = "our model has no such part"
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048}
 CHEEMS = Arguments(
     "CheemsForCausalLM",
     {
         **{"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 32},
         **{"hidden_bias": False, "hidden_dropout": 0.0, "tie_word_embeddings": True, "num_attention_heads": 8},
         **{"num_key_value_heads": None, "dynamic_mask_ratio": 0.0, "attn_layer_period": 8, "attn_layer_offset": 7},
-        **{"is_moe": False, "num_cdmoe_experts": 16384, "num_cdmoe_heads": 4, "num_cdmoe_experts_per_head": 8},
-        **{"expert_retrieval_size": 64, "rope_theta": 10000.0},
-        "pad_token_id": 2,
+        **{"is_moe": False, "num_cdmoe_experts": 16348, "num_cdmoe_heads": 4, "num_cdmoe_experts_per_head": 8},
+        **{"expert_retrieval_size": 64, "rope_theta": 10000.0, "max_position_embeddings": 2048},
+        **{"pad_token_id": 2, "rope_scaling": DYNAMIC},
     },
     {
         **{"ssd_chunk_size": (256, KERNEL), "initializer_range": (0.02, INITIAL)},
-        "max_position_embeddings": (2048, "a length of training; positions are computed"),
         **{"bos_token_id": (0, "the tokenizer's"), "eos_token_id": (1, "the tokenizer's")},
-        "use_cache": (True, "states are always returned"),
+        **{"use_cache": (True, "states are always returned"), "attention_dropout": (0.0, "acts in training only")},
     },
     {
-        "rope_scaling": (None, "plain rotary positions, which dynamic ones are up to the length of training"),
         "hidden_act": ("silu", OTHER),
         "rms_norm_eps": (1e-6, OTHER),
     },
@@ -68,9 +67,18 @@ def official(state: dict[str, Tensor], **given):
         c["hidden_dropout"],
         tied,
     )
+    model.stretch = stretch(c["rope_scaling"], c["max_position_embeddings"])
     if c["pad_token_id"] is not None:
         model.embedding.padding_idx = c["pad_token_id"]  # its row gets no gradient from the embedding
     return model, from_official(model, state)
+
+
+def stretch(scaling: Mapping[str, Any] | None, length: int) -> tuple[float, int] | None:
+    """(factor, length of training) of dynamic rotary positions, None for plain ones; ValueError for other kinds."""
+    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    if kind not in ("default", "dynamic"):
+        raise ValueError(f"rope_scaling is of kind {kind!r}; dynamic and default (plain) rotary positions are here")
+    return (float(scaling["factor"]), length) if kind == "dynamic" else None
 
 
 def from_official(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +132,25 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OfficialCheems(CheemsLM):
-    """forward(input_ids) -> logits."""
+    """forward(input_ids) -> logits.
+
+    Sequences longer than those of training turn more slowly where `stretch` = (factor s, length n) says so: with p
+    channels of a head the base is multiplied by (s l / n - (s - 1))^(p / (p - 2)), as transformers does it.
+    """
+
+    stretch: tuple[float, int] | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return super().forward(input_ids).logits
+        if self.stretch is None or input_ids.shape[1] <= self.stretch[1]:
+            return super().forward(input_ids).logits
+        factor, length = self.stretch
+        grown = factor * input_ids.shape[1] / length - (factor - 1)
+        turning = [module for module in self.modules() if hasattr(module, "rope_base")]
+        before = [module.rope_base for module in turning]
+        try:
+            for module in turning:
+                module.rope_base *= grown ** (module.d_head / (module.d_head - 2))
+            return super().forward(input_ids).logits
+        finally:
+            for module, base in zip(turning, before):
+                module.rope_base = base

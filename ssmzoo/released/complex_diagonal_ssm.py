@@ -12,6 +12,7 @@ from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
 from ssmzoo.released.arguments import Arguments
 from ssmzoo.released.infer import count
 from ssmzoo.released.names import Names
+from ssmzoo.released.sd_ssm import RUNNER, SWALLOWED
 
 TELLING_KEYS = r"^blocks?\..*init_state"
 MODELS = (ComplexDiagonalModel,)
@@ -21,7 +22,9 @@ ONE_LAYER = Names(("block.{rest}", "blocks.0.{rest}"), ("readout.{rest}", "mlps.
 MODEL = Arguments(
     "LSRNN",
     {"embed_size": None, "num_layers": None, "scale_eigv": 1.0},
-    {
+    RUNNER
+    | {
+        **{"nonlinearity": ("relu", SWALLOWED), "Lp_norm": (1.0, SWALLOWED), "mlp_size": (None, SWALLOWED)},
         "return_all_outputs": (False, "accepted and not read there"),
         "num_transition_matrices": (2, "handed on and not read there"),
         "mlp_multiplier": (2, "handed on and not read there"),

@@ -54,6 +54,8 @@ def family_of_config(config: dict[str, Any]) -> str | None:
     Raises CheckpointError for a model_type that no family has.
     """
     model_type = config.get("model_type")
+    if model_type == "gpt2" and config.get("mixer"):
+        return None  # a GPT-2 whose attention other mixers replace: the keys tell which
     if model_type is not None:
         known = {find(family, "MODEL_TYPE"): family for family in families("MODEL_TYPE")}
         if model_type not in known:

@@ -22,15 +22,15 @@ TELLING_KEYS = (r"(^|\.)self_attn\.A_log$", r"(^|\.)(norm1_attn|norm1_local)\.we
 ATTENTION = "an argument of attention, which the scan does not read"
 LAYER = Arguments(
     "GPSLayer",
-    {"global_model_type": "Mamba_Hybrid_Degree_Noise", "local_gnn_type": "CustomGatedGCN", "dropout": 0.0},
-    {"num_heads": (4, ATTENTION), "attn_dropout": (0.0, ATTENTION), "bigbird_cfg": (None, ATTENTION)},
+    {"dropout": 0.0},
+    {"num_heads": (None, ATTENTION), "attn_dropout": (0.0, ATTENTION), "bigbird_cfg": (None, ATTENTION)},
     {
         "pna_degrees": (None, "PNA is built by model=graph_mamba model.local_model=pna, with weights of its own"),
         "equivstable_pe": (False, "the equivariant and stable encoding is not here"),
         "layer_norm": (False, "GraphNorm in place of BatchNorm is not here"),
         "batch_norm": (True, "a layer without norms is not here"),
     },
-    required=("dim_h",),
+    required=("dim_h", "global_model_type", "local_gnn_type"),
 )
 ENCODER = Arguments(
     "LapPENodeEncoder",
@@ -110,11 +110,20 @@ def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """All sizes; the order of the nodes has no weights."""
     if "linear_A.weight" not in state:
-        return {"dim_h": len(state["norm2.weight"])} if "norm2.weight" in state else {}
+        return layer_sizes(state) if "norm2.weight" in state else {}
     layers = [key for key in state if key.startswith("pe_encoder.") and key.endswith("weight")]
     dim_pe = len(state[layers[-1]]) if layers else len(state["linear_A.weight"])
     dim_out, dim_in = state["linear_x.weight"].shape
     return {"dim_pe": dim_pe, "dim_in": dim_in, "dim_emb": dim_out + dim_pe, "layers": len(layers) + 1}
+
+
+def layer_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    local = {"local_model.A.weight": "CustomGatedGCN", "local_model.nn.0.weight": "GINE"}
+    found = [kind for key, kind in local.items() if key in state]
+    none = not any(key.startswith("local_model.") for key in state)
+    return {"dim_h": len(state["norm2.weight"])} | (
+        {"local_gnn_type": found[0]} if found else {"local_gnn_type": "None"} if none else {}
+    )
 
 
 class OfficialLayer(GPSLayer):

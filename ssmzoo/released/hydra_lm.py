@@ -28,7 +28,16 @@ TOY = Arguments(
     {
         **{"d": 256, "vocab_size": 4000, "n_blocks": 8, "attn_every": 4, "n_heads": 4, "window": 256},
         **{"moe_experts": 4, "moe_hidden": 256, "chunk_size": 32, "gate_temp": 1.0, "fast_ssm": True},
+        **{"moe_on": None, "disable_moe": None, "disable_attn": None, "aux_load_balance_weight": 0.01},
         **{"use_pkm": False, "pkm": None, "legacy_chunk_reshape": True},  # the last is ours: False mends the weights
+    },
+    {},
+    {
+        "vector_moe": (True, "the loop over experts does not run there either: its masks have an axis too many"),
+        "use_workspace": (
+            False,
+            "its names were not seen; HydraLM(workspace='published') has a workspace of its own names",
+        ),
     },
 )
 TABLES = (TOY,)
@@ -38,6 +47,13 @@ PKM = {"n1": "n1", "n2": "n2", "key_dim": "key_dim", "value_dim": "value_dim", "
 def official(state: dict[str, Tensor], **given):
     """ToyHydra; outputs: logits. Its chunks are routed by their own means, with the weights in the published order."""
     c = TOY.complete(given)
+    every_other = list(range(0, c["n_blocks"], 2))
+    if c["moe_on"] not in (None, every_other):
+        raise ValueError(f"moe_on={c['moe_on']}: experts stand in every other block here, {every_other}")
+    if c["disable_attn"]:
+        c["attn_every"] = 0
+    if c["disable_moe"]:
+        c["moe_experts"] = 0
     pkm = {PKM[key]: value for key, value in (c["pkm"] or {}).items()} if c["use_pkm"] else None
     model = OfficialHydra(
         c["vocab_size"],
@@ -51,6 +67,7 @@ def official(state: dict[str, Tensor], **given):
         c["moe_hidden"],
         c["chunk_size"],
         c["gate_temp"],
+        c["aux_load_balance_weight"],
         routing="chunk",
         legacy_chunk_reshape=c["legacy_chunk_reshape"],
         pkm=pkm,
@@ -99,11 +116,17 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes; heads, window, chunks and the temperature have no weights."""
     blocks = count(state, "blocks.#.")
     attention = [i for i in range(blocks) if f"blocks.{i}.attn.o.weight" in state]
-    inferred: dict[str, Any] = {"n_blocks": blocks, "attn_every": attention[0] + 1 if attention else 0}
+    inferred: dict[str, Any] = {"n_blocks": blocks, "disable_attn": not attention}
+    if attention:
+        inferred["attn_every"] = attention[0] + 1
     inferred["vocab_size"], inferred["d"] = state["embed.weight"].shape
-    inferred["moe_experts"] = count(state, "blocks.0.moe.experts.#.")
-    if inferred["moe_experts"]:
-        inferred["moe_hidden"] = len(state["blocks.0.moe.experts.0.w_in.weight"])
+    inferred["moe_on"] = [i for i in range(blocks) if f"blocks.{i}.moe.gate.weight" in state]
+    inferred["disable_moe"] = not inferred["moe_on"]
+    if inferred["disable_moe"]:
+        inferred["moe_on"] = None
+    else:
+        at = f"blocks.{inferred['moe_on'][0]}.moe.experts."
+        inferred |= {"moe_experts": count(state, f"{at}#."), "moe_hidden": len(state[f"{at}0.w_in.weight"])}
     inferred["fast_ssm"] = "blocks.0.ssm.dw_conv.weight" in state
     pkm = part(state, "pkm.")
     inferred["use_pkm"] = bool(pkm)

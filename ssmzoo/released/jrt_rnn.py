@@ -34,7 +34,7 @@ ATTENTION = Arguments(
     required=("num_heads", "enc_length"),  # None there, with which it does not run
 )
 DATA = {"data_type": ("mixed", "how training data was packed"), "dec_length": (1024, "the rest may have any length")}
-LM = Arguments("GPTLMHeadModel", LM_HONOURED | {"enc_length": 1024}, LM_INERT | DATA, LM_REFUSED)
+LM = Arguments("GPTLMHeadModel", LM_HONOURED | {"enc_length": None}, LM_INERT | DATA, LM_REFUSED)
 TABLES = (LM, ATTENTION)
 
 
@@ -45,11 +45,15 @@ def official(state: dict[str, Tensor], **given):
         config = ATTENTION.complete(given)
         return OfficialPrefix(config["enc_length"], **based.linear(based.width_of(given), config)), state
     config = LM.complete(given)
+    prefix = config["enc_length"] or (config["alt_mixer"] or {}).get("enc_length")
+    if prefix is None:
+        raise TypeError("GPTLMHeadModel: enc_length leaves no trace in the tensors and must be given by name")
     arguments, ours = based.language(config, state)
     letters = based.pattern(config, {"mixer": "C", "alt_mixer": "P", "alt_mixer_2": "S"})
     rows = -(-arguments["vocab_size"] // arguments["pad_vocab_size_multiple"]) * arguments["pad_vocab_size_multiple"]
     spare = arguments["vocab_size"] < rows
-    return OfficialJRT(config["enc_length"], **arguments, layer_pattern=letters, mask_row=spare), ours
+    model = OfficialJRT(prefix, **arguments, layer_pattern=letters, mask_row=spare)
+    return based.rotary(config, model), ours
 
 
 def to_official(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,6 +104,10 @@ def golden(case) -> dict[str, Tensor]:
 
 
 CATALOGUE = (
-    based.released("jrt_rnn_360m", "JRT-360M-30B", "FDA 82.0, SWDE 43.3, NQ 32.9, SQuAD 41.7 (30B tokens)"),
-    based.released("jrt_rnn_1b", "JRT-1B-50B", "FDA 86.7, SWDE 49.4, NQ 38.3, SQuAD 50.4 (50B tokens)"),
+    based.released(
+        "jrt_rnn_360m", "JRT-360M-30B", "FDA 82.0, SWDE 43.3, NQ 32.9, SQuAD 41.7 (30B tokens)", enc_length=1024
+    ),
+    based.released(
+        "jrt_rnn_1b", "JRT-1B-50B", "FDA 86.7, SWDE 49.4, NQ 38.3, SQuAD 50.4 (50B tokens)", enc_length=1024
+    ),
 )

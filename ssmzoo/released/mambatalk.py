@@ -19,18 +19,19 @@ MODELS = (MambaTalk, MotionVQVAE)
 TELLING_KEYS = r"^(global_scan\.learnable_query|quantizer\.embedding\.weight)$"
 UNUSED = "global_scan.face_q_self_attn."
 
-STAGE_1 = {"vae_layer": 2, "vae_length": 256, "vae_test_dim": 330, "vae_codebook_size": 256}
-OF_STAGE_1 = {"vae_quantizer_lambda": (1.0, "weighs a loss of stage 1"), "vae_layer": (2, "of stage 1")}
-VQ = Arguments("VQVAEConvZero", STAGE_1 | {"vae_quantizer_lambda": 1.0})
+# fields of the runner's arguments, without defaults there; None: the tensors tell
+STAGE_1 = dict.fromkeys(("vae_layer", "vae_length", "vae_test_dim", "vae_codebook_size"))
+OF_STAGE_1 = {"vae_quantizer_lambda": (None, "weighs a loss of stage 1"), "vae_layer": (None, "of stage 1")}
+VQ = Arguments("VQVAEConvZero", STAGE_1, required=("vae_quantizer_lambda",))
 TALK = Arguments(
     "MambaTalk",
-    {"pose_length": 64, "hidden_size": 768, "audio_f": 512, "motion_f": 256, "vae_codebook_size": 256},
+    dict.fromkeys(("pose_length", "hidden_size", "audio_f", "motion_f", "vae_codebook_size")),
     OF_STAGE_1
     | {
-        "vae_length": (256, "of stage 1"),
-        "pose_dims": (330, "not read there: the motion has vae_test_dim channels"),
-        "t_fix_pre": (False, "keeps the table of words from training"),
-        "vae_test_dim": (337, "the learnt query has as many channels"),
+        "vae_length": (None, "of stage 1"),
+        "pose_dims": (None, "not read there: the motion has vae_test_dim channels"),
+        "t_fix_pre": (None, "keeps the table of words from training"),
+        "vae_test_dim": (None, "the learnt query has as many channels"),
     },
 )
 TABLES = (TALK, VQ)

@@ -17,10 +17,10 @@ from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.moe_mamba import DecoderLM, InnerMoEMamba, MoEMambaLM
-from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
 from ssmzoo.released.fit import refuse_other_constants
 from ssmzoo.released.infer import count, part, ratio
-from ssmzoo.released.moe import CHOICE, SWITCH, WITHOUT, official_moe
+from ssmzoo.released.moe import CHOICE, EQUAL, SWITCH, WITHOUT, official_moe
 from ssmzoo.released.names import Names
 from ssmzoo.suggest import nearest
 
@@ -29,21 +29,35 @@ TELLING_KEYS = r"router|expert|^encoder\.blocks\.block_\d+\."
 
 
 SHAPE = "a shape that the official class fixes; ours takes any"
+YAML = {  # what the runner's yaml calls arguments of the layers
+    **{"activation_type": "activation", "moe_inner_expert": "expert"},
+    **{"group_granular_moe_by_batch": "group_by_batch", "layer_norm_in_expert_choice": "use_layer_norm"},
+}
 LLM = Arguments(
     "LLM",  # as cc_train builds it
     {
         **{"mamba_mode": "vanilla", "mamba_expansion": 2, "ff_mode": "vanilla", "n_experts": 1, "expert_size": 1},
-        **{"expert": "ff", "activation": "relu", "parallel_blocks": False, "n_att_heads": 1, "dhead": None},
+        **{"expert": "ff", "activation": "relu", "parallel_blocks": False, "n_att_heads": None, "dhead": None},
         **{"dff": None, "attention_mode": "vanilla", "moe_values_exp": None, **SWITCH, **CHOICE},
         **{"norm_class": "layer_norm", "residual_mode": "pre_norm", "every_other_layer": False},
-        "standard_ff_first": False,
+        **{"standard_ff_first": False, "block_modules": ("attention", "feedforward")},
+        **dict.fromkeys(YAML),
     },
     WITHOUT
     | {
+        **{"granular_moe_one_hot_impl": (False, EQUAL), "use_full_einsum": (False, EQUAL)},
+        **{"dont_vectorize_switch": (False, EQUAL), "flash_attention": (False, KERNEL)},
+        **{"expert_use_topk_initialization": ("Default", INITIAL), "relative_init_scale": (None, INITIAL)},
+        **{"moe_detach_gate": (False, "acts in training only"), "model_type": ("gpt", "BERT's mask is the runner's")},
         **{"cutoff": (None, SHAPE), "batch_size": (None, SHAPE)},
         "no_positional_embedding": (False, "whether positions are learned, which the tensors tell"),
     },
-    required=("block_modules", "n_blocks", "dmodel", "vocab_size"),
+    {
+        "get_router_values_from": ("weights", "the router here has weights of its own"),
+        "softmax_ungrouped": (False, "the softmax here is taken over the group"),
+        "no_ff": (False, "leave 'feedforward' out of block_modules"),
+    },
+    required=("n_blocks", "dmodel", "vocab_size"),
 )
 TABLES = (LLM,)
 MODES = ("vanilla", "swi_glu", "token_choice", "expert_choice")
@@ -55,6 +69,7 @@ def official(state: dict[str, Tensor], **given):
     """llm-random's LLM. Outputs: logits, with Switch layers the sum of their load_balancing_loss (and of z_loss if
     zloss_weight > 0), and the mean next-token cross entropy in nats. dff is 4 dmodel by default."""
     config = LLM.complete(given)
+    config |= {ours: config[name] for name, ours in YAML.items() if config[name] is not None}
     for name, choices in (("ff_mode", MODES), ("norm_class", NORMS), ("residual_mode", BLOCKS)):
         if (value := config[name]) not in choices:
             raise ValueError(f"unknown {name} {value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
@@ -77,6 +92,8 @@ def sublayer(kind: str, config: dict[str, Any], state: dict[str, Tensor], i: int
     d = config["dmodel"]
     if kind == "attention":
         rope = config["attention_mode"] == "rope"
+        if config["n_att_heads"] is None:
+            raise TypeError("LLM: n_att_heads cannot be inferred from the tensors and must be given by name")
         return Attention(d, config["n_att_heads"], d_head=config["dhead"], rope=rope)
     if kind == "feedforward":
         dense = config["every_other_layer"] and i % 2 == (0 if config["standard_ff_first"] else 1)

@@ -9,16 +9,21 @@ from torch import Tensor
 
 from ssmzoo.models.rnn import RNNModel
 from ssmzoo.released.arguments import Arguments
+from ssmzoo.released.sd_ssm import RUNNER, SWALLOWED
 
 TELLING_KEYS = r"^rnn\.weight_hh_l0"
 MODELS = (RNNModel,)
 
 
-UNREAD = {"embed_size": (None, "accepted and not read there")}
+UNREAD = RUNNER | {
+    **{"embed_size": (None, SWALLOWED), "num_transition_matrices": (2, SWALLOWED)},
+    **{"Lp_norm": (1.0, SWALLOWED), "mlp_size": (None, SWALLOWED)},
+}
+SHARED = {"num_layers": 1, "return_all_outputs": False}
 SIZES = ("output_size", "input_size", "state_size")
 ONE_WAY = {"bidirectional": (False, "cannot run in the official model either: its projection expects one direction")}
-ELMAN = Arguments("ElmanRNN", {"num_layers": 1, "nonlinearity": "relu"}, UNREAD, ONE_WAY, required=SIZES)
-LSTM = Arguments("LSTM", {"num_layers": 1}, UNREAD | {"nonlinearity": ("relu", "of the other class")}, ONE_WAY, SIZES)
+ELMAN = Arguments("ElmanRNN", SHARED | {"nonlinearity": "relu"}, UNREAD, ONE_WAY, required=SIZES)
+LSTM = Arguments("LSTM", SHARED, UNREAD | {"nonlinearity": ("relu", "of the other class")}, ONE_WAY, SIZES)
 TABLES = (ELMAN, LSTM)
 
 
@@ -28,9 +33,10 @@ def official(state: dict[str, Tensor], **given):
     lstm = gates is not None and len(gates) == 4 * gates.shape[1]
     config = (LSTM if lstm else ELMAN).complete(given)
     cell = "lstm" if lstm else config["nonlinearity"]
-    return _OfficialRNN(
-        config["input_size"], config["output_size"], config["state_size"], config["num_layers"], cell
-    ), state
+    sizes = (config["input_size"], config["output_size"], config["state_size"], config["num_layers"])
+    model = _OfficialRNN(*sizes, cell)
+    model.return_all_outputs = config["return_all_outputs"]
+    return model, state
 
 
 def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +50,10 @@ def infer(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _OfficialRNN(RNNModel):
-    """Official call: x (b l e) -> logits of the last step (b c)."""
+    """Official call: x (b l e) -> logits of the last step (b c), or of every step (b l c)."""
+
+    return_all_outputs = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).logits[:, -1]
+        logits = super().forward(x).logits
+        return logits if self.return_all_outputs else logits[:, -1]

@@ -15,11 +15,16 @@ TELLING_KEYS = r"block\.A_dict"
 MODELS = (SDSSMModel,)
 
 
+SWALLOWED = "swallowed by the class"
+RUNNER = {  # what the project's runner gives to every one of its classes
+    **{"task": (None, SWALLOWED), "norm_type": ("layernorm", SWALLOWED), "mlp_size_mult": (1, SWALLOWED)},
+    **{"prenorm": (True, SWALLOWED), "max_seq_len": (500, SWALLOWED)},
+}
 SHARED = {
     **{"num_transition_matrices": 2, "Lp_norm": 1.2, "return_all_outputs": False},
 }
-UNREAD = {
-    "embed_size": (None, "accepted and not read there"),
+UNREAD = RUNNER | {
+    **{"embed_size": (None, SWALLOWED), "num_layers": (1, SWALLOWED), "nonlinearity": ("relu", SWALLOWED)},
     "mlp_multiplier": (1, "handed on and not read there"),
 }
 DEBUG = {"debug": (False, "the outputs before the readout are not returned here")}

@@ -17,7 +17,9 @@ from ssmzoo.released.load import build
 TABLES = {f"{family}-{t.cls}": t for family in families("TABLES") for t in find(family, "TABLES")}
 CASES = sorted(GOLDEN.glob("*/*.json"))
 INFERRED = [f for f in CASES if find(f.parent.name, "infer") and find(f.parent.name, "official")]
-INFERRED = [f for f in INFERRED if GoldenCase.load(f).params]
+INFERRED = [
+    f for f in INFERRED if GoldenCase.load(f).params and f.stem != "train_step"
+]  # it builds a task, not a class
 GIVEN = {
     "ngroups",
     "n_groups",
@@ -50,15 +52,20 @@ def test_every_argument_has_one_place_and_a_reason(name):
         table.complete({"no_such_thing": 1})
 
 
+def test_every_table_is_compared_with_its_class():
+    assert TABLES.keys() == signatures().keys()
+
+
 @pytest.mark.parametrize("name", signatures())
 def test_the_tables_hold_every_official_argument_with_its_default(name):
+    """None in a table: the tensors tell it, or nothing does what the argument asks for."""
     table, official = TABLES[name], signatures()[name]
     assert official.keys() <= set(table.names)
     for argument, default in official.items():
-        if argument in table.required:
-            assert default == "required"
-        elif table.default(argument) is not None:  # None: the tensors say it, where the official default is the same
-            ours = table.default(argument)
+        ours = None if argument in table.required else table.default(argument)
+        if argument in table.required or default == "required":
+            assert ours is None and default in ("required", None), argument
+        elif ours is not None:
             assert (list(ours) if isinstance(ours, tuple) else ours) == default, argument
 
 
@@ -160,3 +167,64 @@ def test_what_is_asked_for_by_name():
 
 def test_relative_error_is_that_of_verify():
     assert relative_error(torch.ones(3), torch.ones(3)) == 0
+
+
+def official_case(name: str, without: tuple[str, ...] = (), **more):
+    """The module and its tensors of a stored case, without some of its arguments and with others."""
+    case = GoldenCase.load(GOLDEN / f"{name}.json")
+    given = {key: value for key, value in case.official_kwargs.items() if key not in without}
+    return build(case.family, case.params, given | more)
+
+
+def test_windows_of_a_language_model_turn_by_their_positions_only_where_that_is_asked_for():
+    """GPT2Config has no rotary fraction of its own: left out, nothing turns."""
+    for family in ("based", "jrt_rnn"):
+        turned, still = (official_case(f"{family}/lm", *out)[0] for out in ((), (("rotary_emb_fraction",),)))
+        assert [m.rope for m in turned.modules() if hasattr(m, "window")] == [True]
+        assert [m.rope for m in still.modules() if hasattr(m, "window")] == [False]
+        for refused in ({"rotary_emb_fraction": 0.5}, {"activation_function": "geglu"}, {"n_head_kv": 1}):
+            with pytest.raises(ValueError, match=next(iter(refused))):
+                official_case(f"{family}/lm", **refused)
+    with pytest.raises(ValueError, match="'gelu_new', the class's own, is not here"):
+        official_case("based/lm", ("activation_function",))
+    with pytest.raises(TypeError, match="enc_length leaves no trace"):
+        alone = {"_target_": "based.models.mixers.prefix_linear_attention.PrefixLinearAttention", "feature_dim": 4}
+        official_case("jrt_rnn/lm", ("enc_length",), alt_mixer=alone | {"num_heads": 2})
+
+
+def test_rotary_positions_stretch_behind_the_length_of_training():
+    """Dynamic ones are Cheems' default: plain up to max_position_embeddings, behind it as transformers turns them."""
+    plain, stretched = (official_case("cheems/lm", ("rope_scaling",) if s else ())[0] for s in (False, True))
+    case = GoldenCase.load(GOLDEN / "cheems" / "lm.json")
+    state = build("cheems", case.params, case.official_kwargs)[1]
+    plain.load_state_dict(state)
+    stretched.load_state_dict(state)
+    n, p = stretched.stretch[1], stretched.layers[0].ssd.d_head
+    short, long = torch.arange(n)[None] % 31, torch.arange(2 * n)[None] % 31
+    assert torch.equal(plain(short), stretched(short)) and not torch.equal(plain(long), stretched(long))
+    same = official_case("cheems/lm", rope_theta=10000.0 * (4.0 * 2 - 3) ** (p / (p - 2)))[0]
+    same.load_state_dict(state)
+    torch.testing.assert_close(same(long), stretched(long))
+    with pytest.raises(ValueError, match="rope_scaling is of kind 'yarn'"):
+        official_case("cheems/lm", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+
+
+def test_what_a_runner_gives_to_every_model_is_taken():
+    runner = {"task": "parity_check", "norm_type": "layernorm", "mlp_size_mult": 1, "prenorm": True, "max_seq_len": 500}
+    for name in ("sd_ssm/linear_query", "complex_diagonal_ssm/with_b_linear", "regular_rnn_baselines/lstm_2layer"):
+        official_case(name, **runner)
+    every = official_case("regular_rnn_baselines/elman_relu", return_all_outputs=True)[0]
+    last = official_case("regular_rnn_baselines/elman_relu")[0]
+    last.load_state_dict(every.state_dict())
+    x = torch.randn(2, 6, 4)
+    assert torch.equal(every(x)[:, -1], last(x)) and every(x).shape == (2, 6, 5)
+
+
+def test_the_keys_of_the_papers_own_yaml_are_taken():
+    case = GoldenCase.load(GOLDEN / "moe_mamba" / "lm.json")
+    yaml = {"activation_type": "relu", "moe_inner_expert": "ff", "model_type": "gpt", "flash_attention": True}
+    case.meta["official_kwargs"] = {k: v for k, v in case.official_kwargs.items() if k not in ("expert", "activation")}
+    case.meta["official_kwargs"] |= yaml
+    assert case.check()[0] < 1e-4
+    with pytest.raises(TypeError, match="n_att_heads cannot be inferred"):
+        official_case("moe_mamba/transformer_nopos", ("n_att_heads", "dhead"))
