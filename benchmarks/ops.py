@@ -1,6 +1,6 @@
 """Operators side by side with what people use today: medians of interleaved runs, as a table and a picture.
 
-    python benchmarks/ops.py [--only scan] [--repeats 15] [--seconds 2.5] [--sets avx512,avx2] [--out FOLDER]
+    python benchmarks/ops.py [--only scan] [--repeats 15] [--seconds 1.5] [--sets avx512,avx2] [--out FOLDER]
 
 Cases come from every benchmarks/ops_*.py: a list CASES of Case. Every case has a process of its own. Each contender is
 built once, run once to warm up, and then the contenders alternate, so that a change in the machine's mood meets all. A
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import machine  # noqa: E402
 
-SECONDS = 2.5  # of measuring, for a case: some forty of them, with three seconds each for their start, in four minutes
+SECONDS = 1.5  # of measuring, for a case: some forty of them, with three seconds each for their start, in four minutes
 LIMIT = 90  # seconds, for a case in all
 # Instruction sets of our kernels, and how torch and its libraries are kept to the same one.
 SETS = {

@@ -18,7 +18,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="a few telling cases only, in under a minute")
     parser.add_argument("--repeats", type=int, default=15, help="interleaved runs per contender, at most (default 15)")
-    parser.add_argument("--seconds", type=float, help="measuring per case (default 2.5; 1 with --quick)")
+    parser.add_argument("--seconds", type=float, help="measuring per case (default 1.5; 1 with --quick)")
     parser.add_argument("--sets", default="", help="a column for each of these: avx512,avx2,neon,plain")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for the table and the picture")
     parser.add_argument("--list", action="store_true", help="only list the cases")
@@ -31,7 +31,7 @@ def run(args) -> None:
         raise ValueError(f"--out {args.out} needs a folder, but {blocker} is a file")
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}; it must be at least 1")
-    seconds = (1.0 if args.quick else 2.5) if args.seconds is None else args.seconds
+    seconds = (1.0 if args.quick else 1.5) if args.seconds is None else args.seconds
     if not seconds > 0:
         raise ValueError(f"--seconds is {seconds:g}; it must be above 0")
     module = _load()

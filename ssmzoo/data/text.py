@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from ssmzoo.data.loader import ResumableLoader, is_fitting, refuse_other_data
 from ssmzoo.data.text_corpus import FileCorpus
 from ssmzoo.data.text_hub import HuggingFaceCorpus
+from ssmzoo.data.text_selection import selected
 from ssmzoo.data.text_store import FORMAT, Split, Store, build_store, cache_folder, open_store
 from ssmzoo.data.text_tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, digest, from_dict, train_bpe
 from ssmzoo.data.text_windows import Windows
@@ -32,6 +33,7 @@ class TextData(LightningDataModule):
                     the running Python's standard library (see FileCorpus)
     text_field      field or column of the text in such files of records; None: "text"
     corpus          in place of path: the arguments of a HuggingFaceCorpus as a dict, or any corpus object
+    selection       train on the part of it that is most like a target: the arguments of a SelectedCorpus as a dict
     tokenizer       "bytes"; "bpe", learnt on the training split; the path of a tokenizer.json; or what a tokenizer's
                     `to_dict` gave, to read other text with a trained model's vocabulary
     end_token       what every document ends with: "auto" (the tokenizer's end token where it has one), "none", or a
@@ -67,6 +69,7 @@ class TextData(LightningDataModule):
         cache_dir: str | None = None,
         text_field: str | None = None,
         end_token: str | None = "auto",
+        selection: dict | None = None,
     ):
         super().__init__()
         if path is not None and corpus is not None:
@@ -86,7 +89,8 @@ class TextData(LightningDataModule):
         )
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction = {val_fraction}; give a share between 0 and 1, such as 0.05")
-        self.corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path, text_field)
+        corpus = _hub_corpus(corpus) if isinstance(corpus, Mapping) else corpus or FileCorpus(path, text_field)
+        self.corpus = selected(corpus, selection, seed)
         self.seq_len, self.batch_size, self.shuffle, self.seed = seq_len, batch_size, shuffle, seed
         self.val_fraction, self.val_tokens, self.num_workers = val_fraction, val_tokens, num_workers
         self.cache_dir = cache_folder(cache_dir)

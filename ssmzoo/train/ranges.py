@@ -121,6 +121,8 @@ RANGES: dict[str, Range | Batches] = {
     "data.test_samples": COUNT,
     "data.num_samples": COUNT,
     "data.val_fraction": PROPER_SHARE,
+    "data.selection.share": PROPER_SHARE,
+    "data.selection.length": Range(200, 16_000),
     "data.image_size": COUNT,
     "data.in_chans": COUNT,
     "data.crop_pct": Range(0, 1, "low"),

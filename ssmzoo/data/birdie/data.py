@@ -60,6 +60,7 @@ class BirdieData(TextData):
         cache_dir: str | None = None,
         text_field: str | None = None,
         end_token: str | None = "auto",
+        selection: dict | None = None,
     ):
         super().__init__(
             path,
@@ -73,6 +74,7 @@ class BirdieData(TextData):
             cache_dir=cache_dir,
             text_field=text_field,
             end_token=end_token,
+            selection=selection,
         )
         self.mixture, self.objectives = mixture, configurations(mixture, objectives)
         self.shortest, self.val_rows = max(1, seq_len // 4) if shortest is None else shortest, val_rows
