@@ -16,6 +16,7 @@ STAMP := $(VENV)/.installed
 .PHONY: train test test-slow setup lint docs native checkpoints probes clean
 
 train: setup
+	@echo "training takes one to two minutes on two cores; Ctrl-C stops it, and the last line says how to go on"
 	$(BIN)/python train.py model=moe_mamba
 
 # one thread per worker: tests are small, and threads of several workers would wait for each other

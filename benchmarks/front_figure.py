@@ -38,6 +38,7 @@ def draw(table: Path, out: Path) -> None:
     axes.bar_label(bars, [f"{v:.0f}x" if v >= 10 else f"{v:.1f}x" for v in values[::-1]], padding=4)
     axes.set_xscale("log")
     axes.set_xlim(1, 2 * max(values))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel(f"times as fast on a CPU ({machine})")
     axes.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,11 @@ import torch
 from paths import CHECKPOINTS, ROOT
 
 from ssmzoo.cli import demo
-from ssmzoo.cli.demo_tabs import classify, restore, subject, walk, write
+from ssmzoo.cli.demo_tabs import classify, restore, segment, subject, walk, write
+from ssmzoo.inference.subject import Subject
+from ssmzoo.models.detector import Detector
+from ssmzoo.models.segmenter import Segmenter
+from ssmzoo.presets import read_model_config
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -59,6 +63,24 @@ def test_a_digit_is_classified_and_explained():
     assert {"lrp", "rollout"} <= {axis.get_title() for axis in figure.axes}
 
 
+@pytest.mark.parametrize("kind", [Segmenter, Detector])
+def test_what_is_found_comes_with_the_pixels_that_moved_its_score(monkeypatch, kind):
+    torch.manual_seed(0)
+    backbone = {k: v for k, v in read_model_config("vmamba")["model"].items() if not str(v).startswith("${")}
+    run = Subject("fresh", kind(backbone | {"num_classes": 0}, 4, channels=8).eval(), manifest={"config": {}})
+    for name, parameter in run.model.named_parameters():
+        if name.endswith("cls_logits.bias"):
+            torch.nn.init.zeros_(parameter)  # an untrained detector is sure of nothing
+    given = segment.scene(run)
+    drawn, said = segment.find(run, given)
+    assert given.size == (64, 64) and min(drawn.size) >= 64 and "%" in said
+    figure = segment.reasons(run, given)
+    maps = [axis.get_images()[0].get_array() for axis in figure.axes]
+    assert 1 <= len(maps) <= segment.SHOWN and all(m.shape == (64, 64) and m.max() > 0 for m in maps)
+    monkeypatch.setattr(segment, "scores_of", lambda *_: [])
+    assert segment.reasons(run, given) is None
+
+
 def test_sd_ssm_walks_with_the_automaton():
     run = subject(CHECKPOINTS / "sd_ssm_D4")
     word = walk.random_word(run)
@@ -71,12 +93,16 @@ def test_sd_ssm_walks_with_the_automaton():
 
 
 @pytest.mark.slow
-def test_every_tab_works_in_a_browser_and_nothing_leaves_the_machine(tmp_path):
+def test_every_tab_works_in_a_browser_and_nothing_leaves_the_machine(tmp_path, call):
     pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
     sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     if BROWSER is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    command = [sys.executable, "-m", "ssmzoo.cli.main", "demo", str(CHECKPOINTS), "--no-browser", "--port", "7877"]
+    short = ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.batch_size=2", "data.num_workers=0", "name=masks"]
+    status, _, error = call("model=vmamba", "task=segmentation", "data.val_scenes=2", *short)
+    assert status == 0, error
+    command = [sys.executable, "-m", "ssmzoo.cli.main", "demo", str(CHECKPOINTS), "runs"]
+    command += ["--no-browser", "--port", "7877"]
     url = "http://127.0.0.1:7877"
     server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.PIPE)
     try:
@@ -102,6 +128,11 @@ def test_every_tab_works_in_a_browser_and_nothing_leaves_the_machine(tmp_path):
             page.click("text=A digit")
             page.locator("img[src*=file]:visible").first.wait_for()
             page.get_by_role("button", name="Classify", exact=True).click()
+            page.locator("img[src^='data:image']:visible").first.wait_for()
+            page.get_by_role("tab", name="Segment").click()
+            page.click("text=Digits on a photograph")
+            page.locator("img[src*=file]:visible").first.wait_for()
+            page.get_by_role("button", name="Find", exact=True).click()
             page.locator("img[src^='data:image']:visible").first.wait_for()
             page.get_by_role("tab", name="Walk").click()
             page.click("text=Draw at random")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ def install_torch(pip: list, python: str) -> None:
         if not source and not plain_pip_has_cpu_build(pip, pin):
             continue
         command = [*pip, "install", "--retries", "1", "--timeout", "15", *source, pin]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+        if patient(command)[0] == 0:
             return
     print("no CPU build of torch can be reached; installing the default build", flush=True)
     run([*pip, "install", pin])
@@ -95,10 +96,21 @@ def has_nvidia_gpu() -> bool:
 
 def run(command: list) -> None:
     """Warnings of a command that succeeds are left out: they are of other packages."""
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if result.returncode != 0:
-        print(result.stderr, file=sys.stderr)
-        sys.exit(f"error: {' '.join(command[:8])} ... failed with status {result.returncode}; its output is above")
+    status, said = patient(command)
+    if status != 0:
+        print(said, file=sys.stderr)
+        sys.exit(f"error: {' '.join(command[:8])} ... failed with status {status}; its output is above")
+
+
+def patient(command: list) -> tuple[int, str]:
+    """(status, standard error) of a command; a long one says every 20 seconds that it lives."""
+    process, begun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), time.monotonic()
+    while True:
+        try:
+            _, said = process.communicate(timeout=20)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            print(f"    at it for {time.monotonic() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -83,17 +83,22 @@ def unused(stem: str, taken: set[str]) -> str:
     return name
 
 
-def segmented(
-    subject: Subject, file: Path, image: Tensor, levels: np.ndarray, target: Path, side: int
-) -> DensePrediction:
-    from PIL import Image
-
+def pixel_scores(subject: Subject, image: Tensor, side: int) -> Tensor:
+    """(c y x) in [0, 1] -> (k y x) at its own size; a segmenter sees it with a short side of `side`, 0: as it is."""
     mean, std = (image.new_tensor(v).view(-1, 1, 1) for v in (subject.picture.mean, subject.picture.std))
     x, own = ((image - mean) / std)[None], image.shape[1:]
     if side:
         scaled = [max(1, round(s * side / min(own))) for s in own]
         x = F.interpolate(x, scaled, mode="bilinear", align_corners=False, antialias=True)
-    classes = class_scores(subject.model, x, own)[0].argmax(0).cpu().numpy()
+    return class_scores(subject.model, x, own)[0]
+
+
+def segmented(
+    subject: Subject, file: Path, image: Tensor, levels: np.ndarray, target: Path, side: int
+) -> DensePrediction:
+    from PIL import Image
+
+    classes = pixel_scores(subject, image, side).argmax(0).cpu().numpy()
     colours = class_colours(subject.model.num_classes)
     Image.fromarray(blended(levels, classes, colours)).save(target)
     ids = Image.fromarray(classes.astype(np.uint8 if classes.max() < 256 else np.uint16))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from ssmzoo.suggest import nearest
 from ssmzoo.train import config as configuration
 from ssmzoo.train.errors import UserError, user_errors
 from ssmzoo.train.quiet import quiet
-from ssmzoo.train.report import show, write_report
+from ssmzoo.train.report import show, typed, write_report
 from ssmzoo.zoo import build_recorded
 
 KEYS = ("ckpt", "which", "data", "task", "out", "seed")
@@ -28,7 +26,7 @@ def evaluate(cfg: DictConfig) -> float:
     report = task.report(out, validation)
     more = task.evaluate(out, data)
     rows, texts = report.rows | more.rows, report.texts | more.texts
-    write_report(out, f"evaluation of {folder}", shlex.join(sys.argv), rows, texts, report.figures + more.figures)
+    write_report(out, f"evaluation of {folder}", typed(), rows, texts, report.figures + more.figures)
     show(rows, texts)
     print(f"\nwritten to {out}")
     return validation.get(task.monitor, float("nan"))

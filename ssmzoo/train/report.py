@@ -65,10 +65,16 @@ def write_interrupted(run_dir: Path, status: str) -> None:
             "training loss": f"{losses[-1]:.4g} (last)" if losses else "-",
             f"best val/{monitor}": f"{best['value']:.4g} ({best['name']})" if best else "-",
         }
-        command, pictures = shlex.join(sys.argv), [figures] if figures else []
-        write_report(run_dir, f"{run_dir.parent.name}: {run_dir.name}", command, found, {}, pictures)
+        pictures = [figures] if figures else []
+        write_report(run_dir, f"{run_dir.parent.name}: {run_dir.name}", typed(), found, {}, pictures)
     except (OSError, ValueError, KeyError) as error:
         print(f"warning: no report of the run so far ({error})", flush=True)
+
+
+def typed() -> str:
+    """The command that runs, as one types it wherever the checkout lies: `python train.py ...`, `ssmzoo train ...`."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", program] if program.endswith(".py") else program.split()), *sys.argv[1:]])
 
 
 def draw_curves(metrics_csv: Path, png: Path, monitor: str, title: str) -> Path | None:

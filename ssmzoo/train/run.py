@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from ssmzoo.train.manifest import threads_note
 from ssmzoo.train.progress import clock
 from ssmzoo.train.quiet import quiet
 from ssmzoo.train.recomputation_cost import describe
-from ssmzoo.train.report import backends_line, draw_curves, show, write_interrupted, write_report
+from ssmzoo.train.report import backends_line, draw_curves, show, typed, write_interrupted, write_report
 from ssmzoo.train.tracking import ending_wandb
 
 __all__ = ["evaluate", "train"]
@@ -176,7 +175,7 @@ def report(objects: Objects, loop: Loop, folder: Path, seconds: float) -> float:
     title = f"{objects.model_name}, seed {plain['seed']}"
     curves = draw_curves(folder / "metrics.csv", folder / "curves.png", task.monitor, title)
     figures = ([curves] if curves else []) + found.figures
-    write_report(folder, f"{objects.model_name}: {folder.name}", shlex.join(sys.argv), rows, found.texts, figures)
+    write_report(folder, f"{objects.model_name}: {folder.name}", typed(), rows, found.texts, figures)
     print()
     show(rows, found.texts)
     print(f"\nrun folder: {folder}")
