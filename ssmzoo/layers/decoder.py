@@ -277,8 +277,10 @@ def leading_positions(
         return packed_prefixes(prefix, input_ids, state, padding, seq_idx, blocks)
     if prefix.ndim > 1 or prefix.is_floating_point() or prefix.dtype == torch.bool or prefix.numel() not in (1, b):
         raise ValueError(f"prefix must be an integer or {b} of them, got {prefix.dtype} {tuple(prefix.shape)}")
-    if not torch.compiler.is_compiling():
-        most = torch.full((b,), length, device=prefix.device) if padding is None else padding.lengths
+    most = torch.full((b,), length, device=prefix.device) if padding is None else padding.lengths
+    if not prefix.is_cpu:
+        prefix = torch.minimum(prefix.clamp(min=0), most)  # what a GPU holds is not waited for
+    elif not torch.compiler.is_compiling():
         if bool((prefix < 0).any() | (prefix > most).any()):
             raise ValueError(
                 f"prefix = {prefix.tolist()} must lie in 0..{most.tolist()}, the lengths of the rows: it is read "
@@ -306,7 +308,7 @@ def packed_prefixes(
         raise ValueError(f"prefix has shape {tuple(prefix.shape)}, input_ids want {tuple(input_ids.shape[:2])}")
     if padding is not None:
         prefix = padding.align(prefix) & padding.mask
-    if not torch.compiler.is_compiling():
+    if prefix.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to be waited for
         begins = prefix[:, 1:] & ~prefix[:, :-1]  # where a prefix begins inside of a row
         if seq_idx is not None:
             begins = begins & (seq_idx[:, 1:] == seq_idx[:, :-1])

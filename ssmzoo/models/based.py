@@ -132,7 +132,10 @@ class LearnedPositions(nn.Module):
     def forward(
         self, input_ids: Tensor, done: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(b l) -> vectors (b l d), and the tokens (b) of the open document so far. ValueError behind the table."""
+        """(b l) -> vectors (b l d), and the tokens (b) of the open document so far.
+
+        ValueError behind the table; on a GPU, which would have to be waited for, NaN there.
+        """
         padding = left_align(mask)
         seq_idx = seq_idx if padding is None else padding.align_seq_idx(seq_idx)
         position, _ = document_positions(*input_ids.shape[:2], input_ids.device, done, seq_idx)
@@ -140,6 +143,9 @@ class LearnedPositions(nn.Module):
         if padding is not None:
             position = padding.restore(position.masked_fill(~padding.mask, 0))
         n = self.n_positions
+        if not position.is_cpu:
+            there = position < n
+            return self.table(position.clamp(max=n - 1)).masked_fill(~there[..., None], math.nan), after
         if not torch.compiler.is_compiling() and not transformed() and int(position.max()) >= n:
             raise ValueError(
                 f"the sequence reaches position {int(position.max())}, the model has learned positions for {n} tokens"

@@ -61,7 +61,7 @@ class PrefixLinearAttention(TaylorAttention):
 
     def read(self, x: Tensor, inside: Tensor, keep: Tensor | None) -> Tensor:
         """The sums over the prefix, where inside (b l) is True; keep (b l): False for keys to be set to zero."""
-        if not torch.compiler.is_compiling():
+        if inside.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             m = int(inside.sum(1).max())  # nothing is computed behind the longest prefix
             x, inside, keep = x[:, :m], inside[:, :m], None if keep is None else keep[:, :m]
         k, v = self.heads(self.proj_k_enc(x)), self.heads(self.proj_v_enc(x))

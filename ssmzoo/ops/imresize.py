@@ -42,11 +42,11 @@ def resize_taps(length: int, scale: float, antialias: bool = True) -> tuple[Tens
 
 
 @functools.lru_cache(maxsize=64)
-def kept_taps(length: int, scale: float, antialias: bool) -> tuple[Tensor, Tensor]:
-    """`resize_taps` without the taps that no output needs."""
+def kept_taps(length: int, scale: float, antialias: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`resize_taps` without the taps that no output needs, where the images lie: copied there once."""
     index, weights = resize_taps(length, scale, antialias)
     used = (weights != 0).any(dim=0)
-    return index[:, used], weights[:, used]
+    return index[:, used].to(device), weights[:, used].to(device)
 
 
 def imresize(image: Tensor, scale: float, antialias: bool = True) -> Tensor:
@@ -61,9 +61,11 @@ def imresize(image: Tensor, scale: float, antialias: bool = True) -> Tensor:
         raise ValueError(f"scale is {scale}; it must be positive")
     if not image.is_floating_point():
         raise ValueError(f"imresize takes floating-point images in [0, 1], got {image.dtype}; divide by 255 first")
-    taps = kept_taps if eager(image) else resize_taps  # what a trace makes must not be kept
     for dim in (-2, -1):
-        index, weight = (t.to(image.device) for t in taps(image.shape[dim], float(scale), antialias))
+        if eager(image):
+            index, weight = kept_taps(image.shape[dim], float(scale), antialias, image.device)
+        else:  # what a trace makes must not be kept
+            index, weight = (t.to(image.device) for t in resize_taps(image.shape[dim], float(scale), antialias))
         moved = image.movedim(dim, -1)
         moved = (moved[..., index] * weight.to(image.dtype)).sum(dim=-1)
         image = moved.movedim(-1, dim)

@@ -85,11 +85,8 @@ class ImageClassification(Task):
 
     def step(self, batch, training: bool) -> StepOutput:
         images, labels = batch["image"], batch["label"]
-        if int(labels.max()) >= self.classes:
-            raise ValueError(
-                f"an image has label {int(labels.max())}, but the model has {self.classes} classes (0 to "
-                f"{self.classes - 1}); build it with num_classes={int(labels.max()) + 1} or more"
-            )
+        if labels.is_cpu:
+            self._check_labels(labels)
         if not training:
             return self._measure(self.model(images), labels)
         if self.mix is not None and len(images) % 2 == 0:
@@ -105,6 +102,19 @@ class ImageClassification(Task):
             distilled = soft_cross_entropy(logits, taught)
             loss, metrics = loss + self.mesa * distilled, metrics | {"mesa": distilled.detach()}
         return StepOutput(loss, metrics, len(images))
+
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
+        """Labels are looked at while they are here: a GPU would have to be waited for."""
+        if device.type != "cpu" and batch["label"].is_cpu:
+            self._check_labels(batch["label"])
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if int(labels.max()) >= self.classes:
+            raise ValueError(
+                f"an image has label {int(labels.max())}, but the model has {self.classes} classes (0 to "
+                f"{self.classes - 1}); build it with num_classes={int(labels.max()) + 1} or more"
+            )
 
     def _measure(self, logits: Tensor, labels: Tensor) -> StepOutput:
         best = logits.topk(min(5, self.classes), dim=-1).indices  # (b 5)

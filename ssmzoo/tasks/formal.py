@@ -22,14 +22,15 @@ IGNORE = -100
 def consistency(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Variance of the logits within a class over their whole variance; 0 when equal answers have equal logits.
 
-    logits (m c), labels (m) without ignored ones. Cross entropy fades once every answer is right; this does not, so
-    that a
-    recurrence keeps being pulled towards one that neither drifts nor decays.
+    logits (m c), labels (m), of which those that are IGNORE do not count. Cross entropy fades once every answer is
+    right; this does not, so that a recurrence keeps being pulled towards one that neither drifts nor decays.
     """
-    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).unsqueeze(-1)
-    means = logits.new_zeros(num_classes, logits.shape[-1]).index_add(0, labels, logits) / counts
-    within = (logits - means[labels]).square().mean()
-    total = (logits - logits.mean(0)).square().mean()
+    member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(logits.dtype)  # (m classes)
+    counted = member.sum(-1, keepdim=True)  # 1, or 0 where ignored
+    means = member.mT @ logits / member.sum(0).clamp(min=1)[:, None]
+    mean = (counted * logits).sum(0) / counted.sum().clamp(min=1)
+    within = (counted * (logits - member @ means).square()).sum()
+    total = (counted * (logits - mean).square()).sum()
     return within / total.clamp(min=1e-12)
 
 
@@ -88,13 +89,16 @@ class FormalLanguage(Task):
         labels = batch["labels"]  # (b l)
         asked = labels != IGNORE
         count = asked.sum()
-        chosen = logits[asked] if not bool(asked.all()) else logits.flatten(0, 1)  # (m c)
-        labels = labels[asked]
+        if labels.is_cpu:  # a GPU would have to be waited for
+            chosen = logits[asked] if not bool(asked.all()) else logits.flatten(0, 1)  # (m c)
+            labels = labels[asked]
+        else:
+            chosen, labels = logits.flatten(0, 1), labels.flatten()
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(chosen, labels, reduction="sum") / count.clamp(min=1)
+        cross_entropy = F.cross_entropy(chosen, labels, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
         loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach()}
         if self.measuring or not training:
-            metrics["accuracy"] = (chosen.argmax(-1) == labels).double().mean()
+            metrics["accuracy"] = (chosen.argmax(-1) == labels).double().sum() / count
         if self.consistency and len(labels):
             spread = consistency(chosen, labels, self.num_classes)
             loss, metrics["spread"] = loss + self.consistency * spread, spread.detach()

@@ -107,7 +107,7 @@ class LanguageModeling(Task):
 
     def labelled(self, batch) -> Tensor:
         count = (self.labels(batch) != IGNORE).sum()
-        return count if self.keep_tokens == 1 else torch.full_like(count, kept_tokens(count, self.keep_tokens))
+        return count if self.keep_tokens == 1 else kept_tokens(count, self.keep_tokens)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

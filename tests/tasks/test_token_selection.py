@@ -23,7 +23,7 @@ def test_the_hardest_tokens_are_kept(share, count, by):
     logits, labels = batch()
     found = select_tokens(logits, labels, share, by)
     kept = found != -100
-    assert int(kept.sum()) == count == kept_tokens(14, share) and torch.equal(found[kept], labels[kept])
+    assert int(kept.sum()) == count == kept_tokens(torch.tensor(14), share) and torch.equal(found[kept], labels[kept])
     p = logits.softmax(-1)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view(2, 9)
     score = loss if by == "loss" else -(p * p.log()).sum(-1)

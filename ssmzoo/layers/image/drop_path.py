@@ -45,7 +45,7 @@ class FusedDropPathAdd(DropPath):
         if not (self.p and self.training):
             return x + through(branch, x)
         factors = self.factors(x)
-        if self.per_sample and x.device.type == "cpu" and eager(x):
+        if self.per_sample and x.is_cpu and eager(x):
             return self.add_kept(x, branch, factors)
         return torch.addcmul(x, through(branch, x), factors)
 

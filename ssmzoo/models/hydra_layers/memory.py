@@ -100,7 +100,7 @@ class Workspace(nn.Module):
         slots, read, before = (start, torch.zeros_like(x[:, 0]), None) if state is None else state
         cut = chunks(x, self.chunk_size, before, mask, seq_idx)
         reads = [torch.zeros_like(read), read]
-        chunk_count = int(cut.last.max()) + 1 if eager(x) else cut.sums.shape[1]
+        chunk_count = int(cut.last.max()) + 1 if x.is_cpu and eager(x) else cut.sums.shape[1]
         for i in range(2, chunk_count):  # chunk i begins
             begins, exists = cut.begins[:, i, None, None], (i <= cut.last)[:, None, None]
             now, read = self.update(slots, cut.sums[:, i - 1] / self.chunk_size)

@@ -1,16 +1,18 @@
-"""causal_conv1d_fn on our GPU kernels (triton_kernels.py). One token at a time is left to the torch form: it
-moves a few kilobytes."""
+"""causal_conv1d_fn and causal_conv1d_update on our GPU kernels (triton_kernels.py)."""
 
 from __future__ import annotations
 
 import torch
 
-from ssmzoo.ops.causal_conv1d import empty_gradients, register
+from ssmzoo.ops.causal_conv1d import causal_conv1d_update, empty_gradients, register
 from ssmzoo.ops.checks import resets, why_not_float
-from ssmzoo.ops.library import Kernel
+from ssmzoo.ops.eager import eager, needs_grad
+from ssmzoo.ops.library import Kernel, in_place
+from ssmzoo.ops.rows import checked
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides, whole
 
 TILE, SHORT = 1024, 16  # elements of a tile; its length across the neighbouring elements, at most
+UPDATE_TILE = 1024  # elements of the past inputs that a program of the update holds, at most
 
 
 def _tiles(x, length: int) -> tuple[tuple[int], int, dict]:
@@ -102,3 +104,52 @@ def why_not(a) -> str | None:
 
 
 register("triton", Kernel(forward, backward), device=DEVICE, missing=MISSING, unsupported=why_not)
+
+
+def _update(a) -> torch.Tensor:
+    from ssmzoo.ops.causal_conv1d import triton_kernels as kernels
+
+    out = torch.empty_like(a.x)
+    x, y = (t if t.ndim == 3 else t[..., None] for t in (a.x, out))
+    (b, c, l), (held, _, size), rows = x.shape, a.conv_state.shape, a.conv_state_indices
+    if rows is not None and rows.is_cpu:
+        checked(rows, a.conv_state)
+    if not out.numel():
+        return out
+    S = power_of_2(size)
+    C, T = min(power_of_2(c), max(1, UPDATE_TILE // S)), min(SHORT, power_of_2(l))
+    with on_device_of(x):
+        kernels.update[(-(-c // C) * b,)](
+            x,
+            a.conv_state,
+            a.weight.contiguous(),
+            None if a.bias is None else a.bias.contiguous(),
+            a.cache_seqlens,
+            rows,
+            y,
+            *map(strides, (x, a.conv_state, y)),
+            c,
+            l,
+            size,
+            held,
+            SILU=a.activation is not None,
+            K=a.weight.shape[1],
+            C=C,
+            T=T,
+            S=S,
+            num_warps=4,
+        )
+    return out
+
+
+TRACED = in_place("causal_conv1d_update_triton", causal_conv1d_update.Arguments, "conv_state", _update, like="x")
+
+
+def why_not_update(a) -> str | None:
+    given = (a.x, a.conv_state, a.weight, a.bias)
+    return "has no backward; the torch backend does" if needs_grad(*given) else why_not_float(*given)
+
+
+@causal_conv1d_update.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not_update)
+def causal_conv1d_update_triton(a) -> torch.Tensor:
+    return _update(a) if eager(a.x, a.conv_state) else TRACED(*a)

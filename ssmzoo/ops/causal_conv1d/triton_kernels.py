@@ -173,3 +173,78 @@ def backward_inputs(
     store_tile(dx, dx_stride, b, c, p, total, own[:, None] & known[None, :])
     if dfirst is not None:
         store_tile(dfirst, dfirst_stride, b, c, p + K - 1, total, own[:, None] & (p < 0)[None, :])
+
+
+@triton.jit
+def update(
+    x,
+    state,
+    weight,
+    bias,
+    seen,
+    rows,
+    out,
+    x_stride,
+    state_stride,
+    out_stride,
+    channels,
+    length,
+    size,
+    held,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    S: tl.constexpr,
+):
+    """The next tokens, in place on the state (row c s): shifted by their number, or, with `seen` (b), circular.
+
+    held is how many rows the states have: a sequence of a row beyond gets NaN and touches nothing.
+    """
+    blocks, program = tl.cdiv(channels, C), tl.program_id(0).to(tl.int64)
+    c, b = program % blocks * C + tl.arange(0, C), program // blocks
+    own = c < channels
+    row = tl.zeros([1], tl.int64) + b
+    if rows is not None:
+        row = tl.load(rows + row).to(tl.int64)
+    there = (row >= 0) & (row < held)
+    first = tl.zeros([1], tl.int64)
+    if seen is not None:
+        first += tl.load(seen + b).to(tl.int64)
+    for start in range(0, length, T):
+        t = start + tl.arange(0, T).to(tl.int64)
+        y = tl.zeros([C, T], tl.float32)
+        for j in range(K):
+            p = t - (K - 1) + j
+            new = tile(x, x_stride, b, c, p, own[:, None] & ((p >= 0) & (t < length))[None, :])
+            if seen is None:
+                slot = size + p
+            else:
+                slot = (first + p + size) % tl.maximum(size, 1)  # p >= -(K-1) >= -size
+            past = tile(state, state_stride, row, c, slot, own[:, None] & ((p < 0) & there)[None, :])
+            past = past.to(x.dtype.element_ty).to(tl.float32)  # as the inputs: rounded to their dtype
+            tap = tl.load(weight + c * K + j, own, 0.0).to(tl.float32)
+            y += tl.where((p < 0)[None, :], past, new) * tap[:, None]
+        if bias is not None:
+            y += tl.load(bias + c, own, 0.0).to(tl.float32)[:, None]
+        if SILU:
+            y = silu(y)
+        if rows is not None:
+            y = tl.where(row < 0, 0.0, tl.where(row < held, y, float("nan")))
+        store_tile(out, out_stride, b, c, t, y, own[:, None] & (t < length)[None, :])
+    s = tl.arange(0, S).to(tl.int64)
+    if seen is None:
+        p = s + length - size  # the input that slot s holds afterwards
+        slot = s
+    else:
+        kept = tl.minimum(length, size)
+        p = tl.where(s < kept, length - kept + s, length)
+        slot = (first + p) % tl.maximum(size, 1)
+    new = tile(x, x_stride, b, c, p, own[:, None] & ((p >= 0) & (p < length))[None, :])
+    written = own[:, None] & ((s < size) & (p < length) & there)[None, :]
+    if seen is None:
+        past = tile(state, state_stride, row, c, s + length, own[:, None] & ((s + length < size) & there)[None, :])
+        past = past.to(x.dtype.element_ty).to(tl.float32)
+        new = tl.where((p >= 0)[None, :], new, past)
+    tl.debug_barrier()  # everything is read before anything is overwritten
+    store_tile(state, state_stride, row, c, slot, new, written)

@@ -10,6 +10,7 @@ dT_t = g_t h_{t-1}', and through the column norm v of M = T v:  dM = (dT - sign(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,12 @@ SLICE_ELEMENTS = 1 << 22  # elements of the transitions that exist at one time
 
 
 def symbols_forward(a: Symbols, save: bool):
-    check_codes(a.codes, a.T.shape[0])
+    s = a.T.shape[0]
+    if a.codes.is_cpu:
+        check_codes(a.codes, s)
+    else:  # without waiting for the device: NaN where the reference raises
+        known = (a.codes >= 0) & (a.codes & (SKIP - 1) < s)
+        a = a._replace(x=a.x.masked_fill(~known[..., None], math.nan), codes=a.codes.masked_fill(~known, 0))
     return _forward(lambda now: _pick(a.T, a.codes[:, now]), a), None
 
 
@@ -36,8 +42,11 @@ def symbols_backward(a: Symbols, states: Tensor, d_last: Tensor, d_states: Tenso
     before = _before(states, a.h0).flatten(0, 1)  # (b l n)
     flat, dT = a.codes.flatten(), torch.zeros_like(a.T)
     for s in range(a.T.shape[0]):
-        at = (flat == s).nonzero().squeeze(1)
-        dT[s] = g.flatten(0, 1)[at].mT @ before[at]
+        if flat.is_cpu:
+            at = (flat == s).nonzero().squeeze(1)
+            dT[s] = g.flatten(0, 1)[at].mT @ before[at]
+        else:  # without waiting for the device
+            dT[s] = g.flatten(0, 1).masked_fill((flat != s)[:, None], 0).mT @ before
     return {"T": dT, "x": _unless_skipped(g, a.codes), "h0": d_h0}
 
 
@@ -143,7 +152,7 @@ def _pick(T: Tensor, codes: Tensor) -> Tensor:
 def _flagged(T: Tensor, codes: Tensor) -> Tensor:
     """T (c b n n) with 1 at masked steps and 0 at resets."""
     codes = codes.mT
-    if codes.numel() == 0 or int(codes.max()) < SKIP:
+    if codes.numel() == 0 or codes.is_cpu and int(codes.max()) < SKIP:
         return T
     skipped = (codes & SKIP).bool()[..., None, None]
     T = torch.where(skipped, torch.eye(T.shape[-1], dtype=T.dtype, device=T.device), T)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ssmzoo.ops.eager import why_not_eager
 from ssmzoo.ops.gated_layer_norm import gated_layer_norm
-from ssmzoo.ops.gated_layer_norm.torch import gated_layer_norm_torch
-from ssmzoo.ops.library import Differentiable, Kernel
+from ssmzoo.ops.gated_layer_norm.torch import NORM
+from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import commit, kernel
 
 FORWARD, MISSING = kernel("ssmzoo_gated_layer_norm")
@@ -53,7 +53,6 @@ def backward(a, moments: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"x": dx, "z": dz, "weight": dweight, "bias": dbias}
 
 
-NORM = Differentiable("gated_layer_norm", gated_layer_norm.Arguments, saved="moments", twice=gated_layer_norm_torch)
 NORM.kernels["c"] = Kernel(forward, backward)
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 SCORES = ("loss", "entropy")
 
 
-def kept_tokens(count: Tensor | int, share: float) -> int:
+def kept_tokens(count: Tensor | int, share: float) -> Tensor | int:
     """How many of `count` labelled tokens are kept: the share rounded up, so that one is kept where there is one."""
-    return math.ceil(round(share * int(count), 9))
+    if isinstance(count, int):
+        return math.ceil(round(share * count, 9))
+    return torch.ceil(torch.round(share * count.double(), decimals=9)).long()
 
 
 @torch.no_grad()
@@ -34,5 +36,6 @@ def select_tokens(logits: Tensor, labels: Tensor, share: float, by: str = "loss"
         log_p = logits.log_softmax(-1)
         scores = -(log_p.exp() * log_p).sum(-1)
     real = flat != ignore
-    hardest = scores.masked_fill(~real, -math.inf).topk(kept_tokens(real.sum(), share)).indices
-    return torch.full_like(flat, ignore).index_copy(0, hardest, flat[hardest]).view_as(labels)
+    order = scores.masked_fill(~real, -math.inf).argsort(descending=True)  # a number of tokens is not known on a GPU
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return flat.masked_fill(rank >= kept_tokens(real.sum(), share), ignore).view_as(labels)
