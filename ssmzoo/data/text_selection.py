@@ -5,7 +5,8 @@
     keep     the best `share` of them; neighbours that stay are one document
 
     dsir     importance resampling (Xie et al. 2023, arXiv 2302.03169): hashed unigrams and bigrams c (buckets) of
-             a piece under the target's and the corpus's bag of n-grams, log w = sum of c (log p - log q), plus Gumbel noise
+             a piece under the target's and the corpus's bag of n-grams, log w = sum of c (log p - log q), plus Gumbel
+             noise
     zip      alignment by compression (Obbad et al. 2024, arXiv 2410.18194): 1 - the mean of the normalised compression
              distances NCD(x, t) = (C(x + t) - min(C(x), C(t))) / max(C(x), C(t)) to pieces t of the target
     random   a draw: what the others are compared with
