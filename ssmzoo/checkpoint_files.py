@@ -32,6 +32,7 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"no checkpoint or run folder at {path}")
+    given = path
     if path.is_file():
         path = path.parent
     if (path / MANIFEST).exists():
@@ -39,6 +40,8 @@ def find_checkpoint(path: str | Path, prefer: str = "best") -> Path:
     store = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     index = read_index(store)
     if index is None:
+        if given.is_file():
+            raise CheckpointError(f"{given} stands in no checkpoint of a run; `ssmzoo info FILE` says what a file is")
         raise CheckpointError(
             f"{path} is neither a run folder (with checkpoints/{INDEX}) nor a checkpoint ({MANIFEST})"
         )
@@ -119,7 +122,9 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint folder, with the files it lists checked against their SHA-256."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+        newer = isinstance(there := manifest.get("format"), int) and there > FORMAT
+        more = ": a newer ssmzoo wrote it, update this one" if newer else ""
+        raise CheckpointError(f"{folder / MANIFEST} has format {there!r}; this version reads {FORMAT}{more}")
     for name, digest in manifest.get("files", {}).items():
         if not plain(name):
             raise CheckpointError(f"{folder / MANIFEST} lists {name!r}, a path outside the checkpoint folder: refused")

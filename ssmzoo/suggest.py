@@ -9,8 +9,8 @@ from typing import Any
 
 
 def nearest(name: str, choices) -> str:
-    """'; nearest: a, b' for an error message; empty when nothing is close."""
-    choices, name = [str(c) for c in choices], str(name)
+    """'; nearest: a, b' for an error message; empty when nothing is close. Of owner/name the name counts."""
+    choices, name = list(dict.fromkeys(map(str, choices))), str(name).rpartition("/")[2]
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     if not close and len(name) > 2:  # a part of a longer name
         close = [c for c in choices if len(c) > 2 and (c.startswith(name) or name.startswith(c))][:3]

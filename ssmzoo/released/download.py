@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 from ssmzoo.released.catalogue import Asset, ByHand, Hub, Weights
+from ssmzoo.released.family import find
 from ssmzoo.released.files import CheckpointError, read_state_dict, weight_files
+from ssmzoo.released.fit import check_fit
 
 TRUE = ("1", "true", "yes", "on")
 
@@ -91,6 +93,8 @@ def keep(entry: Weights, path: Path, file: str | Path | None) -> Path:
     except CheckpointError:
         discard(path, file)
         raise
+    if file is not None:
+        refuse_misfit(entry, state, path)
     state = {key: value.clone().contiguous() for key, value in state.items()}  # tied tensors are stored twice
     kept = weights_folder() / f"{entry.name}.safetensors"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,20 @@ def keep(entry: Weights, path: Path, file: str | Path | None) -> Path:
     if isinstance(entry.source, Asset):  # the hub's cache is shared with other programs and stays
         discard(path, file)
     return kept
+
+
+def refuse_misfit(entry: Weights, state: dict[str, torch.Tensor], path: Path) -> None:
+    """CheckpointError when a file that a person names is none of the entry's model; nothing of its size is built."""
+    from ssmzoo.presets import build_preset
+
+    with torch.device("meta"):
+        model = build_preset(entry.preset, **entry.model)
+    convert, ours = find(entry.family, "from_official"), None
+    try:
+        ours = convert(model, dict(state)) if convert else dict(state)
+    except (LookupError, RuntimeError, ValueError, StopIteration):  # tensors that the family's key map does not expect
+        ours = dict(state)
+    check_fit(model, ours, f"{entry.name} ({path} was given for it)", entry.family)
 
 
 def note_of(entry: Weights) -> Path:

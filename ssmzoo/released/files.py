@@ -94,6 +94,10 @@ def read_content(path: Path) -> Any:
         refuse_zip_bomb(path)
         if zipfile.is_zipfile(path):
             return read_archive(path)
+        if is_cut_off(path):
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint (cut off or damaged?): its last part is missing"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)  # the form before torch 1.6, or damaged
     except CheckpointError:
         raise
@@ -106,6 +110,8 @@ def read_content(path: Path) -> Any:
         raise CheckpointError(f"{path} was refused: it is no file of weights that torch.save wrote") from None
     except Exception as error:  # safetensors has types of its own, a damaged pickle raises any
         reason = (str(error).splitlines() or [""])[0]
+        if path.suffix == ".safetensors":
+            raise CheckpointError(f"{path} cannot be read as a checkpoint (cut off or damaged?): {reason}") from None
         raise CheckpointError(f"{path} was refused: {type(error).__name__}: {reason}") from None
 
 
@@ -148,6 +154,12 @@ def _all_there(folder: Path, names: list[str]) -> list[Path]:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder} is incomplete: it lacks {', '.join(missing[:4])}{more} of {len(names)} shards")
     return [folder / name for name in names]
+
+
+def is_cut_off(path: Path) -> bool:
+    """Does a file begin as torch.save's archives do? (One that is whole has been recognised by its end.)"""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def refuse_zip_bomb(path: Path) -> None:

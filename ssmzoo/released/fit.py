@@ -27,8 +27,15 @@ def fit_state_dict(
 
     Tensors of another floating type become the module's, with a warning that names both.
     """
-    own = module.state_dict()
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    check_fit(module, state, what, family)
+    say_conversion(module.state_dict(), state, what)
+    module.load_state_dict(state, assign=assign)
+
+
+def check_fit(module: nn.Module, state: dict[str, Tensor], what: str, family: str | None = None) -> None:
+    """CheckpointError unless `state` has the module's keys and shapes; nothing is loaded."""
+    own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [
         f"{k}: {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model"
@@ -47,8 +54,6 @@ def fit_state_dict(
         if len(heads) == len(wrong) > 0 and not missing and not extra and hasattr(module, "num_classes"):
             hint = f"; the head of the file has {heads[0]} classes: build the model with num_classes={heads[0]}"
         raise CheckpointError(f"the checkpoint does not fit {what}; " + "; ".join(problems) + hint)
-    say_conversion(own, state, what)
-    module.load_state_dict(state, assign=assign)
 
 
 def say_conversion(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:

@@ -85,7 +85,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[f"{family}-{cls}" for family, cls in LAYOUTS])
-def test_every_official_layout_is_fetched_by_name(layout, hub, monkeypatch):
+def test_every_official_layout_is_fetched_by_name(layout, hub, monkeypatch, tmp_path):
     family, cls = layout
     wrapper = LAYOUTS[layout].wrappers[0] if cls not in ("MambaLM", "Mamba2LM", "Mamba3LM") else ""
     preset, *changes = SMALL[cls]
@@ -97,6 +97,8 @@ def test_every_official_layout_is_fetched_by_name(layout, hub, monkeypatch):
     before = len(hub.requests)
     assert equal(ssmzoo.create_model(entry.preset, pretrained=True), model)
     assert len(hub.requests) == before  # the second comes from this machine
+    (tmp_path / "mine.pth").write_bytes(hub.files["owner/repo/weights.pth"])
+    assert fetch(entry, tmp_path / "mine.pth").exists()  # as a file that a person brings
 
 
 def test_the_familys_choice_of_weights_is_taken_by_every_route(hub, monkeypatch):
@@ -256,6 +258,12 @@ def test_files_for_a_browser_are_taken_in_by_hand(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "catalogue", lambda: {"vmamba": by_hand})
     with pytest.raises(DownloadError, match="cannot be fetched by a program.*drive.google.com/file/d/key"):
         ssmzoo.create_model("vmamba", pretrained=True)
+    lm = ("backbone.embedding.weight", "backbone.layers.0.mixer.x_proj.weight")
+    for looks, keys in {"a ResNet": ("layer1.0.conv1.weight",), "family 'mamba'": lm}.items():
+        (tmp_path / "other.pth").write_bytes(pickled({key: torch.zeros(2, 2) for key in keys}))
+        with pytest.raises(ssmzoo.released.files.CheckpointError, match=f"does not fit vmamba .*other.pth.*{looks}"):
+            fetch(by_hand, tmp_path / "other.pth")
+    assert not note_of(by_hand).exists()
     (tmp_path / "mine.pth").write_bytes(hub.files["owner/repo/weights.pth"])
     fetch(by_hand, tmp_path / "mine.pth")
     assert equal(ssmzoo.create_model("vmamba", pretrained=True), model) and (tmp_path / "mine.pth").exists()

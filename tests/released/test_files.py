@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ssmzoo.checkpoint_files import FORMAT, read_manifest
 from ssmzoo.released.files import CheckpointError, read_state_dict, read_weight_file
 from ssmzoo.released.unpickle import STORAGES, Record
 
@@ -231,3 +232,19 @@ def test_a_tensor_whose_values_are_not_in_the_file_is_refused(tmp_path):
         read_state_dict(tmp_path / "empty.pt")
     torch.save({"nothing": torch.empty(0, 3)}, tmp_path / "none.pt")
     same(read_state_dict(tmp_path / "none.pt"), {"nothing": torch.empty(0, 3)})
+
+
+@pytest.mark.parametrize("suffix, said", [(".pth", "its last part is missing"), (".safetensors", "cut off or damaged")])
+def test_half_a_file_is_named_as_that(tmp_path, suffix, said):
+    whole, half = tmp_path / f"whole{suffix}", tmp_path / f"half{suffix}"
+    state = {"a": torch.randn(50, 50)}
+    torch.save(state, whole) if suffix == ".pth" else save_file(state, whole)
+    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=said):
+        read_state_dict(half)
+
+
+def test_a_newer_format_of_checkpoints_is_named_as_that(tmp_path):
+    (tmp_path / "manifest.json").write_text(f'{{"format": {FORMAT + 1}}}')
+    with pytest.raises(CheckpointError, match="a newer ssmzoo wrote it, update this one"):
+        read_manifest(tmp_path)
