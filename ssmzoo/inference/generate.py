@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FINISHED = -1  # in place of a token of a sequence that has ended
+from ssmzoo.inference.captured import StaticStep, cuda_graph, why_not_static
+
+FINISHED, BROKEN = -1, -2  # in place of a token: the sequence has ended; its logits were NaN
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,18 @@ class Sampling:
         return logits
 
     def draw(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Logits (b v) -> token (b)."""
-        if bool(logits.isnan().any()):
-            raise ValueError("the model's logits are NaN; its weights or its input are not usable")
-        logits = self.filter(logits.float(), seen)
-        if self.greedy or self.temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        """Logits (b v) -> token (b). ValueError for logits that are NaN."""
+        return usable(self.choose(logits, seen, generator))
+
+    def choose(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Logits (b v) -> token (b), BROKEN where a logit is NaN. Nothing is read from a GPU."""
+        logits = logits.float()
+        broken = logits.isnan().any(-1)
+        logits = self.filter(logits.masked_fill(broken[:, None], 0), seen)
+        if not self.greedy and self.temperature != 0:
+            chance = logits.softmax(-1)  # torch.multinomial's way, without its checks: they wait for the GPU
+            logits = chance / torch.empty_like(chance).exponential_(generator=generator)
+        return logits.argmax(-1).masked_fill(broken, BROKEN)
 
 
 @torch.no_grad()
@@ -155,22 +163,79 @@ def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, reading, 
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=logits.device)
         seen = _seen(input_ids, mask, logits[:, :vocab_size]) if sampling.repetition_penalty != 1 else None
         alive = torch.ones(len(input_ids), dtype=torch.bool, device=logits.device)
+        advance = _Advance(model, state)
         for step in range(1, n + 1):
-            token = sampling.draw(logits[:, :vocab_size], seen, generator)
-            alive = alive & ~torch.isin(token, stop)
-            if not alive.any():
-                return
-            yield torch.where(alive, token, FINISHED).cpu()
-            if step == n:
-                return
+            token = sampling.choose(logits[:, :vocab_size], seen, generator)
+            alive = alive & (token[:, None] != stop).all(-1)
+            told = _Told(torch.where(alive | (token == BROKEN), token, FINISHED))
             if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            with torch.no_grad():  # a sequence that has ended stands still
-                logits, state, _ = model(token[:, None], state, mask=None if alive.all() else alive[:, None])
-            logits = logits[:, -1]
+                seen.scatter_(1, token.clamp(min=0)[:, None], True)
+            ahead = step < n and advance.static is not None  # the GPU goes on while the host looks at the token
+            if ahead:
+                logits = advance(token)
+            tokens = usable(told.read())
+            if (tokens == FINISHED).all():
+                return
+            yield tokens
+            if step < n and not ahead:  # a sequence that has ended stands still
+                logits = advance(token, None if (tokens != FINISHED).all() else alive[:, None])
     finally:
         for module, training in modes:
             module.training = training
+
+
+def usable(tokens: Tensor) -> Tensor:
+    """The tokens (b) themselves. ValueError when one is BROKEN."""
+    if (tokens == BROKEN).any():
+        raise ValueError("the model's logits are NaN; its weights or its input are not usable")
+    return tokens
+
+
+class _Told:
+    """A GPU's tokens on their way to the host: what is started meanwhile is not waited for."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if tokens.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tokens
+
+
+class _Advance:
+    """model(token, state) -> logits (b v). On a GPU the step is recorded when two states are found to be alike."""
+
+    def __init__(self, model: nn.Module, state: Any):
+        self.model, self.state, self.static, self.tried = model, state, None, False
+
+    @torch.no_grad()
+    def __call__(self, token: Tensor, mask: Tensor | None = None) -> Tensor:
+        token = token.clamp(min=0)[:, None]
+        if self.static is not None:
+            return self.static(token)
+        logits, state, _ = self.model(token, self.state, mask=mask)
+        before, self.state = self.state, state
+        record = RECORD.get(logits.device.type)
+        if record is not None and mask is None and not self.tried:
+            self.tried = True
+            if why_not_static(self.model, before, state) is None:
+                self.static = self._recorded(token, record)
+        return logits[:, -1]
+
+    def _recorded(self, token: Tensor, record: Callable) -> StaticStep | None:
+        try:
+            return StaticStep(self.model, token, self.state, record)
+        except RuntimeError as error:  # something in the model cannot be recorded
+            first_line = str(error).strip().partition("\n")[0]
+            warnings.warn(f"decoding goes on without a CUDA graph: {first_line}", RuntimeWarning, stacklevel=2)
+            return None
+
+
+RECORD: dict[str, Callable] = {"cuda": cuda_graph}  # how a step is recorded, by the kind of device
 
 
 def generate(

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.one_call import apply_linear, step
+from ssmzoo.layers.one_call import apply_linear, in_one_call, step
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import ModelOutput, Padding, is_step, left_align
 from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
@@ -113,7 +113,7 @@ class Block(nn.Module):
         ):
             return None
         (_, norm, mixer), *more = self.sublayers()
-        plain = is_plain(norm, among=NORMS) and norm.weight.dtype is torch.float32
+        plain = is_plain(norm, among=NORMS) and in_one_call(norm.weight)
         return mixer.layer(norm) if plain and not more and hasattr(mixer, "layer") else None
 
 

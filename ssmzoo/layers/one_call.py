@@ -35,7 +35,9 @@ def layers_of(blocks: Sequence[nn.Module]) -> list[MambaLayer | Mamba2Layer] | N
 
 def step(blocks: Sequence[nn.Module], x: Tensor, state: Sequence[tuple]) -> tuple[Tensor, tuple] | None:
     """x (b 1 d) and the layers' states -> the same behind all blocks; None: the blocks must be called one by one."""
-    if x.dtype is not torch.float32 or not x.is_cpu or not eager(x) or torch.is_autocast_enabled("cpu"):
+    if not (x.is_cpu and x.dtype is torch.float32 or x.is_cuda) or not eager(x):
+        return None
+    if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
         return None
     layers = layers_of(blocks)
     if layers is None:
@@ -44,12 +46,17 @@ def step(blocks: Sequence[nn.Module], x: Tensor, state: Sequence[tuple]) -> tupl
     return y[:, None], tuple(type(before)(*after) for before, after in zip(state, new))
 
 
+def in_one_call(weight: Tensor) -> bool:
+    """Whether `stack_step` takes weights of this kind: fp32, on a GPU 16 bits as well."""
+    return weight.dtype is torch.float32 or weight.is_cuda and weight.is_floating_point()
+
+
 def matrix(linear: nn.Module) -> Tensor | Integers | None:
-    """The weights of a plain linear map as `stack_step` takes them; None if it is more than a product in fp32."""
+    """The weights of a plain linear map as `stack_step` takes them; None if it is more than a product."""
     if not is_plain(linear, among=LINEARS):
         return None
     if type(linear) is nn.Linear:
-        return linear.weight if linear.weight.dtype is torch.float32 else None
+        return linear.weight if in_one_call(linear.weight) else None
     if (
         linear.scale.dtype is not torch.float32
         or linear.activation != "float"

@@ -27,7 +27,7 @@ def advance_layer(a, norm: Tensor | None = None, eps: float = 0.0, residual: boo
 
     u, (b, h, p, n), g = a.u, a.ssm_state.shape, a.ngroups
     e, new = h * p, functools.partial(a.u.new_empty, dtype=torch.float32)
-    conv, ssm = next_state(a.conv_state, u.dtype), next_state(a.ssm_state, torch.float32)
+    conv, ssm = next_state(a.conv_state, a.in_proj.dtype), next_state(a.ssm_state, torch.float32)
     convolution = (e, a.conv_state, a.conv_weight, a.conv_bias, conv)
     out = new(b, 2 * e + 2 * g * n + h)
     projected = project(u, a.in_proj, a.in_bias, out, norm=norm, eps=eps, conv=convolution)

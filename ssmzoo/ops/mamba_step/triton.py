@@ -72,7 +72,8 @@ def advance_layer(a, norm: Tensor | None = None, eps: float = 0.0, residual: boo
 
     u, (e, n), r = a.u, a.A_log.shape, a.dt_proj.shape[1]
     b, new = u.shape[0], u.new_empty
-    conv, ssm = next_state(a.conv_state, u.dtype), next_state(a.ssm_state, torch.float32)
+    kind = u.dtype if a.in_proj is None else a.in_proj.dtype  # the stream may be wider than the layer
+    conv, ssm = next_state(a.conv_state, kind), next_state(a.ssm_state, torch.float32)
     convolution = (0, a.conv_state, a.conv_weight, a.conv_bias, conv)
     xz = project(u, a.in_proj, a.in_bias, new(b, 2 * e, dtype=torch.float32), norm=norm, eps=eps, conv=convolution)
     steps = project(xz[:, :e], a.x_proj, None, new(b, r + 2 * n, dtype=torch.float32))

@@ -76,7 +76,9 @@ def layer_by_layer(x: Tensor, layers, states, norm, mamba, mamba2) -> tuple[Tens
         step = mamba if isinstance(layer, MambaLayer) else mamba2
         weights = (w.dense() if isinstance(w, Integers) else w for w in layer[2:])
         weights = (w.squeeze(1) if isinstance(w, Tensor) and w.ndim == 3 else w for w in weights)
-        y, conv, ssm = step(norm(x, layer.norm, layer.eps), conv, ssm, *weights)
+        weights = layer._replace(**dict(zip(layer._fields[2:], weights)))
+        u = norm(x, layer.norm, layer.eps).to(weights.in_proj.dtype)  # of an fp32 stream through 16-bit layers
+        y, conv, ssm = step(u, conv, ssm, *weights[2:])
         x = x + y
         new.append((conv, ssm))
     return x, new
