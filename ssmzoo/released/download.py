@@ -76,7 +76,8 @@ def download(entry: Weights) -> Path:
     source = entry.source
     if isinstance(source, ByHand):
         raise DownloadError(f"{entry.name} cannot be fetched by a program. {source.todo}: {source.link}")
-    announce(entry)
+    if not offline():
+        announce(entry)
     return fetch_asset(entry) if isinstance(source, Asset) else fetch_hub(source, entry.name)
 
 

@@ -228,3 +228,22 @@ def test_the_keys_of_the_papers_own_yaml_are_taken():
     assert case.check()[0] < 1e-4
     with pytest.raises(TypeError, match="n_att_heads cannot be inferred"):
         official_case("moe_mamba/transformer_nopos", ("n_att_heads", "dhead"))
+
+
+def test_a_folder_of_the_hub_whose_config_calls_itself_gpt2(tmp_path):
+    """HazyResearch's files: GPT2Config's fields with the mixers, `model.` in front, counters and a table of decays."""
+    from ssmzoo.released.load import load_official
+
+    case = GoldenCase.load(GOLDEN / "based" / "lm.json")
+    state = {f"model.{key}": value for key, value in case.params.items()}
+    state |= {"train_metrics.num-tokens.count": torch.tensor(3), "model.transformer.decay.decay": torch.zeros(2)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = case.official_kwargs | {"model_type": "gpt2", "architectures": None, "summary_type": "cls_index"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = case.inputs["input_ids"]
+    with torch.no_grad():
+        got = load_official(tmp_path)(ids).logits
+    assert relative_error(got, case.outputs["logits"]) < 1e-4
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 16}))
+    with pytest.raises(CheckpointError, match="model_type 'gpt2'"):
+        load_official(tmp_path)
