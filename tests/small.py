@@ -17,6 +17,7 @@ SIZES = {  # what makes a kind of data small, by the room of its class
     "formal": "data.batch_size=8 data.test_length=40 data.val_samples=8 data.test_samples=4",
     "graphs": "data.batch_size=4",
     "motion": "data.clips=2 data.val_clips=1 data.clip_frames=184 data.batch_size=2",
+    "questions": "data.batch_size=4 task.decoder_steps=2 task.align_steps=1",
     "series": "data.batch_size=4 task.vus_window=5",
     "recall": "data.batch_size=4 data.val_samples=8 data.test_samples=8",
 }

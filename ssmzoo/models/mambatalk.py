@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.motion.conv import SLOPE, MotionEncoder
 from ssmzoo.models.mambatalk_layers.audio import AudioEncoder
-from ssmzoo.models.mambatalk_layers.scan import Scan
+from ssmzoo.models.mambatalk_layers.scan import MIXERS, Scan
 from ssmzoo.models.motion_vqvae import MotionCodes
+from ssmzoo.suggest import nearest
 
 PARTS = ("face", "upper", "hands", "lower")
 BODY = PARTS[1:]
@@ -74,14 +75,14 @@ def attention(d_model: int, n_heads: int, dropout: float) -> nn.TransformerEncod
 class GlobalScan(nn.Module):
     """-> global motion (b n h), features (b n h)."""
 
-    def __init__(self, pose_dims: int, frames: int, h: int, a: int, f: int, dropout: float):
+    def __init__(self, pose_dims: int, frames: int, h: int, a: int, f: int, dropout: float, mixer: str):
         super().__init__()
         self.learnable_query = nn.Parameter(torch.zeros(1, 1, pose_dims))
         self.motion_encoder = MotionEncoder(pose_dims, f, 3)
         self.motion_proj1, self.motion_proj2 = MLP(f, h, f), nn.Linear(f, h)
         self.position_embeddings = Sinusoid(h, frames, dropout)
         self.body_q_self_attn, self.motion_self_encoder = attention(h, 4, dropout), attention(h, 4, dropout)
-        self.face_scan, self.body_scan = Scan(a, 2 * a, d_out=a), Scan(f, h, d_out=f)
+        self.face_scan, self.body_scan = Scan(a, 2 * a, d_out=a, mixer=mixer), Scan(f, h, d_out=f, mixer=mixer)
         self.out = nn.Linear(a + f, h)
 
     def forward(self, motion: Tensor, mask: Tensor, face: Tensor, speaker: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,14 +95,14 @@ class GlobalScan(nn.Module):
 class LocalScan(nn.Module):
     """-> TalkOutput."""
 
-    def __init__(self, frames: int, h: int, a: int, codes: int, dropout: float):
+    def __init__(self, frames: int, h: int, a: int, codes: int, dropout: float, mixer: str):
         super().__init__()
         self.position_embeddings, self.body_proj = Sinusoid(h, frames, dropout), nn.Linear(a, h)
         layer = nn.TransformerDecoderLayer(h, 4, h, dropout, batch_first=True)
         self.motion_cross_attn = nn.TransformerDecoder(layer, 8)
         for part in PARTS:
-            scan = Scan(h, h, 4, d_out=h) if part == "face" else Scan(h, h, attention=attention(h, 8, dropout))
-            self.add_module(f"{part}_scan", scan)
+            stack = {"n_layers": 4, "d_out": h} if part == "face" else {"attention": attention(h, 8, dropout)}
+            self.add_module(f"{part}_scan", Scan(h, h, **stack, mixer=mixer))
             self.add_module(f"{part}_proj", nn.Linear(2 * h, h))
             self.add_module(f"motion_down_{part}", nn.Linear(h, codes))
             self.add_module(f"{part}_classifier", MLP(codes, h, codes))
@@ -133,6 +134,7 @@ class MambaTalk(nn.Module):
     codes               K, of every part's code book
     words, speakers     sizes of the two tables
     dropout             of attention and sinusoids
+    mixer               mamba, or attention: the transformer twin (mambatalk_layers/scan.py)
 
     A mask of 1 hides a value of the motion; about 533 samples of sound belong to a frame.
     """
@@ -148,8 +150,11 @@ class MambaTalk(nn.Module):
         words: int = 11195,
         speakers: int = 25,
         dropout: float = 0.1,
+        mixer: str = "mamba",
     ):
         super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer is {mixer!r}{nearest(str(mixer), MIXERS)}; choose one of {', '.join(MIXERS)}")
         a = audio_dim
         for side, channels in (("face", 3), ("body", 2)):
             self.add_module(f"text_pre_encoder_{side}", nn.Embedding(words, 300))
@@ -157,8 +162,8 @@ class MambaTalk(nn.Module):
             self.add_module(f"audio_pre_encoder_{side}", AudioEncoder(channels, a))
             self.add_module(f"at_attn_{side}", nn.Linear(2 * a, 2 * a))
             self.add_module(f"speaker_encoder_{side}", nn.Embedding(speakers, d_model))
-        self.global_scan = GlobalScan(pose_dims, frames, d_model, a, motion_dim, dropout)
-        self.local_scan = LocalScan(frames, d_model, a, codes, dropout)
+        self.global_scan = GlobalScan(pose_dims, frames, d_model, a, motion_dim, dropout, mixer)
+        self.local_scan = LocalScan(frames, d_model, a, codes, dropout, mixer)
 
     def forward(self, audio: Tensor, word: Tensor, motion: Tensor, mask: Tensor, speaker: Tensor) -> TalkOutput:
         frames = motion.shape[1]
@@ -179,7 +184,7 @@ class MambaTalk(nn.Module):
 class MambaTalkBody(nn.Module):
     """Both stages: MambaTalk with the code books it speaks in, which stand still.
 
-    frames, d_model, audio_dim, motion_dim, words, dropout   see `MambaTalk`
+    frames, d_model, audio_dim, motion_dim, words, dropout, mixer   see `MambaTalk`
     codes          size and width of the code books: `rec` has as many channels as there are codes, and is compared
                    with latents
     n_layers, lower_layers   of the code books, see `MotionCodes`
@@ -198,10 +203,12 @@ class MambaTalkBody(nn.Module):
         codes: int = 256,
         n_layers: int = 2,
         lower_layers: int = 4,
+        mixer: str = "mamba",
     ):
         super().__init__()
         self.codes = MotionCodes(codes, codes, n_layers, lower_layers).requires_grad_(False)
-        self.talk = MambaTalk(337, frames, d_model, audio_dim, motion_dim, codes, words, dropout=dropout)
+        sizes = (337, frames, d_model, audio_dim, motion_dim, codes, words)
+        self.talk = MambaTalk(*sizes, dropout=dropout, mixer=mixer)
 
     first_stage = "codes"  # a file that holds its weights alone fills this part (init_from)
 

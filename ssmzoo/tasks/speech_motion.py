@@ -117,7 +117,7 @@ class SpeechMotion(Task):
         return found._replace(rows=rows | found.rows)
 
     def evaluate(self, out: Path, data) -> Report:
-        """Whole clips spoken and judged, beside their true motion and with the beats of another clip."""
+        """Whole clips spoken and judged, beside their true motion and with the beats of another clip; measures.csv."""
         self.model.eval()
         skeleton, clips = data.skeleton, data.held_out
         spoken = [self.speak(clip, data.frames) for clip in clips]
@@ -126,18 +126,27 @@ class SpeechMotion(Task):
         truth = [skeleton.joints_of(c.whole[: len(w)]).numpy() for c, w in zip(clips, whole)]
         others = [c.beats for c in clips[1:] + clips[:1]]
         own, true, other = (self.consistency(*x) for x in ((got, clips), (truth, clips), (got, clips, others)))
+        real = [skeleton.parts_of(c.whole, c.expression)["face"] for c in clips]
+        faces = [(s["face"].numpy(), r[: len(s["face"])].numpy()) for s, r in zip(spoken, real)]
+        found = {
+            "beat_consistency": own,
+            "beat_consistency_of_truth": true,
+            "beat_consistency_of_others": other,
+            "diversity": metrics.diversity(got),
+            "diversity_of_truth": metrics.diversity(truth),
+            "frechet": self.frechet(spoken, clips, skeleton),
+            "face_mse": float(np.mean([metrics.face_error(*f) for f in faces])),
+            "face_lvd": float(np.mean([metrics.face_velocity(*f) for f in faces])),
+        }
+        lines = [",".join(found), ",".join(f"{value:.6g}" for value in found.values())]
+        (out / "measures.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         rows = {
             "beat consistency": f"{own:.3f}; of the true motion {true:.3f}, "
             f"of this motion with another clip's beats {other:.3f}",
-            "diversity": f"{metrics.diversity(got):.3f} m; of the true motion {metrics.diversity(truth):.3f} m",
-            "Frechet distance": f"{self.frechet(spoken, clips, skeleton):.4g} between latents of the upper body",
+            "diversity": f"{found['diversity']:.3f} m; of the true motion {found['diversity_of_truth']:.3f} m",
+            "Frechet distance": f"{found['frechet']:.4g} between latents of the upper body",
+            "face": f"MSE {found['face_mse']:.4f}, LVD {found['face_lvd']:.4f} (jaw and expressions, no vertices)",
         }
-        real = [skeleton.parts_of(c.whole, c.expression)["face"] for c in clips]
-        faces = [(s["face"].numpy(), r[: len(s["face"])].numpy()) for s, r in zip(spoken, real)]
-        rows["face"] = (
-            f"MSE {np.mean([metrics.face_error(*f) for f in faces]):.4f}, "
-            f"LVD {np.mean([metrics.face_velocity(*f) for f in faces]):.4f} (jaw and expressions, no vertices)"
-        )
         from ssmzoo.tasks.motion_figure import draw_gif, draw_trajectories
 
         figures = [draw_trajectories(out / "trajectories.png", got[0], truth[0], clips[0].beats)]

@@ -175,6 +175,8 @@ RANGES: dict[str, Range | Batches] = {
     "data.speakers": Range(1, 25),
     "data.frames": Range(8),
     "data.classes": Range(2),
+    "data.patch": COUNT,
+    "data.channels": Range(1, 3),
     "data.ignore": Range(0, 65535),  # ids of 16 bits at most
     "data.train_scenes": COUNT,
     "data.val_scenes": COUNT,
@@ -237,6 +239,11 @@ RANGES: dict[str, Range | Batches] = {
     "task.vus_window": AT_LEAST_0,
     "task.codes_steps": AT_LEAST_0,
     "task.codes_lr": POSITIVE,
+    "task.decoder_steps": AT_LEAST_0,
+    "task.decoder_lr": POSITIVE,
+    "task.decoder_batch": COUNT,
+    "task.align_steps": AT_LEAST_0,
+    "task.reconstruct": AT_LEAST_0,
 }
 
 
@@ -248,11 +255,15 @@ MODEL: dict[str, Range] = {  # by the last part of a key below model.; of others
     **_named(
         COUNT, "d_model d_state d_expert d_retrieval d_ssm embed_dim embed_size dim dims head_dim headdim state_size"
     ),
-    **_named(COUNT, "feature_dim key_dim value_dim inner_rank mimo_rank input_size vocab_size in_chans inp_channels"),
+    **_named(
+        COUNT,
+        "feature_dim key_dim value_dim inner_rank mimo_rank input_size vocab_size in_chans inp_channels",
+    ),
     **_named(COUNT, "out_channels img_size patch_size stride window window_size chunk_size conv_size upscale"),
     **_named(COUNT, "n_layer n_blocks num_layers depth depths num_blocks num_refinement_blocks num_layers_new"),
     **_named(COUNT, "n_heads n_kv_heads num_heads num_heads_kv num_v_heads expert_heads experts_per_head ngroups"),
     **_named(COUNT, "attn_every moe_every top_k n1 n2 n_slots num_tokens num_transition_matrices cls_reduce"),
+    **_named(COUNT, "visual_dim rank lora_rank"),
     **_named(COUNT, "enc_in e_layers block_size frames audio_dim motion_dim words width codes n_layers lower_layers"),
     **_named(COUNT, "squeeze_factor convffn_kernel_size pad_vocab_size_multiple parameters pos_embed mlp_size"),
     **_named(AT_LEAST_0, "d_conv d_ff d_intermediate mlp_dim mlp_ratio ssm_ratio n_experts n_positions n_registers"),
@@ -262,6 +273,7 @@ MODEL: dict[str, Range] = {  # by the last part of a key below model.; of others
     **_named(POSITIVE, "alpha capacity_factor eval_capacity_factor expand expand_v conv_expand gate_temperature tau"),
     **_named(POSITIVE, "img_range p_norm rope_base scale_eigv dt_min dt_max dt_scale A_init_range"),
     **_named(SHARE, "shuffle_rate rope_fraction"),
+    "max_share": Range(0, 1, "low"),
     **_named(Range(0, 1, "high"), "drop_path_rate drop_rate dropout mask_ratio"),
 }
 CHECKED = ("trainer", "optim", "callbacks", "data", "task", "model", "seed", "n_trials")

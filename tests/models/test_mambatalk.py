@@ -40,6 +40,16 @@ def test_published_size():
     assert round((total + unused) / 1e6, 1) == 192.6
 
 
+def test_the_transformer_twin_differs_in_its_mixers_alone():
+    twin, scans = talk(mixer="attention", motion_dim=16), talk(motion_dim=16)
+    parts = [{n for n, _ in m.named_parameters() if ".mixer." not in n} for m in (twin, scans)]
+    assert parts[0] == parts[1] and not any("A_log" in n for n, _ in twin.named_parameters())
+    out = twin(**batch())
+    assert out.rec["face"].shape == scans(**batch()).rec["face"].shape and out.cls["upper"].isfinite().all()
+    with pytest.raises(ValueError, match="mixer is 'atention'; nearest: attention"):
+        talk(mixer="atention")
+
+
 def test_codes_are_the_nearest_and_gradients_pass_straight_through():
     torch.manual_seed(0)
     model = MotionVQVAE(5, 8, 2, codes=7).double()

@@ -80,7 +80,7 @@ def build(name: str, device: str):
 def inputs_of(name: str, model) -> tuple | None:
     """A small input of the kind that the model's task gives."""
     task = read_model_config(name).get("task", "")
-    if task in ("language", "recall", "formal", "birdie", "prefix_language"):
+    if task in ("language", "recall", "formal", "birdie", "prefix_language", "questions"):
         return (torch.zeros(1, 16, dtype=torch.long),)
     if task in ("classification", "restoration", "fscil", "denoise", "jpeg"):
         given = inspect.signature(type(model)).parameters

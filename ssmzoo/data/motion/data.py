@@ -107,6 +107,12 @@ class MotionData(LightningDataModule):
         if len(found) < 2:
             raise ValueError(f"{self.path} holds one clip; at least two are needed, one of them to judge by")
         self.training, self.held_out = found[:-held], found[-held:]
+        for part, clips in (("to train on", self.training), ("to judge by", self.held_out)):
+            if (longest := max(len(c.word) for c in clips)) < self.frames:
+                raise ValueError(
+                    f"{self.path}: the longest clip {part} has {longest} frames, fewer than data.frames = "
+                    f"{self.frames}: lower that, or give longer clips"
+                )
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Stacks of Mamba blocks over frames: r <- r + Mamba(LN(r)), r <- r + MLP(LN(r)), LN at the end.
 
 MLP(x) = W_2 (y * SiLU(gate)),  y, gate = W_1 x;   inner width rounded up to a multiple of 128, no biases
+The transformer twin has causal attention of four heads with rotary positions in the place of Mamba, nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
+
+MIXERS = ("mamba", "attention")
 
 
 class GatedMLP(nn.Module):
@@ -25,13 +29,14 @@ class GatedMLP(nn.Module):
 
 
 class ScanBlock(nn.Module):
-    """(b l d) -> (b l d); out_proj and fc2 start smaller by sqrt(2 x number of layers)."""
+    """(b l d) -> (b l d); output projections start smaller by sqrt(2 x number of layers)."""
 
-    def __init__(self, d_model: int, d_inner: int, n_layers: int):
+    def __init__(self, d_model: int, d_inner: int, n_layers: int, mixer: str = "mamba"):
         super().__init__()
-        self.norm, self.mixer = nn.LayerNorm(d_model), Mamba(d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.mixer = Mamba(d_model) if mixer == "mamba" else Attention(d_model, 4)
         self.norm2, self.mlp = nn.LayerNorm(d_model), GatedMLP(d_model, d_inner)
-        for last in (self.mixer.out_proj, self.mlp.fc2):
+        for last in (self.mixer.out_proj if mixer == "mamba" else self.mixer.output_projection, self.mlp.fc2):
             nn.init.kaiming_uniform_(last.weight, a=math.sqrt(5))
             last.weight.data /= math.sqrt(2 * n_layers)
 
@@ -50,10 +55,11 @@ class Scan(nn.Module):
         n_layers: int = 1,
         d_out: int | None = None,
         attention: nn.Module | None = None,
+        mixer: str = "mamba",
     ):
         super().__init__()
         self.attention = attention
-        self.layers = nn.ModuleList(ScanBlock(d_model, d_inner, n_layers) for _ in range(n_layers))
+        self.layers = nn.ModuleList(ScanBlock(d_model, d_inner, n_layers, mixer) for _ in range(n_layers))
         self.norm_f = nn.LayerNorm(d_model)
         self.out = None if d_out is None else nn.Linear(d_model, d_out)
 

@@ -1,0 +1,145 @@
+"""Fill docs/results/motion.md: MambaTalk with its scans beside its transformer twin, on generated motion.
+
+    python benchmarks/motion.py --budget 20             what is missing, for so many minutes; then the page
+    python benchmarks/motion.py --seeds 0
+    python benchmarks/motion.py --page-only
+
+A run is train.py in a process of its own, on one thread. The code books of a seed are trained once (300 steps) for both
+arms. What is done is one line of results.jsonl under --runs and is not repeated; docs/results/motion.json is their
+summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from graphs import forked
+from recall import import_everything, load, note, train_here
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMMARY = ROOT / "docs/results/motion.json"
+SEEDS = (0, 1, 2)
+CODES = "code books"  # what every arm of a seed starts from
+ARMS = {"MambaTalk": (), "transformer twin": ("model.mixer=attention",)}
+COLUMNS = {
+    "code_accuracy": "codes named right, %",
+    "beat_consistency": "beat consistency",
+    "beat_consistency_of_others": "with another clip's beats",
+    "diversity": "diversity, m",
+    "frechet": "Frechet",
+    "face_mse": "face MSE",
+    "face_lvd": "face LVD",
+}
+TRUTH = ("beat_consistency_of_truth", "diversity_of_truth")
+
+
+def found(folder: Path) -> dict:
+    from ssmzoo.train.logger import read_metrics
+    from ssmzoo.zoo import load_model
+
+    if not (folder / "measures.csv").exists():  # code books
+        return {}
+    rows = [r for r in read_metrics(folder / "metrics.csv") if "val/loss" in r]
+    best = min(rows, key=lambda r: r["val/loss"])
+    with open(folder / "measures.csv", newline="") as file:
+        measures = {k: float(v) for k, v in next(csv.DictReader(file)).items()}
+    talk = load_model(folder)[0].talk
+    return {"code_accuracy": 100 * best["val/code_accuracy"], "step": int(best["step"]), **measures} | {
+        "parameters": sum(p.numel() for p in talk.parameters())
+    }
+
+
+def train(arm: str, seed: int, runs: Path) -> dict | None:
+    name = f"{arm.replace(' ', '_')}-{seed}"
+    model = "motion_codes" if arm == CODES else "mambatalk"
+    folder, log = runs / model / name, runs / f"{name}.log"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = [f"model={model}", f"seed={seed}", f"name={name}", f"runs_dir={runs}", "trainer.accelerator=cpu"]
+    words += ["callbacks.watchdog=null", *ARMS.get(arm, ())]
+    if arm != CODES:
+        words += [f"init_from={runs / 'motion_codes' / f'{CODES.replace(chr(32), chr(95))}-{seed}'}"]
+
+    def work() -> dict:
+        if train_here(words, log, lambda: found(folder)):
+            raise RuntimeError(f"see {log}")
+        return json.loads(log.with_suffix(".json").read_text())
+
+    status, seconds, _ = forked(work, runs / f"{name}.result")
+    if status:
+        print(f"{arm}, seed {seed} failed, see {log}", flush=True)
+        return None
+    result = json.loads((runs / f"{name}.result").read_text())
+    return {"arm": arm, "seed": seed, "cpu_seconds": round(seconds, 1)} | result
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3g} (one seed)"
+    return f"{statistics.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def write_page(rows: list[dict]) -> None:
+    lines = [
+        "# Motion from speech: scans beside a transformer twin",
+        "",
+        "`python benchmarks/motion.py`, one thread a run. The default run of `model=mambatalk` (100 steps of 8",
+        "windows) on code books of 300 steps that both arms of a seed share. The twin (`model.mixer=attention`) has",
+        "causal attention with rotary positions where the scans are, and the rest as it is. The motion is generated",
+        "from the beats of a synthesised sound: no number can be compared with a published one. Mean and range over",
+        "seeds.",
+        "",
+        "| arm | " + " | ".join(COLUMNS.values()) + " | parameters | CPU seconds | seeds |",
+        "|" + "---|" * (len(COLUMNS) + 4),
+    ]
+    kept = {arm: [r for r in rows if r["arm"] == arm] for arm in ARMS}
+    for arm, runs in kept.items():
+        if runs:
+            cells = [spread([r[key] for r in runs]) for key in COLUMNS]
+            seconds = statistics.mean(r["cpu_seconds"] for r in runs)
+            lines.append(
+                f"| {arm} | " + " | ".join(cells) + f" | {runs[0]['parameters']:,} | {seconds:.0f} | {len(runs)} |"
+            )
+    if truth := kept["MambaTalk"]:
+        consistency, diversity = (spread([r[key] for r in truth]) for key in TRUTH)
+        lines += ["", f"The true motion's beat consistency is {consistency}, its diversity {diversity} m."]
+    SUMMARY.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes; no run starts after them")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "claims_motion")
+    parser.add_argument("--page-only", action="store_true", help="from docs/results/motion.json")
+    arguments = parser.parse_args()
+    until = time.monotonic() + 60 * arguments.budget
+    kept = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
+    if not arguments.page_only:
+        os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
+        runs = arguments.runs.resolve()
+        runs.mkdir(parents=True, exist_ok=True)
+        done = load(runs / "results.jsonl")
+        import_everything()
+        for seed in map(int, arguments.seeds.split(",")):
+            for arm in (CODES, *ARMS):
+                key = f"{arm}/{seed}"
+                if key in done or time.monotonic() > until or (result := train(arm, seed, runs)) is None:
+                    continue
+                note(done, runs / "results.jsonl", key, result)
+                print(f"{key}: {result['cpu_seconds']:.0f} CPU s", flush=True)
+        merged = {row["key"]: row for row in kept} | done
+        kept = [row for _, row in sorted(merged.items())]
+        SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
+    write_page(kept)
+    print(f"written: {SUMMARY.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()
