@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ssmzoo import ops
 from ssmzoo.ops.quantized_linear import pack_int4
 from ssmzoo.ops.stack_step import MambaLayer
+from ssmzoo.ops.token_step import Instruction, MambaWeights, Program, Register, StateSpec
 
 
 def _normal(*shape: int) -> Tensor:
@@ -291,6 +292,33 @@ def _stack(x, norm, first, second):
     return y, *(t for state in states for t in state)
 
 
+def _token(x, norm, first, second):
+    """token_step of two layers x + Mamba(RMSNorm(x)), whose other weights are fixed."""
+    one = lambda *shape: torch.linspace(-1, 2, math.prod(shape), dtype=x.dtype).sin().view(shape)  # noqa: E731
+    small = (one(5, 4), one(4, 1), one(4), one(4, 2), one(4))
+    weights = [
+        MambaWeights(one(4, 3), bias, *small, m, None, one(3, 4), None) for m, bias in ((first, one(4)), (second, None))
+    ]
+
+    def layers(x, states):
+        new = []
+        for w, state in zip(weights, states):
+            y, *after = ops.mamba_step(ops.rms_norm(x, norm, 1e-5), *state, *w)
+            x = x + y
+            new.append(tuple(after))
+        return x, tuple(new), {}
+
+    stream, u = Register(0, 0, 3, 3), Register(3, 0, 3, 3)
+    code, specs = [], []
+    for i, w in enumerate(weights):
+        code.append(Instruction("norm", u, stream, weights=(norm,), numbers=(0, 3, 0), factors=(1e-5,)))
+        code.append(Instruction("mamba", stream, u, numbers=(0, 1), states=(2 * i, 2 * i + 1), layer=w))
+        specs += [StateSpec((4, 3)), StateSpec((4, 2))]
+    before = tuple((one(2, 4, 3), one(2, 4, 2)) for _ in weights)
+    y, states, _ = ops.token_step(x, Program(code, specs, 6, layers), before)
+    return y, *(t for state in states for t in state)
+
+
 SEQ_IDX = torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 3, 4]])
 SYMBOLS = torch.tensor([[0, 3, 1, 1, 2], [2, 0, 0, 3, 1]])
 PADDED = torch.tensor([[-1, 0, 0, 1, 1, 1], [2, 2, 2, 5, -1, -1]])
@@ -375,6 +403,10 @@ EXAMPLES = {
     "mamba_step": _example(ops.mamba_step, _step),
     "stack_step": _example(
         _stack,
+        lambda: {"x": _normal(2, 3), "norm": _normal(3), "first": _normal(8, 3), "second": _normal(8, 3)},
+    ),
+    "token_step": _example(
+        _token,
         lambda: {"x": _normal(2, 3), "norm": _normal(3), "first": _normal(8, 3), "second": _normal(8, 3)},
     ),
     "mamba2_step": _example(ops.mamba2_step, _step_of_heads, ngroups=2),

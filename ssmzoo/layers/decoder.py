@@ -29,15 +29,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.one_call import apply_linear, in_one_call, step
+from ssmzoo.layers.one_call import apply_linear, step
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder, in_one_call
 from ssmzoo.layers.state import ModelOutput, Padding, is_step, left_align
 from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
+from ssmzoo.ops.token_step import Register
 
+NORMS = frozenset({RMSNorm})  # of layers that may be passed over in one operator on a GPU
 ROUTING = [torch.ops.aten.topk.default]  # kept: a rounding difference could send a token to another expert
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 EXPERTS = torch.ops.ssmzoo.grouped_matmul.default
-NORMS = frozenset({RMSNorm})  # of layers that may be passed over in one operator
 RECOMPUTE = (False, True, "full", "selective")  # grad_checkpointing
 
 
@@ -116,6 +118,20 @@ class Block(nn.Module):
         plain = is_plain(norm, among=NORMS) and in_one_call(norm.weight)
         return mixer.layer(norm) if plain and not more and hasattr(mixer, "layer") else None
 
+    def program(self, p: Builder, x: Register) -> None:
+        """This block as instructions that change x."""
+        u = None
+        for name, norm, layer in self.sublayers():
+            mark = p.free
+            u = u if norm is None else p.norm(norm, x)
+            self.add(p, name, x, u, p.use(layer).program(p, u))
+            p.free = p.free if self.parallel else mark
+
+    def add(self, p: Builder, name: str, x: Register, u: Register, y: Register) -> None:
+        """`residual` as instructions."""
+        p.need(self.residual is None)
+        p.add(x, y)
+
 
 class Decoder(nn.Module):
     """embedding -> blocks -> norm: ids (b l), or vectors (b l d), -> hidden (b l d), state, aux.
@@ -170,10 +186,10 @@ class Decoder(nn.Module):
         how = torch.is_grad_enabled() and self.grad_checkpointing
         states, aux = [], []
         one = state is not None and is_step(x, state, padding, seq_idx) and prefix is None
-        if one and (stepped := step(blocks, x, state)) is not None:
-            x, states = stepped
-            blocks = ()
-        for block, before in zip(blocks, state or (None,) * len(blocks), strict=not states):
+        if one and (stepped := step(self, blocks, norm, x, state)) is not None:
+            x, states, aux = stepped
+            return x, states, aux
+        for block, before in zip(blocks, state or (None,) * len(blocks), strict=True):
             run = functools.partial(recomputed, block, how) if how else block
             x, after, extra = run(x, before, mask=padding, seq_idx=seq_idx, prefix=prefix)
             states.append(after)
@@ -182,6 +198,17 @@ class Decoder(nn.Module):
             x = norm(x)
         x = x if padding is None else padding.restore(x)
         return x[:, -keep:], tuple(states), merge_aux(aux) if aux else {}
+
+    def one_by_one(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple, dict[str, Tensor]]:
+        """x (b d) of one token behind all blocks and the norm, the blocks called as modules."""
+        blocks, norm = getattr(self, self.blocks_name), getattr(self, self.norm_name)
+        x, states, aux = x[:, None], [], []
+        for block, before in zip(blocks, state, strict=True):
+            x, after, extra = block(x, before, mask=None, seq_idx=None, prefix=None)
+            states.append(after)
+            aux += extra
+        x = x if norm is None else norm(x)
+        return x[:, 0], tuple(states), merge_aux(aux) if aux else {}
 
     def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         """What the backward pass recomputes instead of keeping: nothing (False), every block (True or "full"), or all

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.ops import rms_norm
+from ssmzoo.ops.token_step import Register
 
 
 def fp32(x: Tensor) -> Tensor:
@@ -29,6 +32,9 @@ class RMSNorm(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         return rms_norm(x.to(wide), weight.to(wide), self.eps).to(weight.dtype)
 
+    def program(self, p: Any, x: Register) -> Register:
+        return p.normalise(x, self.weight, None, self.eps)
+
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
 
@@ -40,6 +46,9 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(fp32(x), self.normalized_shape, fp32(self.weight), fp32(self.bias), self.eps).to(
             self.weight.dtype
         )
+
+    def program(self, p: Any, x: Register) -> Register:
+        return p.normalise(x, self.weight, self.bias, self.eps, layer=True)
 
 
 class GatedRMSNorm(nn.Module):

@@ -30,9 +30,11 @@ from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.layers.position import document_positions, tokens_done
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, itemsize, left_align, refuse_prefix
 from ssmzoo.ops import taylor_attention
 from ssmzoo.ops.taylor_attention import n_features
+from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import transformed
 
 
@@ -73,6 +75,10 @@ class GatedConv(nn.Module):
         u, window = short_conv(self.conv, u.transpose(1, 2), past, self.d_conv, mask, seq_idx)
         return self.out_proj(u.transpose(1, 2) * gate), ConvState(window)
 
+    def program(self, p: Builder, x: Register) -> Register:
+        u, gate = p.linear(self.in_proj, x).split(self.d_inner, self.d_inner)
+        return p.linear(self.out_proj, p.mix(p.conv(self.conv, u), gate))
+
     def state_bytes(self, length: int) -> int:
         return self.d_inner * self.d_conv * itemsize(self)[0]
 
@@ -112,6 +118,13 @@ class TaylorAttention(nn.Module):
         q = self.heads(self.proj_q(x))
         y, sums = taylor_attention(q, k, v, sums, mask=mask, seq_idx=seq_idx, eps=self.eps)
         return self.out_proj(y.flatten(2)), TaylorState(sums)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        h, f, d = self.n_heads, self.feature_dim, self.d_head
+        q, k, v = (p.linear(m, x) for m in (self.proj_q, self.proj_k, self.proj_v))
+        states = (p.state(h, n_features(f), d + 1),)
+        y = p.emit("taylor", p.reg(h * d), q, k, v, numbers=(h, f, d), factors=(self.eps,), states=states)
+        return p.linear(self.out_proj, y)
 
     def heads(self, x: Tensor) -> Tensor:
         """(b l h.) -> (b l h .)"""
@@ -164,6 +177,9 @@ class BasedBlock(Block):
         self.norm1, self.mixer = norm(d_model), mixer
         self.norm2, self.mlp = norm(d_model), GatedMLP(d_model, d_ff, multiple_of=256)
         self.set_kinds({"mixer": mixer, "mlp": self.mlp})
+        self.parallel = False
+
+    program = Block.program
 
     def sublayers(self):
         return [("mixer", self.norm1, self.mixer), ("mlp", self.norm2, self.mlp)]

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from ssmzoo.layers.decoder import Block, CausalLM
 from ssmzoo.layers.decoder import layer_pattern as letters
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.models.cheems_layers.cross_domain import CrossDomainExperts, SwiGLU
 from ssmzoo.models.cheems_layers.dynamic_mask import DynamicMaskAttention
 from ssmzoo.models.cheems_layers.rotary_ssd import RotarySSD
+from ssmzoo.ops.token_step import Register
 
 
 class ResidualScale(nn.Module):
@@ -52,6 +55,7 @@ class CheemsBlock(Block):
         self.post_state_residual = ResidualScale(d_model)
         self.dropout = nn.Dropout(dropout)
         self.set_kinds({kind: mixer, "feed_forward": feed_forward})
+        self.parallel = False
 
     def sublayers(self):
         mixer = (self.kind, self.pre_sequence_layernorm, getattr(self, self.kind))
@@ -60,6 +64,13 @@ class CheemsBlock(Block):
     def residual(self, name: str, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
         scale = self.post_state_residual if name == "feed_forward" else self.post_sequence_residual
         return scale(x) + self.dropout(y)
+
+    program = Block.program
+
+    def add(self, p: Builder, name: str, x: Register, u: Register, y: Register) -> None:
+        scale = self.post_state_residual if name == "feed_forward" else self.post_sequence_residual
+        p.need(is_plain(scale, among=frozenset({ResidualScale})), is_plain(self.dropout, among=frozenset({nn.Dropout})))
+        p.mix(y, c=x, out=x, weights=(scale.weight, None))
 
 
 class CheemsLM(CausalLM):

@@ -34,8 +34,11 @@ from ssmzoo.layers.feedforward.mlp import GatedMLP
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
 from ssmzoo.layers.norm import RMSNorm, fp32
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.gated_ssm import BirdieLM, directions
+from ssmzoo.ops.token_step import Register
 
 C = 8.0  # of the decay's exponent
 MAX_SLOPE = 1000.0  # of the square root
@@ -146,6 +149,16 @@ class HawkMixer(nn.Module):
         a, u = self.rg_lru(u.transpose(1, 2), ~state.begun[:, None])
         h, last = two_way(a, u, state.h, self.m)
         return self.linear_out(side * h.to(side.dtype)), RGLRUState(window, last, torch.ones_like(state.begun))
+
+    def program(self, p: Builder, x: Register) -> Register:
+        side, u = p.linear(self.linear_y, x), p.linear(self.linear_x, x)
+        u, lru = p.conv(self.conv_1d, u, "none"), self.rg_lru
+        p.need(is_plain(lru, among=frozenset({RGLRU})))
+        gates = p.linear(lru.recurrent_gate, u), p.linear(lru.input_gate, u), u
+        states = p.state(self.m), p.state(dtype=torch.bool)
+        more = dict(weights=(lru.recurrent_param,), numbers=(self.m,), factors=(C,), states=states)
+        h = p.emit("rglru", p.reg(self.d_state), *gates, **more)
+        return p.linear(self.linear_out, p.mix(side, h, act="gelu_tanh"))
 
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)

@@ -32,7 +32,9 @@ from ssmzoo.layers.mixers.gated_delta import GatedDeltaNet, KimiDeltaAttention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
+from ssmzoo.layers.program import Builder
 from ssmzoo.models.lightning import LightningAttention
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import from_slot
 
 MIXERS = {
@@ -52,6 +54,11 @@ class ScaledBlock(Block):
 
     def residual(self, name: str, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
         return self.alpha * u + y
+
+    program = Block.program
+
+    def add(self, p: Builder, name: str, x: Register, u: Register, y: Register) -> None:
+        p.mix(y, c=u, out=x, factors=(1.0, self.alpha))
 
 
 class HybridLM(CausalLM):

@@ -25,10 +25,13 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.decoder import Block, CausalLM
 from ssmzoo.layers.mixers.sliding_attention import SlidingAttention
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding
 from ssmzoo.models.hydra_layers.chunk_experts import ChunkExperts
 from ssmzoo.models.hydra_layers.hydra_ssm import ElementwiseSSM, GatedConv
 from ssmzoo.models.hydra_layers.memory import ProductKeyMemory, PublishedWorkspace, Workspace
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import from_slot, nearest
 
 SSMS = {"conv": GatedConv, "recurrent": ElementwiseSSM}
@@ -44,6 +47,9 @@ class NormedAttention(SlidingAttention):
 
     def forward(self, x: Tensor, state=None, *, mask: Tensor | Padding | None = None, seq_idx: Tensor | None = None):
         return super().forward(self.ln(x), state, mask=mask, seq_idx=seq_idx)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        return super().program(p, p.norm(self.ln, x))
 
 
 class HydraBlock(Block):
@@ -64,6 +70,21 @@ class HydraBlock(Block):
 
     def residual(self, name: str, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
         return x + {"ssm": self.g1, "attn": self.g2, "moe": self.g3}[name] * y
+
+    def program(self, p: Builder, x: Register) -> None:
+        u, mark = p.mix(x), p.free
+        for name, _, layer in self.sublayers():
+            p.need(name != "ssm" or is_plain(self.same, among=frozenset({nn.Identity})))
+            y = p.use(layer).program(p, u)
+            p.mix(y, c=x, out=x, weights=(None, {"ssm": self.g1, "attn": self.g2, "moe": self.g3}[name]))
+            p.free = mark
+        p.norm(self.res_ln, x)
+        p.code[-1] = p.code[-1]._replace(out=x)
+        for memory in self.memories:
+            if memory is not None:
+                p.roots.append(memory)
+                p.use(memory).program(p, x)
+        p.free = x.size
 
     def forward(
         self,

@@ -59,6 +59,8 @@ class PrefixLinearAttention(TaylorAttention):
         sums = self.read(x, inside_prefix(prefix, x.shape[1]), None)
         return self.attend(x, k, v, sums, None if mask is None else mask.mask, seq_idx)
 
+    program = TaylorAttention.program  # a token behind the prefix is one of Based
+
     def read(self, x: Tensor, inside: Tensor, keep: Tensor | None) -> Tensor:
         """The sums over the prefix, where inside (b l) is True; keep (b l): False for keys to be set to zero."""
         if inside.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to be waited for

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.norm import GatedRMSNorm
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import ssd_scan, ssd_state_update
+from ssmzoo.ops.token_step import Register
 
 
 class LightningState(NamedTuple):
@@ -80,6 +82,13 @@ class LightningAttention(nn.Module):
             y, S = ssd_scan(v, a, k, q, None if state is None else state.S, seq_idx)
         y = self.norm(y.flatten(2), self.gate(x))
         return self.out_proj(y if mask is None else y * mask.mask[..., None]), LightningState(S)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        h, d = self.heads, self.p
+        qkv = p.linear(self.in_proj, x, "silu")  # h times [q, k, v]
+        q, k, v = (qkv.part(i * d, qkv.size - 2 * d) for i in range(3))
+        y = p.ssd(v, k, q, (h, d, d), (3 * d,) * 3, self.slopes, (p.state(h, d, d),))
+        return p.linear(self.out_proj, p.gated_norm(self.norm, y, p.linear(self.gate, x)))
 
     def state_bytes(self, length: int) -> int:
         return self.heads * self.p**2 * itemsize(self)[1]

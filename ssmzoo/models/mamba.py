@@ -35,6 +35,9 @@ class MambaBlock(Block):
         self.mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
         self.norm2 = norm(d_model) if d_intermediate else None
         self.set_kinds({"mixer": mixer} | ({"mlp": self.mlp} if d_intermediate else {}))
+        self.parallel = False
+
+    program = Block.program
 
     def sublayers(self):
         first = ("mixer", self.norm, self.mixer)

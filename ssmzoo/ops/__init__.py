@@ -41,6 +41,7 @@ from ssmzoo.ops.stack_step import stack_step
 from ssmzoo.ops.state_fusion import state_fusion
 from ssmzoo.ops.taylor_attention import taylor_attention, taylor_state
 from ssmzoo.ops.token_order import bidirectional_scan, mix_tokens, permute_tokens, prepend_mean
+from ssmzoo.ops.token_step import token_step
 from ssmzoo.ops.trapezoidal_scan import trapezoidal_scan
 
 load_backends(__name__)
@@ -89,6 +90,7 @@ __all__ = [
     "ssd_scan",
     "ssd_state_update",
     "stack_step",
+    "token_step",
     "state_fusion",
     "taylor_attention",
     "taylor_state",

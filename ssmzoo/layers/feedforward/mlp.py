@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,6 +59,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
+    def program(self, p: Any, x: Register) -> Register:
+        return p.linear(self.fc2, p.linear(self.fc1, x, p.act(self.activation)))
+
 
 class GatedMLP(nn.Module):
     """W_2 (a * act(g)) with [a, g] = W_1 x: the first half is the value, the second the gate; x (... d) -> (... d).
@@ -80,3 +85,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(value * self.activation(gate))
+
+    def program(self, p: Any, x: Register) -> Register:
+        value, gate = p.linear(self.fc1, x).split(self.fc2.in_features, self.fc2.in_features)
+        return p.linear(self.fc2, p.mix(gate, value, act=p.act(self.activation)))

@@ -20,7 +20,9 @@ from ssmzoo.layers.feedforward.mlp import resolve_activation
 from ssmzoo.layers.feedforward.router import ExpertChoice, TokenChoice
 from ssmzoo.layers.feedforward.routers import NoisyTopK, TopP
 from ssmzoo.layers.init import truncated_normal_
+from ssmzoo.layers.program import Builder
 from ssmzoo.ops.moe_dispatch import Groups, gather_rows, grouped_matmul, scatter_rows
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import argument_names, nearest
 
 
@@ -138,6 +140,13 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # (t d)
         rows = self.expert_inner_function(gather_rows(tokens, groups), groups.ends)
         return scatter_rows(rows, weight, groups, tokens.shape[0]).unflatten(0, x.shape[:2])
+
+    def program(self, p: Builder, x: Register) -> Register:
+        p.need(self.ln is None)
+        y = p.experts(self.gating, self.expert_inner_function, x, x)
+        if self.shared is not None:
+            p.add(y, p.use(self.shared).program(p, x))
+        return y
 
     def inactive_parameters(self) -> int:
         """Parameters of the experts that an average token does not use."""

@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.position import document_positions
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, inside_prefix, itemsize
+from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
@@ -137,6 +139,13 @@ class Attention(nn.Module):
         y, state = attend(q, k, v, state, rope_dim=self.d_head if self.rope else 0, rope_base=self.rope_base, **more)
         return self.output_projection(y), state
 
+    def program(self, p: Builder, x: Register) -> Register:
+        h, d = self.n_heads, self.d_head
+        qkv = p.linear(self.input_projection, x)  # h times [q, k, v]
+        q, k, v = (qkv.part(i * d, qkv.size - 2 * d) for i in range(3))
+        rope = (d, self.rope_base) if self.rope else (0, 1.0)
+        return p.linear(self.output_projection, p.attend(q, k, v, (h, h, d), (3 * d,) * 3, rope))
+
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, length, self.n_heads * self.d_head)
 
@@ -209,6 +218,21 @@ class MHA(nn.Module):
             up, gate = mlp.chunk(2, dim=-1)
             y = torch.cat([y, up * F.silu(gate)], dim=-1)
         return self.out_proj(y), state._replace(conv=conv)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        d, (h, j, _) = self.head_dim, self.heads
+        qkv, mlp = p.linear(self.in_proj, x).split(self.qkv_dim, self.mlp_dim)
+        states = p.kv_states(j, d)  # the convolution's stands behind them
+        if self.d_conv:
+            qkv = p.conv(self.conv1d, qkv, "none")
+        q, k, v = qkv.split(h * d, j * d, j * d)
+        y = p.reg(self.out_proj.in_features)
+        more = dict(scale=self.rope["scale"], out=y.part(0, h * d), states=states)
+        p.attend(q, k, v, (h, j, d), (d,) * 3, (self.rope["rope_dim"], self.rope["rope_base"]), **more)
+        if self.mlp_dim:
+            up, gate = mlp.split(self.mlp_dim // 2, self.mlp_dim // 2)
+            p.mix(gate, up, act="silu", out=y.part(h * d, self.mlp_dim // 2))
+        return p.linear(self.out_proj, y)
 
     def state_bytes(self, length: int) -> int:
         convolution = self.qkv_dim * self.d_conv * itemsize(self)[0]

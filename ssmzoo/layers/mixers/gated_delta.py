@@ -26,8 +26,10 @@ from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import gated_delta_rule, gated_delta_step
+from ssmzoo.ops.token_step import Register
 
 EPS = 1e-6  # under the root of the lengths of q and k
 
@@ -158,6 +160,18 @@ class GatedDeltaNet(nn.Module):
         )
         return out[:, None], GatedDeltaState(conv, S)
 
+    def program(self, p: Builder, x: Register) -> Register:
+        qkv, gate, beta, decay = p.linear(self.in_proj, x).split(*self.widths)
+        qkv = p.conv(self.conv1d, qkv)
+        if self.bottlenecks():
+            f_proj, g_proj = self.bottlenecks()
+            decay, gate = p.linear(f_proj, decay), p.linear(g_proj, gate)
+        numbers = self.num_heads, self.heads, self.n, self.p, self.per_channel
+        more = dict(weights=(self.A_log, self.dt_bias), numbers=numbers, factors=(1.0 + self.allow_neg_eigval,))
+        states = (p.state(self.heads, self.n, self.p),)
+        y = p.emit("delta", p.reg(self.heads * self.p), qkv, beta, decay, states=states, **more)
+        return p.linear(self.out_proj, p.gated_norm(self.norm, y, gate))
+
     def state_bytes(self, length: int) -> int:
         size, wide = itemsize(self)
         return sum(self.qkv) * self.conv_size * size + self.heads * self.n * self.p * wide
@@ -181,6 +195,8 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     def bottlenecks(self) -> tuple[nn.Linear, ...]:
         return self.f_proj, self.g_proj
+
+    program = GatedDeltaNet.program
 
     def gates(self, gate: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
         """Of the bottlenecks (b l p) -> the gate (b l h p), g (b l h n)."""

@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.two_way import document_starts, forward_channels, two_way
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.ops import gated_linear_recurrence
+from ssmzoo.ops.token_step import Register
 
 
 class GatedSSMState(NamedTuple):
@@ -71,6 +73,12 @@ class GatedSSM(nn.Module):
         h, last = two_way(f, fp32(u), before, self.m, padding=mask, seq_idx=seq_idx, prefix=prefix)
         o = F.gelu(self.W_out_gate(x), approximate="tanh")
         return self.W_out(o * h.to(o.dtype)), GatedSSMState(last)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        f, gate = p.linear(self.W_f, x, "sigmoid"), p.linear(self.W_z_gate, x, "sigmoid")
+        u = p.mix(gate, p.linear(self.W_z, x))
+        h = p.emit("recur", p.reg(self.d_state), f, u, numbers=(self.m,), states=(p.state(self.m),))
+        return p.linear(self.W_out, p.mix(p.linear(self.W_out_gate, x), h, act="gelu_tanh"))
 
     def state_bytes(self, length: int) -> int:
         return self.m * itemsize(self)[1]

@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
-from ssmzoo.layers.one_call import matrix
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder, matrix
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_step, selective_scan_fn
 from ssmzoo.ops.stack_step import MambaLayer
+from ssmzoo.ops.token_step import MambaWeights, Register
 
 NO_STEP = -1e4  # before the softplus: dt = 0 exactly, so that padding neither decays nor feeds the state
 
@@ -168,6 +169,15 @@ class Mamba(nn.Module):
         conv = self.conv1d
         small, large = (*matrices[:2], dt.bias, self.A_log, self.D), (matrices[2], i.bias, matrices[3], o.bias)
         return MambaLayer(norm.weight, norm.eps, conv.weight, conv.bias, *small, *large)
+
+    def program(self, p: Builder, u: Register) -> Register:
+        i, x, dt, o, conv = self.in_proj, self.x_proj, self.dt_proj, self.out_proj, self.conv1d
+        matrices = [matrix(m) for m in (x, dt, i, o)]
+        p.need(is_plain(conv), all(m is not None for m in matrices), x.bias is None, dt.bias is not None)
+        small, large = (*matrices[:2], dt.bias, self.A_log, self.D), (matrices[2], i.bias, matrices[3], o.bias)
+        states = p.state(self.d_inner, self.d_conv), p.state(self.d_inner, self.d_state)
+        layer = MambaWeights(conv.weight, conv.bias, *small, *large)
+        return p.emit("mamba", p.reg(self.d_model), u, numbers=(0, 0), states=states, layer=layer)
 
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:
         """One token (b 1 d), or (b 1 2e) when called without the projections' weights and biases."""

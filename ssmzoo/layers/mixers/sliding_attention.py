@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.attention import KVState, kv_bytes, positions, remembered, rotated, with_old
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned
+from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 
 
@@ -87,6 +89,12 @@ class SlidingAttention(nn.Module):
         allowed = (at >= 0) & (at > position - self.window)
         y = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=allowed[:, None, None])
         return y.transpose(1, 2).flatten(2), newest(k, v, at, max(1, self.window - 1), True)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        h, d = self.n_heads, self.d_head
+        q, k, v = p.linear(self.Wqkv, x).split(h * d, h * d, h * d)
+        rope = (d, self.rope_base) if self.rope else (0, 1.0)
+        return p.linear(self.out_proj, p.attend(q, k, v, (h, h, d), (d,) * 3, rope, window=self.window))
 
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, min(length, max(1, self.window - 1)), self.n_heads * self.d_head)

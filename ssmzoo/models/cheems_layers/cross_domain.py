@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmzoo.layers.feedforward.product_key import ProductKeys, square_root
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
+from ssmzoo.ops.token_step import Register
 
 
 class SwiGLU(nn.Module):
@@ -30,6 +33,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def program(self, p: Builder, x: Register) -> Register:
+        return p.linear(self.down_proj, p.mix(p.linear(self.gate_proj, x), p.linear(self.up_proj, x), act="silu"))
 
 
 class CrossDomainExperts(SwiGLU):
@@ -66,6 +72,12 @@ class CrossDomainExperts(SwiGLU):
         down, up = self.down_embed(expert), self.up_embed(expert)  # (b l hk d)
         weight = F.silu(torch.einsum("bld,bled->ble", x, down)) * share
         return super().forward(x) + torch.einsum("ble,bled->bld", weight, up)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        queries, down, up = p.linear(self.queries, x), self.down_embed, self.up_embed  # (2 h r)
+        p.need(is_plain(down, up))
+        y = SwiGLU.program(self, p, x)
+        return p.product_keys(self.keys, queries, y, x, (down.weight, up.weight))
 
     def inactive_parameters(self) -> int:
         """Parameters of the one-neuron experts that a token does not use."""

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.attention import kv_bytes, positions, remembered, visible
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.models.cheems_layers.rotary_ssd import head_width
+from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 from ssmzoo.suggest import nearest
 
@@ -111,6 +113,14 @@ class DynamicMaskAttention(nn.Module):
             y = attend_with_bias(q, k, v, m, allowed)
         state = DynamicMaskState(k, v, remembered(position, document, state, mask), m)
         return self.o_proj(y.flatten(2)), state
+
+    def program(self, p: Builder, x: Register) -> Register:
+        p.need(not self.mask_ratio)
+        d, h = self.d_head, len(self.A)
+        q, k, v = (p.linear(m, x) for m in (self.q_proj, self.k_proj, self.v_proj))
+        bias = p.linear(self.dt_proj, v), self.A
+        y = p.attend(q, k, v, (h, k.size // d, d), (d,) * 3, (d, self.rope_base), bias=bias)
+        return p.linear(self.o_proj, y)
 
     def state_bytes(self, length: int) -> int:
         return kv_bytes(self, length, self.k_proj.out_features) + length * len(self.A) * itemsize(self)[1]

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.position import document_positions, tokens_done
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.rope import rope_table, rotate
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_chunk_scan_combined, ssd_state_update
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import nearest
 
 A_MODES = ("neg_exp", "raw")
@@ -96,6 +98,13 @@ class RotarySSD(nn.Module):
             y, S = mamba_chunk_scan_combined(X, dt, self.decay(), B, C, **more)
         y = y.flatten(2) if mask is None else y.flatten(2) * mask.mask[..., None]
         return self.out_proj(y), RotarySSDState(S, tokens_done(position, done, mask))
+
+    def program(self, p: Builder, x: Register) -> Register:
+        h, d, A = self.n_heads, self.d_head, self.A if self.a_mode == "raw" else self.A_log
+        C, B, X, dt = (p.linear(m, x) for m in (self.c_proj, self.b_proj, self.x_proj, self.dt_proj))
+        states = p.state(h, d, d), p.state(dtype=torch.int64)
+        y = p.ssd(X, B, C, (h, d, d), (d,) * 3, A, states, self.a_mode, dt, (d, self.rope_base))
+        return p.linear(self.out_proj, y)
 
     def state_bytes(self, length: int) -> int:
         return self.n_heads * self.d_head**2 * itemsize(self)[1] + 8

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.feedforward.moe import Experts
 from ssmzoo.layers.feedforward.router import TokenChoice
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
 from ssmzoo.ops.moe_dispatch import gather_rows, group_by_expert, scatter_rows
+from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import nearest
 
 ROUTINGS = ("previous_chunk", "chunk")
@@ -111,6 +113,13 @@ class ChunkExperts(nn.Module):
         _, _, aux = self.gating.choose(logits.flatten(0, 1), None)
         groups = group_by_expert(torch.arange(e, device=logits.device).expand(b * l, e), e)
         return groups, weight.flatten()[groups.choice], aux
+
+    def program(self, p: Builder, x: Register) -> Register:
+        p.need(self.routing == "previous_chunk")
+        x = p.norm(self.ln, x)
+        sums, flags = p.chunk(x, self.chunk_size)
+        mean = p.mix(sums, factors=(1 / self.chunk_size, 1.0))
+        return p.experts(self.gating, self.experts, x, mean, scale=1 / self.temperature, flags=flags)
 
     def state_bytes(self, length: int) -> int:
         return 2 * self.ln.weight.numel() * itemsize(self)[0] + 8

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.ops import gated_linear_recurrence
 from ssmzoo.ops.checks import resets
+from ssmzoo.ops.token_step import Register
 
 
 class ElementwiseState(NamedTuple):
@@ -60,6 +62,12 @@ class ElementwiseSSM(nn.Module):
         before = before if begins is None else before.masked_fill(begins, 0)
         return self.out_ln((C * before).to(x.dtype) + self.skip(x)), ElementwiseState(s[:, -1].clone())
 
+    def program(self, p: Builder, x: Register) -> Register:
+        proj, d = p.linear(self.proj, x), x.size
+        y = p.emit("element", p.reg(d), proj, weights=(self.lambda_base,), states=(p.state(d),))
+        p.add(y, p.linear(self.skip, x))
+        return p.norm(self.out_ln, y)
+
     def state_bytes(self, length: int) -> int:
         return len(self.lambda_base) * itemsize(self)[1]
 
@@ -95,6 +103,11 @@ class GatedConv(nn.Module):
         past = None if state is None else state.conv
         y, window = short_conv(self.dw_conv, v.transpose(1, 2), past, self.d_conv, mask, seq_idx, activation=None)
         return self.out_ln(torch.lerp(v, y.transpose(1, 2), gate.sigmoid())), GatedConvState(window)
+
+    def program(self, p: Builder, x: Register) -> Register:
+        v, gate = p.linear(self.in_proj, x).split(x.size, x.size)
+        y = p.mix(v, c=p.conv(self.dw_conv, v, "none"), factors=(-1.0, 1.0))
+        return p.norm(self.out_ln, p.mix(gate, y, v, act="sigmoid"))
 
     def state_bytes(self, length: int) -> int:
         return self.out_ln.weight.numel() * self.d_conv * itemsize(self)[0]

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.layers.feedforward.product_key import ProductKeys
+from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, itemsize
 from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
 from ssmzoo.ops.eager import eager
+from ssmzoo.ops.token_step import Register
 
 
 class ProductKeyMemory(nn.Module):
@@ -55,6 +58,13 @@ class ProductKeyMemory(nn.Module):
         scores, entry = self.keys(self.q_proj(x).unflatten(-1, (1, 2, -1)))  # (b l 1 k^2)
         value = torch.einsum("blhe,blhev->blv", scores.softmax(-1), self.values(entry))
         return x + self.gate(x).sigmoid() * self.dropout(self.val_proj(value))
+
+    def program(self, p: Builder, x: Register) -> None:
+        """Instructions that change x."""
+        p.need(is_plain(self.values), is_plain(self.dropout, among=frozenset({nn.Dropout})))
+        value = p.reg(self.values.embedding_dim)
+        p.product_keys(self.keys, p.linear(self.q_proj, x), value, None, (self.values.weight,))
+        p.gated_add(x, p.linear(self.gate, x, "sigmoid"), p.linear(self.val_proj, value))
 
     def inactive_parameters(self) -> int:
         """Parameters of the values that a token does not read."""
@@ -122,6 +132,16 @@ class Workspace(nn.Module):
         q, k, v = self.q_proj(mean)[:, None], self.k_proj(slots), self.v_proj(slots)
         scores = (q @ k.mT) / q.shape[-1] ** 0.5  # (b 1 n)
         return self.o_proj(scores.softmax(-1) @ v)[:, 0]
+
+    def program(self, p: Builder, x: Register) -> None:
+        """Instructions that change x."""
+        linears = self.gate, self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        n, d = self.slots.shape
+        p.need(is_plain(*linears, self.slot_ln), all(m.weight.dtype is torch.float32 for m in linears))
+        p.need(all(m.bias is None for m in linears[1:]), self.gate.bias is not None, self.slot_ln.bias is not None)
+        slots = p.state(n, d), p.state(d)
+        sums, flags = p.chunk(x, self.chunk_size)
+        p.workspace(x, sums, flags, self.slots, linears, self.slot_ln, slots, self.chunk_size)
 
     def state_bytes(self, length: int) -> int:
         n, d = self.slots.shape
