@@ -135,7 +135,20 @@ def test_a_cache_is_continued_from(name, runs):
 
 
 @every
-def test_a_training_step_lowers_the_loss(name, runs, tmp_path):
+def test_a_training_step_lowers_the_loss(name, runs):
+    model, ids = AutoModel.from_pretrained(runs(name)[0]).train(), prompts(4, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@some
+def test_the_trainer_of_transformers_trains_it(name, runs, tmp_path):
     run, _, _ = runs(name)
     model = AutoModel.from_pretrained(run)
     rows = [{"input_ids": row, "labels": row} for row in prompts(4, 12)]
