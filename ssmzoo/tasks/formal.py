@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.tasks.base import Report, StepOutput, Task
+from ssmzoo.tasks.learnt_states import LearntStates
 from ssmzoo.tasks.metrics.formal import LengthCurve, StreamCurve, draw_lengths
 
 IGNORE = -100
@@ -41,6 +43,8 @@ class FormalLanguage(Task):
     consistency   weight of the term of the same name above; 0: plain cross entropy, as published
     long_rows, long_length   `eval.py` follows so many strings of so many symbols with carried state; 0: none
     long_chunk    symbols per call there
+    long_snap     there, besides: follow them once more, every so many symbols going on from the nearest learnt state
+                  (`tasks/learnt_states.py`), which takes away what a real-valued state drifts; 0: not
 
     Loss: cross entropy in nats over the labelled positions, plus consistency, plus the model's auxiliary losses. The
     best checkpoint has the lowest loss on validation strings, where drift shows in the consistency long before an
@@ -58,6 +62,7 @@ class FormalLanguage(Task):
         long_rows: int = 16,
         long_length: int = 100_000,
         long_chunk: int = 1000,
+        long_snap: int = 0,
     ):
         super().__init__(model, optim)
         if num_classes < 2 or consistency < 0 or long_rows < 1 or long_length < 0 or long_chunk < 1:
@@ -67,6 +72,11 @@ class FormalLanguage(Task):
             )
         self.num_classes, self.consistency = num_classes, consistency
         self.long_rows, self.long_length, self.long_chunk = long_rows, long_length, long_chunk
+        if long_snap < 0:
+            raise ValueError(
+                f"task.long_snap = {long_snap} must not be negative: symbols between two corrections, or 0"
+            )
+        self.long_snap = long_snap
         self._takes_mask = "mask" in inspect.signature(model.forward).parameters
 
     def on_fit_start(self) -> None:
@@ -142,17 +152,32 @@ class FormalLanguage(Task):
         return curve
 
     @torch.no_grad()
-    def stream_curve(self, data) -> StreamCurve | None:
-        """Accuracy along strings of `long_length` symbols in constant memory; None for models without a state."""
+    def stream_curve(self, data, snap: int = 0) -> StreamCurve | None:
+        """Accuracy along strings of `long_length` symbols in constant memory; None for models without a state.
+
+        snap   symbols after which the state is replaced by the nearest learnt one; 0: never
+        """
         self.model.eval()
-        curve, state = StreamCurve(), None
+        curve, state, learnt = StreamCurve(), None, None
         for ids, labels in data.stream(self.long_rows, self.long_length, self.long_chunk):
-            logits, state, _ = self.logits({"input_ids": ids.to(self.device)}, state)
-            if state is None:
-                return None
+            logits = []
+            for part in ids.to(self.device).split(snap or ids.shape[1], dim=1):
+                out, state, _ = self.logits({"input_ids": part}, state)
+                if state is None:
+                    return None
+                logits.append(out)
+                if snap:
+                    learnt = learnt or self.learnt_states(data)
+                    state = learnt.nearest(state)
             asked = labels != IGNORE
-            curve.add(((logits.argmax(-1).cpu() == labels) & asked).numpy(), asked.numpy())
+            curve.add(((torch.cat(logits, dim=1).argmax(-1).cpu() == labels) & asked).numpy(), asked.numpy())
         return curve
+
+    def learnt_states(self, data, rows: int = 4096) -> LearntStates:
+        """After so many random strings as long as the longest of training."""
+        rng = np.random.default_rng([data.seed, 1 << 43])
+        ids, _ = data.language.draw(rng, rows, data.max_length)
+        return LearntStates(self.logits({"input_ids": torch.from_numpy(ids.copy()).to(self.device)})[1])
 
     def evaluate(self, out: Path, data) -> Report:
         """What `eval.py` adds to `report`: strings of `long_length` symbols."""
@@ -162,4 +187,9 @@ class FormalLanguage(Task):
         if curve is None:
             return Report({"long strings": f"{type(self.model).__name__} carries no state"}, {}, [])
         curve.write_csv(out / "long.csv")
-        return Report(curve.rows(), {}, [])
+        rows = curve.rows()
+        if self.long_snap:
+            snapped = self.stream_curve(data, self.long_snap)
+            snapped.write_csv(out / "long_snapped.csv")
+            rows |= {f"{key}, learnt states": value for key, value in snapped.rows().items()}
+        return Report(rows, {}, [])

@@ -196,6 +196,7 @@ RANGES: dict[str, Range | Batches] = {
     "task.long_rows": COUNT,
     "task.long_length": AT_LEAST_0,
     "task.long_chunk": COUNT,
+    "task.long_snap": AT_LEAST_0,
     "task.lr": POSITIVE,
     "task.old_lr": AT_LEAST_0,
     "task.steps": COUNT,

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from paths import ROOT
+from torch import nn
 
 from ssmzoo.data.automata_library import automaton
 from ssmzoo.data.formal import FormalData
+from ssmzoo.layers.state import ModelOutput
 from ssmzoo.models.rnn import RNNModel
 from ssmzoo.models.sd_ssm import SDSSMModel
 from ssmzoo.tasks.formal import IGNORE, FormalLanguage, consistency
+from ssmzoo.tasks.learnt_states import LearntStates
 from ssmzoo.tasks.metrics.formal import LengthCurve, StreamCurve
 
 
@@ -87,6 +90,32 @@ def test_long_strings_in_chunks():
     task = FormalLanguage(perfect_parity(), long_rows=2, long_length=5000, long_chunk=700)
     curve = task.stream_curve(data)
     assert curve.length == 5000 and curve.first_wrong is None
+
+
+class Turning(nn.Module):
+    """Parity as the sign of a point on a circle: half a turn for every 1, and a little too far for every symbol."""
+
+    def forward(self, input_ids, state=None):
+        turn = torch.view_as_complex(torch.stack([torch.ones(len(input_ids)), torch.zeros(len(input_ids))], -1))
+        turn = turn if state is None else torch.view_as_complex(state[0])  # (b)
+        steps = torch.polar(torch.ones(input_ids.shape), torch.pi * input_ids + 0.002)
+        at = turn[:, None] * steps.cumprod(1)  # (b l)
+        return ModelOutput(torch.stack([at.real, -at.real], -1), (torch.view_as_real(at[:, -1]),), {})
+
+
+def test_learnt_states_undo_a_drift():
+    data = FormalData("parity")
+    task = FormalLanguage(Turning(), long_rows=3, long_length=5000, long_chunk=1000)
+    assert 700 < task.stream_curve(data).first_wrong < 900  # a quarter of a turn of 0.002
+    snapped = task.stream_curve(data, snap=300)
+    assert snapped.length == 5000 and snapped.first_wrong is None
+
+
+def test_learnt_states_do_not_fit_a_state_that_grows():
+    learnt = LearntStates((torch.zeros(8, 5, 2),))
+    assert learnt.nearest((torch.ones(3, 5, 2),))[0].shape == (3, 5, 2)
+    with pytest.raises(ValueError, match="grows with the string"):
+        learnt.nearest((torch.zeros(3, 7, 2),))
 
 
 def test_a_small_state_warns():
