@@ -43,9 +43,13 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
         left = until - time.monotonic()
         if left <= 0:
             raise OutOfTime
+        files = runs / "data" / claim.name
+        if claim.prepare is not None and not files.exists():
+            made = files.with_name(f".{claim.name}")
+            claim.prepare(made)
+            made.rename(files)
         fresh = [
-            *claim.common,
-            *arm.overrides,
+            *(word.replace("{data}", str(files)) for word in (*claim.common, *arm.overrides)),
             f"optim.lr={rate:g}",
             f"seed={seed}",
             f"name={name}",

@@ -28,7 +28,7 @@ def section(claim: Claim, known: dict[str, dict[str, dict]], figure: str | None)
         seconds = statistics.mean(row["cpu_seconds"] for row in rows.values())
         rate = ", ".join(f"{v:g}" for v in sorted({row["lr"] for row in rows.values()}))
         lines.append(
-            f"| {arm.name} | {mean:.2f} ± {deviation:.2f} | {rate} | {', '.join(sorted(rows))} | {seconds:.0f} |"
+            f"| {arm.name} | {mean:.4g} ± {deviation:.2g} | {rate} | {', '.join(sorted(rows))} | {seconds:.0f} |"
         )
     whole = all(len(known.get(arm.name, {})) > 1 for arm in claim.arms)
     verdict = (

@@ -63,8 +63,8 @@ def test_the_page_says_what_is_missing_and_judges_what_is_whole(tmp_path):
         for i, arm in enumerate(CLAIMS["res_vmamba"].arms)
     }
     page = write_page({"res_vmamba": rows}, tmp_path).read_text()
-    assert "| fuse learned | 90.10 ± 0.10 | 0.002 | 0, 1, 2 | 20 |" in page
-    assert "**Does not hold here: the other way round (fuse learned 90.10, fuse none 92.10).**" in page
+    assert "| fuse learned | 90.1 ± 0.1 | 0.002 | 0, 1, 2 | 20 |" in page
+    assert "**Does not hold here: the other way round (fuse learned 90.1, fuse none 92.1).**" in page
     assert "not tried yet" in page and "Not all arms are tried yet" in page
     assert (tmp_path / "claims_res_vmamba.png").stat().st_size > 3000
     assert not (tmp_path / "claims_patch_scaling.png").exists()
@@ -78,7 +78,7 @@ def test_verdicts():
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_every_arm_is_a_configuration_that_composes(name):
+def test_every_arm_is_a_configuration_that_composes(name, tmp_path):
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -88,7 +88,8 @@ def test_every_arm_is_a_configuration_that_composes(name):
     register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for arm in CLAIMS[name].arms:
-            typed = free_overrides(paired_overrides([*CLAIMS[name].common, *arm.overrides]))
+            words = [word.replace("{data}", str(tmp_path)) for word in (*CLAIMS[name].common, *arm.overrides)]
+            typed = free_overrides(paired_overrides(words))
             cfg = compose("train", typed)
             OmegaConf.set_struct(cfg, False)
             check(cfg)
@@ -98,3 +99,18 @@ def test_every_arm_is_a_configuration_that_composes(name):
 
 def test_scripts_that_are_called_exist():
     assert all((ROOT / script.command[0]).exists() for script in SCRIPTS.values())
+
+
+def test_files_of_a_claim_are_made_once_and_named_to_its_runs(trained, tmp_path, monkeypatch):
+    made = []
+
+    def prepare(folder):
+        made.append(folder)
+        folder.mkdir(parents=True)
+
+    claim = CLAIMS["data_selection"]._replace(prepare=prepare, measure=CLAIMS["res_vmamba"].measure, arms=())
+    for arm in CLAIMS["data_selection"].arms[:2]:
+        claims.train(claim, arm, 2e-3, 0, tmp_path / "runs", math.inf)
+    assert len(made) == 1
+    assert trained[0]["data.path"] == f"{tmp_path}/runs/data/data_selection/pool"
+    assert trained[1]["data.selection.target"] == f"{tmp_path}/runs/data/data_selection/target"

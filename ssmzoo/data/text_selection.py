@@ -79,7 +79,8 @@ class SelectedCorpus:
 
     def identity(self, cache_dir: Path, val_fraction: float) -> str:
         """SHA-256 of both texts and of how the pieces are chosen; a hub corpus without one: its name and revision."""
-        parts = [self.corpus.identity(cache_dir, val_fraction), self.method, self.share, self.length, self.seed]
+        parts = [self.corpus.identity(cache_dir, val_fraction), self.method, self.share, self.length]
+        parts += [] if self.method == "zip" else [self.seed]  # nothing is drawn there
         if self.target is not None:
             parts.append(self.target.identity(cache_dir, val_fraction))
         self.fingerprint = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
