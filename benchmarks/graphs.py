@@ -5,8 +5,9 @@
     python benchmarks/graphs.py --page-only
 
 A run is train.py in a process of its own, on one thread, with seeds 0, 1 and 2. What is done is one line of
-results.jsonl under --runs and is not repeated; docs/results/graphs.json is their summary. Costs are CPU seconds, which
-other work on the machine touches less than it does a clock on the wall; sizes and forms alternate within one run.
+results.jsonl under --runs and is not repeated, nor is what stands in docs/results/graphs.json, their summary. Costs are
+CPU seconds, which other work on the machine touches less than it does a clock on the wall; sizes and forms alternate
+within one run.
 """
 
 from __future__ import annotations
@@ -232,11 +233,12 @@ def main() -> None:
         parser.error(f"unknown claim {unknown[0]}; choose from {', '.join(known)}")
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     runs, until = arguments.runs.resolve(), time.monotonic() + 60 * arguments.budget
+    kept = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
     if not arguments.page_only:
         os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
         runs.mkdir(parents=True, exist_ok=True)
         held = runs / "results.jsonl"
-        done = load(held)
+        done = {row["key"]: row for row in kept} | load(held)
         import_everything()
         for name in (n for n in names if n in MEASURES):
             for key, row in MEASURES[name](runs, done):
@@ -246,9 +248,7 @@ def main() -> None:
             if time.monotonic() < until and (found := train(key, words, runs)) is not None:
                 note(done, held, key, found)
                 print(f"{key}: {100 * found['accuracy']:.1f} %, {found['cpu_seconds']:.0f} CPU s", flush=True)
-        kept = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
-        merged = {row["key"]: row for row in kept} | done
-        SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for _, row in sorted(merged.items())) + "\n]\n")
+        SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for _, row in sorted(done.items())) + "\n]\n")
     write_page(json.loads(SUMMARY.read_text()), SUMMARY.with_suffix(".md"))
     print(f"written: {SUMMARY.with_suffix('.md')}")
 

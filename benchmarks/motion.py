@@ -5,8 +5,8 @@
     python benchmarks/motion.py --page-only
 
 A run is train.py in a process of its own, on one thread. The code books of a seed are trained once (300 steps) for both
-arms. What is done is one line of results.jsonl under --runs and is not repeated; docs/results/motion.json is their
-summary.
+arms. What is done is one line of results.jsonl under --runs and is not
+repeated, nor is what stands in docs/results/motion.json, their summary.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main() -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
         runs = arguments.runs.resolve()
         runs.mkdir(parents=True, exist_ok=True)
-        done = load(runs / "results.jsonl")
+        done = {row["key"]: row for row in kept} | load(runs / "results.jsonl")
         import_everything()
         for seed in map(int, arguments.seeds.split(",")):
             for arm in (CODES, *ARMS):
@@ -134,8 +134,7 @@ def main() -> None:
                     continue
                 note(done, runs / "results.jsonl", key, result)
                 print(f"{key}: {result['cpu_seconds']:.0f} CPU s", flush=True)
-        merged = {row["key"]: row for row in kept} | done
-        kept = [row for _, row in sorted(merged.items())]
+        kept = [row for _, row in sorted(done.items())]
         SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
     write_page(kept)
     print(f"written: {SUMMARY.with_suffix('.md')}")

@@ -5,8 +5,8 @@
     python benchmarks/ssmi.py --page-only
 
 A run is train.py in a process of its own, on one thread, with seeds 0, 1 and 2; all arms of a seed have the same frozen
-decoder, which the first of them trains. What is done is one line of results.jsonl under --runs and is not repeated;
-docs/results/ssmi.json is their summary.
+decoder, which the first of them trains. What is done is one line of results.jsonl under --runs and is not
+repeated, nor is what stands in docs/results/ssmi.json, their summary.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
         runs = arguments.runs.resolve()
         runs.mkdir(parents=True, exist_ok=True)
-        done = load(runs / "results.jsonl")
+        done = {row["key"]: row for row in kept} | load(runs / "results.jsonl")
         import_everything()
         for seed in map(int, arguments.seeds.split(",")):
             for arm in names:
@@ -139,8 +139,7 @@ def main() -> None:
                     continue
                 note(done, runs / "results.jsonl", key, found)
                 print(f"{key}: {100 * found['accuracy']:.1f} %, {found['cpu_seconds']:.0f} CPU s", flush=True)
-        merged = {row["key"]: row for row in kept} | done
-        kept = [row for _, row in sorted(merged.items())]
+        kept = [row for _, row in sorted(done.items())]
         SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
     write_page(kept)
     print(f"written: {SUMMARY.with_suffix('.md')}")
