@@ -49,9 +49,13 @@ def run(args) -> None:
             theme=gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],
             css=CSS,
+            quiet=True,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise ValueError(f"--port {args.port} cannot be used: {error}") from None
+    print(f"Running on http://127.0.0.1:{args.port} for this machine alone; Ctrl-C stops it", flush=True)
+    page.block_thread()
 
 
 def build(gr, found: dict[str, dict[str, Path]]):

@@ -142,6 +142,9 @@ class Detector(DenseNetwork):
 
     @staticmethod
     def found(result: dict) -> dict:
+        """Labels from 0; RetinaNet's logit 0, the background's, is no object, however sure an untrained one is."""
+        kept = result["labels"] > 0
+        result = {k: v[kept] for k, v in result.items()}
         masks = {"masks": result["masks"][:, 0]} if "masks" in result else {}
         return {"boxes": result["boxes"], "labels": result["labels"] - 1, "scores": result["scores"]} | masks
 

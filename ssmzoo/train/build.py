@@ -74,6 +74,7 @@ def build(cfg: DictConfig, resuming: bool = False) -> Objects:
     if plain.get("compile"):
         model.compile()
     steps = total_steps(plain["trainer"], data)
+    warn_of_warmup(steps, plain["optim"].get("warmup_steps", 0))
     factory = functools.partial(optim.build, total_steps=steps, **plain["optim"])
     factory(model)  # a wrong optimiser setting must not wait for the first step
     task = configuration.build_node(plain["task"], "ssmzoo.tasks.", model=model, optim=factory)
@@ -123,18 +124,29 @@ def build_data(cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def total_steps(trainer: dict[str, Any], data) -> int:
-    """Optimiser steps of the whole run, for schedules; from the loader's length when only epochs are given."""
-    if (trainer.get("max_steps") or -1) > 0:
-        return trainer["max_steps"]
-    epochs = trainer.get("max_epochs")
-    if not epochs or epochs < 0:
+    """Optimiser steps of the whole run, for schedules; of epochs by the loader's length; the first limit counts."""
+    most, epochs = trainer.get("max_steps") or -1, trainer.get("max_epochs") or -1
+    if epochs < 0 and most > 0:
+        return most
+    if epochs < 0:
         raise UserError(
             "trainer.max_steps or trainer.max_epochs must be positive: the learning-rate schedule needs an end"
         )
     batches = len(data.train_dataloader())
     if isinstance(trainer.get("limit_train_batches"), int):
         batches = min(batches, trainer["limit_train_batches"])
-    return epochs * math.ceil(batches / trainer.get("accumulate_grad_batches", 1))
+    steps = epochs * math.ceil(batches / trainer.get("accumulate_grad_batches", 1))
+    return min(steps, most) if most > 0 else steps
+
+
+def warn_of_warmup(steps: int, warmup: float) -> None:
+    """A run that ends while its rate still rises has learnt next to nothing."""
+    if warmup > steps:
+        print(
+            f"warning: the learning rate rises for optim.warmup_steps={warmup:g} steps, the run has {steps}: it never "
+            f"comes to its peak. optim.warmup_steps=0.1 is a tenth of any run",
+            flush=True,
+        )
 
 
 @user_errors

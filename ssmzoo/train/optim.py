@@ -52,7 +52,7 @@ def parameter_roles(model: nn.Module, rule: str = "roles") -> dict[str, str]:
 def schedule(
     kind: str,
     total_steps: int,
-    warmup_steps: int,
+    warmup_steps: float,
     min_lr_ratio: float,
     milestones: Sequence[float] = (),
     gamma: float = 0.5,
@@ -63,7 +63,8 @@ def schedule(
     stair_steps: int = 1,
     cooldown_steps: int = 0,
 ) -> Callable[[int], float]:
-    """Factor on the peak learning rate at a step: linear warm-up from `warmup_lr_ratio` (1/warmup_steps), then
+    """Factor on the peak learning rate at a step: linear warm-up from `warmup_lr_ratio` (1/warmup_steps) over
+    `warmup_steps`, below 1 a share of the run; then
 
     constant  1;  cosine  1 -> min_lr_ratio at total_steps;  linear  the same in a straight line;
     wsd       1, and over the last `decay_fraction` of the run linearly to min_lr_ratio;
@@ -75,6 +76,7 @@ def schedule(
     kinds = ("constant", "cosine", "linear", "wsd", "multistep")
     if kind not in kinds:
         raise ValueError(f"optim.schedule is {kind!r}; choose one of {', '.join(kinds)}{nearest(str(kind), kinds)}")
+    warmup_steps = round(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
     total_steps = max(total_steps, warmup_steps + 1)
 
     def factor(step: int) -> float:
@@ -145,7 +147,7 @@ def build(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     schedule_kind: str = "cosine",
-    warmup_steps: int = 0,
+    warmup_steps: float = 0,
     min_lr_ratio: float = 0.1,
     milestones: Sequence[float] = (),
     gamma: float = 0.5,
@@ -163,7 +165,7 @@ def build(
 
     name         adamw | adam | sgd | muon (muon: matrices of the network by Muon with `lr`, everything else by AdamW
                  with `adamw_lr`, which defaults to lr)
-    lr           peak learning rate;  warmup_steps, total_steps  in optimiser steps
+    lr           peak learning rate;  total_steps  in optimiser steps;  warmup_steps  the same, or a share below 1
     hold_steps   steps at the peak between warm-up and a cosine or linear decay;  the other words of time: `schedule`
     decay        roles | shape | all: which parameters decay, see `parameter_roles`
     layer_decay  < 1: the learning rate of block i of n is multiplied by layer_decay^(n - i), by the model's

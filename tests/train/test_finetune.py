@@ -10,8 +10,9 @@ from ssmzoo.adapt.lora import ORIGINAL, add_lora, merge, merged
 from ssmzoo.checkpoint_files import find_checkpoint, read_manifest, read_weights
 from ssmzoo.cli.train import train
 from ssmzoo.presets import build_preset
+from ssmzoo.train.build import total_steps, warn_of_warmup
 from ssmzoo.train.finetune import frozen_names, prepare
-from ssmzoo.train.optim import parameter_groups
+from ssmzoo.train.optim import parameter_groups, schedule
 from ssmzoo.zoo import create_model, load_model
 
 QUICK = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch_size=4"]
@@ -89,6 +90,19 @@ def test_frozen_batch_norms_keep_their_statistics():
     before = [norm.running_mean.clone() for norm in norms]
     model.train()(torch.randn(2, 3, 64, 64))
     assert all(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before))
+
+
+def test_a_warm_up_fits_runs_of_any_length(capsys):
+    data = type("Data", (), {"train_dataloader": lambda self: range(3)})()
+    limits = [({"max_steps": 7}, 7), ({"max_steps": 7, "max_epochs": 2}, 6), ({"max_steps": 5, "max_epochs": 2}, 5)]
+    for limit, steps in [*limits, ({"max_steps": -1, "max_epochs": 2}, 6)]:
+        assert total_steps(limit, data) == steps  # what ends first
+    rate = schedule("cosine", 40, 0.1, 0.0)
+    assert [rate(s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0] and rate(5) < 1.0
+    warn_of_warmup(40, 0.1), warn_of_warmup(40, 40)
+    assert capsys.readouterr().out == ""
+    warn_of_warmup(40, 100)
+    assert "the run has 40: it never comes to its peak" in capsys.readouterr().out
 
 
 def test_layer_decay_works_for_language_models_too():

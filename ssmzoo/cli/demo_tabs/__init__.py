@@ -9,9 +9,15 @@ from pathlib import Path
 @functools.lru_cache(maxsize=4)
 def subject(folder: Path):
     """A trained model with what it needs, kept for the next call."""
+    import torch
+
     from ssmzoo.inference.subject import load_subject
 
-    return load_subject(str(folder))
+    loaded = load_subject(str(folder))
+    if loaded.tokenizer is not None:
+        with torch.no_grad():
+            loaded.model(torch.zeros(1, 1, dtype=torch.long))  # a first call is slow; the times shown are of later ones
+    return loaded
 
 
 def choice(gr, runs: dict[str, Path]):

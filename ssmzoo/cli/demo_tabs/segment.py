@@ -11,6 +11,7 @@ KIND = "dense"
 LARGEST = 1024 * 1024  # pixels
 SHOWN = 4  # things whose pixels are shown
 SURE = 0.3  # score of an object
+LEGIBLE = 400  # pixels, to which small pictures are enlarged
 
 
 def tab(gr, runs) -> None:
@@ -22,10 +23,10 @@ def tab(gr, runs) -> None:
                     type="pil", image_mode="RGB", sources=["upload", "clipboard"], label="picture", height=300
                 )
                 with gr.Row():
-                    example = gr.Button("Digits on a photograph")
+                    example = gr.Button("Some digits")
                     go = gr.Button("Find", variant="primary")
             with gr.Column(scale=2):
-                out = gr.Image(label="found", height=300)
+                out = gr.Image(label="found", height=400, buttons=["download", "fullscreen"])
                 said = gr.Markdown()
                 gr.Markdown("Which pixels move the score of what was found:")
                 maps = gr.Plot(show_label=False)
@@ -66,7 +67,9 @@ def find(run, picture):
         found = list(predict_dense(run, [file], Path(folder) / "drawn", min_score=SURE))
         with Image.open(found[0].written[0]) as drawn:
             drawn = drawn.convert("RGB")
-    words = ", ".join(f"{name} {100 * share:.1f} %" for name, share, _ in found[0].found[:8])
+    if times := LEGIBLE // max(drawn.size):
+        drawn = drawn.resize((times * drawn.width, times * drawn.height), Image.Resampling.NEAREST)
+    words = " · ".join(f"**{name}** {100 * share:.1f} %" for name, share, _ in found[0].found[:8])
     return drawn, words or "nothing found"
 
 
@@ -83,11 +86,15 @@ def reasons(run, picture):
     scores = scores_of(run, leaf)
     if not scores:
         return None
-    figure, axes = plt.subplots(1, len(scores), figsize=(2.6 * len(scores), 2.9), squeeze=False, layout="constrained")
-    for axis, (name, score) in zip(axes[0], scores):
+    wide = 1 + len(scores)
+    figure, axes = plt.subplots(1, wide, figsize=(2.2 * wide, 2.5), layout="constrained")
+    axes[0].imshow(picture)
+    axes[0].set_title("picture", fontsize=9)
+    for axis, (name, score) in zip(axes[1:], scores):
         (gradient,) = torch.autograd.grad(score, leaf, retain_graph=True)
         axis.imshow(gradient.abs().sum(0).numpy(), cmap="inferno")
         axis.set_title(name, fontsize=9)
+    for axis in axes:
         axis.axis("off")
     plt.close(figure)
     return figure
@@ -101,7 +108,7 @@ def scores_of(run, image):
     if not isinstance(run.model, Segmenter):
         objects = run.model([image])[0]
         named = zip(objects["labels"].tolist(), objects["scores"])
-        return [(f"{run.class_name(c)} {100 * float(s):.0f}", s) for c, s in named if s >= SURE][:SHOWN]
+        return [(f"{run.class_name(c)} {100 * s.item():.0f}", s) for c, s in named if s >= SURE][:SHOWN]
     scores = pixel_scores(run, image, run.picture.size)
     classes = scores.argmax(0)
     shares = [(int((classes == c).sum()), c) for c in range(1, len(scores))]
