@@ -258,7 +258,9 @@ def read_samples(model, manifest: dict, args) -> dict:
     if not inputs.is_floating_point():
         inputs = inputs.long()[:, : args.length]
         labels = [str(i) for i in inputs[0].tolist()]
-        return dict(inputs=inputs, labels=labels)
+        sizes = getattr(data, "sizes", {})
+        words = None if "num_classes" in sizes else sizes.get("vocab_size")  # automata answer with classes, not tokens
+        return dict(inputs=inputs, labels=labels, vocab_size=words)
     answers = batch.get("label")
     return dict(
         inputs=inputs,

@@ -144,6 +144,8 @@ def test_runs_are_compared_by_the_state_that_they_carry(call, tmp_path):
         assert memory_point(tmp_path / model / "a" / "recall.csv")[0] == pytest.approx(sum(held[model]) / 3)
     assert len(set(held["mamba"])) == 1 and held["transformer"][2] == 2 * held["transformer"][0]
     runs = [str(tmp_path / model / "a") for model in held]
+    status, out, err = call("probe", "recall", runs[0], f"--out={tmp_path / 'probe'}", entry="ssmzoo")
+    assert status == 0 and "recall: accuracy at distance" in out, err
     status, out, err = call("runs", "compare", *runs, f"--out={tmp_path / 'both.png'}", entry="ssmzoo")
     assert (status, err) == (0, "") and "accuracy against bytes of state in" in out
     assert (tmp_path / "both_memory.png").stat().st_size > 0
