@@ -70,3 +70,8 @@ def test_the_site_is_built_strictly():
     pytest.importorskip("mkdocstrings_handlers.python", reason="pip install '.[docs]' in the checkout")
     subprocess.run([sys.executable, "tools/pages/build.py"], cwd=ROOT, check=True)
     assert len(list((ROOT / "build/site/models").glob("*.html"))) == len(model_pages.model_files()) + 1
+    loaded = re.compile(
+        r"<(?:script|img|iframe)[^>]* src=\"?https?:|<link[^>]*rel=\"?(?:stylesheet|preload)[^>]*https?:"
+    )
+    for page in (ROOT / "build/site").rglob("*.html"):
+        assert not loaded.search(page.read_text(encoding="utf-8")), page

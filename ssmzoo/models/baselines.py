@@ -1,4 +1,4 @@
-"""The Transformers that MoE-Mamba's paper compares with, and llm-random's checkpoints of all of them.
+"""Transformer, Transformer-MoE: what MoE-Mamba's paper compares with, and llm-random's checkpoints of all of them.
 
     x += Attention(LN(x));  x += FF(LN(x))      FF dense (ReLU, 4 d_model, no bias) or a Switch mixture of experts
 

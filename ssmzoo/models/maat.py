@@ -1,4 +1,6 @@
-"""MAAT, Mamba Adaptive Anomaly Transformer (Engineering Applications of Artificial Intelligence 160, 2025, 111685).
+"""MAAT: the Anomaly Transformer with a Mamba path and a gate behind every encoder layer.
+
+Mamba Adaptive Anomaly Transformer (Engineering Applications of Artificial Intelligence 160, 2025, 111685).
 
     x (b l c) -> convolution, positions -> e_layers x [encoder layer, Mamba path, gate] -> LayerNorm -> Linear(d -> c)
 

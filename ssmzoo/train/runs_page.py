@@ -76,10 +76,16 @@ def table(rows: Sequence[Row], home: Path) -> str:
             number(r.seconds, clock(r.seconds)),
         ]
         cells += [number(best, best), cell(html.escape(r.monitor))]
-        cells += [cell(html.escape("" if (v := r.changed.get(k)) is None else str(v))) for k in keys]
+        cells += [cell(html.escape(value(k, r.changed.get(k)))) for k in keys]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     top = "".join(f'<th data-key="{html.escape(h)}">{html.escape(h)}</th>' for h in heads)
     return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def value(key: str, setting: object) -> str:
+    """A setting as it is shown: of a class its name alone."""
+    shown = "" if setting is None else str(setting)
+    return shown.rpartition(".")[2] if key.endswith("_target_") else shown
 
 
 def cell(content: str, value: str | None = None) -> str:

@@ -152,7 +152,7 @@ def operations(name: str, model) -> str:
 def released(names: list[str]) -> Iterator[str]:
     from ssmzoo.released.catalogue import entries_of
 
-    entries = [e for name in names for e in entries_of(name)]
+    entries = sorted((e for name in names for e in entries_of(name)), key=lambda e: (e.bytes is None, e.bytes or 0))
     if not entries:
         return
     yield "## Released weights"
