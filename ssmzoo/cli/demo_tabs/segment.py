@@ -11,6 +11,7 @@ KIND = "dense"
 LARGEST = 1024 * 1024  # pixels
 SHOWN = 4  # things whose pixels are shown
 SURE = 0.3  # score of an object
+FEW = 0.005  # share of the pixels, below which a class is no finding
 LEGIBLE = 400  # pixels, to which small pictures are enlarged
 
 
@@ -112,5 +113,5 @@ def scores_of(run, image):
     scores = pixel_scores(run, image, run.picture.size)
     classes = scores.argmax(0)
     shares = [(int((classes == c).sum()), c) for c in range(1, len(scores))]
-    largest = sorted((s for s in shares if s[0]), reverse=True)[:SHOWN]
+    largest = sorted((s for s in shares if s[0] > FEW * classes.numel()), reverse=True)[:SHOWN]
     return [(run.class_name(c), scores[c][classes == c].sum()) for _, c in largest]
