@@ -16,7 +16,7 @@ def subject(folder: Path):
     loaded = load_subject(str(folder))
     if loaded.tokenizer is not None:
         with torch.no_grad():
-            loaded.model(torch.zeros(1, 16, dtype=torch.long))  # a first call is slow; the times shown are of later ones
+            loaded.model(torch.zeros(1, 16, dtype=torch.long))  # a first call is slow; others are timed
     return loaded
 
 
