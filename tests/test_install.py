@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -74,3 +75,22 @@ def test_a_wheel_holds_configs_benchmarks_sources_and_kernels(tmp_path):
     code = f"{SHOW}; print(ssmzoo.__file__); from ssmzoo.ops.native import MISSING; print(MISSING)"
     found = python(code, tmp_path, PYTHONPATH=str(target))
     assert str(target) in found.stdout and found.stdout.splitlines()[-1] == "None", found.stdout + found.stderr
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_what_a_wheel_is_built_from(tmp_path):
+    """`python -m build` makes the wheel from it, not from the checkout."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kinds = {
+        "configs": ("*.yaml",),
+        "benchmarks": ("*.py",),
+        "ssmzoo": ("*.py", "*.c", "*.h", "*.js", "*.css", "*.txt"),
+    }
+    wanted = {
+        f.relative_to(ROOT).as_posix() for folder, ends in kinds.items() for e in ends for f in (ROOT / folder).rglob(e)
+    }
+    assert wanted <= names, sorted(wanted - names)[:5]
+    assert "constraints.txt" in names and not [n for n in names if n.endswith((".so", ".pyc"))]
