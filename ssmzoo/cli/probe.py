@@ -259,7 +259,7 @@ def read_samples(model, manifest: dict, args) -> dict:
         inputs = inputs.long()[:, : args.length]
         labels = [str(i) for i in inputs[0].tolist()]
         sizes = getattr(data, "sizes", {})
-        words = None if "num_classes" in sizes else sizes.get("vocab_size")  # automata answer with classes, not tokens
+        words = sizes.get("vocab_size") if "num_states" not in sizes else None  # automata answer with classes
         return dict(inputs=inputs, labels=labels, vocab_size=words)
     answers = batch.get("label")
     return dict(
