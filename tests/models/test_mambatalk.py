@@ -1,4 +1,4 @@
-"""MambaTalk's two stages: sizes, equations by hand, official names; the stored cases lie outside the checkout."""
+"""MambaTalk's two stages: sizes, equations by hand, official names; stage 2's stored case lies outside the checkout."""
 
 import math
 
