@@ -255,7 +255,7 @@ def _in_place(name: str, state: str, /, **arguments):
 
 def _stack(x, norm, first, second):
     """stack_step of two layers, whose other weights are fixed."""
-    one = lambda *shape: torch.linspace(-1, 2, math.prod(shape), dtype=x.dtype).sin().view(shape)  # noqa: E731
+    one = lambda *s: torch.linspace(-1, 2, math.prod(s), dtype=x.dtype, device=x.device).sin().view(s)  # noqa: E731
     layers = [
         MambaLayer(
             norm,

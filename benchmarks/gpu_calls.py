@@ -1,0 +1,116 @@
+"""Calls of the operators that benchmarks/gpu.py checks and times, at the size asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from ssmzoo import ops
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def scan_call(device, dtype, b, d, l, n=16, last=False, extras=False) -> dict:
+    """Arguments of selective_scan_fn; `last`: channels next to each other in memory; `extras`: all optional ones."""
+
+    def sequence():
+        return torch.randn(b, l, d, device=device).transpose(1, 2) if last else torch.randn(b, d, l, device=device)
+
+    call = dict(
+        u=sequence(),
+        delta=sequence() - 2,
+        B=torch.randn(b, n, l, device=device),
+        C=torch.randn(b, n, l, device=device),
+        z=sequence(),
+    )
+    call = {name: t.to(dtype) for name, t in call.items()}
+    call |= dict(
+        A=-torch.rand(d, n, device=device) * n,
+        D=torch.randn(d, device=device),
+        delta_bias=torch.rand(d, device=device),
+        delta_softplus=True,
+    )
+    if extras:
+        call |= dict(initial_state=torch.randn(b, d, n, device=device), seq_idx=documents(device, b, l))
+    return call
+
+
+def conv_call(device, dtype, b, d, l, last=False, extras=False) -> dict:
+    x = torch.randn(b, l, d, device=device).transpose(1, 2) if last else torch.randn(b, d, l, device=device)
+    call = dict(
+        x=x.to(dtype), weight=torch.randn(d, 4, device=device), bias=torch.randn(d, device=device), activation="silu"
+    )
+    return call | (dict(seq_idx=documents(device, b, l)) if extras else {})
+
+
+def ssd_call(device, dtype, b, d, l, n=128, extras=False) -> dict:
+    p = min(64, d)
+    h = d // p
+    call = dict(
+        x=torch.randn(b, l, h, p, device=device),
+        B=torch.randn(b, l, 1, n, device=device),
+        C=torch.randn(b, l, 1, n, device=device),
+    )
+    call = {name: t.to(dtype) for name, t in call.items()}
+    call |= dict(
+        dt=torch.randn(b, l, h, device=device) - 2,
+        A=-torch.rand(h, device=device) * 4,
+        D=torch.randn(h, device=device),
+        dt_softplus=True,
+    )
+    if extras:
+        call |= dict(z=torch.randn(b, l, h, p, device=device).to(dtype), seq_idx=documents(device, b, l))
+    return call
+
+
+def documents(device, b, l) -> torch.Tensor:
+    return (torch.rand(b, l, device=device) < 0.02).cumsum(1)
+
+
+def rms_call(device, dtype, b, d, l, residual=False) -> dict:
+    call = dict(x=torch.randn(b, l, d, device=device).to(dtype), weight=torch.randn(d, device=device).to(dtype))
+    return call | (dict(residual=torch.randn(b, l, d, device=device)) if residual else {})
+
+
+def layer_norm_call(device, dtype, b, d, l) -> dict:
+    x, z = torch.randn(b, l, 2 * d, device=device).to(dtype).chunk(2, dim=-1)
+    weight, bias = torch.randn(2, d, device=device).to(dtype)
+    return dict(x=x, z=z, weight=weight, bias=bias)
+
+
+def update_call(device, dtype, b, d, l, n=16) -> dict:
+    """One token of b x l sequences."""
+    rows = b * l
+    call = dict(x=torch.randn(rows, d, device=device), z=torch.randn(rows, d, device=device))
+    call |= dict(B=torch.randn(rows, n, device=device), C=torch.randn(rows, n, device=device))
+    call = {k: t.to(dtype) for k, t in call.items()} | dict(dt=torch.randn(rows, d, device=device).to(dtype))
+    state = torch.randn(rows, d, n, device=device)
+    return dict(state=state, **call, A=-torch.rand(d, n, device=device), D=torch.randn(d, device=device))
+
+
+def conv_update_call(device, dtype, b, d, l) -> dict:
+    rows = b * l
+    x, state = torch.randn(rows, d, device=device), torch.randn(rows, d, 4, device=device)
+    return dict(x=x.to(dtype), conv_state=state.to(dtype), weight=torch.randn(d, 4, device=device), activation="silu")
+
+
+LAYERS = {  # what is checked with all its options
+    "selective_scan": (ops.selective_scan_fn, scan_call, [{}, {"last": True}, {"extras": True}]),
+    "causal_conv1d": (ops.causal_conv1d_fn, conv_call, [{}, {"last": True}, {"last": True, "extras": True}]),
+    "ssd": (ops.mamba_chunk_scan_combined, ssd_call, [{}, {"extras": True}]),
+    "rms_norm": (ops.rms_norm, rms_call, [{}]),
+    "gated_layer_norm": (ops.gated_layer_norm, layer_norm_call, [{}]),
+}
+TIMED = {  # part: (operator, call, options, lengths, has a backward)
+    "selective_scan": [(ops.selective_scan_fn, scan_call, {}, (2048, 4096, 8192, 16384), True)],
+    "causal_conv1d": [(ops.causal_conv1d_fn, conv_call, {"last": True}, (2048, 8192), True)],
+    "ssd": [(ops.mamba_chunk_scan_combined, ssd_call, {}, (2048, 8192), True)],
+    "norms": [
+        (ops.rms_norm, rms_call, {}, (2048, 8192), True),
+        (ops.rms_norm, rms_call, {"residual": True}, (2048,), True),
+        (ops.gated_layer_norm, layer_norm_call, {}, (2048, 8192), True),
+    ],
+    "steps": [
+        (ops.selective_state_update, update_call, {}, (1, 16, 64), False),
+        (ops.causal_conv1d_update, conv_update_call, {}, (1, 16, 64), False),
+    ],
+}

@@ -1,0 +1,72 @@
+"""benchmarks/gpu.py without a GPU: what it would do, its pipeline at toy size, its pages."""
+
+import json
+import subprocess
+import sys
+
+import gpu
+import gpu_report
+import pytest
+import torch
+from paths import ROOT
+
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
+
+
+def call(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_what_it_would_do_fits_into_eight_minutes():
+    found = call("--dry-run").stdout
+    assert all(f" {part.name} " in found for part in gpu.PARTS)
+    assert sum(part.seconds for part in gpu.PARTS) < 8 * 60
+    assert set(gpu.TRAINED) <= {part.name for part in gpu.PARTS if part.section == "train"}
+    assert "decode" not in call("--dry-run", "--only", "card").stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_it_says_so():
+    found = call("--out", "/nonexistent")
+    assert found.returncode == 1 and "needs a GPU" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_part_runs_in_a_process_and_is_not_run_twice(tmp_path):
+    arguments = "--device", "cpu", "--toy", "--only", "card", "--out", tmp_path
+    first = call(*arguments)
+    assert first.returncode == 0 and "card card: ended well" in first.stdout, first.stderr
+    assert "copy_gb_s" in (tmp_path / "gpu_card.csv").read_text() and "## The card" in (tmp_path / "gpu.md").read_text()
+    assert "card card: there already" in call(*arguments).stdout
+
+
+def test_half_lines_limits_and_wrong_results(tmp_path, monkeypatch, capsys):
+    args = type("Args", (), dict(out=tmp_path, device="cpu", toy=True))
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    (tmp_path / "gpu_parts.py").write_text("import time; time.sleep(60)")
+    part = gpu.PARTS[0]
+    assert gpu.run(part, args, "m", 0.5) == "at its limit of 0 s"
+    (tmp_path / "gpu_parts.py").write_text("raise SystemExit(3)")
+    assert gpu.run(part, args, "m", 20) == "badly, with status 3"
+    file = tmp_path / "gpu.jsonl"
+    with file.open("a") as f:
+        f.write('{"section": "check", "par')
+    assert len(gpu.rows(file)) == 2 and gpu.done(file, "m") == set()
+
+
+def test_the_page_the_tables_and_the_picture(tmp_path):
+    base = dict(machine="m", part="p", run=2.0)
+    times = dict(operator="rms_norm", dtype="bf16", length=16, backend="torch", ms=0.1) | {"pass": "forward"}
+    rows = [
+        base | dict(section="times") | times | dict(run=1.0, ms=9.9),  # of an earlier run: replaced
+        base | dict(section="times") | times,
+        base | dict(section="check", operator="scan", backend="triton", out="1e-7", verdict="ok"),
+        base | dict(section="check", operator="scan", backend="mamba_ssm", verdict="mamba-ssm is not installed"),
+        base | dict(section="train", model="mamba", ms=3.0),
+        base | dict(section="decode", model="mamba", how="graph", batch=1, tokens_per_s=10),
+        dict(section="train", part="q", machine="m", ended="at its limit of 60 s", seconds=60),
+    ]
+    rows = [json.loads(json.dumps(r)) for r in rows]
+    gpu_report.write(rows, tmp_path, "m")
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| scan |" in page and "not installed" not in page and "9.9" not in page and "train q: ended at its" in page
+    assert "not installed" in (tmp_path / "gpu_check.csv").read_text() and (tmp_path / "gpu.png").stat().st_size > 1000
