@@ -269,7 +269,10 @@ def flash_linear_attention(function, call: dict, training: bool) -> Callable[[],
     if function is not ops.rms_norm or "residual" in call:
         return None
     try:
-        from fla.modules.layernorm import rms_norm
+        try:
+            from fla.modules.norm.layernorm import rms_norm  # since 0.6
+        except ImportError:
+            from fla.modules.layernorm import rms_norm
     except Exception:  # whatever a missing or broken install raises
         return None
     x, weight = (call[k].detach().requires_grad_(training) for k in ("x", "weight"))

@@ -28,11 +28,12 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ssmzoo.ops.eager import NO_MEMORY, negated, static_facts
+from ssmzoo.ops.failures import launch_failure
 from ssmzoo.ops.transforms import transformed
 
 BACKENDS = ("mamba_ssm", "triton", "c", "torch", "reference")
@@ -119,18 +120,36 @@ def op(reference: Callable | None = None, *, check: Callable | None = None, part
         facts = None if _observers else static_facts(a)
         if facts is not None and (plan := plans.get((_override, facts))) is not None:
             if backends.get(plan.name) is plan:  # else it was taken away since
-                return (plan.eager or plan.function)(a)
+                try:
+                    return (plan.eager or plan.function)(a)
+                except Exception as error:
+                    return after_failure(plan, error, args, kwargs)
         if check is not None:
             check(a)
         if _observers:
             return _observed(name, backends, parts, args, kwargs)
         chosen = _choose(name, backends, a)
-        if facts is None or NO_MEMORY in facts:
-            return chosen.serve(a)
-        if len(plans) >= PLANS:
-            plans.clear()
-        plans[_override, facts] = chosen
-        return (chosen.eager or chosen.function)(a)
+        try:
+            if facts is None or NO_MEMORY in facts:
+                return chosen.serve(a)
+            if len(plans) >= PLANS:
+                plans.clear()
+            plans[_override, facts] = chosen
+            return (chosen.eager or chosen.function)(a)
+        except Exception as error:
+            return after_failure(chosen, error, args, kwargs)
+
+    def after_failure(failed: Backend, error: Exception, args: tuple, kwargs: dict):
+        """A kernel that cannot be compiled here: told once, and the next backend serves, unless it was asked for."""
+        reason = launch_failure(error)
+        if reason is None:
+            raise error
+        if _override is not None:
+            raise BackendError(f"{name}: backend {failed.name!r} was asked for; {reason}") from error
+        backends[failed.name] = replace(failed, missing=reason)
+        plans.clear()
+        warnings.warn(f"{name}: {reason}. The next backend serves.", RuntimeWarning, stacklevel=3)
+        return call(*args, **kwargs)
 
     def register(
         backend: str,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.eager import eager, needs_grad
+from ssmzoo.ops.failures import launch_failure
 from ssmzoo.ops.transforms import batched
 
 LIBRARY = torch.library.Library("ssmzoo", "FRAGMENT")
@@ -168,7 +169,13 @@ class Differentiable:
         if by_torch or not eager(*dresults, saved, *tensors):
             found = zip(self.tensors, self.backward_op(*dresults, saved, *a, backend), tensors)
             return {name: grad for name, grad, t in found if t is not None and t.is_floating_point()}
-        return self.kernels[backend].backward(a, self.recomputed(a, saved, backend), *dresults)
+        try:
+            return self.kernels[backend].backward(a, self.recomputed(a, saved, backend), *dresults)
+        except Exception as error:
+            if (reason := launch_failure(error)) is None:
+                raise
+            instead = "within `with ssmzoo.ops.backend('torch'):` or by SSMZOO_BACKEND=torch it is found"
+            raise RuntimeError(f"the gradient of {self.name}: {reason}; {instead}") from error
 
     def recomputed(self, a: tuple, saved: Tensor | None, backend: str) -> Tensor | None:
         """What the forward keeps, computed anew where it kept nothing: in exported programs, whose lengths may vary."""

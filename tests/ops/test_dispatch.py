@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from ssmzoo.ops import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.dispatch import OPERATORS, op
+from ssmzoo.ops.library import Differentiable, Kernel
 
 
 def why_not_fast(a):
@@ -144,3 +147,52 @@ def test_observers_see_every_call_and_joined_operators_run_in_parts():
     with pytest.raises(ValueError, match="no operator 'selectiv_scan'"), observe(selectiv_scan=look):
         pass
     assert "spatial_scan" in OPERATORS and chosen_backend(spatial_scan, *arguments)
+
+
+class CompilationError(Exception):
+    """As Triton's."""
+
+
+CompilationError.__module__ = "triton.compiler.errors"
+
+
+def test_a_kernel_that_cannot_be_compiled_is_replaced_by_the_next_backend_and_told_once():
+    def fails(a):
+        raise CompilationError("at 3:4:\n  y = x\nptxas fatal: Value 'sm_61' is not defined for option 'gpu-name'")
+
+    @op
+    def doubled(x: torch.Tensor):
+        return 2 * x
+
+    try:
+        doubled.register("triton", device="cpu")(fails)
+        doubled.register("torch")(lambda a: a.x + a.x)
+        with backend("triton"), pytest.raises(BackendError, match="was asked for; Triton cannot run .*sm_61"):
+            doubled(torch.ones(2))
+        with pytest.warns(RuntimeWarning, match=r"doubled: Triton cannot run .*CompilationError: ptxas"):
+            assert torch.equal(doubled(torch.ones(2)), torch.full((2,), 2.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            doubled(torch.ones(3))
+            assert chosen_backend(doubled, torch.ones(2)) == "torch"
+        row = next(r for r in backend_table() if (r.operator, r.backend) == ("doubled", "triton"))
+        assert not row.available and "sm_61" in row.reason
+        doubled.register("triton", device="cpu")(lambda a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # any other mistake is no reason to go on
+            doubled(torch.ones(2))
+    finally:
+        del OPERATORS["doubled"]
+
+
+def test_a_gradient_that_cannot_be_compiled_says_what_to_do():
+    class Inputs(NamedTuple):
+        x: torch.Tensor
+
+    def fails(a, saved, dy):
+        raise CompilationError("out of resources: shared memory")
+
+    kernel = Differentiable("failing", Inputs)
+    kernel.kernels["triton"] = Kernel(lambda a, save: ((a.x * 2,), None), fails)
+    y = kernel(Inputs(torch.ones(2, requires_grad=True)), "triton")
+    with pytest.raises(RuntimeError, match="the gradient of failing: Triton cannot run .*SSMZOO_BACKEND=torch"):
+        y.sum().backward()

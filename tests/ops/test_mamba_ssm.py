@@ -174,3 +174,28 @@ def test_without_an_install_the_table_says_so():
     ):
         said = f"{package} is not installed" in rows[operator, "mamba_ssm"].reason
         assert said == (importlib.util.find_spec(module) is None)
+
+
+def test_a_function_of_another_release_is_told_by_its_arguments():
+    from ssmzoo.ops.mamba_ssm import PARAMETERS, _misfit
+
+    def newest(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False): ...
+    def longer(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None): ...
+    def reordered(
+        u, delta, A, B, C, z=None, D=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ): ...
+    def needs_more(x, conv_state, weight, bias, activation, cache_seqlens, pages): ...
+
+    assert _misfit(newest, "selective_scan_fn", "mamba-ssm") is None
+    assert _misfit(longer, "causal_conv1d_update", "causal-conv1d") is None
+    assert _misfit(print, "selective_scan_fn", "mamba-ssm") is None  # anything may be given
+    why = _misfit(reordered, "selective_scan_fn", "mamba-ssm")
+    assert "has another selective_scan_fn than ssmzoo knows" in why and "(u, delta, A, B, C, z, D," in why
+    assert "pages" in _misfit(needs_more, "causal_conv1d_update", "causal-conv1d")
+    assert set(PARAMETERS) == {
+        "selective_scan_fn",
+        "selective_state_update",
+        "mamba_chunk_scan_combined",
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+    }

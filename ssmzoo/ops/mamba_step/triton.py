@@ -107,6 +107,8 @@ def why_not_tensors(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
+        if t.device != tensors[0].device:
+            return f"wants all tensors on one device, got {tensors[0].device} and {t.device}"
         if not t.is_contiguous():
             return f"computes with contiguous tensors, got strides {t.stride()}"
         if not t.numel():
