@@ -122,7 +122,7 @@ class VisualQuestions(Task):
         }
         rows |= {f"answers right, {name}": f"{100 * value:.1f} %" for name, value in data.baselines().items()}
         rows["trained parameters"] = f"{trained:,} of {total:,} ({100 * trained / total:.2f} %)"
-        if isinstance(reader, SSMI) and not (run_dir / "adapter").exists():
+        if isinstance(reader, SSMI) and self.optim is not None and not (run_dir / "adapter").exists():  # it trained
             rows["the memories alone"] = str(save_adapter(reader, run_dir / "adapter"))
         return Report(rows, {}, [self.draw(run_dir, data)])
 

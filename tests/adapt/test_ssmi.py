@@ -71,6 +71,8 @@ def test_the_start_is_the_frozen_model_and_only_memories_learn(name):
     ids, visual = inputs()
     assert torch.equal(adapted(ids, visual=visual).logits, frozen(ids).logits)
     assert fingerprint(adapted.backbone) == fingerprint(frozen)
+    total = sum(p.numel() for p in adapted.parameters())
+    assert adapted.trainable() == (sum(p.numel() for p in adapted.parameters() if p.requires_grad), total)
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     for _step in range(2):
         optimizer.zero_grad()

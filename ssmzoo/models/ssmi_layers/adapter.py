@@ -124,6 +124,10 @@ class SSMI(nn.Module):
         """Scalar: mean of the memories' `reconstruction`, for alignment."""
         return torch.stack([memory.reconstruction(visual) for memory in self.memories]).mean()
 
+    def trainable(self) -> tuple[int, int]:
+        """(parameters that are trained, all of them)"""
+        return count(self.memories), count(self)
+
 
 def count(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
