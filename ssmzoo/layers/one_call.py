@@ -9,9 +9,11 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Callable, Sequence
+from operator import getitem, is_
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder, NotPlain
@@ -26,38 +28,56 @@ SIMPLE = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFu
 
 
 class Watch:
-    """What a program rests on: the modules below some roots as they were."""
+    """What a program rests on: the modules below some roots as they were.
 
-    def __init__(self, roots: Sequence[nn.Module]):
+    Every token asks, with the caches full of weights, so that each place looked at is waited for: hooks are counted by
+    the number of the last one made anywhere, and attributes of torch's own classes are all in weights and `training`.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], program: bool):
         modules = dict.fromkeys(m for root in roots for m in root.modules())
-        self.modules, self.types = list(modules), [type(m) for m in modules]
-        self.own = [m.__dict__ for m in modules]
-        self.hooks = [d[name] for d in self.own for name in HOOKS]
-        self.tried = [len(h) for h in self.hooks]
-        self.places = [(d[part], name) for d in self.own for part in PARTS for name in d[part]]
-        self.held = [place[name] for place, name in self.places]
+        everything = [m.__dict__ for m in modules]
+        self.last_hook = RemovableHandle.next_id
+        self.hooks = [d[name] for d in everything for name in HOOKS]
+        self.hooked = list(map(len, self.hooks))
+        self.program = program  # without one, a hook that goes may give it
+        self.everything, self.sizes = (
+            everything,
+            list(map(len, everything)),
+        )  # a forward of its own is one attribute more
+        places = [(d[part], name) for d in everything for part in PARTS for name in d[part]]
+        self.places, self.names = [place for place, _ in places], [name for _, name in places]
+        self.held = [place[name] for place, name in places]
         self.tensors = [t for t in self.held if isinstance(t, Tensor)]
-        self.pointers = [t.data_ptr() for t in self.tensors]
-        self.names = [(d, k) for m, d in zip(modules, self.own) for k, v in d.items() if _tells(m, k, v)]
-        self.values = [d[k] for d, k in self.names]
+        self.pointers = list(map(Tensor.data_ptr, self.tensors))
+        told = [(m.__dict__, k) for m in modules for k, v in m.__dict__.items() if _tells(m, k, v)]
+        self.owners, self.attributes = [d for d, _ in told], [k for _, k in told]
+        self.values = [d[k] for d, k in told]
 
     def same(self) -> bool:
+        if not is_plain() or not self.same_hooks() or list(map(len, self.everything)) != self.sizes:
+            return False
         try:
-            if not is_plain() or [len(h) for h in self.hooks] != self.tried:
+            if not all(map(is_, map(getitem, self.places, self.names), self.held)):
                 return False
-            if [type(m) for m in self.modules] != self.types or [d[k] for d, k in self.names] != self.values:
+            if list(map(getitem, self.owners, self.attributes)) != self.values:
                 return False
-            if not all([place[name] is held for (place, name), held in zip(self.places, self.held)]):
-                return False
-            return [t.data_ptr() for t in self.tensors] == self.pointers and not any(["forward" in d for d in self.own])
         except KeyError:
             return False
+        return list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+
+    def same_hooks(self) -> bool:
+        if self.program and RemovableHandle.next_id == self.last_hook:
+            return True
+        self.last_hook = RemovableHandle.next_id
+        return list(map(len, self.hooks)) == self.hooked
 
 
 def _tells(module: nn.Module, name: str, value: object) -> bool:
-    """Whether an attribute may change what a module computes. torch's own classes say all in weights and `training`."""
-    torchs = type(module).__module__.startswith("torch.")
-    if name == "training" or torchs or name.startswith("_"):
+    """Whether an attribute may change what a module computes."""
+    if type(module).__module__.startswith("torch."):
+        return name == "training" and isinstance(module, nn.Dropout)
+    if name == "training" or name.startswith("_"):
         return name == "training"
     parts = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else (value,)
     return all(isinstance(part, SIMPLE) for part in parts)
@@ -78,7 +98,7 @@ class Kept:
         except NotPlain:
             pass
         self.width = width
-        self.watch = Watch([*blocks, *builder.roots, *([] if norm is None else [norm])])
+        self.watch = Watch([*blocks, *builder.roots, *([] if norm is None else [norm])], self.program is not None)
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()

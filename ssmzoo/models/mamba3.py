@@ -32,10 +32,12 @@ from torch.nn import functional as F
 from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
+from ssmzoo.layers.program import Builder
 from ssmzoo.layers.rope import rotate
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.mamba import MambaLM
 from ssmzoo.ops import mamba3_step, trapezoidal_scan
+from ssmzoo.ops.token_step import Register
 
 NORMS = frozenset({RMSNorm, GatedRMSNorm})
 PHASE_CHUNK = 64  # tokens whose phases are summed before the sum is brought back into [0, 2 pi)
@@ -169,6 +171,18 @@ class Mamba3(nn.Module):
         """Whether one token may go through the operator that takes the weights of the inner modules."""
         norms = (self.B_norm, self.C_norm) if self.norm is None else (self.B_norm, self.C_norm, self.norm)
         return not self.is_mimo and is_plain(self.in_proj, self.out_proj) and is_plain(*norms, among=NORMS)
+
+    def program(self, p: Builder, u: Register) -> Register:
+        p.need(self._fused())
+        h, d, n, m = self.nheads, self.headdim, self.d_state, self.n_angles
+        states = p.state(h, m), p.state(h, d, n), p.state(1, h, n), p.state(h, d)
+        weight, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+        norms = self.B_norm.weight, self.C_norm.weight
+        weights = (self.dt_bias, *norms, self.B_bias, self.C_bias, self.D, weight)
+        factors = (self.A_floor, self.B_norm.eps, self.C_norm.eps, eps)
+        more = dict(weights=weights, numbers=(h, d, n, m, self.ngroups), factors=factors, states=states)
+        y = p.emit("mamba3", p.reg(self.d_inner), p.linear(self.in_proj, u), **more)
+        return p.linear(self.out_proj, y)
 
     def _step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         """One token (b 1 d), without gradients."""

@@ -22,6 +22,7 @@ FUSED = [
     *(
         "mamba",
         "mamba2",
+        "mamba3",
         "based",
         "jrt_rnn",
         "hawk",
@@ -35,7 +36,12 @@ FUSED = [
     *("moe_mamba", "moe_mamba_parallel", "mamba_hybrid", "gated_deltanet", "mamba2attn_2.7b", "hydra_lm_toy"),
     *(name for name in NODES if name.startswith(("mamba: ", "gated_ssm: causal", "hawk: odd", "hydra_lm: conv"))),
 ]
-UNFUSED = ["mamba3", "moe_mamba_inner", "transformer: selective attention", "gated_ssm: released form"]
+UNFUSED = [
+    "mamba3: several inputs and outputs",
+    "moe_mamba_inner",
+    "transformer: selective attention",
+    "gated_ssm: released form",
+]
 pytestmark = native
 
 
@@ -88,6 +94,10 @@ def steps(model, ids, state):
     return torch.cat(logits, 1), state, aux, served
 
 
+def tensors(state):
+    return flat(state, [])
+
+
 def same(got, expected, tolerance):
     for a, e in zip(got, expected, strict=True):
         assert a.shape == e.shape
@@ -106,7 +116,7 @@ def test_c_is_the_modules(name, b, threads, monkeypatch):
         wide = model_of(name, torch.float64)
         states = map_state(lambda t: t.double() if t.is_floating_point() else t, start)
         expected, end, reports, _ = steps(wide, ids[:, 4:], states)
-    kept = [t.clone() for t in flat(start, [])]
+    kept = [t.clone() for t in tensors(start)]
     empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty_like", lambda t, **k: poisoned(empty_like(t, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
@@ -117,11 +127,11 @@ def test_c_is_the_modules(name, b, threads, monkeypatch):
         torch.set_num_threads(before)
     assert served == ["c"] * 12
     same([logits], [expected], 3e-6)
-    same(flat(state, []), flat(end, []), 3e-6)
+    same(tensors(state), tensors(end), 3e-6)
     for one, other in zip(aux, reports):
         assert one.keys() == other.keys()
         same([one[k] for k in other], list(other.values()), 1e-5)
-    assert all(torch.equal(t, k) for t, k in zip(flat(start, []), kept))
+    assert all(torch.equal(t, k) for t, k in zip(tensors(start), kept))
 
 
 def poisoned(t):
@@ -141,7 +151,7 @@ def test_integers(name, bits):
             expected, end, _, _ = steps(model, ids[:, 4:], start)
     assert served == ["c"] * 8
     same([logits], [expected], 1e-3)  # activations of 16 bits
-    same(flat(state, []), flat(end, []), 1e-3)
+    same(tensors(state), tensors(end), 1e-3)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -1,15 +1,7 @@
 // One token through a Mamba-3 mixer, fp32 and contiguous: see ssmzoo/ops/mamba3_step/__init__.py for the equations.
 // All work is one pass over the weights and one over the state; rows of the matrices and heads are shared by the threads.
+#include "mamba3_step.h"
 #include "gemv.h"
-#include "parallel.h"
-
-typedef struct {
-    const float *u, *phase, *ssm_state, *last_k, *last_x, *in_proj, *dt_bias, *B_norm, *C_norm, *B_bias, *C_bias, *D,
-        *norm_weight, *out_proj;
-    float *out, *phase_new, *ssm_new, *k_new, *x_new;
-    int64_t b, d, h, p, n, m, g, threads;
-    double A_floor, B_eps, C_eps, eps;
-} step3_args;
 
 typedef struct {  // one sequence: its row, and what is computed on the way
     const step3_args *a;
@@ -98,16 +90,13 @@ static void advance(void *context, int64_t head) {
     for (int64_t i = 0; i < p; i++) y[i] *= z[i];
 }
 
-static void step(const step3_args *a, int64_t row, float *memory) {
+size_t mamba3_memory(const step3_args *a) { return (size_t)(2 * a->g * a->n + a->h * a->n); }
+
+void mamba3_core(const step3_args *a, int64_t row, float *proj, float *y, float *memory, crew *t) {
     int64_t e = a->h * a->p, n = a->n, gn = a->g * n;
-    step3_info s = {a, row, e, 2 * e + 2 * gn + 3 * a->h + a->m, memory, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
-    s.B = s.proj + s.w;
-    s.C = s.B + gn;
-    s.q = s.C + gn;
-    s.y = s.q + a->h * n;
+    step3_info s = {a, row, e, 2 * e + 2 * gn + 3 * a->h + a->m, proj, memory, memory + gn, memory + 2 * gn, y, NULL, NULL, NULL, NULL};
     float *dt = s.proj + 2 * e + 2 * gn, *angle = dt + 3 * a->h;
     s.dt = dt, s.rate = dt + a->h, s.trap = dt + 2 * a->h, s.angle = angle;
-    parallel_for(shares(s.w), a->threads, project_in, &s);
     silu(s.proj, e);
     for (int64_t i = 0; i < a->h; i++) dt[i] += a->dt_bias[i];
     softplus(dt, a->h);
@@ -116,13 +105,21 @@ static void step(const step3_args *a, int64_t row, float *memory) {
         normalise(s.B + i * n, s.proj + 2 * e + i * n, a->B_norm, n, a->B_eps);
         normalise(s.C + i * n, s.proj + 2 * e + gn + i * n, a->C_norm, n, a->C_eps);
     }
-    parallel_for(a->h, a->threads, advance, &s);
+    if (t) crew_for(t, a->h, advance, &s);
+    else parallel_for(a->h, a->threads, advance, &s);
+}
+
+static void step(const step3_args *a, int64_t row, float *memory) {
+    int64_t e = a->h * a->p, w = 2 * e + 2 * a->g * a->n + 3 * a->h + a->m;
+    step3_info s = {.a = a, .row = row, .e = e, .w = w, .proj = memory, .y = memory + w};
+    parallel_for(shares(w), a->threads, project_in, &s);
+    mamba3_core(a, row, s.proj, s.y, s.y + e, NULL);
     parallel_for(shares(a->d), a->threads, project_out, &s);
 }
 
 void ssmzoo_mamba3_step(const step3_args *a) {
-    int64_t e = a->h * a->p, gn = a->g * a->n, w = 2 * e + 2 * gn + 3 * a->h + a->m;
-    float *memory = scratch((size_t)(w + 2 * gn + a->h * a->n + e) * sizeof(float));
+    int64_t e = a->h * a->p, w = 2 * e + 2 * a->g * a->n + 3 * a->h + a->m;
+    float *memory = scratch((size_t)(w + e) * sizeof(float) + mamba3_memory(a) * sizeof(float));
     for (int64_t row = 0; row < a->b; row++) step(a, row, memory);
     free(memory);
 }

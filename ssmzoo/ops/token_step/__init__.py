@@ -7,7 +7,7 @@ every sequence) that is made once and stays good while the modules do (`ssmzoo.l
     linear     out (+)= f act(M a + bias)             norm       RMSNorm or LayerNorm, per group of channels
     mix        out = f0 w1 act(a) b + f1 w0 c         conv       act(causal depthwise convolution)
     mamba, mamba2   whole mixers                      attend     one query more, over all keys or a window
-    taylor, ssd, delta, recur, rglru, element         recurrences of constant size
+    taylor, ssd, delta, recur, rglru, element, mamba3   recurrences of constant size
     moe        a router and its experts               keys       product keys: values, or one-neuron experts
     chunk, workspace                                  sums over chunks of tokens, and slots that they write to
 
@@ -16,7 +16,7 @@ Letters: b batch, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.stack_step import Integers
 
 KINDS = ("linear", "norm", "mix", "conv", "mamba", "mamba2", "attend", "taylor", "ssd", "delta", "recur", "rglru")
-KINDS += ("element", "moe", "keys", "chunk", "workspace")
+KINDS += ("element", "moe", "keys", "chunk", "workspace", "mamba3")
 ACTIVATIONS = ("none", "relu", "silu", "sigmoid", "gelu", "gelu_tanh")
 PARTS = ("rms_norm", "mamba_step", "mamba2_step", "gated_delta_step", "causal_conv1d_update", "causal_conv1d_fn")
 PARTS += ("ssd_state_update", "gated_linear_recurrence", "taylor_attention", "linear_act", "grouped_matmul")
+PARTS += ("mamba3_step",)
 
 
 Matrix = Tensor | Integers
@@ -131,6 +132,8 @@ class Program:
     layers: Callable[[Tensor, tuple], tuple]
     experts: tuple[int, int, bool, bool] | None = None
     packed: tuple | None = None  # by the kernel
+    layout: Layout | None = None  # of the states it has seen
+    given: tuple = (None, None)  # states that were looked over last, and their tensors
 
 
 @op(parts=PARTS)
@@ -147,23 +150,49 @@ def token_step(x: Tensor, program: Program, states: tuple) -> tuple[Tensor, tupl
     return program.layers(x, states)
 
 
+class Layout(NamedTuple):
+    """How a nested state is made of `count` tensors: `make` of the parts in order, a tensor each where there is no list
+    of layouts; `keys` of a dict; None where the state has None."""
+
+    make: Callable
+    count: int
+    parts: list[Layout | None | type[Tensor]] | None = None
+    keys: tuple | None = None
+
+
+def layout(state: Any) -> Layout:
+    keys = tuple(state) if isinstance(state, dict) else None
+    values = list(state.values() if keys is not None else state)
+    make = dict if keys is not None else getattr(type(state), "_make", type(state))
+    if keys is None and all(isinstance(value, Tensor) for value in values):
+        return Layout(make, len(values))
+    parts = [Tensor if isinstance(value, Tensor) else value if value is None else layout(value) for value in values]
+    count = sum(1 if part is Tensor else part.count for part in parts if part is not None)
+    return Layout(make, count, parts, keys)
+
+
 def flat(state: Any, into: list[Tensor]) -> list[Tensor]:
-    """The tensors of a nested state in order."""
+    """The tensors of a nested state in order, appended."""
     for value in state.values() if type(state) is dict else state:
-        if isinstance(value, Tensor):
+        if type(value) is Tensor:
             into.append(value)
         elif value is not None:
             flat(value, into)
     return into
 
 
-def rebuilt(state: Any, tensors: Iterator[Tensor]) -> Any:
-    """A state like another with other tensors."""
-    if isinstance(state, Tensor):
-        return next(tensors)
-    if state is None:
-        return None
-    if type(state) is dict:
-        return {key: rebuilt(value, tensors) for key, value in state.items()}
-    values = [next(tensors) if isinstance(value, Tensor) else rebuilt(value, tensors) for value in state]
-    return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
+def rebuilt(tensors: list[Tensor], how: Layout, start: int = 0) -> Any:
+    """The nested state of this layout made of the tensors from `start` on."""
+    if how.parts is None:
+        return how.make(tensors[start : start + how.count])
+    values = []
+    for part in how.parts:
+        if part is None:
+            values.append(None)
+        elif part is Tensor:
+            values.append(tensors[start])
+            start += 1
+        else:
+            values.append(rebuilt(tensors, part, start))
+            start += part.count
+    return how.make(values if how.keys is None else zip(how.keys, values))

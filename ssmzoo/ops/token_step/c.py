@@ -13,7 +13,7 @@ from ssmzoo.ops.mamba_step.c import MAX_ROWS
 from ssmzoo.ops.native import kernel
 from ssmzoo.ops.native.multiply import packed
 from ssmzoo.ops.stack_step import Integers
-from ssmzoo.ops.token_step import KINDS, Instruction, MambaWeights, Matrix, Program, flat, rebuilt, token_step
+from ssmzoo.ops.token_step import KINDS, Instruction, MambaWeights, Matrix, Program, flat, layout, rebuilt, token_step
 
 STEP, MISSING = kernel("ssmzoo_token_step")
 LAYER = struct.Struct("45q3d")
@@ -28,18 +28,21 @@ def why_not(a) -> str | None:
     b = a.x.shape[0]
     if b > MAX_ROWS:
         return f"serves up to {MAX_ROWS} sequences, got {b}"
-    states = flat(a.states, [])
-    if len(states) != len(a.program.states):
-        return f"the program has {len(a.program.states)} states, got {len(states)}"
-    for spec, t in zip(a.program.states, states):
+    program, states = a.program, []
+    try:
+        flat(a.states, states)
+    except TypeError:
+        return "takes states of tensors alone"
+    if len(states) != len(program.states):
+        return f"the program has {len(program.states)} states, got {len(states)}"
+    for (wanted, dtype, like, _), t in zip(program.states, states):
         shape = t.shape
-        if spec.like is not None:
-            if shape[2:] != spec.shape or shape[1] != states[spec.like].shape[1]:
-                return f"state {tuple(shape)} where (b s {spec.shape}) belongs"
-        elif shape[1:] != spec.shape:
-            return f"state {tuple(shape)} where (b {spec.shape}) belongs"
-        if t.dtype is not spec.dtype or shape[0] != b or not t.is_cpu:
-            return f"computes with states (b ...) of {spec.dtype}, got {tuple(shape)} of {t.dtype}"
+        rest, first = (shape[1:], True) if like is None else (shape[2:], shape[1] == states[like].shape[1])
+        if rest != wanted or not first or shape[0] != b or t.dtype is not dtype or not t.is_cpu:
+            return f"computes with states (b ...) of {wanted} and {dtype}, got {tuple(shape)} of {t.dtype}"
+    if program.layout is None:
+        program.layout = layout(a.states)
+    a.program.given = a.states, states
     if a.program.packed is None:
         a.program.packed = pack_program(a.program)
     return a.program.packed[0] or why_not_eager(a.x)
@@ -125,7 +128,10 @@ def token_step_c(a) -> tuple[Tensor, tuple, dict[str, Tensor]]:
     program, x = a.program, a.x.contiguous()
     b, d = x.shape
     out, new, slots = torch.empty_like(x), [], []
-    before = [t if t.is_contiguous() else t.contiguous() for t in flat(a.states, [])]
+    whose, before = program.given
+    if whose is not a.states:
+        before = flat(a.states, [])
+    before, program.given = [t if t.is_contiguous() else t.contiguous() for t in before], (None, None)
     for spec, t in zip(program.states, before):
         if spec.like is None:
             after, length, kept = torch.empty_like(t), 0, 0
@@ -144,4 +150,4 @@ def token_step_c(a) -> tuple[Tensor, tuple, dict[str, Tensor]]:
     sizes = b, d, len(program.code), program.floats, torch.get_num_threads()
     code_at = ctypes.addressof(program.packed[1])
     STEP(struct.pack("10q", code_at, states_at, x.data_ptr(), out.data_ptr(), at, *sizes))
-    return out, rebuilt(a.states, iter(new)), {} if metrics is None else aux_of(metrics, program.experts)
+    return out, rebuilt(new, program.layout), {} if metrics is None else aux_of(metrics, program.experts)

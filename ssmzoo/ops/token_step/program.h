@@ -3,7 +3,7 @@
 #include "../mamba2_step/mamba2_step.h"
 #include "gemv.h"
 
-enum { LINEAR, NORM, MIX, CONV, MAMBA, MAMBA2, ATTEND, TAYLOR, SSD, DELTA, RECUR, RGLRU, ELEMENT, MOE, KEYS, CHUNK, WORKSPACE };
+enum { LINEAR, NORM, MIX, CONV, MAMBA, MAMBA2, ATTEND, TAYLOR, SSD, DELTA, RECUR, RGLRU, ELEMENT, MOE, KEYS, CHUNK, WORKSPACE, MAMBA3 };
 enum { NONE, RELU, SILU, SIGMOID, GELU, GELU_TANH };  // activations
 
 typedef struct {
@@ -75,6 +75,8 @@ void run_delta(runner *r);
 void run_recur(runner *r);
 void run_rglru(runner *r);
 void run_element(runner *r);
+void run_mamba3(runner *r);
+size_t mamba3_room(const instruction *i);
 void run_moe(runner *r);
 void run_keys(runner *r);
 void run_chunk(runner *r);

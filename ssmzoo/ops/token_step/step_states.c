@@ -1,4 +1,5 @@
 // One token more for recurrences whose state has a constant size.
+#include "../mamba3_step/mamba3_step.h"
 #include "program.h"
 
 enum { HEADS, WIDTH, SIZE, X_STRIDE, B_STRIDE, C_STRIDE, DECAY, TURNED };  // n of SSD
@@ -145,4 +146,23 @@ void run_element(runner *r) {
             v_store_some(after + j, decay * old + v_load_some(B + j, left) * v_load_some(U + j, left), left);
         }
     }
+}
+
+// Mamba-3 between its projections; n: heads, channels, state, angles, groups; the third and fourth states: last key and value.
+static step3_args mamba3_args(const instruction *i) {
+    return (step3_args){.dt_bias = i->w[0], .B_norm = i->w[1], .C_norm = i->w[2], .B_bias = i->w[3], .C_bias = i->w[4], .D = i->w[5],
+                        .norm_weight = i->w[6], .h = i->n[0], .p = i->n[1], .n = i->n[2], .m = i->n[3], .g = i->n[4],
+                        .A_floor = i->f[0], .B_eps = i->f[1], .C_eps = i->f[2], .eps = i->f[3]};
+}
+
+size_t mamba3_room(const instruction *i) {
+    const step3_args a = mamba3_args(i);
+    return mamba3_memory(&a);
+}
+
+void run_mamba3(runner *r) {
+    step3_args a = mamba3_args(r->i);
+    a.phase = slot(r, 0)->before, a.ssm_state = slot(r, 1)->before, a.last_k = slot(r, 2)->before, a.last_x = slot(r, 3)->before;
+    a.phase_new = slot(r, 0)->after, a.ssm_new = slot(r, 1)->after, a.k_new = slot(r, 2)->after, a.x_new = slot(r, 3)->after;
+    for (int64_t row = 0; row < r->b; row++) mamba3_core(&a, row, at(r, &r->i->a, row), at(r, &r->i->out, row), r->room, r->t);
 }

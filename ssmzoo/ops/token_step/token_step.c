@@ -184,6 +184,7 @@ size_t room_of(const program_args *a, const instruction *i) {
         case MOE:
         case KEYS: return moe_room(a, i);
         case WORKSPACE: return workspace_room(a, i);
+        case MAMBA3: return mamba3_room(i);
         default: return 0;
     }
 }
@@ -207,6 +208,7 @@ static void execute(runner *r) {
         case KEYS: run_keys(r); break;
         case CHUNK: run_chunk(r); break;
         case WORKSPACE: run_workspace(r); break;
+        case MAMBA3: run_mamba3(r); break;
     }
 }
 
