@@ -1,5 +1,7 @@
 """ONNX programs give in onnxruntime what the model gives in torch, at other batches, sizes and many steps later."""
 
+import re
+
 import exports
 import pytest
 import torch
@@ -14,7 +16,7 @@ RUNS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for n
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_onnxruntime_computes_the_same(name, tmp_path):
+def test_onnxruntime_computes_the_same(name, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (pip install '.[export]')")
     source = exports.source(name, tmp_path / "run")
     if reason := refuse(source):
@@ -22,7 +24,11 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
             export(source, "onnx", tmp_path / "out")
         assert len(reason) > 10
         return
-    session = onnxruntime.InferenceSession(export(source, "onnx", tmp_path / "out") / "model.onnx")
+    written = export(source, "onnx", tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.*?)```", (written / "README.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(written)
+    exec(code, {})  # what the card tells a reader to do
+    session = onnxruntime.InferenceSession(written / "model.onnx")
     if source.kind == "language":
         return decode(source.model, session)
     _, channels, height, width = call_of(source).inputs[0].shape  # the size of its training, where it takes no other

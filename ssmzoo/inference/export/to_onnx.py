@@ -72,15 +72,45 @@ def check(call: Call, file: Path) -> None:
     compare(call, program, TOLERANCE)
 
 
+LANGUAGE = """One token per call: `input_ids` (batch, 1) and the tensors `state_i`, which are zeros before the first
+token; results are `logits` (batch, 1, vocabulary) and `next_state_i` for the next call.
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+state = {}  # one sequence, nothing read yet
+for slot in session.get_inputs()[1:]:
+    state[slot.name] = np.zeros([1 if isinstance(side, str) else side for side in slot.shape], kinds[slot.type])
+ids = [1, 2, 3]  # of the tokenizer; where it is bytes: list("a text".encode())
+for token in ids:
+    logits, *following = session.run(None, {"input_ids": np.array([[token]], np.int64), **state})
+    state = dict(zip(state, following))
+print(logits[0, -1].argmax())  # the likeliest next id
+```"""
+
+PICTURES = """`pixels` {form}, {levels}, to `output`.
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+pixels = np.zeros({shape}, np.float32)
+output = session.run(None, {{"pixels": pixels}})[0]
+print(output.shape)
+```"""
+
+
 def usage(source: Source) -> str:
     if source.kind == "language":
-        return (
-            "One token per call: `input_ids` (batch, 1) and the tensors `state_i`, which are zeros before the first "
-            "token; results are `logits` (batch, 1, vocabulary) and `next_state_i` for the next call.\n\n"
-            '```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession("model.onnx")\n```'
-        )
-    return (
-        f"`pixels` {form_of(source)}, normalised as in training, to `output`.\n\n"
-        '```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession("model.onnx")\n'
-        'output = session.run(None, {"pixels": pixels})\n```'
-    )
+        return LANGUAGE
+    shape = tuple(call_of(source).inputs[0].shape[1:])
+    noted, levels = source.manifest.get("picture"), "normalised as in training"
+    if source.kind == "restoration":
+        levels = "levels from 0 to 1"
+    elif isinstance(noted, dict) and "mean" in noted:
+        levels = f"levels from 0 to 1 less {noted['mean']}, over {noted['std']}"
+    return PICTURES.format(form=form_of(source), levels=levels, shape=(1, *shape))
