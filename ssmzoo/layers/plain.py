@@ -38,6 +38,21 @@ def is_plain(*modules: nn.Module, among: frozenset[type] = PLAIN) -> bool:
     return True
 
 
+@torch.no_grad()
+def matrix_of(linear: nn.Module) -> torch.Tensor:
+    """W (e d) of a module that computes W x + b, whatever it is made of: for those who look into a model.
+
+    A low-rank adapter's is asked for with the columns of the identity; a quantised layer tells its own.
+    """
+    if isinstance(linear, nn.Linear) and is_plain(linear):
+        return linear.weight
+    if hasattr(linear, "matrix"):
+        return linear.matrix()
+    like = next(p for p in linear.parameters() if p.is_floating_point())
+    identity = torch.eye(linear.in_features, device=like.device, dtype=like.dtype)
+    return (linear(identity) - linear(torch.zeros_like(identity[:1]))).T
+
+
 def observer(hook: Callable) -> Callable:
     """Mark a forward hook or pre-hook that neither changes nor reads what passes, so that fused paths may skip it."""
     hook.observes = True

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.feedforward.mlp import ACTIVATIONS as FUNCTIONS
 from ssmzoo.layers.hadamard import hadamard
 from ssmzoo.ops import quantized_linear
-from ssmzoo.ops.quantized_linear import DYNAMIC, unpack_int4
+from ssmzoo.ops.quantized_linear import DYNAMIC, dequantize, unpack_int4
 
 ACTIVATIONS = ("float", "static", DYNAMIC)
 
@@ -90,6 +90,11 @@ class QuantizedLinear(nn.Module):
         if self.output is not None:
             y = self.output(y) if self.bias is None else self.output(y) + self.bias.to(y.dtype)
         return y
+
+    def matrix(self) -> Tensor:
+        """(e d) in the scale's dtype: what x is multiplied with, its rotation included, its rounding not."""
+        W = dequantize(self.weight, self.scale, None, self.bits, self.group_size)
+        return W @ hadamard(torch.eye(self.in_features, device=W.device, dtype=W.dtype)).T if self.rotate else W
 
     def settings(self) -> dict[str, Any]:
         names = ("in_features", "out_features", "bits", "group_size", "activation", "rotate")

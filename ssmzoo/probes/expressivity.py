@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmzoo.data.automata import Automaton
+from ssmzoo.layers.plain import matrix_of
 
 
 class Centres(NamedTuple):
@@ -46,7 +47,7 @@ def diagonal_transitions(model: nn.Module, ids: Tensor, num_symbols: int) -> lis
 
     def collect(mixer):
         def hook(module, inputs, output):
-            dt = F.linear(output[..., : mixer.dt_rank], mixer.dt_proj.weight, mixer.dt_proj.bias)
+            dt = F.linear(output[..., : mixer.dt_rank], matrix_of(mixer.dt_proj), mixer.dt_proj.bias)
             dt = F.softplus(dt.float())  # (b l e)
             for symbol in range(num_symbols):
                 mean = dt[ids == symbol].mean(0)  # (e)

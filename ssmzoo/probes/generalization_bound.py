@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.layers.plain import matrix_of
 from ssmzoo.probes.tap import Scan
 
 
@@ -141,8 +142,8 @@ def _projections(mixer: nn.Module):
         yield from zip(*weights) if weights[0].ndim == 3 else [weights]
     for suffix in ("", "_b"):
         x_proj, dt_proj = (getattr(mixer, name + suffix, None) for name in ("x_proj", "dt_proj"))
-        if isinstance(x_proj, nn.Linear) and isinstance(dt_proj, nn.Linear):
-            yield x_proj.weight, dt_proj.weight, dt_proj.bias
+        if isinstance(x_proj, nn.Module) and isinstance(dt_proj, nn.Module):
+            yield matrix_of(x_proj), matrix_of(dt_proj), dt_proj.bias
 
 
 class Gap(NamedTuple):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.plain import matrix_of
+
 
 class Criterion(NamedTuple):
     """One scan's weights judged.
@@ -82,11 +84,12 @@ def _projections(module: nn.Module):
         yield from (w[-2 * n :].split(n) for w in weights if n and w.shape[0] > 2 * n)
     for suffix in ("", "_b"):
         x_proj = getattr(module, f"x_proj{suffix}", None)
-        if isinstance(x_proj, nn.Linear) and isinstance(getattr(module, "A_log", None), Tensor):
-            yield x_proj.weight[-2 * module.A_log.shape[-1] :].chunk(2)
+        if isinstance(x_proj, nn.Module) and isinstance(getattr(module, "A_log", None), Tensor):
+            yield matrix_of(x_proj)[-2 * module.A_log.shape[-1] :].chunk(2)
     if all(hasattr(module, name) for name in ("in_proj", "d_ssm", "ngroups", "d_state", "nheads")):  # Mamba-2's names
-        end, gn = module.in_proj.weight.shape[0] - module.nheads, module.ngroups * module.d_state  # [..., B, C, dt]
-        B, C = module.in_proj.weight[end - 2 * gn : end].chunk(2)
+        weight = matrix_of(module.in_proj)
+        end, gn = weight.shape[0] - module.nheads, module.ngroups * module.d_state  # [..., B, C, dt]
+        B, C = weight[end - 2 * gn : end].chunk(2)
         yield from zip(B.split(module.d_state), C.split(module.d_state))
 
 

@@ -23,6 +23,7 @@ from ssmzoo.adapt.quantise import (
     structure,
     untie,
 )
+from ssmzoo.layers.plain import matrix_of
 from ssmzoo.layers.quantized import QuantizedEmbedding, QuantizedLinear, SeparateExperts
 
 SIZES = dict(vocab_size=40, d_model=48)
@@ -226,3 +227,25 @@ def test_foreign_forms_are_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             restructure(copy.deepcopy(model), section)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_who_looks_into_a_model_sees_the_matrix_that_acts(bits, rotate):
+    """What a module multiplies with, for a plain layer, a quantised one and one with an adapter beside it."""
+    layer = QuantizedLinear(32, 12, bits, 16, rotate=rotate, bias=True)
+    layer.weight.random_(0, 255) if bits == 4 else layer.weight.random_(-127, 128)
+    layer.scale.uniform_(0.01, 0.02)
+    layer.bias.normal_()
+    x = torch.randn(5, 32)
+    y = x @ matrix_of(layer).T + layer.bias
+    assert (layer(x) - y).abs().max() < 1e-4 * y.abs().max()
+    plain = torch.nn.Linear(32, 12)
+    assert matrix_of(plain) is plain.weight
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x[..., :12].flip(-1)
+
+    adapted = Adapted(32, 12)
+    assert torch.allclose(adapted(x), x @ matrix_of(adapted).T + adapted.bias, atol=1e-5)
