@@ -16,7 +16,7 @@ import pytest
 from paths import ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-FAST = ("docs/index.md", "docs/howto/gpu_kernels.md")
+FAST = ("docs/index.md", "docs/gpu.md")
 NOT_RUN = {
     r"^(make|source) ": "what every test begins with",
     r"pretrained|mamba_130m|predict vmamba_tiny|hf_text|weights fetch": "fetches weights or data over the network",
