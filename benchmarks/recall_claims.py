@@ -236,7 +236,7 @@ EXPERTS = Claim(
         Arm("Transformer", ("model=transformer", *WIDTH, "model.n_heads=4"), (2e-3, 4e-3)),
         Arm(
             "Transformer, selective attention",
-            ("model=transformer", *WIDTH, "model.n_heads=4", "model.selective_attention=true"),
+            ("model=transformer", *WIDTH, "model.n_heads=4", "model.attention=selective"),
             (2e-3, 4e-3),
         ),
         *(

@@ -13,7 +13,7 @@ from ssmzoo.layers.feedforward.moe import MoE
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.rope import rope_table, rotate
-from ssmzoo.models.baselines import TransformerLM, selections
+from ssmzoo.models.baselines import TransformerLM, selections, weights_above_threshold
 from ssmzoo.models.moe_mamba import InnerMoEMamba, MoEMambaLM
 
 V = 31
@@ -25,7 +25,8 @@ SMALL = {
     "plain": lambda: MoEMambaLM(V, 16, 2, arrangement="none", d_state=4),
     "expert choice": lambda: MoEMambaLM(V, 16, 2, 4, router="expert_choice", top_k=2, d_state=4),
     "transformer": lambda: TransformerLM(V, 16, 2, 2),
-    "transformer, selective": lambda: TransformerLM(V, 16, 2, 2, selective_attention=True),
+    "transformer, selective": lambda: TransformerLM(V, 16, 2, 2, attention="selective"),
+    "transformer, threshold": lambda: TransformerLM(V, 16, 2, 2, attention="threshold"),
     "transformer, top-2": lambda: TransformerLM(V, 16, 2, 2, n_experts=4, top_k=2, z_loss_weight=1e-3),
 }
 every_model = pytest.mark.parametrize("name", SMALL)
@@ -311,3 +312,15 @@ def test_selective_attention_by_hand():
     last = (z[0, 1, 3] - hidden).softmax(-1)
     expected = torch.tensor([0.789512, 0.072065, 0.108408, 0.030014], dtype=torch.float64)
     torch.testing.assert_close(last, expected, atol=1e-6, rtol=0)
+
+
+def test_threshold_attention_by_hand():
+    """Scores sin(0.7 i + 0.5) of one head and four tokens; a row that keeps nothing is zero."""
+
+    def f(*shape, p):
+        return torch.sin(0.7 * torch.arange(math.prod(shape), dtype=torch.float64) + p).view(shape)
+
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    A = weights_above_threshold(f(1, 1, 4, 4, p=0.5), f(1, 1, 4, p=2), seen)[0, 0]
+    torch.testing.assert_close(A[2, :3], torch.tensor([0, 0.218754, 0.781246]).double(), atol=1e-6, rtol=0)
+    assert A[1].eq(0).all() and A.triu(1).eq(0).all()

@@ -92,7 +92,8 @@ MORE = {  # corners that no preset reaches
         "gated_deltanet",
         {"layer_pattern": "DA", "attn_cfg": {"num_heads": 2}, "tie_embeddings": True, "allow_neg_eigval": False},
     ),
-    "transformer: selective attention": ("transformer", {"selective_attention": True}),
+    "transformer: selective attention": ("transformer", {"attention": "selective"}),
+    "transformer: threshold relative attention": ("transformer", {"attention": "threshold"}),
     "hydra_lm: convolutions, no memories, chunks of three": (
         "hydra_lm",
         {"ssm": "conv", "workspace": None, "pkm": None, "chunk_size": 3, "n_layer": 3},
