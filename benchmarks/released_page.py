@@ -1,15 +1,19 @@
 """Write docs/released.md: what each family of released weights can do, found by looking.
 
-python benchmarks/released_page.py
+python benchmarks/released_page.py          with the extra `export` installed, or the page says that onnx is not
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from ssmzoo.inference.export import formats
+from ssmzoo.inference.export.source import Source
 from ssmzoo.released.catalogue import ByHand, catalogue
 from ssmzoo.released.family import families, find, to_official
 from ssmzoo.released.fit import fit_state_dict
@@ -28,11 +32,12 @@ and kept as safetensors; the SHA-256 is compared with the published one, or with
 The tests load no released file: they serve small files in each official layout from a local server
 (`tests/released/test_download.py`) and compare every entry's arguments with its preset (`test_catalogue.py`).
 
-Written by `python benchmarks/released_page.py`, which loads the stored cases of the official implementations and writes
-them back under the official names.
+Written by `python benchmarks/released_page.py`, which loads the stored cases of the official implementations, writes
+them back under the official names, and asks each format of `ssmzoo ckpt export` whether it takes the family's models
+(safetensors takes all of them; what was checked with which program: [export.md](export.md)).
 
-| family | recognised by | official arguments in tables | cases that load | come back bit for bit | released files |
-|---|---|---|---|---|---|
+| family | recognised by | arguments in tables | cases that load | come back bit for bit | exports | released files |
+|---|---|---|---|---|---|---|
 """
 LEFT_OUT = """Released, but not in the list:
 
@@ -67,7 +72,23 @@ def row(family: str) -> str:
     by_hand = sum(isinstance(entry.source, ByHand) for entry in entries)
     known = f"{len(entries)}{f' ({by_hand} by hand)' if by_hand else ''}" if entries else ""
     counts = (f"{loaded} of {len(trips)}", f"{same} of {len(trips)}") if trips else ("", "")
-    return f"| `{family}` | {words} | {arguments or ''} | {counts[0]} | {counts[1]} | {known} |"
+    found = set().union(*(layouts().get(cls.__name__, ()) for cls in find(family, "MODELS")))
+    out = ", ".join(name for name in formats() if name in found)
+    return f"| `{family}` | {words} | {arguments or ''} | {counts[0]} | {counts[1]} | {out} | {known} |"
+
+
+@functools.cache
+def layouts() -> dict[str, set[str]]:
+    """{class of ours: the formats that take a small model of it}."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "inference")]
+    import exports  # the tiny models of the tests
+
+    found: dict[str, set[str]] = {}
+    for name, node in exports.RUNS.items():
+        source = Source(exports.build_model(node).eval(), {"model": name, "config": {"model": node}}, name)
+        takes = {to for to, format in formats().items() if to != "safetensors" and not format.refuse(source)}
+        found.setdefault(type(source.model).__name__, set()).update(takes)
+    return found
 
 
 def main() -> None:

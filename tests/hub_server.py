@@ -40,6 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.command, path, self.headers.get("Range")))
         if path.startswith("assets/"):
             return self.send(path, body, {}) if path in server.files else self.refuse(404, "")
+        if path.count("/") < 4:  # what a client asks beside its files
+            return self.refuse(404, "")
         owner, repo, _, revision, file = path.split("/", 4)
         name = f"{owner}/{repo}"
         if name in server.renamed:

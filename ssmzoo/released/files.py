@@ -124,7 +124,9 @@ def weight_files(folder: Path) -> list[Path]:
             return _all_there(folder, sorted(_index(folder / f"{name}.index.json")))
     found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES and p.is_file() and not BESIDE.match(p.name)]
     if not found:
-        raise CheckpointError(f"{folder} holds no .safetensors, .bin, .pth or .pt file of weights")
+        runs = [path.name for path in sorted(folder.iterdir()) if (path / "checkpoints").is_dir()]
+        more = f"; it holds runs, name one: {', '.join(runs[:8])}" if runs else ""
+        raise CheckpointError(f"{folder} holds no .safetensors, .bin, .pth or .pt file of weights{more}")
     shards = {m.group(1, 3, 4) for p in found if (m := SHARD.fullmatch(p.name))}
     if len(shards) == 1 and all(SHARD.fullmatch(p.name) for p in found):
         (stem, count, suffix) = shards.pop()

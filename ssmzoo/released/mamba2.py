@@ -20,9 +20,10 @@ from ssmzoo.released.language import BACKBONE, IN_BLOCKS, LM, StepByStep, infer_
 MODELS = (Mamba2LM,)
 TELLING_KEYS = (r"^(backbone\.)?embedding\.weight", r"mixer\.dt_bias", r"mixer\.conv1d")
 SHARED = {"d_conv": 4, "expand": 2, "ngroups": 1, "dt_limit": (0.0, math.inf), "bias": False, "conv_bias": True}
+SHARED |= {"chunk_size": 256}
 WITHOUT = IN_BLOCKS | {
     **{"conv_init": (None, INITIAL), "A_init_range": ((1, 16), INITIAL)},
-    **{"chunk_size": (256, KERNEL), "use_mem_eff_path": (True, KERNEL)},
+    "use_mem_eff_path": (True, KERNEL),
 }
 ONE_PROCESS = "the weights of one process; tensor-parallel shards must be joined first"
 BLOCK = Arguments(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmzoo.models.mamba2 import Mamba2LM
 from ssmzoo.released import language
-from ssmzoo.released.arguments import INITIAL, KERNEL, Arguments
+from ssmzoo.released.arguments import INITIAL, Arguments
 from ssmzoo.released.hugging_face import INERT, TOKENS, infer_hf, official_hf_lm, to_hf
 from ssmzoo.released.infer import ratio
 from ssmzoo.released.language import AttentionMask
@@ -26,13 +26,13 @@ MAMBA2 = Arguments(
         **{"num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128},
         **{"num_hidden_layers": 64, "layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "n_groups": 8},
         **{"use_bias": False, "use_conv_bias": True, "hidden_act": "silu", "residual_in_fp32": True},
-        **{"time_step_limit": (0.0, math.inf), "tie_word_embeddings": None},
+        **{"time_step_limit": (0.0, math.inf), "tie_word_embeddings": None, "chunk_size": 256},
         **{"clamp_steps": True},  # ours: False repeats the official single-token steps, which forget time_step_limit
     },
     INERT
     | {
         **{"pad_token_id": (1, TOKENS), "bos_token_id": (0, TOKENS), "eos_token_id": (2, TOKENS)},
-        **{"chunk_size": (256, KERNEL), "time_step_rank": ("auto", "read by no code")},
+        "time_step_rank": ("auto", "read by no code"),
         "intermediate_size": (None, "expand * hidden_size once more, for serving engines"),
         **{"time_step_min": (0.001, INITIAL), "time_step_max": (0.1, INITIAL), "time_step_floor": (1e-4, INITIAL)},
     },
@@ -54,6 +54,7 @@ def official(state: dict, **given):
         "expand": expand,
         "headdim": p,
         "ngroups": config["n_groups"],
+        "chunk_size": config["chunk_size"],
         "norm_eps": config["layer_norm_epsilon"],
         "bias": config["use_bias"],
         "conv_bias": config["use_conv_bias"],

@@ -244,6 +244,13 @@ def test_half_a_file_is_named_as_that(tmp_path, suffix, said):
         read_state_dict(half)
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="it holds runs, name one: first, second"):
+        read_state_dict(tmp_path)
+
+
 def test_a_newer_format_of_checkpoints_is_named_as_that(tmp_path):
     (tmp_path / "manifest.json").write_text(f'{{"format": {FORMAT + 1}}}')
     with pytest.raises(CheckpointError, match="a newer ssmzoo wrote it, update this one"):
