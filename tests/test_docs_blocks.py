@@ -99,6 +99,21 @@ def test_every_command_is_understood(page):
             ast.parse(code)
 
 
+@pytest.mark.parametrize("page", NAMED, ids=name)
+def test_runs_that_a_page_names_are_made_on_it(page):
+    """runs/MODEL/NAME of a command: NAME, or what a command before it wrote (a sweep writes NAME-0, NAME-1, ...)."""
+    made = set()
+    for words in commands(page):
+        typed = dict(w.partition("=")[::2] for w in words if "=" in w)
+        for run in re.findall(r"\bruns/\w+/[\w-]+", " ".join(words)):
+            assert run.endswith("/NAME") or run in made or words[1] == "demo", f"nothing before made {run}"
+            if words[1] == "quantise":
+                made.add(f"{run}-{words[words.index('--mode') + 1]}")
+        if "name" in typed and "-m" not in words and "resume" not in typed:
+            model = typed.get("config", "").split("/")[1:2] or [typed.get("model", "moe_mamba")]
+            made.add(f"runs/{model[0]}/{typed['name']}")
+
+
 def composed(arguments: list[str]) -> None:
     """The configuration that train.py would run, checked; of a sweep the first of every choice."""
     from hydra import compose, initialize_config_dir
