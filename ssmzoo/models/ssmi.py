@@ -26,7 +26,7 @@ from ssmzoo.layers.decoder import check_sizes
 from ssmzoo.layers.state import ModelOutput
 from ssmzoo.models.baselines import TransformerLM
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.models.ssmi_layers.adapter import SSMI, count
+from ssmzoo.models.ssmi_layers.adapter import SSMI, count_of, refuse_above
 from ssmzoo.models.ssmi_layers.lora import VisualLoRA
 from ssmzoo.models.ssmi_layers.memory import INJECT, Memory
 from ssmzoo.suggest import nearest
@@ -88,7 +88,8 @@ class VisualDecoder(nn.Module):
         else:
             with torch.device("meta"):
                 twin = SSMI(self.plain_decoder(), visual_dim, layers, share, **options | {"inject": "prefix"})
-            self.reader = VisualLoRA(self.plain_decoder(), visual_dim, inject, lora_rank, count(twin.memories))
+            self.reader = VisualLoRA(self.plain_decoder(), visual_dim, inject, lora_rank, count_of(twin.memories))
+            refuse_above(max_share, *self.trainable())
         self.reader.backbone.register_load_state_dict_post_hook(self._note_weights)
 
     def _note_weights(self, decoder: nn.Module, keys: Any) -> None:
@@ -105,7 +106,7 @@ class VisualDecoder(nn.Module):
         kind, vocab_size, d_model, n_layer = self.decoder
         if kind == "mamba":
             return MambaLM(vocab_size, d_model, n_layer)
-        heads = next(h for h in range(max(1, d_model // 32), 0, -1) if d_model % (2 * h) == 0)
+        heads = next(h for h in range(max(1, d_model // 32), 0, -1) if d_model % (2 * h) == 0 or h == 1)
         return TransformerLM(vocab_size, d_model, n_layer, heads)
 
     def forward(

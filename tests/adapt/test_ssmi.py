@@ -288,5 +288,9 @@ def test_lora_trains_as_many_parameters_and_keeps_plain_names():
     }
     with pytest.raises(ValueError, match="LoRA of rank 1 has .* raise rank"):
         VisualDecoder(**sizes | {"rank": 1, "layers": [0]}, adapter="lora")
+    with pytest.raises(ValueError, match="would be trained, more than max_share=0.1"):
+        VisualDecoder(**sizes | {"max_share": 0.1}, adapter="lora", lora_rank=20)
+    with pytest.raises(ValueError, match="heads of even width"):
+        VisualDecoder(**sizes | {"d_model": 31})
     with pytest.raises(ValueError, match="lora_rank is 3, but adapter is ssmi"):
         VisualDecoder(**sizes, lora_rank=3)

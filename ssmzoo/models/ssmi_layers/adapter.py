@@ -57,7 +57,7 @@ class SSMI(nn.Module):
         self.visual_dim, d, device = visual_dim, width(found[0]), next(backbone.parameters()).device
         count = 1 if share else len(self.chosen)
         self.memories = nn.ModuleList(Memory(d, visual_dim, **memory) for _ in range(count)).to(device)
-        check_share(self.memories, backbone, max_share)
+        refuse_above(max_share, count_of(self.memories), count_of(self.memories, backbone))
         self.backbone = backbone.requires_grad_(False).eval()
         self.at = [self.memories[0 if share else i] for i in range(len(self.chosen))]  # of every chosen layer
         self.sites = [put(self.host, found[layer], memory) for layer, memory in zip(self.chosen, self.at)]
@@ -126,16 +126,15 @@ class SSMI(nn.Module):
 
     def trainable(self) -> tuple[int, int]:
         """(parameters that are trained, all of them)"""
-        return count(self.memories), count(self)
+        return count_of(self.memories), count_of(self)
 
 
-def count(*modules: nn.Module) -> int:
+def count_of(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def check_share(trained: nn.Module, frozen: nn.Module, most: float) -> None:
+def refuse_above(most: float, some: int, total: int) -> None:
     """Raise ValueError when more than a share `most` of all parameters would be trained."""
-    some, total = count(trained), count(trained, frozen)
     if some > most * total:
         raise ValueError(
             f"{some:,} of {total:,} parameters ({100 * some / total:.2f} %) would be trained, more than "
