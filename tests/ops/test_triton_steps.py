@@ -17,6 +17,7 @@ from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops.in_place import states_in_place
+from ssmzoo.ops.moe_dispatch import grouped, grouped_matmul_reference
 from ssmzoo.ops.triton import INTERPRETED, MISSING
 from ssmzoo.released.golden import relative_error
 
@@ -330,6 +331,33 @@ def test_norms_differentiate_twice_or_refuse_and_leave_wide_rows_to_torch():
         torch.testing.assert_close(gradient, torch.ones_like(x))
         with pytest.raises(ops.BackendError, match="up to 16384 numbers on the chip, got 16385"):
             ops.rms_norm(torch.zeros(1, 16385), torch.ones(16385))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sizes, behind, dtype",
+    [
+        ([3, 0, 18, 1], 2, torch.float32),
+        ([0, 0, 5], 0, torch.bfloat16),
+        ([17], 3, torch.float16),
+        ([0, 0], 4, torch.float32),
+    ],
+)
+def test_products_of_groups_are_the_definition(sizes, behind, dtype, monkeypatch):
+    for name, size in dict(ROWS=16, COLUMNS=16, INNER=16).items():
+        monkeypatch.setattr(grouped, name, size)
+    ends = torch.tensor(sizes).cumsum(0).int()
+    rows, d, f, e = sum(sizes) + behind, 7, 19, len(sizes)
+    x, y = torch.randn(rows, d).to(dtype), torch.randn(rows, f).to(dtype)
+    weight = torch.randn(e, f, d).to(dtype).transpose(1, 2)
+    most = 1e-6 if dtype == torch.float32 else rounding(dtype, 2)
+    got, expected = grouped.multiply(x, weight, ends), grouped_matmul_reference(x.double(), weight.double(), ends)
+    assert relative_error(got, expected) < most and not got[sum(sizes) :].any()
+    sums, start = [], 0
+    for end in ends.tolist():
+        sums.append(x[start:end].double().T @ y[start:end].double())
+        start = end
+    assert relative_error(grouped.outer(x, y, ends), torch.stack(sums)) < most
 
 
 @interpreted

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.eager import eager
+from ssmzoo.ops.moe_dispatch import grouped
 from ssmzoo.ops.transforms import transformed
 
 FEW_ROWS = 4
@@ -104,8 +105,9 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         out_r = x_r W_e   for the rows ends[e-1] <= r < ends[e],   0 for rows from ends[-1] on
 
     x (r d), weight (e d f), ends (e) int32 non-decreasing -> (r f). Raises ValueError when shapes disagree.
-    Computed by torch's grouped_mm, and by a loop over the groups where that refuses (float64, widths that are not a
-    multiple of 16 bytes, old versions). On a CPU the former is also the faster one: see benchmarks/moe.py.
+    Computed by torch's grouped_mm; on a GPU by our kernels where that would loop (grouped.py), and by a loop over the
+    groups in float64, old versions and, on a CPU, for widths that are not a multiple of 16 bytes. There grouped_mm is
+    also the faster one: see benchmarks/moe.py.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"grouped_matmul wants x (r d), weight (e d f); got {tuple(x.shape)}, {tuple(weight.shape)}")
@@ -146,7 +148,10 @@ def why_not_grouped_mm(x: Tensor, width: int) -> str | None:
 # One operator to torch.compile, whose model of grouped_mm knows bfloat16 only and which would break on the loop.
 @torch.library.custom_op("ssmzoo::grouped_matmul", mutates_args=())
 def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if why_not_grouped_mm(x, weight.shape[2]):
+    why = why_not_grouped_mm(x, weight.shape[2])
+    if grouped.takes(x, weight) and (why or grouped.torch_waits(x)):
+        return grouped.multiply(x, weight, ends)
+    if why:
         return grouped_matmul_reference(x, weight, ends)
     out = F.grouped_mm(x, weight, offs=ends)
     if out.is_cpu:
@@ -159,7 +164,10 @@ def _grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("ssmzoo::grouped_outer", mutates_args=())
 def _grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """sum over the rows of every group of x_r y_r^T. x (r d), y (r f) -> (e d f)"""
-    if why_not_grouped_mm(x, y.shape[1]) is None:
+    why = why_not_grouped_mm(x, y.shape[1])
+    if grouped.takes(x, y) and (why or grouped.torch_waits(x)):
+        return grouped.outer(x, y, ends)
+    if why is None:
         return F.grouped_mm(x.t(), y, offs=ends)
     out = x.new_zeros(len(ends), x.shape[1], y.shape[1])
     start = 0
