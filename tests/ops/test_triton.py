@@ -51,7 +51,7 @@ def small_tiles(monkeypatch):
     for module, sizes in (
         (selective_scan, dict(CHANNELS=2, STEPS=4)),
         (causal_conv1d, dict(TILE=32, SHORT=4)),
-        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256)),
+        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=(256, 256))),
     ):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
@@ -99,6 +99,33 @@ def scan_call(b=1, e=3, l=6, n=2, g=1, B="", C="", options="", channels_last=Fal
 )
 def test_scan_against_reference(case):
     assert_close(ops.selective_scan_fn, scan_call(**case))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "programs, shortest, case",
+    [
+        (9, 1, dict(l=22, options="D z delta_bias initial_state")),
+        (4, 2, dict(e=4, l=30, g=2, options="z initial_state", packs=True)),
+        (99, 1, dict(e=2, l=11, B="constant", C="constant", packs=True)),
+    ],
+    ids=str,
+)
+def test_long_scans_are_cut_into_segments(monkeypatch, programs, shortest, case):
+    from ssmzoo.ops.selective_scan import triton as launcher
+
+    monkeypatch.setattr(launcher, "ENOUGH", programs)
+    monkeypatch.setattr(launcher, "SHORTEST", shortest)
+    found = []
+    launch = launcher.Launch.enter
+    monkeypatch.setattr(launcher.Launch, "enter", lambda self, *a: (found.append(self.segments), launch(self, *a))[1])
+    call = scan_call(**case)
+    assert_close(ops.selective_scan_fn, call)
+    with ops.backend("triton"):  # keeps no states
+        out, last = ops.selective_scan_fn(**call)
+    with ops.backend("torch"):
+        torch.testing.assert_close((out, last), ops.selective_scan_fn(**call))
+    assert min(found) > 1
 
 
 @interpreted

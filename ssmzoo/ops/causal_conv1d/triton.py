@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 
-from ssmzoo.ops.causal_conv1d import causal_conv1d_update, empty_gradients, register
+from ssmzoo.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, empty_gradients, register
 from ssmzoo.ops.checks import resets, why_not_float
 from ssmzoo.ops.eager import eager, needs_grad
 from ssmzoo.ops.library import Kernel, in_place
 from ssmzoo.ops.rows import checked
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides, whole
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
+PASSES = {name: Passes(("C", "T")) for name in ("forward", "backward_weights", "backward_inputs")}
+PASSES["update"] = Passes(("C", "T"), most=200)
 TILE, SHORT = 1024, 16  # elements of a tile; its length across the neighbouring elements, at most
 UPDATE_TILE = 1024  # elements of the past inputs that a program of the update holds, at most
 
@@ -103,7 +109,8 @@ def why_not(a) -> str | None:
     return why_not_float(a.x, a.weight, a.bias, a.initial_states)
 
 
-register("triton", Kernel(forward, backward), device=DEVICE, missing=MISSING, unsupported=why_not)
+KERNEL = Kernel(forward, backward)
+register("triton", KERNEL, device=DEVICE, missing=MISSING, unsupported=why_not)
 
 
 def _update(a) -> torch.Tensor:
@@ -153,3 +160,29 @@ def why_not_update(a) -> str | None:
 @causal_conv1d_update.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not_update)
 def causal_conv1d_update_triton(a) -> torch.Tensor:
     return _update(a) if eager(a.x, a.conv_state) else TRACED(*a)
+
+
+def variants() -> Iterator[Variant]:
+    def call(dtype="bf16", sizes=(8, 2048, 2048), k=4, last=False, silu=True, packs=False):
+        (b, c, l), kind = sizes, DTYPES[dtype]
+        a = dict(x=meta(b, c, l, dtype=kind, last=1 if last else None), weight=meta(c, k), bias=meta(c))
+        a |= dict(activation="silu" if silu else None)
+        if packs:
+            a |= dict(seq_idx=meta(b, l, dtype=torch.int32), initial_states=meta(b, c, k - 1))
+        a = causal_conv1d_fn.Arguments(**a)
+        return lambda: train(KERNEL, a)
+
+    yield Variant("bf16, channels last, b 8, c 2048, l 2048, k 4", call(last=True), typical=True)
+    yield Variant("bf16", call())
+    for dtype in DTYPES:
+        yield Variant(f"{dtype}, channels last, packed", call(dtype, last=True, packs=True))
+    yield Variant("bf16, packed", call(packs=True))
+    yield Variant("fp32", call("fp32"))
+    for k in (2, 3):
+        yield Variant(f"bf16, k {k}", call(k=k))
+    yield Variant("bf16, no activation", call(silu=False))
+    yield Variant("bf16, 7 steps", call(sizes=(8, 2048, 7), packs=True))
+    for dtype, kind in DTYPES.items():
+        a = (meta(8, 2048, dtype=kind), meta(8, 2048, 4, dtype=kind), meta(2048, 4, dtype=kind), meta(2048, dtype=kind))
+        a = causal_conv1d_update.Arguments(*a, activation="silu")
+        yield Variant(f"{dtype}, a token of 8 sequences", functools.partial(_update, a))

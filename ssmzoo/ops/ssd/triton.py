@@ -9,6 +9,7 @@ of 16-bit inputs. For fp32 inputs that would be too few, and products of full pr
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from ssmzoo.ops.checks import resets, why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.ssd import Recurrence, register
 from ssmzoo.ops.triton import DEVICE, INTERPRETED, MISSING, on_device_of, power_of_2, strides, whole
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
+PASSES = {name: Passes(("Q", "P"), ("stretches", "stretch_chunks")) for name in ("forward", "backward")}
 STRETCH = 128  # positions between saved states
-CHUNK = 32  # positions per chunk: divides STRETCH, at least 16; 64 spill five times as many registers
-WIDEST, STATE_SIZE = 256, 4096  # states per channel, and numbers of a program's state, at most
+CHUNK = 16  # positions per chunk: divides STRETCH, at least 16; 32 spill registers
+WIDEST = 128  # states per channel, at most: 256 spill registers
+STATE_SIZE, WARPS = (4096, 2048), (4, 8)  # numbers of a program's state at most, forward and backward, and its warps
 
 
 def saved(a: Recurrence) -> Tensor:
@@ -28,18 +32,18 @@ def saved(a: Recurrence) -> Tensor:
     return a.x.new_empty(-(-l // STRETCH), b, h, p, a.B.shape[3], dtype=torch.float32)
 
 
-def _launch(x: Tensor, B: Tensor) -> tuple[tuple[int], int, tuple, dict]:
+def _launch(x: Tensor, B: Tensor, back: bool) -> tuple[tuple[int], int, tuple, dict]:
     """(grid, blocks per head, sizes, options)"""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     N = max(16, power_of_2(n))
-    P = max(16, min(64, power_of_2(p), STATE_SIZE // N))
+    P = max(16, min(64, power_of_2(p), STATE_SIZE[back] // N))
     blocks = -(-p // P)
     options = {
         "PRECISION": "ieee" if torch.version.hip else "tf32",
         "Q": CHUNK,
         "P": P,
         "N": N,
-        "num_warps": 8,
+        "num_warps": WARPS[back],
         "num_stages": 1,
     }
     return (b * h * blocks,), blocks, (l, h, h // g, p, n, -(-l // STRETCH), STRETCH // CHUNK, b * h * p * n), options
@@ -55,7 +59,7 @@ def forward(a: Recurrence, save: bool):
     (b, _, h, p), n = a.x.shape, a.B.shape[3]
     y, last = a.x.new_empty(a.x.shape), a.x.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
-    grid, _, sizes, options = _launch(a.x, a.B)
+    grid, _, sizes, options = _launch(a.x, a.B, False)
     with on_device_of(a.x):
         kernels.forward[grid](
             a.x,
@@ -81,9 +85,9 @@ def backward(a: Recurrence, states, dy, dlast):
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
-    grid, blocks, sizes, options = _launch(a.x, a.B)
+    grid, blocks, sizes, options = _launch(a.x, a.B, True)
     new = functools.partial(a.x.new_empty, dtype=torch.float32)
-    scratch = new(STRETCH // CHUNK, b, h, p, n)
+    scratch = new(STRETCH // CHUNK + 1, b, h, p, n)
     unfinished = {
         "x": a.x.new_empty(a.x.shape),
         "dt": None if a.dt is None else new(blocks, b, l, h),
@@ -128,4 +132,22 @@ def why_not(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     return why_not_float(x, B, *others)
 
 
-register("triton", Kernel(forward, backward, saved), why_not, device=DEVICE, missing=MISSING)
+KERNEL = Kernel(forward, backward, saved)
+register("triton", KERNEL, why_not, device=DEVICE, missing=MISSING)
+
+
+def variants() -> Iterator[Variant]:
+    def call(dtype="bf16", sizes=(8, 2048, 64, 64), n=128, groups=1, more=True, packs=False):
+        (b, l, h, p), kind = sizes, DTYPES[dtype]
+        x, B, C = (meta(*shape, dtype=kind) for shape in ((b, l, h, p), (b, l, groups, n), (b, l, groups, n)))
+        first, seq_idx = (meta(b, h, p, n), meta(b, l, dtype=torch.int32)) if packs else (None, None)
+        dt, D = (meta(b, l, h), meta(h, p)) if more else (None, None)
+        a = Recurrence(x, dt, meta(b, l, h), B, C, D, first, seq_idx)
+        return lambda: train(KERNEL, a)
+
+    yield Variant("bf16, b 8, l 2048, h 64, p 64, n 128", call(), typical=True)
+    for dtype in ("bf16", "fp16"):
+        yield Variant(f"{dtype}, packed", call(dtype, packs=True))
+    for n in (16, 32, 64):
+        yield Variant(f"bf16, n {n}, packed", call(n=n, packs=True))
+    yield Variant("bf16, p 20, n 5, nothing optional", call(sizes=(2, 100, 4, 20), n=5, more=False))

@@ -168,7 +168,8 @@ def backward(
     P: tl.constexpr,
     N: tl.constexpr,
 ):
-    """scratch (chunk of the stretch, b h p n) takes states. Unfinished sums: da, ddt (block b l h), dB, dC
+    """scratch (chunks of a stretch and one, b h p n) takes states and, last, G: they need not be in registers at once.
+    Unfinished sums: da, ddt (block b l h), dB, dC
     (block b l h n) with `part` and `part_n` elements per block, dD (b h p)."""
     b, h, block, p, own = _place(heads, width, P)
     g, n = h // per_group, tl.arange(0, N)
@@ -177,9 +178,11 @@ def backward(
     state_at = ((b * heads + h) * width + p[:, None]) * n_states + n[None, :]
     states = own[:, None] & existing[None, :]
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    carry = scratch + stretch_chunks * slot + state_at
     G = tl.zeros([P, N], tl.float32)
     if dlast is not None:
         G = tl.load(dlast + state_at, states, 0.0)
+    tl.store(carry, G, states)
     dD_p = tl.zeros([P], tl.float32)
     for k in range(stretches):
         stretch = stretches - 1 - k
@@ -199,31 +202,39 @@ def backward(
             t = start_at + tl.arange(0, Q).to(tl.int64)
             inside = t < length
             S = tl.load(scratch + i * slot + state_at, states, 0.0)
-            x_t, X = _inputs(x, x_stride, dt, b, h, p, t, own, length, heads)
+            x_t = _rows(x, x_stride, b, t, h, p, inside, own)
+            tokens = (b * length + t) * heads + h
             dY = _rows(dy, dy_stride, b, t, h, p, inside, own)
             B_t = _rows(B, B_stride, b, t, g, n, inside, existing)
             C_t = _rows(C, C_stride, b, t, g, n, inside, existing)
             L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
             CB = tl.dot(C_t, tl.trans(B_t), input_precision=PRECISION)
             dX = tl.dot(tl.trans(CB * L), dY, input_precision=PRECISION)
-            dX += tl.dot(B_t, tl.trans(G), input_precision=PRECISION) * end[:, None]
-            dCB = tl.dot(dY, tl.trans(X), input_precision=PRECISION) * L
-            tokens = (b * length + t) * heads + h
-            offsets = block * part_n + tokens[:, None] * n_states + n[None, :]
-            mask = inside[:, None] & existing[None, :]
-            through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]
+            dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION) * L
+            if dt is not None:
+                dt_t = tl.load(dt + tokens, inside, 0.0)
+                dCB *= dt_t[None, :]
             pairs = tl.where(row > column, dCB * CB, 0.0)
             da_t = tl.sum(tl.where(row > column, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
+            offsets = block * part_n + tokens[:, None] * n_states + n[None, :]
+            mask = inside[:, None] & existing[None, :]
+            through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]  # the state is not needed further down
             da_t += tl.cumsum(tl.sum(C_t * through, 1), 0, reverse=True)
             tl.store(dC + offsets, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
-            through = tl.dot(X, G, input_precision=PRECISION) * end[:, None]
+            G = tl.load(carry, states, 0.0)
+            da_t += whole * tl.sum(G * tl.load(scratch + i * slot + state_at, states, 0.0))
+            dX += tl.dot(B_t, tl.trans(G), input_precision=PRECISION) * end[:, None]
+            ending = end
+            if dt is not None:
+                ending = end * dt_t
+            through = tl.dot(x_t, G, input_precision=PRECISION) * ending[:, None]
             ending = tl.sum(B_t * through, 1)
-            da_t += tl.sum(tl.where(row < column, ending[:, None], 0.0), 0) + whole * tl.sum(G * S)
+            da_t += tl.sum(tl.where(row < column, ending[:, None], 0.0), 0)
             tl.store(dB + offsets, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
             tl.store(da + block * part + tokens, da_t, inside)
             if dt is not None:
                 tl.store(ddt + block * part + tokens, tl.sum(dX * x_t, 1), inside)
-                dX *= tl.load(dt + tokens, inside, 0.0)[:, None]
+                dX *= dt_t[:, None]
             if D is not None:
                 dD_p += tl.sum(dY * x_t, 0)
                 dX += dY * tl.load(D + h * width + p, own, 0.0)[None, :]
@@ -231,6 +242,8 @@ def backward(
                 dx + tokens[:, None] * width + p[None, :], dX.to(dx.dtype.element_ty), inside[:, None] & own[None, :]
             )
             G = whole * G + tl.dot(tl.trans(dY * start[:, None]), C_t, input_precision=PRECISION)
+            tl.store(carry, G, states)
+            tl.debug_barrier()  # other threads read it
         tl.debug_barrier()  # before the scratch is written again
     if D is not None:
         tl.store(dD + (b * heads + h) * width + p, dD_p, own)
