@@ -6,8 +6,8 @@ The variants are told by each operator's triton.py (`ssmzoo/ops/triton/variants.
 FILE (docs/results/gpu_static.md), registers, spills, stack, shared memory, resident warps and the innermost loop's
 instructions per element; then, for the usual calls, the time that a card's units would need at least: an estimate.
 Exit status 1 where a kernel that is used by default spills registers, asks for more shared memory than the target has,
-lets fewer than 8 warps of a multiprocessor run at once, or takes more instructions per element than its operator
-allows.
+lets fewer than 8 warps of a multiprocessor run at once, or takes, in a usual call, more instructions per element than
+its operator allows.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Row(NamedTuple):
             found.append(f"wants {k.shared} bytes of shared memory, {target.name} has {target.shared}")
         if k.resident < LEAST_WARPS:
             found.append(f"{k.resident} warps at once, {LEAST_WARPS} are wanted")
-        if k.target == "sm_90" and (n := self.per_element["all"]) > self.most:
+        if self.typical and k.target == "sm_90" and (n := self.per_element["all"]) > self.most:
             found.append(f"{n:.1f} instructions per element, {self.most:g} are allowed")
         return found
 

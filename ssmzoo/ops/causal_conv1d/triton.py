@@ -15,7 +15,7 @@ from ssmzoo.ops.rows import checked
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides, whole
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
-PASSES = {name: Passes(("C", "T")) for name in ("forward", "backward_weights", "backward_inputs")}
+PASSES = {name: Passes(("C", "T"), most=150) for name in ("forward", "backward_weights", "backward_inputs")}
 PASSES["update"] = Passes(("C", "T"), most=200)
 TILE, SHORT = 1024, 16  # elements of a tile; its length across the neighbouring elements, at most
 UPDATE_TILE = 1024  # elements of the past inputs that a program of the update holds, at most

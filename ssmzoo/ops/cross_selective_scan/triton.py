@@ -21,7 +21,10 @@ from ssmzoo.ops.selective_scan.triton import Scan, gradients, scan, slots
 from ssmzoo.ops.triton import DEVICE, MISSING, whole
 from ssmzoo.ops.triton.variants import DTYPES, Variant, meta, train
 
-PASSES = SCAN_PASSES
+PASSES = SCAN_PASSES | {  # with one state, its loop is unrolled into that of the chunks
+    "forward": SCAN_PASSES["forward"]._replace(most=140),
+    "backward": SCAN_PASSES["backward"]._replace(most=400),
+}
 TURNS = {"cross": 0b1010, "unidirectional": 0, "bidirectional": 0}  # directions that walk down the columns
 FLIPS = {"cross": 0b1100, "unidirectional": 0, "bidirectional": 0b1100}  # and from the end
 

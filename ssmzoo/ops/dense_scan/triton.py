@@ -16,11 +16,11 @@ from ssmzoo.ops.triton.variants import Passes, Variant, meta, train
 PASSES = {
     "forward": Passes(("R", "N", "N"), ("length",), most=60),
     "backward": Passes(("R", "N", "N"), ("length",), most=60),
-    "transitions": Passes(("N", "N"), most=100),
+    "transitions": Passes(("I", "N"), most=100),
 }
 TILE = 4096  # numbers of the transitions that a program holds, at most
 WIDEST = 128  # states: their transition fills a program's registers
-PARTS, STEPS = 16, 16  # programs for the gradient of one transition; steps that one of them takes at once
+PARTS, STEPS, ROWS = 16, 16, 32  # for the gradient of one transition: programs, steps and rows of it at once
 
 
 def _launch(a: Symbols) -> tuple[tuple[int], tuple[int, ...], dict]:
@@ -53,11 +53,12 @@ def backward(a: Symbols, states: Tensor, d_last: Tensor, d_states: Tensor | None
     grid, sizes, options = _launch(a)
     symbols, order = torch.where(a.codes < SKIP, a.codes, s).flatten().sort(stable=True)
     bounds = torch.searchsorted(symbols, torch.arange(s + 1, device=symbols.device, dtype=symbols.dtype))
-    dT = a.T.new_empty(PARTS, s, n, n)
+    N = max(16, power_of_2(n))
+    I, dT = min(N, ROWS), a.T.new_empty(PARTS, s, n, n)
     with on_device_of(a.x):
         kernels.backward[grid](a.T, a.codes, d_states, d_last.contiguous(), dx, d_h0, *sizes, **options)
-        kernels.transitions[(s * PARTS,)](
-            order, bounds, dx, states, a.h0, dT, l, n, PARTS, K=STEPS, N=max(16, power_of_2(n)), num_warps=4
+        kernels.transitions[(s * PARTS * -(-n // I),)](
+            order, bounds, dx, states, a.h0, dT, l, n, s, PARTS, K=STEPS, I=I, N=N, num_warps=4
         )
     return {"T": dT.sum(0), "x": dx, "h0": d_h0}
 

@@ -97,25 +97,31 @@ def backward(
 
 
 @triton.jit
-def transitions(order, bounds, g, states, first, dT, length, n, parts, K: tl.constexpr, N: tl.constexpr):
+def transitions(
+    order, bounds, g, states, first, dT, length, n, symbols, parts, K: tl.constexpr, I: tl.constexpr, N: tl.constexpr
+):
     """dT (part s n n): the sum of g_t h_{t-1}' over one part of the steps of symbol s, which `order` lists from
-    bounds[s] to bounds[s + 1]."""
-    symbol, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    bounds[s] to bounds[s + 1]; a program has I rows of it."""
+    blocks = tl.cdiv(n, I)
+    block, part, symbol = (
+        tl.program_id(0) % blocks,
+        tl.program_id(0) // blocks % parts,
+        tl.program_id(0) // (blocks * parts),
+    )
     begin, end = tl.load(bounds + symbol), tl.load(bounds + symbol + 1)
     share = tl.cdiv(end - begin, parts)
     begin += part * share
     end = tl.minimum(begin + share, end)
-    i = tl.arange(0, N)
-    known = (i < n)[None, :]
-    total = tl.zeros([N, N], tl.float32)
+    i, j = block * I + tl.arange(0, I), tl.arange(0, N)
+    total = tl.zeros([I, N], tl.float32)
     for start in range(begin, end, K):
         k = start + tl.arange(0, K)
         at = tl.load(order + k, k < end, 0)
-        mask = (k < end)[:, None] & known
-        new = (at % length == 0)[:, None]
-        g_t = tl.load(g + at[:, None] * n + i[None, :], mask, 0.0)
-        h = tl.load(states + (at - 1)[:, None] * n + i[None, :], mask & (new == 0), 0.0)
-        h += tl.load(first + (at // length)[:, None] * n + i[None, :], mask & new, 0.0)
+        own, new = (k < end)[:, None], (at % length == 0)[:, None]
+        mask = own & (j < n)[None, :]
+        g_t = tl.load(g + at[:, None] * n + i[None, :], own & (i < n)[None, :], 0.0)
+        h = tl.load(states + (at - 1)[:, None] * n + j[None, :], mask & (new == 0), 0.0)
+        h += tl.load(first + (at // length)[:, None] * n + j[None, :], mask & new, 0.0)
         total += tl.dot(tl.trans(g_t), h, input_precision="ieee")
-    at = ((part * (tl.num_programs(0) // parts) + symbol).to(tl.int64) * n + i)[:, None] * n + i[None, :]
-    tl.store(dT + at, total, known & (i < n)[:, None])
+    at = ((part * symbols + symbol).to(tl.int64) * n + i)[:, None] * n + j[None, :]
+    tl.store(dT + at, total, (i < n)[:, None] & (j < n)[None, :])

@@ -51,7 +51,7 @@ def _at(t, g, length, rows, columns, flips, turns, MAP: tl.constexpr):
 
 @triton.jit
 def _offsets(stride, b, g, r, p):
-    return b * stride[0] + g * stride[1] + r[:, None] * stride[2] + p[None, :] * stride[3]
+    return b * stride[0] + g * stride[1] + r[:, None] * stride[2] + p.to(tl.int64)[None, :] * stride[3]
 
 
 @triton.jit
@@ -83,7 +83,8 @@ def _coefficient(M, stride, b, g, e, n, n_states, p, own, mask, CONSTANT: tl.con
     if CONSTANT:
         value = tl.load(M + e * n_states + n, own, 0.0)[:, None]
     else:
-        value = tl.load(M + b * stride[0] + g * stride[1] + n * stride[2] + p * stride[3], mask, 0.0)
+        at = b * stride[0] + g * stride[1] + (n + 0 * b) * stride[2] + p.to(tl.int64) * stride[3]
+        value = tl.load(M + at, mask, 0.0)
         value = value.to(tl.float32)[None, :]
     return value
 
@@ -138,7 +139,7 @@ def forward(
     b, g, block, r, e, own = _place(size, blocks, groups, E)
     segment, begin, count = _segment(chunks, per)
     slot += 0 * b  # 64 bits
-    step = tl.arange(0, T).to(tl.int64)
+    step = tl.arange(0, T)
     row = states + (b * width + e) * n_states
     for k in range(count):
         c = begin + k
@@ -170,7 +171,7 @@ def forward(
             product, h = tl.associative_scan((decay, x * B_n), 1, chain)
             h += product * tl.load(here + n)[:, None]
             y += h * C_n
-            tl.store((there + n)[:, None] + 0 * step[None, :], h, kept[:, None] & (step == T - 1)[None, :])
+            tl.store(tl.broadcast_to((there + n)[:, None], [E, T]), h, kept[:, None] & (step == T - 1)[None, :])
         if z is not None:
             y *= silu(_tile(z, z_stride, b, g, r, p, mask))
         _store_tile(out, out_stride, b, g, r, p, y, mask)
@@ -221,7 +222,7 @@ def summaries(
     b, g, block, r, e, own = _place(size, blocks, groups, E)
     segment, begin, count = _segment(chunks, per)
     slot += 0 * b  # 64 bits
-    step = tl.arange(0, T).to(tl.int64)
+    step = tl.arange(0, T)
     row = made + segment * slot + (b * width + e) * n_states
     time, reaches = tl.zeros([E], tl.float32), tl.full([E], 1.0, tl.float32)
     for k in range(count):
@@ -369,7 +370,7 @@ def backward(
     b, g, block, r, e, own = _place(size, blocks, groups, E)
     segment, begin, count = _segment(chunks, per)
     slot, part = slot + 0 * b, part + 0 * b  # 64 bits
-    step = tl.arange(0, T).to(tl.int64)
+    step = tl.arange(0, T)
     row = (b * width + e) * n_states
     for k in range(count):
         c = begin + count - 1 - k
@@ -414,7 +415,7 @@ def backward(
             product, dh = tl.associative_scan((decay_ahead, dy * C_n), 1, chain, reverse=True)
             dh += product * tl.load(carries + from_carry + row + n)[:, None]
             tl.store(
-                (carries + to_carry + row + n)[:, None] + 0 * step[None, :],
+                tl.broadcast_to((carries + to_carry + row + n)[:, None], [E, T]),
                 decay * dh,
                 own[:, None] & (step == 0)[None, :],
             )

@@ -23,6 +23,7 @@ from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 PASSES = {name: Passes(("Q", "P"), ("stretches", "stretch_chunks")) for name in ("forward", "backward")}
 STRETCH = 128  # positions between saved states
 CHUNK = 16  # positions per chunk: divides STRETCH, at least 16; 32 spill registers
+PIECE = 32  # states that the backward multiplies at once
 WIDEST = 128  # states per channel, at most: 256 spill registers
 STATE_SIZE, WARPS = (4096, 2048), (4, 8)  # numbers of a program's state at most, forward and backward, and its warps
 
@@ -53,10 +54,16 @@ def _segments(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else resets(seq_idx).cumsum(1, dtype=torch.int32)
 
 
+def _near(t: Tensor) -> Tensor:
+    """The same numbers; positions of a chunk lie within 2^30 elements."""
+    return t if CHUNK * t.stride(1) + WIDEST * t.stride(3) < 1 << 30 else t.contiguous()
+
+
 def forward(a: Recurrence, save: bool):
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, _, h, p), n = a.x.shape, a.B.shape[3]
+    a = a._replace(x=_near(a.x), B=_near(a.B), C=_near(a.C))
     y, last = a.x.new_empty(a.x.shape), a.x.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
     grid, _, sizes, options = _launch(a.x, a.B, False)
@@ -85,6 +92,7 @@ def backward(a: Recurrence, states, dy, dlast):
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
+    a, dy = a._replace(x=_near(a.x), B=_near(a.B), C=_near(a.C)), _near(dy)
     grid, blocks, sizes, options = _launch(a.x, a.B, True)
     new = functools.partial(a.x.new_empty, dtype=torch.float32)
     scratch = new(STRETCH // CHUNK + 1, b, h, p, n)
@@ -115,6 +123,7 @@ def backward(a: Recurrence, states, dy, dlast):
             *sizes,
             b * l * h,
             b * l * h * n,
+            K=min(options["N"], PIECE),
             **options,
         )
     parts = {"dt": 0, "log_decay": 0, "B": (0, 4), "C": (0, 4), "D": 0}  # axes of the programs' unfinished sums

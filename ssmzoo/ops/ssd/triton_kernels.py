@@ -28,9 +28,10 @@ def _place(heads, width, P: tl.constexpr):
 
 
 @triton.jit
-def _rows(base, stride, b, t, head, columns, inside, existing):
-    """(Q columns) of a (b l h .) tensor in fp32."""
-    offsets = b * stride[0] + t[:, None] * stride[1] + head * stride[2] + columns[None, :] * stride[3]
+def _rows(base, stride, b, first, head, columns, inside, existing, Q: tl.constexpr):
+    """(Q columns) of a (b l h .) tensor in fp32; offsets within a chunk have 32 bits and take fewer registers."""
+    base += b * stride[0] + first * stride[1] + head * stride[2]
+    offsets = tl.arange(0, Q)[:, None] * stride[1] + columns[None, :] * stride[3]
     return tl.load(base + offsets, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
 
 
@@ -58,10 +59,11 @@ def _decays(a, segment, b, h, t, first, length, heads, Q: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, x_stride, dt, b, h, p, t, own, length, heads):
+def _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q: tl.constexpr):
     """x and X = dt x of a chunk, (Q P)."""
+    t = start_at + tl.arange(0, Q)
     inside = t < length
-    x_t = _rows(x, x_stride, b, t, h, p, inside, own)
+    x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
     X = x_t
     if dt is not None:
         X = x_t * tl.load(dt + (b * length + t) * heads + h, inside, 0.0)[:, None]
@@ -100,7 +102,7 @@ def forward(
     N: tl.constexpr,
 ):
     b, h, block, p, own = _place(heads, width, P)
-    g, n = h // per_group, tl.arange(0, N)
+    g, n, p = h // per_group, tl.arange(0, N), p.to(tl.int32)
     slot += 0 * b  # 64 bits
     state_at = ((b * heads + h) * width + p[:, None]) * n_states + n[None, :]
     states = own[:, None] & (n < n_states)[None, :]
@@ -111,12 +113,12 @@ def forward(
         if SAVE:
             tl.store(saved + stretch * slot + state_at, S, states)
         for i in range(stretch_chunks):
-            start_at = (stretch * stretch_chunks + i) * Q
+            start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             t = start_at + tl.arange(0, Q).to(tl.int64)
             inside = t < length
-            x_t, X = _inputs(x, x_stride, dt, b, h, p, t, own, length, heads)
-            B_t = _rows(B, B_stride, b, t, g, n, inside, n < n_states)
-            C_t = _rows(C, C_stride, b, t, g, n, inside, n < n_states)
+            x_t, X = _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q)
+            B_t = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+            C_t = _rows(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
             L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
             CB = tl.dot(C_t, tl.trans(B_t), input_precision=PRECISION)
             Y = tl.dot(CB * L, X, input_precision=PRECISION)
@@ -167,48 +169,55 @@ def backward(
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    K: tl.constexpr,
 ):
     """scratch (chunks of a stretch and one, b h p n) takes states and, last, G: they need not be in registers at once.
     Unfinished sums: da, ddt (block b l h), dB, dC
     (block b l h n) with `part` and `part_n` elements per block, dD (b h p)."""
     b, h, block, p, own = _place(heads, width, P)
-    g, n = h // per_group, tl.arange(0, N)
+    g, n, p = h // per_group, tl.arange(0, N), p.to(tl.int32)
     slot, part, part_n = slot + 0 * b, part + 0 * b, part_n + 0 * b  # 64 bits
     existing = n < n_states
-    state_at = ((b * heads + h) * width + p[:, None]) * n_states + n[None, :]
+    state_at = p[:, None] * n_states + n[None, :]  # within a head: 32 bits take fewer registers
+    saved, scratch = saved + (b * heads + h) * width * n_states, scratch + (b * heads + h) * width * n_states
     states = own[:, None] & existing[None, :]
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     carry = scratch + stretch_chunks * slot + state_at
     G = tl.zeros([P, N], tl.float32)
     if dlast is not None:
-        G = tl.load(dlast + state_at, states, 0.0)
+        G = tl.load(dlast + (b * heads + h) * width * n_states + state_at, states, 0.0)
     tl.store(carry, G, states)
     dD_p = tl.zeros([P], tl.float32)
     for k in range(stretches):
         stretch = stretches - 1 - k
         S = tl.load(saved + stretch * slot + state_at, states, 0.0)
         for i in range(stretch_chunks):
-            start_at = (stretch * stretch_chunks + i) * Q
+            start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             t = start_at + tl.arange(0, Q).to(tl.int64)
             tl.store(scratch + i * slot + state_at, S, states)
-            x_t, X = _inputs(x, x_stride, dt, b, h, p, t, own, length, heads)
-            B_t = _rows(B, B_stride, b, t, g, n, t < length, existing)
+            x_t, X = _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q)
+            B_t = _rows(B, B_stride, b, start_at, g, n, t < length, existing, Q)
             L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
             S = whole * S + tl.dot(tl.trans(X * end[:, None]), B_t, input_precision=PRECISION)
         tl.debug_barrier()  # other threads read the states
         for j in range(stretch_chunks):
             i = stretch_chunks - 1 - j
-            start_at = (stretch * stretch_chunks + i) * Q
+            start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             t = start_at + tl.arange(0, Q).to(tl.int64)
             inside = t < length
             S = tl.load(scratch + i * slot + state_at, states, 0.0)
-            x_t = _rows(x, x_stride, b, t, h, p, inside, own)
+            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
             tokens = (b * length + t) * heads + h
-            dY = _rows(dy, dy_stride, b, t, h, p, inside, own)
-            B_t = _rows(B, B_stride, b, t, g, n, inside, existing)
-            C_t = _rows(C, C_stride, b, t, g, n, inside, existing)
+            dY = _rows(dy, dy_stride, b, start_at, h, p, inside, own, Q)
+            B_t = _rows(B, B_stride, b, start_at, g, n, inside, existing, Q)
+            C_t = _rows(C, C_stride, b, start_at, g, n, inside, existing, Q)
             L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
-            CB = tl.dot(C_t, tl.trans(B_t), input_precision=PRECISION)
+            CB = tl.zeros([Q, Q], tl.float32)
+            for m in range(0, N, K):  # in pieces, whose operands need few registers
+                n_m = m + tl.arange(0, K)
+                C_m = _rows(C, C_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
+                B_m = _rows(B, B_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
+                CB += tl.dot(C_m, tl.trans(B_m), input_precision=PRECISION)
             dX = tl.dot(tl.trans(CB * L), dY, input_precision=PRECISION)
             dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION) * L
             if dt is not None:
@@ -216,21 +225,32 @@ def backward(
                 dCB *= dt_t[None, :]
             pairs = tl.where(row > column, dCB * CB, 0.0)
             da_t = tl.sum(tl.where(row > column, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
-            offsets = block * part_n + tokens[:, None] * n_states + n[None, :]
+            here = block * part_n + ((b * length + start_at) * heads + h) * n_states
+            offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
             mask = inside[:, None] & existing[None, :]
             through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]  # the state is not needed further down
             da_t += tl.cumsum(tl.sum(C_t * through, 1), 0, reverse=True)
-            tl.store(dC + offsets, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
+            tl.store(dC + here + offsets, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
             G = tl.load(carry, states, 0.0)
             da_t += whole * tl.sum(G * tl.load(scratch + i * slot + state_at, states, 0.0))
-            dX += tl.dot(B_t, tl.trans(G), input_precision=PRECISION) * end[:, None]
+            BG = tl.zeros([Q, P], tl.float32)
+            for m in range(0, N, K):
+                n_m = m + tl.arange(0, K)
+                B_m = _rows(B, B_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
+                G_m = tl.load(
+                    scratch + stretch_chunks * slot + p[None, :] * n_states + n_m[:, None],
+                    own[None, :] & (n_m < n_states)[:, None],
+                    0.0,
+                )
+                BG += tl.dot(B_m, G_m, input_precision=PRECISION)
+            dX += BG * end[:, None]
             ending = end
             if dt is not None:
                 ending = end * dt_t
             through = tl.dot(x_t, G, input_precision=PRECISION) * ending[:, None]
             ending = tl.sum(B_t * through, 1)
             da_t += tl.sum(tl.where(row < column, ending[:, None], 0.0), 0)
-            tl.store(dB + offsets, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
+            tl.store(dB + here + offsets, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
             tl.store(da + block * part + tokens, da_t, inside)
             if dt is not None:
                 tl.store(ddt + block * part + tokens, tl.sum(dX * x_t, 1), inside)
@@ -248,4 +268,4 @@ def backward(
     if D is not None:
         tl.store(dD + (b * heads + h) * width + p, dD_p, own)
     if dfirst is not None:
-        tl.store(dfirst + state_at, G.to(dfirst.dtype.element_ty), states)
+        tl.store(dfirst + (b * heads + h) * width * n_states + state_at, G.to(dfirst.dtype.element_ty), states)

@@ -29,7 +29,7 @@ class Passes(NamedTuple):
 
     elements  constants of the kernel (their names) whose product is the number of elements of one innermost pass
     trips     how often its loops go round, the outermost first: names of its arguments, or numbers; none without a loop
-    most      instructions per element of the innermost loop on sm_90 that are allowed
+    most      instructions per element of the innermost loop on sm_90 that are allowed in usual calls
     """
 
     elements: tuple[str, ...]
