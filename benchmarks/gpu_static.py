@@ -189,10 +189,10 @@ def estimates(rows: list[Row]) -> list[str]:
 
 PAGE = """# GPU kernels, compiled without a GPU
 
-Every Triton kernel in every variant that the dispatcher can choose, compiled by Triton {triton} for {targets}:
+Every Triton kernel in {what}, compiled by Triton {triton} for {targets}:
 
 ```bash
-python benchmarks/gpu_static.py --out docs/results/gpu_static.md
+python benchmarks/gpu_static.py {option}--out docs/results/gpu_static.md
 ```
 
 {count} kernels, {bad} of them used by default and beyond a limit (registers spilled, more shared memory than a block
@@ -215,7 +215,7 @@ from below; latencies and few resident warps come on top. The RTX 4090 runs the 
 """
 
 
-def page(rows: list[Row], before: str = "") -> str:
+def page(rows: list[Row], before: str = "", typical: bool = False) -> str:
     """The page of these rows and of those of `before`, an earlier page, that are of other operators or targets."""
     import triton
 
@@ -233,6 +233,8 @@ def page(rows: list[Row], before: str = "") -> str:
     resources[2:], times[2:] = sorted(resources[2:], key=_place), sorted(times[2:], key=_place)
     found = [name for name in TARGETS if any(f" | {name} | " in line for line in resources[2:])]
     return PAGE.format(
+        what="the usual calls" if typical else "every variant that the dispatcher can choose",
+        option="--typical " if typical else "",
         triton=triton.__version__,
         targets=", ".join(found),
         cards=", ".join(f"{name} ({TARGETS[name].card})" for name in found),
@@ -270,7 +272,7 @@ def main() -> None:
             rows += new
     print("\n" + "\n".join(estimates(rows)))
     if args.out:
-        args.out.write_text(page(rows, args.out.read_text() if args.out.exists() else ""))
+        args.out.write_text(page(rows, args.out.read_text() if args.out.exists() else "", args.typical))
     wrong = [row for row in rows if row.objections and row.default]
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(rows)} kernels are beyond their limits, see above")
