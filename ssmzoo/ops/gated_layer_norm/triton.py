@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ from ssmzoo.ops.gated_layer_norm.torch import NORM
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.rms_norm.triton import rows_of, tiles, why_not
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
+
+PASSES = {name: Passes(("R", "D"), most=150) for name in ("forward", "backward")}
 
 
 def forward(a, save: bool):
@@ -46,3 +52,10 @@ NORM.kernels["triton"] = Kernel(forward, backward)
 gated_layer_norm.register(
     "triton", device=DEVICE, missing=MISSING, unsupported=lambda a: why_not(a.x, a.z, a.weight, a.bias)
 )(lambda a: NORM(a, "triton"))
+
+
+def variants() -> Iterator[Variant]:
+    for dtype, kind in DTYPES.items():
+        a = gated_layer_norm.Arguments(*(meta(16384, 384, dtype=kind) for _ in "xz"), meta(384), meta(384))
+        run = functools.partial(train, NORM.kernels["triton"], a)
+        yield Variant(f"{dtype}, 16384 rows of 384", run, typical=dtype == "bf16")

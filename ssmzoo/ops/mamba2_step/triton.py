@@ -8,6 +8,7 @@ project   out = W_out norm(y), added to the residual stream
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ssmzoo.ops.in_place import next_state
 from ssmzoo.ops.mamba2_step import mamba2_step
 from ssmzoo.ops.mamba_step.triton import project, why_not
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta
+
+PASSES = {"project": Passes(("E", "W"), most=100), "advance": Passes(("P", "N"), most=300)}
 
 STATES = 1024  # numbers of a program's state, at most
 TENSORS = 13  # of the arguments; numbers follow
@@ -60,3 +64,17 @@ def advance_layer(a, norm: Tensor | None = None, eps: float = 0.0, residual: boo
 def mamba2_step_triton(a) -> tuple[Tensor, Tensor, Tensor]:
     with on_device_of(a.u):
         return advance_layer(a)
+
+
+def variants() -> Iterator[Variant]:
+    d, h, p, n, k = 768, 24, 64, 128, 4
+    c = h * p + 2 * n
+    for dtype, kind in DTYPES.items():
+        new = functools.partial(meta, dtype=kind)
+        state = new(1, d), new(1, c, k), meta(1, h, p, n)
+        weights = dict(in_proj=new(h * p + c + h, d), conv_weight=new(c, k), conv_bias=new(c), dt_bias=meta(h))
+        weights |= dict(A_log=meta(h), D=meta(h), norm_weight=new(h * p), out_proj=new(d, h * p))
+        a = mamba2_step.Arguments(*state, **weights, ngroups=1)
+        yield Variant(f"{dtype}, d 768", functools.partial(advance_layer, a), typical=dtype == "bf16")
+        normed = functools.partial(advance_layer, a, new(d), 1e-5, True)
+        yield Variant(f"{dtype}, d 768, norm and residual connection", normed)

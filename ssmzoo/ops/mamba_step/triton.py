@@ -5,6 +5,9 @@ Everything between the input and the result is kept in fp32.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from ssmzoo.ops.eager import eager
 from ssmzoo.ops.in_place import next_state
 from ssmzoo.ops.mamba_step import mamba_step
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta
+
+PASSES = {"project": Passes(("E", "W"), most=100), "advance": Passes(("E", "N"), most=300)}
 
 MAX_ROWS = 8  # sequences: each reads the weights by itself, from the cache; for more, products of matrices are faster
 ROWS, COLUMNS, STATES = 4, 512, 512  # of a program: rows and columns of a matrix, numbers of the state, at most
@@ -120,3 +126,16 @@ def why_not_tensors(*tensors: Tensor | None) -> str | None:
 def mamba_step_triton(a) -> tuple[Tensor, Tensor, Tensor]:
     with on_device_of(a.u):
         return advance_layer(a)
+
+
+def variants() -> Iterator[Variant]:
+    d, e, n, r, k = 768, 1536, 16, 48, 4
+    for dtype, kind in DTYPES.items():
+        new = functools.partial(meta, dtype=kind)
+        state = new(1, d), new(1, e, k), meta(1, e, n)
+        weights = dict(conv_weight=new(e, k), conv_bias=new(e), x_proj=new(r + 2 * n, e), dt_proj=new(e, r))
+        weights |= dict(dt_bias=meta(e), A_log=meta(e, n), D=meta(e), in_proj=new(2 * e, d), out_proj=new(d, e))
+        a = mamba_step.Arguments(*state, **weights)
+        yield Variant(f"{dtype}, d 768", functools.partial(advance_layer, a), typical=dtype == "bf16")
+        normed = functools.partial(advance_layer, a, new(d), 1e-5, True)
+        yield Variant(f"{dtype}, d 768, norm and residual connection", normed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,9 @@ from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.rms_norm import rms_norm
 from ssmzoo.ops.rms_norm.torch import NORM
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
+
+PASSES = {name: Passes(("R", "D"), most=100) for name in ("forward", "backward")}
 
 TILE, WIDEST = 2048, 16384  # numbers of a program's rows, and of one row, at most
 PROGRAMS = 512  # that share the rows of a backward pass, at most: each leaves a sum for the weight
@@ -91,3 +97,17 @@ def why_not(*tensors: Tensor | None) -> str | None:
 @rms_norm.register("triton", device=DEVICE, missing=MISSING, unsupported=lambda a: why_not(a.x, a.weight, a.residual))
 def rms_norm_triton(a) -> Tensor | tuple[Tensor, Tensor]:
     return NORM(a, "triton") if a.residual is None else ADD_NORM(a, "triton")
+
+
+def variants() -> Iterator[Variant]:
+    for dtype, kind in DTYPES.items():
+        for d, typical in ((768, dtype == "bf16"), (8192, False)):
+            x, weight = meta(16384, d, dtype=kind), meta(d)
+            add = rms_norm.Arguments(x, weight, residual=meta(16384, d))
+            yield Variant(
+                f"{dtype}, residual, d {d}",
+                functools.partial(train, ADD_NORM.kernels["triton"], add, 1),
+                typical=typical,
+            )
+            plain = rms_norm.Arguments(x, weight)
+            yield Variant(f"{dtype}, d {d}", functools.partial(train, NORM.kernels["triton"], plain))

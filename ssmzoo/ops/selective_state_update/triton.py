@@ -5,6 +5,9 @@ A row that does not exist cannot be told on a GPU without waiting for it: such a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from ssmzoo.ops.library import in_place
 from ssmzoo.ops.rows import checked
 from ssmzoo.ops.selective_state_update import selective_state_update
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta
+
+PASSES = {"update": Passes(("E", "N"), most=100)}
 
 TILE = 1024  # numbers of a program's state, at most
 
@@ -76,3 +82,16 @@ def why_not(a) -> str | None:
 @selective_state_update.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not)
 def selective_state_update_triton(a) -> Tensor:
     return _update(a) if eager(a.x, a.state) else TRACED(*a)
+
+
+def variants() -> Iterator[Variant]:
+    for dtype, kind in DTYPES.items():
+        for heads, n in (((64, 64), 128), ((1536,), 16)):
+            state, A = meta(8, *heads, n), meta(*heads, n)
+            x, dt, z = (meta(8, *heads, dtype=kind) for _ in range(3))
+            B, C = (meta(8, *(1,) * (len(heads) - 1), n, dtype=kind) for _ in "BC")
+            a = selective_state_update.Arguments(
+                state, x, dt, A, B, C, D=meta(*heads), z=z, dt_bias=meta(*heads), dt_softplus=True
+            )
+            label = f"{dtype}, 8 sequences, {' x '.join(map(str, heads))} channels, n {n}"
+            yield Variant(label, functools.partial(_update, a), typical=dtype == "bf16" and n == 128)
