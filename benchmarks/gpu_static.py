@@ -6,8 +6,8 @@ The variants are told by each operator's triton.py (`ssmzoo/ops/triton/variants.
 FILE (docs/results/gpu_static.md), registers, spills, stack, shared memory, resident warps and the innermost loop's
 instructions per element; then, for the usual calls, the time that a card's units would need at least: an estimate.
 Exit status 1 where a kernel that is used by default spills registers, asks for more shared memory than the target has,
-lets fewer than 8 warps of a multiprocessor run at once, or takes, in a usual call, more instructions per element than
-its operator allows.
+lets fewer than 256 threads of a multiprocessor run at once, or takes, in a usual call, more instructions per element
+than its operator allows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpu_compile import KINDS, TARGETS, Launched, launched  # noqa: E402
 
 from ssmzoo import ops  # noqa: E402
 
-LEAST_WARPS = 8  # of a multiprocessor, so that some compute while others wait for memory
+LEAST_THREADS = 256  # of a multiprocessor at once, so that some compute while others wait for memory
 
 
 class Card(NamedTuple):
@@ -77,8 +77,8 @@ class Row(NamedTuple):
             found.append(f"spills {k.spilled} {'registers' if k.target.startswith('gfx') else 'bytes'} per thread")
         if k.shared > target.shared:
             found.append(f"wants {k.shared} bytes of shared memory, {target.name} has {target.shared}")
-        if k.resident < LEAST_WARPS:
-            found.append(f"{k.resident} warps at once, {LEAST_WARPS} are wanted")
+        if (n := k.resident * target.lanes) < LEAST_THREADS:
+            found.append(f"{n} threads at once, {LEAST_THREADS} are wanted")
         if self.typical and k.target == "sm_90" and (n := self.per_element["all"]) > self.most:
             found.append(f"{n:.1f} instructions per element, {self.most:g} are allowed")
         return found
@@ -196,7 +196,7 @@ python benchmarks/gpu_static.py {option}--out docs/results/gpu_static.md
 ```
 
 {count} kernels, {bad} of them used by default and beyond a limit (registers spilled, more shared memory than a block
-may have, fewer than {warps} warps of a multiprocessor at once, more instructions per element than the operator allows).
+may have, fewer than {threads} threads of a multiprocessor at once, more instructions per element than allowed).
 Targets are {cards}. Spilled and stack are bytes per thread (registers on AMD), shared is bytes per block. The columns
 from {first} on count the instructions of the innermost loop per element; a packed multiply-add counts twice.
 
@@ -240,7 +240,7 @@ def page(rows: list[Row], before: str = "", typical: bool = False) -> str:
         cards=", ".join(f"{name} ({TARGETS[name].card})" for name in found),
         count=len(resources) - 2,
         bad=sum(not line.endswith(("| ok |", "(on demand only) |")) for line in resources[2:]),
-        warps=LEAST_WARPS,
+        threads=LEAST_THREADS,
         first=KINDS[0],
         rates=", ".join(f"{name} {rate:g}" for name, (_, rate) in PER_CLOCK.items()),
         estimates="\n".join(times),

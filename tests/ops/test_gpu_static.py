@@ -51,4 +51,4 @@ def test_a_kernel_beyond_the_limits_is_named():
     (row, *_) = gpu_static.compiled("causal_conv1d", "sm_80", typical=True)
     launch = gpu_compile.Launched(**vars(row.launch) | dict(spilled=8, shared=1 << 20, registers=255, num_warps=16))
     said = "; ".join(row._replace(launch=launch).objections)
-    assert "spills 8 bytes" in said and "shared memory" in said and "warps at once" in said
+    assert "spills 8 bytes" in said and "shared memory" in said and "threads at once" in said

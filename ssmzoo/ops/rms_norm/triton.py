@@ -16,7 +16,7 @@ from ssmzoo.ops.rms_norm.torch import NORM
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
-PASSES = {name: Passes(("R", "D"), most=100) for name in ("forward", "backward")}
+PASSES = {"forward": Passes(("R", "D"), most=100), "backward": Passes(("R", "D"), ("passes",), most=100)}
 
 TILE, WIDEST = 2048, 16384  # numbers of a program's rows, and of one row, at most
 PROGRAMS = 512  # that share the rows of a backward pass, at most: each leaves a sum for the weight

@@ -20,7 +20,8 @@ from ssmzoo.ops.ssd import Recurrence, register
 from ssmzoo.ops.triton import DEVICE, INTERPRETED, MISSING, on_device_of, power_of_2, strides, whole
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
-PASSES = {name: Passes(("Q", "P"), ("stretches", "stretch_chunks")) for name in ("forward", "backward")}
+LOOPS = ("Q", "P"), ("stretches", "stretch_chunks")
+PASSES = {"forward": Passes(*LOOPS, most=250), "backward": Passes(*LOOPS, most=2200)}
 STRETCH = 128  # positions between saved states
 CHUNK = 16  # positions per chunk: divides STRETCH, at least 16; 32 spill registers
 PIECE = 32  # states that the backward multiplies at once
