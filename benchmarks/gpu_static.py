@@ -230,7 +230,8 @@ def page(rows: list[Row], before: str = "", typical: bool = False) -> str:
             resources.append(line)
         if first in target_of and (second.partition(":")[0], target_of[first]) not in done:
             times.append(line)
-    resources[2:], times[2:] = sorted(resources[2:], key=_place), sorted(times[2:], key=_place)
+    for lines in (resources, times):
+        lines[2:] = sorted(dict.fromkeys(lines[2:]), key=_place)  # a form that differs in nothing is told once
     found = [name for name in TARGETS if any(f" | {name} | " in line for line in resources[2:])]
     return PAGE.format(
         what="the usual calls" if typical else "every variant that the dispatcher can choose",

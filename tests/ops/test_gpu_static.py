@@ -44,7 +44,7 @@ def test_usual_calls_compile_within_the_limits(operator):
 def test_everything_compiles_within_the_limits(target):
     rows = [row for operator in gpu_static.operators() for row in gpu_static.compiled(operator, target)]
     assert not [(r.operator, r.launch.kernel, r.label, r.objections) for r in rows if r.default and r.objections]
-    assert gpu_static.page(rows).count(f"| {target} |") == len(rows)
+    assert gpu_static.page(rows).count(f"| {target} |") == len(set(gpu_static.table(rows)[2:]))
 
 
 def test_a_kernel_beyond_the_limits_is_named():
