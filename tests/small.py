@@ -43,9 +43,12 @@ def kind(typed: dict[str, str]) -> str:
     from ssmzoo.presets import config_dir, read_model_config
 
     name = typed.get("data") or read_model_config(typed.get("model", "moe_mamba").split(",")[0]).get("data", "text")
-    text = (config_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8")
-    found = text.partition("ssmzoo.data.")[2].partition(".")[0]
-    return found or ("text" if "defaults: [text" in text else "recall")
+    while name:
+        text = (config_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8")
+        if found := text.partition("_target_: ssmzoo.data.")[2].partition(".")[0]:
+            return found
+        name = text.partition("defaults: [")[2].partition(",")[0]  # the file that it inherits
+    return ""
 
 
 def fits(override: str, typed: dict[str, str]) -> bool:
