@@ -13,7 +13,7 @@ SIZES = {  # what makes a kind of data small, by the room of its class
     "birdie": "data.seq_len=256 data.batch_size=2 data.val_rows=2 task.controller.updates=2",
     "images": "data.num_workers=0 data.batch_size=8",
     "images_fewshot": "data.num_workers=0",
-    "photos": "data.batch_size=1 data.patch_size=32 data.val_crop=32",
+    "photos": "data.batch_size=1 data.patch_size=48 data.val_crop=48",
     "formal": "data.batch_size=8 data.test_length=40 data.val_samples=8 data.test_samples=4",
     "graphs": "data.batch_size=4",
     "motion": "data.clips=2 data.val_clips=1 data.clip_frames=184 data.batch_size=2",
