@@ -154,6 +154,46 @@ INLINE void integer_row(vf (*part)[VL], int at, const matrix *m, const vectors *
     for (int c = 0; c < count; c++) part[c][at] = total[c] + (zeros ? (vf){shift[c]} : (vf){0});
 }
 
+enum { ROWS = 4 };
+
+// The same for ROWS rows of 4-bit numbers and one vector: arithmetic bounds these, so that the vector is loaded once for all
+// of the rows, and so is what a piece says of itself.
+INLINE void four_nibble_rows(vf *part, const matrix *m, const vectors *v, int64_t first, int64_t row, const int vnni) {
+    const int64_t bytes = m->columns / 2, per_row = groups(m), from = first * v->pieces;
+    vf total[ROWS] = {{0}};
+    float shift[ROWS] = {0};
+    for (int64_t p = 0; p < v->pieces; p++) {
+        const piece *one = v->piece + p;
+        const char *w = (const char *)m->data + row * bytes + one->byte;
+        const int16_t *x = v->q + first * v->words + one->words;
+        vi sum[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) sum[r] = (vi){v->start[from + p]};
+        for (int64_t s = 0; s < one->steps + (one->rest > 0); s++, w += STEP, x += 2 * STEP) {
+            const words even = load_words(x), odd = load_words(x + STEP);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                char last[STEP];
+                const char *line = w + r * bytes;
+                __builtin_prefetch(line + ROWS * bytes);  // the next rows: in pieces of these hardware sees no stream
+                if (s == one->steps) line = memcpy(memset(last, 0, STEP), line, (size_t)one->rest);
+                const words b = extend(line);
+                sum[r] = multiply_add(sum[r], low_nibble(b), even, vnni);
+                sum[r] = multiply_add(sum[r], high_nibble(b), odd, vnni);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            const int64_t at = (row + r) * per_row + one->group;
+            const float factor = m->scale[at] * v->scale[from + p];
+            total[r] += __builtin_convertvector(sum[r], vf) * factor;
+            if (m->zero) shift[r] -= factor * m->zero[at] * v->sum[from + p];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) part[r] = total[r] + (m->zero ? (vf){shift[r]} : (vf){0});
+}
+
 // ---- vectors ----
 
 static int64_t count_pieces(const matrix *m) {
@@ -292,7 +332,8 @@ INLINE void tile(const matrix *m, const vectors *v, float *y, int64_t ldy, int64
     const float *w = (const float *)m->data + row * m->columns, *x = v->x + first * v->ld;
     const int chains = count == 1 ? 4 : count == 2 ? 2 : 1;
     for (int q = 0; q < rows; q++) {
-        if (bits != 32) integer_row(part, q, m, v, first, row + q, count, bits, vnni);
+        if (bits == 4 && count == 1 && q + ROWS <= rows) four_nibble_rows(part[0] + q, m, v, first, row + q, vnni), q += ROWS - 1;
+        else if (bits != 32) integer_row(part, q, m, v, first, row + q, count, bits, vnni);
         else if (count == 1 || q + 1 == rows) float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 1, count, chains);
         else float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 2, count, chains), q++;
     }
