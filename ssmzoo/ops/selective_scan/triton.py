@@ -16,12 +16,12 @@ from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
 PASSES = {
     "forward": Passes(("E", "T"), ("per", "n_states"), most=60),
-    "backward": Passes(("E", "T"), ("per", "n_states"), most=130),
-    "summaries": Passes(("E", "T"), ("per", "n_states"), most=40),
+    "backward": Passes(("E", "T"), ("per", "n_states"), most=160),
+    "summaries": Passes(("E", "T"), ("per", "n_states"), most=60),
     "enter": Passes(("N",), ("segments",), most=60),
 }
 CHANNELS, STEPS = 16, 32  # of a tile, at most
-PER_THREAD, HALF_AS_MANY = 4, 2  # elements of a tile: more of them spill registers, and in fp32 backwards 4 do
+PER_THREAD = (4, 2)  # elements of a tile, forward and backward: more of them spill registers
 ENOUGH = 264  # programs that keep a large card busy; fewer are cut into segments along time
 SHORTEST = 8  # chunks of a segment, at least
 
@@ -48,7 +48,7 @@ class Scan(NamedTuple):
 class Launch:
     """Sizes and places of one scan, as the kernels want them."""
 
-    def __init__(self, a: Scan, per_thread: int = PER_THREAD):
+    def __init__(self, a: Scan, back: bool = False):
         self.a = a
         b, g, size, l = a.u.shape
         n = a.A.shape[1]
@@ -61,7 +61,7 @@ class Launch:
         self.grid = (programs, self.segments)
         self.state = (b, g * size, n)
         self.slot, self.part = b * g * size * n, b * g * n * l
-        warps = max(1, min(8, self.E * self.T // (32 * per_thread)))
+        warps = max(1, min(8, self.E * self.T // (32 * PER_THREAD[back])))
         self.sizes = (l, g * size, n, g, size, self.blocks, self.chunks, self.per, self.slot, *(a.map or (1, 1, 0, 0)))
         self.options = {"MAP": a.map is not None, "E": self.E, "T": self.T, "num_warps": warps, "num_stages": 1}
         self.constant = {"CONSTANT_B": a.B.ndim == 2, "CONSTANT_C": a.C.ndim == 2}
@@ -160,7 +160,7 @@ def gradients(
     """Writes du, ddelta, dz (b g p l) and returns the gradients of A, B, C, D, bias and the first state in fp32."""
     from ssmzoo.ops.selective_scan import triton_kernels as kernels
 
-    call = Launch(a, HALF_AS_MANY if a.u.element_size() == 4 else PER_THREAD)
+    call = Launch(a, back=True)
     carries = call.new(2 * max(1, call.segments), *call.state)
     entry = 2 * max(0, call.segments - 1)
     if dlast is None:
