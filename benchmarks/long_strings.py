@@ -1,10 +1,10 @@
 """SD-SSM on strings of 100,000 symbols, as it stands and from learnt states: python benchmarks/long_strings.py
 
-    python benchmarks/long_strings.py [--cells cycle,d30] [--seeds 0,1,2] [--snap 250] [--runs DIR] [--page-only]
+    python benchmarks/long_strings.py [--cells cycle,d30] [--seeds 0,1,2] [--snap 40] [--runs DIR] [--page-only]
 
 Trains every cell by configs/experiment/regular_languages/<cell>.yaml (a run that DIR holds is taken as it is), then
-follows 16 strings twice by `eval.py task.long_snap=250`: with the carried state, and going on from the nearest state of
-4,096 strings of 40 symbols every 250 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md from
+follows 16 strings twice by `eval.py task.long_snap=40`: with the carried state, and going on from the nearest state of
+4,096 strings of 40 symbols every 40 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md from
 the .json beside it, in which nothing is measured twice.
 """
 
@@ -53,9 +53,9 @@ def page(known: dict[str, dict[str, dict]]) -> str:
         "",
         "Written by `python benchmarks/long_strings.py`. SD-SSM, trained on strings of up to 40 symbols, reads 16",
         "strings of 100,000 with carried state: position of the first wrong answer in any of them, one entry per seed.",
-        "*Learnt states*: every 250 symbols the state is replaced by the nearest of those in which 4,096 random",
-        "strings of 40 symbols end (`eval.py ckpt=RUN task.long_snap=250`); no label is used. A state drifts by",
-        "rounding and by what training left; after 250 symbols it is still nearest to the right learnt state.",
+        "*Learnt states*: every 40 symbols the state is replaced by the nearest of those in which 4,096 random",
+        "strings of 40 symbols end (`eval.py ckpt=RUN task.long_snap=40`); no label is used. A state drifts by",
+        "rounding and by what training left; after 40 symbols it is still nearest to the right learnt state.",
         "",
         "| language | seeds | as it stands | learnt states |",
         "|---|---|---|---|",
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--snap", type=int, default=250)
+    parser.add_argument("--snap", type=int, default=40)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "regular_languages")
     parser.add_argument("--page-only", action="store_true")
     arguments = parser.parse_args()
