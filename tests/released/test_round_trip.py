@@ -8,6 +8,7 @@ from ssmzoo.released.family import find, to_official
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.golden import GoldenCase
 from ssmzoo.released.load import build
+from ssmzoo.released.maat import UNUSED
 
 CASES = sorted(GOLDEN.glob("*/*.json"))
 CASES = [f for f in CASES if find(f.parent.name, "official") and GoldenCase.load(f).params]
@@ -29,6 +30,8 @@ def test_official_names_come_back_bit_for_bit(file):
     back = to_official(case.family, module, **case.official_kwargs)
     assert back.keys() == official.keys()
     for key, expected in official.items():
+        if case.family == "maat" and UNUSED in key:
+            continue  # norms that nothing calls: they go out as the official class makes them
         got = torch.view_as_real(back[key]) if back[key].is_complex() else back[key]  # cases store pairs
         assert got.dtype == expected.dtype and torch.equal(got, expected), key
 
