@@ -19,6 +19,7 @@ from ssmzoo.released.family import families, find, to_official
 from ssmzoo.released.fit import fit_state_dict
 from ssmzoo.released.golden import GoldenCase
 from ssmzoo.released.load import build
+from ssmzoo.released.maat import UNUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Released weights
@@ -58,7 +59,8 @@ def round_trip(case: GoldenCase) -> tuple[bool, bool]:
     except ValueError:
         return False, False
     back = {key: torch.view_as_real(v) if v.is_complex() else v for key, v in back.items()}
-    return True, back.keys() == official.keys() and all(torch.equal(back[key], v) for key, v in official.items())
+    called = {key: v for key, v in official.items() if case.family != "maat" or UNUSED not in key}
+    return True, back.keys() == official.keys() and all(torch.equal(back[key], v) for key, v in called.items())
 
 
 def row(family: str) -> str:
