@@ -189,11 +189,8 @@ def estimates(rows: list[Row]) -> list[str]:
 
 PAGE = """# GPU kernels, compiled without a GPU
 
-Every Triton kernel in {what}, compiled by Triton {triton} for {targets}:
-
-```bash
-python benchmarks/gpu_static.py {option}--out docs/results/gpu_static.md
-```
+Every Triton kernel in {what}, compiled by Triton {triton} for {targets}
+(`python benchmarks/gpu_static.py {option}--out docs/results/gpu_static.md`).
 
 {count} kernels, {bad} of them used by default and beyond a limit (registers spilled, more shared memory than a block
 may have, fewer than {threads} threads of a multiprocessor at once, more instructions per element than allowed).
