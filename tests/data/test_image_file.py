@@ -61,6 +61,15 @@ def pillow_writes(mode: str, suffix: str) -> bool:
     return True
 
 
+def pillow_reads(path) -> bool:
+    """Pillow 12 cannot read a TIFF of YCbCr that it wrote."""
+    try:
+        Image.open(path).load()
+    except OSError:
+        return False
+    return True
+
+
 WRITTEN = [pair for pair in itertools.product(sorted(Image.MODES), SUFFIXES) if pillow_writes(*pair)]
 
 
@@ -76,7 +85,7 @@ def test_whatever_pillow_writes_comes_back_or_is_refused_in_words(tmp_path, mode
     try:
         got = read_picture(path)
     except ImageError as error:
-        assert "x" + suffix in str(error) and mode in ("LAB", "HSV")
+        assert "x" + suffix in str(error) and (mode in ("LAB", "HSV") or not pillow_reads(path))
         return
     expected = np.asarray(image.convert("L")) / 255 if mode in ("1", "P", "CMYK", "HSV", "YCbCr") else RAMP
     error = np.abs(share_of_white(got) - expected)

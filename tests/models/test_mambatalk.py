@@ -157,7 +157,7 @@ def test_official_files_come_and_go():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected))
     vq = MotionVQVAE(9, 12, 2, 11)
     x = torch.randn(1, 7, 9)
-    assert torch.equal(ssmzoo.load_official(vq.state_dict())(x)[0], vq.eval()(x).motion)
+    assert torch.equal(ssmzoo.load_official(vq.state_dict(), vae_quantizer_lambda=1.0)(x)[0], vq.eval()(x).motion)
 
 
 def test_motion_of_another_width_is_refused():
