@@ -31,7 +31,7 @@ NOT_RUN = {
     r"ssmzoo completion": "tests/test_completion.py",
     r"compile=true": "compiles for minutes",
     r"x2\.pth|my_table\.yaml|my\.txt|photos/|mine\.npz|(mine|other)\.csv|=PSM|path=mine ": "a file of the reader's",
-    r"my_folder|=COCO|picture\.jpg": "files of the reader",
+    r"my_folder|=COCO|=BEAT2|picture\.jpg": "files of the reader",
     r"other\.txt|path=pictures/": "files of the reader",
 }
 PRELUDE = {  # what a page's Python takes as given
