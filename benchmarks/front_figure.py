@@ -39,7 +39,7 @@ def draw(table: Path, out: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(1, 2 * max(values))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel(f"times as fast on a CPU ({machine})")
+    axes.set_xlabel(f"times as fast on a CPU ({machine.split(', torch')[0]})")
     axes.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
