@@ -264,6 +264,19 @@ def test_reconstruction_looks_one_token_ahead():
     assert adapted.reconstruction(visual[:, :1]) == 0
 
 
+@pytest.mark.parametrize("adapter", ["ssmi", "lora"])
+def test_pictures_come_first_and_one_for_every_row(adapter):
+    if adapter == "lora":
+        pytest.importorskip("peft")
+    model = VisualDecoder(visual_dim=5, d_model=64, n_layer=2, rank=16, max_share=0.5, adapter=adapter)
+    ids, visual = torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 4, 5)
+    with pytest.raises(ValueError, match="visual has 1 rows, input_ids 2"):
+        model(ids, visual=visual[:1])
+    state = model(ids, visual=visual).state
+    with pytest.raises(ValueError, match="belongs into the first call"):
+        model(ids, state, visual=visual)
+
+
 def test_lora_trains_as_many_parameters_and_keeps_plain_names():
     pytest.importorskip("peft")
     sizes = dict(visual_dim=5, d_model=64, n_layer=2, rank=16, max_share=0.5)

@@ -43,6 +43,7 @@ UNFUSED = [
     "mamba3: several inputs and outputs",
     "moe_mamba_inner",
     "transformer: selective attention",
+    "transformer: threshold relative attention",
     "gated_ssm: released form",
 ]
 pytestmark = native

@@ -9,7 +9,7 @@ import pytest
 
 from ssmzoo.ops.triton import INTERPRETED, MISSING
 
-pytestmark = pytest.mark.skipif(bool(INTERPRETED or MISSING), reason=MISSING or "compiles")
+pytestmark = pytest.mark.skipif(bool(INTERPRETED or MISSING), reason=MISSING or "the interpreter compiles nothing")
 
 
 def kernels(operator: str) -> set[str]:

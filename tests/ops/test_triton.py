@@ -4,23 +4,20 @@ The interpreter must be asked for before anything imports the kernels: one test 
 """
 
 import functools
-import os
-import subprocess
-import sys
 
 import against_reference as checks
 import pytest
 import torch
 from against_reference import rounding
+from interpreted import interpret, interpreted, outside, set_sizes
 from paths import GOLDEN
 
 from ssmzoo import ops
-from ssmzoo.ops.triton import INTERPRETED, MISSING
+from ssmzoo.ops.triton import MISSING
 from ssmzoo.released.golden import GoldenCase
 
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 GOLDEN = sorted(
     path
     for family in ("selective_scan", "causal_conv1d", "ssd")
@@ -29,16 +26,9 @@ GOLDEN = sorted(
 )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside
 def test_all_of_this_file_through_the_interpreter():
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    interpret(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +38,12 @@ def small_tiles(monkeypatch):
     from ssmzoo.ops.selective_scan import triton as selective_scan
     from ssmzoo.ops.ssd import triton as ssd
 
-    for module, sizes in (
+    set_sizes(
+        monkeypatch,
         (selective_scan, dict(CHANNELS=2, STEPS=4)),
         (causal_conv1d, dict(TILE=32, SHORT=4)),
         (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=(256, 256))),
-    ):
-        for name, value in sizes.items():
-            monkeypatch.setattr(module, name, value)
+    )
 
 
 assert_close = functools.partial(checks.assert_close, backend="triton")

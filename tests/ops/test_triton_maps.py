@@ -4,35 +4,25 @@ As test_triton.py: one test runs this file in a process of its own.
 """
 
 import functools
-import os
-import subprocess
-import sys
 
 import against_reference as checks
 import pytest
 import torch
 from against_reference import rounding
+from interpreted import interpret, interpreted, outside, set_sizes
 
 import ssmzoo
 from ssmzoo import ops
-from ssmzoo.ops.triton import INTERPRETED, MISSING
+from ssmzoo.ops.triton import MISSING
 
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 assert_close = functools.partial(checks.assert_close, backend="triton")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside
 def test_all_of_this_file_through_the_interpreter():
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    interpret(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +32,12 @@ def small_tiles(monkeypatch):
     from ssmzoo.ops.selective_scan import triton as selective_scan
     from ssmzoo.ops.state_fusion import triton as state_fusion
 
-    for module, sizes in (
+    set_sizes(
+        monkeypatch,
         (selective_scan, dict(CHANNELS=2, STEPS=4)),
         (dense_scan, dict(TILE=32, PARTS=2)),
         (state_fusion, dict(TILE=64, CHANNELS=2)),
-    ):
-        for name, value in sizes.items():
-            monkeypatch.setattr(module, name, value)
+    )
 
 
 def dense_call(b=3, l=7, n=3, s=4, k=2, flags=False, dtype=torch.float32):

@@ -4,39 +4,29 @@ reference.
 The interpreter must be asked for before anything imports the kernels: one test runs this file in a process of its own.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from against_reference import OUT, assert_close, rounding
+from interpreted import interpret, interpreted, outside, set_sizes
 
 from ssmzoo import ops
 from ssmzoo.layers.mixers.mamba import Mamba
 from ssmzoo.layers.mixers.mamba2 import Mamba2
 from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops.in_place import states_in_place
-from ssmzoo.ops.moe_dispatch import grouped, grouped_matmul_reference
-from ssmzoo.ops.triton import INTERPRETED, MISSING
+from ssmzoo.ops.moe_dispatch import grouped_matmul_reference
+from ssmzoo.ops.moe_dispatch import triton as grouped
+from ssmzoo.ops.triton import MISSING
 from ssmzoo.released.golden import relative_error
 
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@outside
 def test_all_of_this_file_through_the_interpreter():
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    interpret(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +38,14 @@ def small_tiles(monkeypatch):
     from ssmzoo.ops.rms_norm import triton as norm
     from ssmzoo.ops.selective_state_update import triton as update
 
-    for module, sizes in (
+    set_sizes(
+        monkeypatch,
         (update, dict(TILE=16)),
         (convolution, dict(UPDATE_TILE=16, SHORT=2)),
         (mamba_step, dict(ROWS=4, COLUMNS=8, STATES=16)),
         (mamba2_step, dict(STATES=16)),
         (norm, dict(TILE=16, PROGRAMS=2)),
-    ):
-        for name, value in sizes.items():
-            monkeypatch.setattr(module, name, value)
+    )
     torch.manual_seed(0)
     poison(monkeypatch)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.state import ModelOutput
-from ssmzoo.models.ssmi_layers.hosts import chosen_layers, find_layers, put, width
+from ssmzoo.models.ssmi_layers.hosts import OnFrozen, check_visual, chosen_layers, find_layers, put, width
 from ssmzoo.models.ssmi_layers.memory import Memory, MemoryState
 
 
@@ -22,7 +22,7 @@ class HostState(NamedTuple):
     memories: tuple[MemoryState, ...]
 
 
-class SSMI(nn.Module):
+class SSMI(OnFrozen):
     """ids (b t), visual (b m w) -> ModelOutput(logits (b t v), state, {}); only the memories are trained.
 
     backbone     the model, which is changed in place and frozen: one of Hugging Face's with LLaMA's, GPT-NeoX's or
@@ -64,19 +64,10 @@ class SSMI(nn.Module):
         self.native = isinstance(found[0], Block)
         self.mixers = [layer.mixers for layer in found] if self.native else []
 
-    def train(self, mode: bool = True) -> SSMI:
-        """The backbone stays in evaluation."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def forward(
         self, input_ids: Tensor, state: Any = None, *, visual: Tensor | None = None, mask: Tensor | None = None
     ) -> ModelOutput:
-        if visual is not None and state is not None:
-            raise ValueError("visual belongs into the first call: the state has read it already")
-        if visual is not None and len(visual) != len(input_ids):
-            raise ValueError(f"visual has {len(visual)} rows, input_ids {len(input_ids)}; expected one picture per row")
+        check_visual(visual, state, input_ids)
         memories = [None if visual is None else memory.read(visual.detach()) for memory in self.at]
         if self.native:
             return self.backbone(input_ids, self.begin(memories) if state is None else state, mask=mask)

@@ -27,6 +27,27 @@ HAS_MEMORY = "has_memory"
 DROPOUTS = {"post_attention_dropout", "post_mlp_dropout"}
 
 
+class OnFrozen(nn.Module):
+    """Something trained around `self.backbone`, which stays as it is and in evaluation."""
+
+    backbone: nn.Module
+
+    def train(self, mode: bool = True) -> OnFrozen:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+def check_visual(visual: Tensor | None, state: Any, input_ids: Tensor) -> None:
+    """Raise ValueError for pictures behind the first call, or not one for every row of the text."""
+    if visual is None:
+        return
+    if state is not None:
+        raise ValueError("visual belongs into the first call: the state has read it already")
+    if len(visual) != len(input_ids):
+        raise ValueError(f"visual has {len(visual)} rows, input_ids {len(input_ids)}; expected one picture per row")
+
+
 class Site(nn.Module):
     """A memory in a layer that is not of this zoo: `state` and `mask` (b t) are set before a pass, `after` is read."""
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ssmzoo.layers.roles import in_head
 from ssmzoo.layers.state import ModelOutput
-from ssmzoo.models.ssmi_layers.hosts import find_layers, width
+from ssmzoo.models.ssmi_layers.hosts import OnFrozen, check_visual, find_layers, width
 
 BASE = "base_layer."  # what peft puts between a layer and its weight
 
 
-class VisualLoRA(nn.Module):
+class VisualLoRA(OnFrozen):
     """ids (b t), visual (b m w) -> ModelOutput(logits (b t v), state, {}); called as SSMI, on decoders of this zoo.
 
     parameters_at_most   how many may be trained: the rank is the largest that leaves the sum below, unless given
@@ -64,18 +64,11 @@ class VisualLoRA(nn.Module):
         self.inject, self.rank = inject, rank
         self.project = None if inject == "none" else nn.Linear(visual_dim, d, bias=False)
 
-    def train(self, mode: bool = True) -> VisualLoRA:
-        """The backbone stays in evaluation."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
     def forward(
         self, input_ids: Tensor, state: Any = None, *, visual: Tensor | None = None, mask: Tensor | None = None
     ) -> ModelOutput:
         """The state is (that of the backbone, what is added to every later token or None)."""
-        if visual is not None and state is not None:
-            raise ValueError("visual belongs into the first call: the state has read it already")
+        check_visual(visual, state, input_ids)
         before, added = (None, None) if state is None else state
         x = self.embedding(input_ids)
         m = 0

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.eager import eager
-from ssmzoo.ops.moe_dispatch import grouped
+from ssmzoo.ops.moe_dispatch import triton as grouped
 from ssmzoo.ops.transforms import transformed
 
 FEW_ROWS = 4

@@ -3,14 +3,22 @@ the groups: on cards before Hopper, in float32 and float16, and for widths that 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.triton import INTERPRETED, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta
 
 ROWS, COLUMNS, INNER = 64, 64, 32  # of a tile
 HOPPER = (9, 0)
+PASSES = {  # passes of the usual call below: over 512 columns of x, over the 256 rows of a group
+    "multiply": Passes(("M", "N", "K"), (512 // INNER,)),
+    "outer": Passes(("M", "N", "K"), (256 // INNER,)),
+}
 
 
 def takes(x: Tensor, other: Tensor) -> bool:
@@ -60,3 +68,14 @@ def outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
         with on_device_of(x):
             kernels.outer[(tiles,)](x, y, ends, out, rows, width, columns, x.stride(), y.stride(), **_options(x))
     return out
+
+
+def variants() -> Iterator[Variant]:
+    ends = meta(32, dtype=torch.int32)
+    for dtype, kind in DTYPES.items():
+        x, y = meta(8192, 512, dtype=kind), meta(8192, 2048, dtype=kind)
+        weight = meta(32, 512, 2048, dtype=kind)
+        usual = dtype == "fp32"  # bf16 is torch's own from Hopper on
+        products = functools.partial(multiply, x, weight, ends), functools.partial(outer, x, y, ends)
+        for run, what in zip(products, ("8192 x 512 x 2048", "gradient of the weights")):
+            yield Variant(f"{dtype}, 32 experts, {what}", run, typical=usual)

@@ -1,0 +1,30 @@
+"""Tests of Triton kernels without a GPU: a file runs once more, in a process in which they are interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ssmzoo.ops.triton import INTERPRETED
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+outside = pytest.mark.skipif(INTERPRETED, reason="this is that process")
+
+
+def interpret(file: str) -> None:
+    """All tests of `file` through the interpreter; those marked `interpreted` run there alone."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def set_sizes(monkeypatch, *modules: tuple) -> None:
+    """Tiles of an interpreter's size: (module, {name: value}) pairs."""
+    for module, sizes in modules:
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
