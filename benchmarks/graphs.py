@@ -17,13 +17,13 @@ import json
 import math
 import os
 import resource
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from claim_runs import forked, train_once
 from graphs_page import SUMMARY, write_page
-from recall import import_everything, load, note, train_here
+from recall import import_everything, load, note
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
@@ -81,41 +81,10 @@ def trained(folder: Path) -> dict:
     }
 
 
-def forked(work, result: Path) -> tuple[int, float, int]:
-    """Run `work` in a fork, which writes `result`: (status, CPU seconds, largest resident bytes)."""
-    child = os.fork()
-    if child == 0:
-        try:
-            result.write_text(json.dumps(work()))
-            os._exit(0)
-        except BaseException as error:  # a fork must not go on as its parent would
-            print(f"{type(error).__name__}: {error}", flush=True)
-            os._exit(1)
-    _, status, used = os.wait4(child, 0)
-    return status, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
-
-
 def train(key: str, words: list[str], runs: Path) -> dict | None:
-    name = key.replace("/", "-").replace(" ", "_")
-    log, started = runs / f"{name}.log", time.process_time()
-    for left in runs.glob(f"*/{name}"):
-        shutil.rmtree(left)
-
-    def work() -> dict:
-        own = [*words, f"name={name}", f"runs_dir={runs}"]
-        if train_here(own, log, lambda: trained(next(runs.glob(f"*/{name}")))):
-            raise RuntimeError(f"see {log}")
-        return json.loads(log.with_suffix(".json").read_text())
-
-    result = runs / f"{name}.result"
-    status, seconds, _ = forked(work, result)
-    if status:
-        print(f"{key} failed, see {log} ({time.process_time() - started:.0f} s)", flush=True)
-        return None
     claim, arm, seed = key.split("/")
-    return {"claim": claim, "arm": arm, "seed": int(seed), "cpu_seconds": round(seconds, 1)} | json.loads(
-        result.read_text()
-    )
+    found = train_once(words, runs, key.replace("/", "-").replace(" ", "_"), trained)
+    return found and {"claim": claim, "arm": arm, "seed": int(seed)} | found
 
 
 def lattice(n: int) -> dict:

@@ -13,15 +13,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
-import shutil
 import statistics
-import time
 from pathlib import Path
 
-from graphs import forked
-from recall import import_everything, load, note, train_here
+from claim_runs import fill, rows_of, train_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = ROOT / "docs/results/motion.json"
@@ -57,26 +52,10 @@ def found(folder: Path) -> dict:
 
 
 def train(arm: str, seed: int, runs: Path) -> dict | None:
-    name = f"{arm.replace(' ', '_')}-{seed}"
-    model = "motion_codes" if arm == CODES else "mambatalk"
-    folder, log = runs / model / name, runs / f"{name}.log"
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [f"model={model}", f"seed={seed}", f"name={name}", f"runs_dir={runs}", "trainer.accelerator=cpu"]
-    words += ["callbacks.watchdog=null", *ARMS.get(arm, ())]
-    if arm != CODES:
-        words += [f"init_from={runs / 'motion_codes' / f'{CODES.replace(chr(32), chr(95))}-{seed}'}"]
-
-    def work() -> dict:
-        if train_here(words, log, lambda: found(folder)):
-            raise RuntimeError(f"see {log}")
-        return json.loads(log.with_suffix(".json").read_text())
-
-    status, seconds, _ = forked(work, runs / f"{name}.result")
-    if status:
-        print(f"{arm}, seed {seed} failed, see {log}", flush=True)
-        return None
-    result = json.loads((runs / f"{name}.result").read_text())
-    return {"arm": arm, "seed": seed, "cpu_seconds": round(seconds, 1)} | result
+    books = runs / "motion_codes" / f"{CODES.replace(' ', '_')}-{seed}"
+    model = ["model=motion_codes"] if arm == CODES else ["model=mambatalk", f"init_from={books}", *ARMS[arm]]
+    words = [*model, f"seed={seed}", "trainer.accelerator=cpu", "callbacks.watchdog=null"]
+    return train_once(words, runs, f"{arm.replace(' ', '_')}-{seed}", found)
 
 
 def spread(values: list[float]) -> str:
@@ -119,24 +98,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "claims_motion")
     parser.add_argument("--page-only", action="store_true", help="from docs/results/motion.json")
     arguments = parser.parse_args()
-    until = time.monotonic() + 60 * arguments.budget
-    kept = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
     if not arguments.page_only:
-        os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
-        runs = arguments.runs.resolve()
-        runs.mkdir(parents=True, exist_ok=True)
-        done = {row["key"]: row for row in kept} | load(runs / "results.jsonl")
-        import_everything()
-        for seed in map(int, arguments.seeds.split(",")):
-            for arm in (CODES, *ARMS):
-                key = f"{arm}/{seed}"
-                if key in done or time.monotonic() > until or (result := train(arm, seed, runs)) is None:
-                    continue
-                note(done, runs / "results.jsonl", key, result)
-                print(f"{key}: {result['cpu_seconds']:.0f} CPU s", flush=True)
-        kept = [row for _, row in sorted(done.items())]
-        SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
-    write_page(kept)
+        keys = [(arm, seed) for seed in map(int, arguments.seeds.split(",")) for arm in (CODES, *ARMS)]
+        fill(SUMMARY, arguments.runs.resolve(), keys, train, arguments.budget)
+    write_page(rows_of(SUMMARY))
     print(f"written: {SUMMARY.with_suffix('.md')}")
 
 

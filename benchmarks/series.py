@@ -19,7 +19,7 @@ import statistics
 import time
 from pathlib import Path
 
-from graphs import forked
+from claim_runs import forked
 from recall import import_everything, train_here
 
 ROOT = Path(__file__).resolve().parent.parent

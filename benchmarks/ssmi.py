@@ -12,15 +12,10 @@ repeated, nor is what stands in docs/results/ssmi.json, their summary.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import statistics
-import time
 from pathlib import Path
 
-from graphs import forked
-from recall import import_everything, load, note, train_here
+from claim_runs import fill, rows_of, train_once
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY = ROOT / "docs/results/ssmi.json"
@@ -62,28 +57,11 @@ def keep_decoder(folder: Path, file: Path) -> None:
 
 
 def train(arm: str, seed: int, runs: Path) -> dict | None:
-    name = f"{list(ARMS).index(arm)}-{seed}"
-    log, decoder = runs / f"{name}.log", runs / f"decoder-{seed}.pt"
-    for left in runs.glob(f"*/{name}"):
-        shutil.rmtree(left)
-    words = ["model=ssmi", *ARMS[arm], f"seed={seed}", f"name={name}", f"runs_dir={runs}"]
-    words += ["trainer.accelerator=cpu", "callbacks.watchdog=null"]
+    decoder = runs / f"decoder-{seed}.pt"
+    words = ["model=ssmi", *ARMS[arm], f"seed={seed}", "trainer.accelerator=cpu", "callbacks.watchdog=null"]
     words += [f"init_from={decoder}", "task.decoder_steps=0"] if decoder.exists() else []
-
-    def work() -> dict:
-        folder = runs / "ssmi" / name
-        if train_here(words, log, lambda: trained(folder)):
-            raise RuntimeError(f"see {log}")
-        if not decoder.exists():
-            keep_decoder(folder, decoder)
-        return json.loads(log.with_suffix(".json").read_text())
-
-    status, seconds, _ = forked(work, runs / f"{name}.result")
-    if status:
-        print(f"{arm}, seed {seed} failed, see {log}", flush=True)
-        return None
-    found = json.loads((runs / f"{name}.result").read_text())
-    return {"arm": arm, "seed": seed, "cpu_seconds": round(seconds, 1)} | found
+    keep = None if decoder.exists() else lambda folder: keep_decoder(folder, decoder)
+    return train_once(words, runs, f"{list(ARMS).index(arm)}-{seed}", trained, keep)
 
 
 def spread(values: list[float]) -> str:
@@ -124,24 +102,10 @@ def main() -> None:
     names = arguments.arms.split(";")
     if unknown := [n for n in names if n not in ARMS]:
         parser.error(f"unknown arm {unknown[0]!r}; choose from {'; '.join(ARMS)}")
-    until = time.monotonic() + 60 * arguments.budget
-    kept = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
     if not arguments.page_only:
-        os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # before torch is imported
-        runs = arguments.runs.resolve()
-        runs.mkdir(parents=True, exist_ok=True)
-        done = {row["key"]: row for row in kept} | load(runs / "results.jsonl")
-        import_everything()
-        for seed in map(int, arguments.seeds.split(",")):
-            for arm in names:
-                key = f"{arm}/{seed}"
-                if key in done or time.monotonic() > until or (found := train(arm, seed, runs)) is None:
-                    continue
-                note(done, runs / "results.jsonl", key, found)
-                print(f"{key}: {100 * found['accuracy']:.1f} %, {found['cpu_seconds']:.0f} CPU s", flush=True)
-        kept = [row for _, row in sorted(done.items())]
-        SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
-    write_page(kept)
+        keys = [(arm, seed) for seed in map(int, arguments.seeds.split(",")) for arm in names]
+        fill(SUMMARY, arguments.runs.resolve(), keys, train, arguments.budget)
+    write_page(rows_of(SUMMARY))
     print(f"written: {SUMMARY.with_suffix('.md')}")
 
 
