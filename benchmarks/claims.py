@@ -76,10 +76,16 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
 
 
 def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:
-    """The rate on a seed of its own, then the seeds."""
-    rates = {rate: train(claim, arm, rate, RATE_SEED, runs, until) for rate in (f * arm.lr for f in FACTORS)}
-    best = (max if claim.higher else min)(rates, key=lambda r: rates[r]["value"])
+    """The rate on a seed of its own, unless a seed has been trained at one; then the seeds."""
+    known = load().get(claim.name, {}).get(arm.name, {})
+    if known:
+        best = next(iter(known.values()))["lr"]
+    else:
+        rates = {rate: train(claim, arm, rate, RATE_SEED, runs, until) for rate in (f * arm.lr for f in FACTORS)}
+        best = (max if claim.higher else min)(rates, key=lambda r: rates[r]["value"])
     for seed in SEEDS:
+        if str(seed) in known:
+            continue
         row = train(claim, arm, best, seed, runs, until)
         print(f"{claim.name}: {arm.name}, seed {seed}, lr {best:g}: {row['value']:.4g}", flush=True)
         note(claim.name, arm.name, best, seed, row)
