@@ -226,8 +226,8 @@ CLAIMS = {
             "spatial_mamba_twins",
             "One scan with fused states beats scans in four directions and a network without any, at equal size "
             "(Spatial-Mamba).",
-            "ImageNet top-1, tiny: Spatial-Mamba 83.5, VMamba 82.6 (arXiv 2410.15091), MambaOut 82.7, not verified (arXiv "
-            "2405.07992)",
+            "ImageNet top-1, tiny: Spatial-Mamba 83.5, VMamba 82.6 (arXiv 2410.15091), MambaOut 82.7, not verified "
+            "(arXiv 2405.07992)",
             "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 120 steps of 64, one recipe; 116,500 to "
             "118,465 parameters",
             (
