@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from claims_list import CLAIMS, SCRIPTS, Arm, Claim
 from claims_page import write_page
+from recall import import_everything, train_here
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "claims.json"
@@ -33,10 +36,39 @@ class OutOfTime(Exception):
     """The budget is used up."""
 
 
+class RunFailed(Exception):
+    """train.py ended with an error, which its log tells."""
+
+
+def train_in_fork(words: list[str], log: Path, left: float) -> float:
+    """train.py with these words in a fork that has everything imported: CPU seconds. It is ended after `left` seconds
+    (OutOfTime)."""
+    import_everything()
+    child = os.fork()
+    if child == 0:
+        os._exit(train_here(words, log, dict))
+    until = time.monotonic() + left
+    while True:
+        pid, status, usage = os.wait4(child, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.wait4(child, 0)
+            raise OutOfTime
+        time.sleep(0.2)
+    if status:
+        raise RunFailed(f"train.py {' '.join(words)} failed, see {log}")
+    return usage.ru_utime + usage.ru_stime
+
+
 def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
     """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
     name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
     found = next((f.parent for f in runs.glob(f"*/{name}/status.txt")), None)
+    if found and not list(found.glob("checkpoints/*")):
+        shutil.rmtree(found)  # it was ended before there was anything to go on from
+        found = None
     kept = found / "cpu_seconds.json" if found else None
     used = json.loads(kept.read_text()) if kept and kept.exists() else 0.0
     if found is None or not (found / "status.txt").read_text().startswith("finished"):
@@ -56,22 +88,10 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
             f"runs_dir={runs}",
         ]
         arguments = [f"resume={found}"] if found else fresh
-        before = os.times()
-        try:
-            subprocess.run(
-                [sys.executable, "-W", "ignore", str(ROOT / "train.py"), *arguments],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                timeout=None if left == float("inf") else left,
-            )
-        except subprocess.TimeoutExpired:
-            raise OutOfTime from None
-        finally:
-            now, found = os.times(), next((f.parent for f in runs.glob(f"*/{name}/status.txt")), None)
-            used += now.children_user + now.children_system - before.children_user - before.children_system
-            if found:
-                (found / "cpu_seconds.json").write_text(json.dumps(used))
+        (runs / "logs").mkdir(parents=True, exist_ok=True)
+        used += train_in_fork(arguments, runs / "logs" / f"{name}.log", left)
+        found = next(f.parent for f in runs.glob(f"*/{name}/status.txt"))
+        (found / "cpu_seconds.json").write_text(json.dumps(used))
     return {"value": claim.measure(found), "cpu_seconds": round(used, 1)}
 
 
@@ -104,7 +124,10 @@ def run(claims: list[Claim], runs: Path, minutes: float) -> None:
         for claim in claims:
             for arm in claim.arms:
                 if len(load().get(claim.name, {}).get(arm.name, {})) < len(SEEDS):
-                    try_arm(claim, arm, runs, until, note)
+                    try:
+                        try_arm(claim, arm, runs, until, note)
+                    except RunFailed as error:
+                        print(f"{claim.name}: {arm.name}: {error}", flush=True)
     except OutOfTime:
         print(f"{minutes:g} minutes are over; the same command goes on", flush=True)
 

@@ -164,8 +164,16 @@ def head_verdict(means: dict[str, tuple[float, float]]) -> str:
 
 
 PATCHES = (8, 4, 2, 1)
+
+
+def short(steps: int) -> tuple[str, ...]:
+    """Overrides of so many steps with one validation at their end."""
+    ends = (f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}")
+    return (*ends, "trainer.accelerator=cpu", "data.num_workers=0")
+
+
 DIGITS = "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 220 steps of 64"
-SHORT = ("trainer.max_steps=220", "trainer.val_check_interval=220", "trainer.accelerator=cpu", "data.num_workers=0")
+
 
 CLAIMS = {
     c.name: c
@@ -175,7 +183,7 @@ CLAIMS = {
             "A learned residual path around every stage makes VMamba better (Res-VMamba).",
             "CNFOOD-241 top-1 from scratch: Res-VMamba 79.54, above VMamba's, not verified (arXiv 2402.15761)",
             DIGITS,
-            ("model=res_vmamba", *SHORT),
+            ("model=res_vmamba", *short(220)),
             tuple(Arm(f"fuse {f}", (f"model.fuse={f}",)) for f in ("learned", "random", "none")),
             last("top1"),
             "top-1, %",
@@ -205,11 +213,9 @@ CLAIMS = {
             "Smaller patches keep making a plain encoder better, down to single pixels (Adventurer).",
             "ImageNet top-1 at 64 px, patch 16 to 1: Adventurer-B 69.2 77.2 80.0 80.5 80.9, DeiT-B 68.2 76.9 80.1 80.8 "
             "81.3 (arXiv 2502.03738)",
-            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), 200 steps of 32; width 64, 4 blocks",
+            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), 120 steps of 32; width 64, 4 blocks",
             (
-                "trainer.max_steps=200",
-                "trainer.val_check_interval=200",
-                *SHORT[2:],
+                *short(120),
                 "data.image_size=16",
                 "data.batch_size=32",
             ),
@@ -231,9 +237,7 @@ CLAIMS = {
             "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 120 steps of 64, one recipe; 116,500 to "
             "118,465 parameters",
             (
-                "trainer.max_steps=120",
-                "trainer.val_check_interval=120",
-                *SHORT[2:],
+                *short(120),
                 "optim.warmup_steps=20",
                 "model.drop_path_rate=0",
             ),
@@ -254,9 +258,7 @@ CLAIMS = {
             "539 of scikit-learn's digits (32 x 32 pixels) and no augmentation, judged on the rest; 160 steps of 64; "
             "278,218 parameters, the ViT 278,158",
             (
-                "trainer.max_steps=160",
-                "trainer.val_check_interval=160",
-                *SHORT[2:],
+                *short(160),
                 "data.val_fraction=0.7",
                 "data.augment=null",
                 "model.drop_path_rate=0",
@@ -276,8 +278,14 @@ CLAIMS = {
             "dense_heads",
             "With small patches the head matters less: a linear layer does what UPerNet does.",
             "ADE20K mIoU, Adventurer-B: UPerNet at patch 16 45.7; linear 44.0 at 16, 46.8 at 2 (arXiv 2502.03738)",
-            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 220 steps of 16",
-            ("model=adventurer", "task=segmentation", *SHORT, "data.batch_size=16", "data.val_scenes=100"),
+            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 100 steps of 12, judged on 60 scenes",
+            (
+                "model=adventurer",
+                "task=segmentation",
+                *short(100),
+                "data.batch_size=12",
+                "data.val_scenes=60",
+            ),
             tuple(
                 Arm(f"{head}, patch {p}", (f"task.head={head}", f"model.patch_size={p}"))
                 for p in (8, 4)
@@ -293,9 +301,15 @@ CLAIMS = {
             "relative attention); negative eigenvalues let a linear recurrence track parity.",
             "flip-flop language: all of 50 seeds solve it, not verified (arXiv 2503.23174); DeltaNet with eigenvalues "
             "in [-1, 1] solves parity (arXiv 2411.12537)",
-            "parity, an answer at every prefix of up to 40 symbols, 1,500 steps of 128; 2 layers, width 64; judged on "
-            "128 strings of 41 to 500 symbols",
-            ("experiment=regular_languages/parity", "data.test_strings=prefixes", "data.test_samples=128"),
+            "parity, an answer at every prefix of up to 40 symbols, 600 steps of 64; 2 layers, width 64; judged on "
+            "64 strings of 41 to 500 symbols",
+            (
+                "experiment=regular_languages/parity",
+                *short(600)[:2],
+                "data.batch_size=64",
+                "data.test_strings=prefixes",
+                "data.test_samples=64",
+            ),
             (
                 Arm("Transformer, rotary", ("model=transformer", "model.d_model=64", "model.n_heads=4"), 1e-3),
                 Arm(
@@ -316,8 +330,14 @@ CLAIMS = {
             "(ZIP-FIT).",
             "RoBERTa, GLUE: DSIR 82.3 against 80.3 at random, not verified (arXiv 2302.03169)",
             "a tenth of Python's standard library without idlelib, chosen by every other file of idlelib and judged on "
-            "the rest of these; 220 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64",
-            ("model=mamba", "model.d_model=64", *SHORT, "data.path={data}/pool", "data.selection.share=0.1"),
+            "the rest of these; 110 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64",
+            (
+                "model=mamba",
+                "model.d_model=64",
+                *short(110),
+                "data.path={data}/pool",
+                "data.selection.share=0.1",
+            ),
             (
                 Arm("by DSIR", ("data.selection.method=dsir", "data.selection.target={data}/target"), 4e-3),
                 Arm("by compression", ("data.selection.method=zip", "data.selection.target={data}/target"), 4e-3),
@@ -333,9 +353,14 @@ CLAIMS = {
             "token_selection",
             "A loss over the tokens that are still hard learns more from the same text (ESLM, RHO-1).",
             "ESLM: less loss at the same number of tokens for 124M to 774M parameters, not verified (arXiv 2505.19893)",
-            "the running Python's standard library, 220 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64; "
+            "the running Python's standard library, 110 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64; "
             "the loss of the hardest 60 % in training, of all bytes in the judgement",
-            ("model=mamba", "model.d_model=64", *SHORT, "data.val_tokens=65536"),
+            (
+                "model=mamba",
+                "model.d_model=64",
+                *short(110),
+                "data.val_tokens=65536",
+            ),
             (
                 Arm("all tokens", (), 4e-3),
                 Arm("60 %, by loss", ("task.keep_tokens=0.6", "task.keep_by=loss"), 4e-3),

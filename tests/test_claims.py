@@ -15,16 +15,17 @@ def trained(monkeypatch, tmp_path):
     """Every call of train.py, answered by a run folder whose score is best at the middle rate."""
     asked = []
 
-    def fake(command, **options):
+    def fake(command, log, left):
         words = dict(w.split("=", 1) for w in command if "=" in w)
         asked.append(words)
         folder = tmp_path / "runs" / "model" / words["name"]
-        folder.mkdir(parents=True)
+        (folder / "checkpoints" / "last").mkdir(parents=True)
         score = 0.9 - 0.1 * abs(math.log2(float(words["optim.lr"]) / 2e-3)) + 0.001 * int(words["seed"])
         (folder / "metrics.csv").write_text(f"step,val/top1\n110,0.1\n220,{score}\n")
         (folder / "status.txt").write_text("finished")
+        return 20.0
 
-    monkeypatch.setattr(claims.subprocess, "run", fake)
+    monkeypatch.setattr(claims, "train_in_fork", fake)
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "claims.json")
     return asked
 
@@ -50,7 +51,7 @@ def test_a_budget_ends_between_and_within_runs(trained, tmp_path, capsys):
     claims.run([CLAIMS["res_vmamba"]], tmp_path / "runs", 0)
     assert not trained and "0 minutes are over" in capsys.readouterr().out
     folder = tmp_path / "runs/model/res_vmamba-fuse-learned-0.001-seed100"
-    folder.mkdir(parents=True)
+    (folder / "checkpoints" / "last").mkdir(parents=True)
     (folder / "status.txt").write_text("stopped")
     with pytest.raises(KeyError):  # the fake wants a name; a resumed run is asked for by its folder alone
         claims.run([CLAIMS["res_vmamba"]], tmp_path / "runs", 1)
@@ -87,7 +88,11 @@ def test_every_arm_is_a_configuration_that_composes(name, tmp_path):
 
     register_resolvers()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        for arm in CLAIMS[name].arms:
+        arms = {
+            tuple(w if w.startswith("model=") else w.partition("=")[0] for w in arm.overrides): arm
+            for arm in CLAIMS[name].arms
+        }
+        for arm in arms.values():  # one for every set of keys
             words = [word.replace("{data}", str(tmp_path)) for word in (*CLAIMS[name].common, *arm.overrides)]
             typed = free_overrides(paired_overrides(words))
             cfg = compose("train", typed)
