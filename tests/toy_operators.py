@@ -229,6 +229,13 @@ def _trapezoidal():
     }
 
 
+def _rotary():
+    call = _trapezoidal()
+    b, l, r, h, n = call["k"].shape
+    turning = {"phase": _normal(b, l, h, n // 2), "k_bias": _normal(h, r, n), "q_bias": _normal(h, r, n)}
+    return call | {"k": _normal(b, l, r, 1, n), "q": _normal(b, l, r, 1, n)} | turning
+
+
 def _taylor():
     b, l, h, f, p = 2, 5, 2, 2, 3
     return {"q": _normal(b, l, h, f), "k": _normal(b, l, h, f), "v": _normal(b, l, h, p)} | {
@@ -414,6 +421,9 @@ EXAMPLES = {
     "complex_scan": _example(
         _complex_scan,
         lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},
+    ),
+    "rotary_trapezoidal_scan": _example(
+        ops.OPERATORS["rotary_trapezoidal_scan"], _rotary, seq_idx=SEQ_IDX[:, :4], chunk_size=2
     ),
     "trapezoidal_scan": _example(ops.OPERATORS["trapezoidal_scan"], _trapezoidal, seq_idx=SEQ_IDX[:, :4], chunk_size=2),
     "taylor_attention": _example(

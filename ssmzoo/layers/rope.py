@@ -19,19 +19,3 @@ def rope_table(
     frequency = base ** (-torch.arange(0, width, 2, device=positions.device, dtype=wide) / width)
     angle = positions.to(wide)[..., None] * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate channel i with channel i + m, or 2i with 2i + 1 when interleaved; channels from 2m on stay.
-
-    x (... n), cos and sin (... m) -> (... n) in x's dtype
-    """
-    m = cos.shape[-1]
-    if interleaved:
-        a, b = x[..., : 2 * m].unflatten(-1, (m, 2)).unbind(-1)
-        rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    else:
-        a, b = x[..., :m], x[..., m : 2 * m]
-        rotated = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    rotated = rotated.to(x.dtype)
-    return rotated if 2 * m == x.shape[-1] else torch.cat([rotated, x[..., 2 * m :]], dim=-1)

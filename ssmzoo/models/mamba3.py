@@ -33,11 +33,11 @@ from ssmzoo.layers.init import dt_bias_
 from ssmzoo.layers.norm import GatedRMSNorm, RMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder
-from ssmzoo.layers.rope import rotate
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.models.mamba import MambaLM
-from ssmzoo.ops import mamba3_step, trapezoidal_scan
+from ssmzoo.ops import mamba3_step, rotary_trapezoidal_scan
 from ssmzoo.ops.token_step import Register
+from ssmzoo.ops.trapezoidal_scan import turned_heads
 
 NORMS = frozenset({RMSNorm, GatedRMSNorm})
 PHASE_CHUNK = 64  # tokens whose phases are summed before the sum is brought back into [0, 2 pi)
@@ -153,15 +153,15 @@ class Mamba3(nn.Module):
         f = torch.where(dd_A >= 0, 1 + dd_A, 1 / (1 - dd_A.clamp(max=0)))
         a = dt * torch.clamp(-f, max=-self.A_floor)
         phase = self._phases(dt, ang, state, seq_idx)  # (b l h m)
-        k = self._rotate(self._heads(B, self.B_norm, self.B_bias), phase)  # (b l r h n)
-        q = self._rotate(self._heads(C, self.C_norm, self.C_bias), phase)
+        k, q = self._groups(B, self.B_norm), self._groups(C, self.C_norm)  # (b l r g n)
         v, z = (u.unflatten(-1, (self.nheads, self.headdim)) for u in (x, z))  # (b l h p)
         gamma, beta, start = lam * dt, (1 - lam) * dt, None
         if state is not None:  # with what the last token of the previous call adds in the first step of this one
             past = self._spread(fp32(state.x)[:, None]) * beta[:, 0, None, :, None]  # (b r h p)
             start = state.ssm + torch.einsum("brhp,brhn->bhpn", past, fp32(state.k))
         mimo = self.mimo_x if self.is_mimo else None
-        y, S = trapezoidal_scan(v, k, q, a, gamma, beta, self.D, mimo, start, seq_idx, self.chunk_size)
+        turning = phase, self.B_bias, self.C_bias
+        y, S = rotary_trapezoidal_scan(v, k, q, *turning, a, gamma, beta, self.D, mimo, start, seq_idx, self.chunk_size)
         y = self._merge(y, z).to(x.dtype)
         if mask is not None:
             y = y * mask.mask[..., None]
@@ -233,17 +233,9 @@ class Mamba3(nn.Module):
         """(... 1 h p) -> (... r h p)"""
         return z * fp32(self.mimo_z).transpose(0, 1) if self.is_mimo else z
 
-    def _heads(self, B: Tensor, norm: RMSNorm, bias: Tensor) -> Tensor:
-        """Keys or queries (b l rgn) -> normalised, per head, biased (b l r h n)."""
-        B = fp32(norm(B.unflatten(-1, (self.rank, self.ngroups, self.d_state))))
-        return B.repeat_interleave(self.nheads // self.ngroups, dim=3) + fp32(bias).transpose(0, 1)
-
-    def _rotate(self, k: Tensor, phase: Tensor) -> Tensor:
-        """k (b l r h n) by phase (b l h m): neighbouring channels are a pair; for MIMO channels i and i + n/2."""
-        phase = phase[:, :, None]
-        if self.is_mimo:
-            phase = F.pad(phase, (0, self.d_state // 2 - self.n_angles))
-        return rotate(k, phase.cos(), phase.sin(), interleaved=not self.is_mimo)
+    def _groups(self, B: Tensor, norm: RMSNorm) -> Tensor:
+        """Keys or queries (b l rgn) -> normalised (b l r g n)."""
+        return fp32(norm(B.unflatten(-1, (self.rank, self.ngroups, self.d_state))))
 
     def _phases(self, dt: Tensor, ang: Tensor, state: Mamba3State | None, seq_idx: Tensor | None) -> Tensor:
         """Running sum of the rotations within each document, (b l h m) in [0, 2 pi)."""
@@ -254,12 +246,16 @@ class Mamba3(nn.Module):
     def _last(self, phase, S, k, v, state, padding) -> Mamba3State:
         """State after the last real token of every row; rows without one keep theirs."""
         if padding is None:
-            phase, k, v = (u[:, -1].contiguous() for u in (phase, k.to(v.dtype), v))  # a view would keep all tokens
+            phase, k, v = (u[:, -1:] for u in (phase, k, v))
+        else:
+            rows, last = torch.arange(len(v), device=v.device)[:, None], padding.lengths[:, None] - 1
+            phase, k, v = (u[rows, last] for u in (phase, k, v))
+        k = turned_heads(k, fp32(self.B_bias), phase, not self.is_mimo).to(v.dtype)
+        phase, k, v = (u[:, 0].contiguous() for u in (phase, k, v))  # a view would keep all tokens
+        if padding is None:
             return Mamba3State(phase, S, k, v)
-        rows, last = torch.arange(len(v), device=v.device), padding.lengths - 1
-        phase, k, v = (u[rows, last] for u in (phase, k.to(v.dtype), v))
         old = (torch.zeros_like(phase), None, torch.zeros_like(k), torch.zeros_like(v)) if state is None else state
-        some = last >= 0
+        some = padding.lengths > 0
         keep = [
             torch.where(some.view(-1, *[1] * (u.ndim - 1)), u, o)
             for u, o in zip((phase, k, v), (old[0], old[2], old[3]))

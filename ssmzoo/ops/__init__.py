@@ -42,7 +42,7 @@ from ssmzoo.ops.state_fusion import state_fusion
 from ssmzoo.ops.taylor_attention import taylor_attention, taylor_state
 from ssmzoo.ops.token_order import bidirectional_scan, mix_tokens, permute_tokens, prepend_mean
 from ssmzoo.ops.token_step import token_step
-from ssmzoo.ops.trapezoidal_scan import trapezoidal_scan
+from ssmzoo.ops.trapezoidal_scan import rotary_trapezoidal_scan, trapezoidal_scan
 
 load_backends(__name__)
 
@@ -82,6 +82,7 @@ __all__ = [
     "prepend_mean",
     "quantized_linear",
     "rms_norm",
+    "rotary_trapezoidal_scan",
     "router_logits",
     "selective_scan_fn",
     "selective_state_update",

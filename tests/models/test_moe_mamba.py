@@ -12,9 +12,10 @@ from ssmzoo.layers.decoder import Block
 from ssmzoo.layers.feedforward.moe import MoE
 from ssmzoo.layers.mixers.attention import Attention
 from ssmzoo.layers.mixers.mamba import Mamba
-from ssmzoo.layers.rope import rope_table, rotate
+from ssmzoo.layers.rope import rope_table
 from ssmzoo.models.baselines import TransformerLM, selections, weights_above_threshold
 from ssmzoo.models.moe_mamba import InnerMoEMamba, MoEMambaLM
+from ssmzoo.ops.rotary import rotate
 
 V = 31
 SMALL = {

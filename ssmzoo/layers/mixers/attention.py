@@ -25,8 +25,9 @@ from ssmzoo.layers.init import truncated_normal_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.position import document_positions
 from ssmzoo.layers.program import Builder
-from ssmzoo.layers.rope import rope_table, rotate
+from ssmzoo.layers.rope import rope_table
 from ssmzoo.layers.state import Padding, call_aligned, inside_prefix, itemsize
+from ssmzoo.ops.rotary import rotate
 from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 

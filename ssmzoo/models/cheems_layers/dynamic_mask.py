@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from ssmzoo.layers.mixers.attention import kv_bytes, positions, remembered, visible
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.program import Builder
-from ssmzoo.layers.rope import rope_table, rotate
+from ssmzoo.layers.rope import rope_table
 from ssmzoo.layers.state import Padding, call_aligned, itemsize
 from ssmzoo.models.cheems_layers.rotary_ssd import head_width
+from ssmzoo.ops.rotary import rotate
 from ssmzoo.ops.token_step import Register
 from ssmzoo.ops.transforms import scaled_dot_product_attention
 from ssmzoo.suggest import nearest

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.position import document_positions, tokens_done
 from ssmzoo.layers.program import Builder
-from ssmzoo.layers.rope import rope_table, rotate
+from ssmzoo.layers.rope import rope_table
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_chunk_scan_combined, ssd_state_update
+from ssmzoo.ops.rotary import rotate
 from ssmzoo.ops.token_step import Register
 from ssmzoo.suggest import nearest
 

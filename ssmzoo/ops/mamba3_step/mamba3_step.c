@@ -67,8 +67,12 @@ static void advance(void *context, int64_t head) {
         double sum = (double)a->phase[at * m + i] + (double)dt * M_PI * s->angle[i];
         phase[i] = (float)(sum - 2 * M_PI * floor(sum / (2 * M_PI)));
     }
-    float cosine[m + 1], sine[m + 1];
-    for (int64_t i = 0; i < m; i++) cosine[i] = cosf(phase[i]), sine[i] = sinf(phase[i]);
+    float cosine[m + VL], sine[m + VL];
+    for (int64_t i = 0; i < m; i += VL) {
+        vf c, v;
+        v_sincos(v_load_some(phase + i, m - i), &v, &c);
+        v_store(cosine + i, c), v_store(sine + i, v);
+    }
     rotate(k, s->B + group * n, a->B_bias + head * n, cosine, sine, n, m);
     rotate(q, s->C + group * n, a->C_bias + head * n, cosine, sine, n, m);
     const float *z = s->proj + head * p, *x = s->proj + s->e + head * p, *old_x = a->last_x + at * p;

@@ -13,6 +13,7 @@
 // kept as (n, p) with p padded to whole vectors, so that the lanes of every product run along the width of a head or
 // along time.
 // The cut into tasks decides the order in which dB and dC are summed up, nothing else.
+#include "decays.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -63,16 +64,6 @@ static int64_t state_at(const ssd_t *s, int64_t b, int64_t c, int64_t h) {
     return ((b * s->chunks + c) * s->z[h_] + h) * s->z[n_] * s->pp;
 }
 
-// decays from the start up to each step, and from after each step to the end
-static void decays(const ssd_t *s, const place_t *at, int64_t h, float *start, float *end) {
-    const float *e = s->e + step_at(s, at, h);
-    const int64_t stride = s->z[h_];
-    float product = 1;
-    for (int64_t t = 0; t < at->q; t++) start[t] = product *= e[t * stride];
-    product = 1;
-    for (int64_t t = at->q - 1; t >= 0; t--) { end[t] = product; product *= e[t * stride]; }
-}
-
 // to[t][p] = from[t][p] * a[t * stride_a] * b[t], padded with zeros; a and b may be NULL
 static void pack(const float *from, int64_t ld, int64_t q, int64_t p, int64_t pp, const float *a, int64_t stride_a,
                  const float *b, float *to) {
@@ -80,22 +71,6 @@ static void pack(const float *from, int64_t ld, int64_t q, int64_t p, int64_t pp
         const float scale = (a ? a[t * stride_a] : 1.f) * (b ? b[t] : 1.f);
         for (int64_t i = 0; i < p; i++) to[t * pp + i] = from[t * ld + i] * scale;
         for (int64_t i = p; i < pp; i++) to[t * pp + i] = 0;
-    }
-}
-
-// L row by row, (q, qp) with zeros above the diagonal; products far below rounding are flushed to avoid subnormals
-static void decay_matrix(const float *e, int64_t stride, int64_t q, int64_t qp, float *L) {
-    memset(L, 0, (size_t)q * qp * sizeof(float));
-    L[0] = 1;
-    for (int64_t t = 1; t < q; t++) {
-        const float *above = L + (t - 1) * qp;
-        float *row = L + t * qp;
-        const float factor = e[t * stride];
-        for (int64_t s = 0; s < t; s++) {
-            const float value = above[s] * factor;
-            row[s] = fabsf(value) < 1e-36f ? 0.f : value;
-        }
-        row[t] = 1;
     }
 }
 
@@ -147,7 +122,7 @@ static void forward_task(void *context, int64_t i) {
             const float *x = x_at(s, &at, h);
             float *S = states + (h - at.h0) * size;
             if (s->states) memcpy(s->states + state_at(s, at.b, c, h), S, size * sizeof(float));
-            decays(s, &at, h, start, end);
+            decays(s->e + step, z[h_], q, start, end);
             decay_matrix(s->e + step, z[h_], q, qp, W);
             for (int64_t t = 0; t < q; t++)
                 for (int64_t r = 0; r < padded(t + 1); r++) W[t * qp + r] *= CB[t * qp + r];
@@ -203,28 +178,6 @@ static void add_share(const float *term, const float *scale, const float *with, 
     }
 }
 
-// the gradient of the logarithm of every decay, see the head of this file; col is work space
-static void decay_gradient(const ssd_t *s, const place_t *at, int64_t h, const bench_t *w, const float *before,
-                           const float *after, float across, float *col) {
-    const int64_t *z = s->z;
-    const int64_t qp = s->qp;
-    float *da = s->da + step_at(s, at, h), sum = 0;
-    memset(col, 0, qp * sizeof(float));
-    for (int64_t r = at->q - 1; r >= 0; r--) {
-        const float *W = w->W + r * qp, *dW = w->dW + r * qp;
-        float inside = 0;
-        for (int64_t k = 0; k < padded(r + 1); k++) col[k] += W[k] * dW[k];
-        for (int64_t k = 0; k < r; k++) inside += col[k];
-        sum += before[r];
-        da[r * z[h_]] = inside + sum + across;
-    }
-    sum = 0;
-    for (int64_t r = 1; r < at->q; r++) da[r * z[h_]] += sum += after[r - 1];
-    const float *e = s->e + step_at(s, at, h);
-    for (int64_t r = 0; r < at->q; r++)
-        if (e[r * z[h_]] == 0) da[r * z[h_]] = 0;
-}
-
 // One head in one chunk; G is the gradient of the state after the chunk, and of the one before it afterwards.
 static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const bench_t *w, float *G, float *dD) {
     const int64_t *z = s->z;
@@ -233,7 +186,7 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
     const float *x = x_at(s, at, h), *dy = s->dy + step * p, *dt = s->dt ? s->dt + step : NULL;
     const float *S = s->states + state_at(s, at->b, at->c, h);
     memset(w->line, 0, 2 * qp * sizeof(float));
-    decays(s, at, h, start, end);
+    decays(s->e + step, z[h_], q, start, end);
     decay_matrix(s->e + step, z[h_], q, qp, w->L);
     pack(x, z[x_l], q, p, pp, dt, z[h_], NULL, w->X);
     pack(dy, z[h_] * p, q, p, pp, NULL, 0, NULL, w->dY);
@@ -267,7 +220,7 @@ static void head_gradients(const ssd_t *s, const place_t *at, int64_t h, const b
         for (int k = 0; k < VL; k++) across += sum[k];
         across *= start[q - 1];
     }
-    decay_gradient(s, at, h, w, before, after, across, col);
+    decay_gradient(s->e + step, z[h_], q, qp, w->W, w->dW, before, after, across, col, s->da + step);
 
     const float *D = s->D ? s->D + h * p : NULL;
     for (int64_t t = 0; t < q; t++) {

@@ -6,36 +6,49 @@
 Term by term, x_s k_s^T enters at s with gamma_s and at s+1 with beta_{s+1}, both decayed alike from s on: so the scan
 is Mamba-2's with the weight w_s = gamma_s + beta_{s+1}, except that y_s itself must not see the second part yet.
 
-Letters: b batch, l length, h heads, p width of a head, n state size, r ranks (1 without mimo).
+`rotary_trapezoidal_scan` makes k and q on the way: those of a group, biased and turned per head.
+
+Letters: b batch, l length, h heads, p width of a head, n state size, r ranks (1 without mimo),
+g groups sharing keys and queries, m angles.
 Source: arXiv 2603.15569; state-spaces/mamba modules/mamba3.py (Apache-2.0).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
+from ssmzoo.ops.library import Differentiable
+from ssmzoo.ops.rotary import rotate
 
 
 def check_trapezoidal_scan(given) -> None:
-    sizes = expect_floats(
-        given,
-        {} if given.mimo is not None else {"r": 1},
-        v="blhp",
-        k="blrhn",
-        q="blrhn",
-        a="blh",
-        gamma="blh",
-        beta="blh",
-        D="h",
-        mimo="hrp",
-        initial_state="bhpn",
-    )
+    _check(given, k="blrhn", q="blrhn")
+
+
+def check_rotary(given) -> None:
+    more = {"k": "blrgn", "q": "blrgn", "phase": "blhm", "k_bias": "hrn", "q_bias": "hrn"}
+    sizes = _check(given, **more)
+    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        raise ValueError(f"k has {sizes['g']} groups, which do not divide the {sizes['h']} heads of v")
+    if 2 * sizes["m"] > sizes["n"]:
+        raise ValueError(
+            f"phase has {sizes['m']} angles, expected at most one per two of the {sizes['n']} channels of k"
+        )
+
+
+def _check(given, **axes: str) -> dict[str, int]:
+    rest = {"a": "blh", "gamma": "blh", "beta": "blh", "D": "h", "mimo": "hrp", "initial_state": "bhpn"}
+    sizes = expect_floats(given, {} if given.mimo is not None else {"r": 1}, v="blhp", **axes, **rest)
     expect_seq_idx(given.seq_idx, given.v.device, sizes)
     if given.chunk_size < 1:
         raise ValueError(f"chunk_size = {given.chunk_size}, expected a positive number of tokens")
+    return sizes
 
 
 def rank_inputs(v: Tensor, mimo: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -44,7 +57,7 @@ def rank_inputs(v: Tensor, mimo: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if mimo is None else x * mimo.to(dtype).transpose(0, 1)
 
 
-@op(check=check_trapezoidal_scan)
+@op(check=check_trapezoidal_scan, parts=("ssd_scan",))
 def trapezoidal_scan(
     v: Tensor,
     k: Tensor,
@@ -87,3 +100,73 @@ def trapezoidal_scan(
         S = S + gamma[:, t, :, None, None] * torch.einsum("brhp,brhn->bhpn", x[:, t], k[:, t])
         ys.append(torch.einsum("bhpn,brhn->brhp", S, q[:, t]) + x[:, t] * D.to(dtype)[:, None])
     return (torch.stack(ys, dim=1) if ys else x.expand(b, 0, r, h, x.shape[-1])), S
+
+
+def turned_heads(k: Tensor, bias: Tensor, phase: Tensor, interleaved: bool) -> Tensor:
+    """Keys or queries of groups (b l r g n) -> of heads, biased and turned by their phases (b l r h n)."""
+    h, r, n = bias.shape
+    k = k.repeat_interleave(h // k.shape[3], dim=3) + bias.transpose(0, 1)
+    phase = phase[:, :, None]
+    if not interleaved:
+        phase = F.pad(phase, (0, n // 2 - phase.shape[-1]))
+    return rotate(k, phase.cos(), phase.sin(), interleaved=interleaved)
+
+
+@op(check=check_rotary, parts=("trapezoidal_scan", "ssd_scan"))
+def rotary_trapezoidal_scan(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    phase: Tensor,
+    k_bias: Tensor,
+    q_bias: Tensor,
+    a: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    D: Tensor,
+    mimo: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """`trapezoidal_scan` of keys and queries that heads share, biased and turned per head: Rot(phase) (k + k_bias).
+
+    k, q           (b l r g n) head i uses group i // (h/g)
+    phase          (b l h m) radians; without mimo, angle i turns channels 2i and 2i + 1, with it i and i + n/2
+    k_bias, q_bias (h r n)
+    and the rest as in `trapezoidal_scan`, whose results these are.
+
+    Raises ValueError naming the argument, its shape and the one expected.
+    """
+    dtype = compute_dtype(v, k, q, a, phase)
+    k, q = (
+        turned_heads(t.to(dtype), bias.to(dtype), phase.to(dtype), mimo is None)
+        for t, bias in ((k, k_bias), (q, q_bias))
+    )
+    return trapezoidal_scan.reference(v, k, q, a, gamma, beta, D, mimo, initial_state, seq_idx, chunk_size)
+
+
+class Inputs(NamedTuple):
+    """What the kernels take: one rank; k, q (b l g n); phase (b l h m), k_bias, q_bias (h n), or none of the three."""
+
+    v: Tensor
+    k: Tensor
+    q: Tensor
+    a: Tensor
+    gamma: Tensor
+    beta: Tensor
+    D: Tensor
+    phase: Tensor | None = None
+    k_bias: Tensor | None = None
+    q_bias: Tensor | None = None
+    initial_state: Tensor | None = None
+    seq_idx: Tensor | None = None
+
+
+def empty_results(a: Inputs) -> tuple[Tensor, Tensor]:
+    """Uninitialised y (b l h p) and last state (b h p n), fp32."""
+    b, _, h, p = a.v.shape
+    return tuple(a.v.new_empty(shape, dtype=torch.float32) for shape in (a.v.shape, (b, h, p, a.k.shape[3])))
+
+
+SCAN = Differentiable("trapezoidal_scan", Inputs, ("y", "state"), saved="saved", like=empty_results)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype
 from ssmzoo.ops.ssd import ssd_scan
-from ssmzoo.ops.trapezoidal_scan import rank_inputs, trapezoidal_scan
+from ssmzoo.ops.trapezoidal_scan import rank_inputs, rotary_trapezoidal_scan, trapezoidal_scan, turned_heads
 
 
 @trapezoidal_scan.register("torch")
@@ -27,3 +27,13 @@ def trapezoidal_scan_torch(given) -> tuple[Tensor, Tensor]:
     own = torch.einsum("blihn,bljhn->blhij", q, k) * (gamma[..., None, None] - w[..., None, None] * seen)
     y = y.unflatten(1, (-1, r)) + torch.einsum("blhij,bljhp->blihp", own, x)
     return y + x * D.to(dtype)[:, None], S
+
+
+@rotary_trapezoidal_scan.register("torch")
+def rotary_trapezoidal_scan_torch(given) -> tuple[Tensor, Tensor]:
+    v, k, q, phase, k_bias, q_bias, a, *rest = given
+    dtype, interleaved = compute_dtype(v, k, q, a, phase), given.mimo is None
+    phase = phase.to(dtype)
+    k = turned_heads(k.to(dtype), k_bias.to(dtype), phase, interleaved)
+    q = turned_heads(q.to(dtype), q_bias.to(dtype), phase, interleaved)
+    return trapezoidal_scan(v, k, q, a, *rest)
