@@ -1,11 +1,14 @@
-"""The majority experiment of the generalisation bound: one S6 layer learns which symbol comes more often.
+"""The experiments of the generalisation bound: one S6 layer learns which symbol comes more often, or prose from code.
 
-T length of the strings.
+T length of the strings. `excerpts` stands where the paper has reviews of films: real text of which T bytes are read.
 Source: as in generalization_bound.py.
 """
 
 from __future__ import annotations
 
+import sysconfig
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,33 @@ def majority(samples: int, T: int, generator: torch.Generator, noise: float = 0.
     ids = (torch.rand(samples, T, generator=generator).argsort(1) < ones).long()
     label = (ones[:, 0] > T / 2).float()
     return ids * (torch.rand(samples, T, generator=generator) >= noise), label
+
+
+@cache
+def prose_and_code() -> tuple[Tensor, Tensor]:
+    """Bytes (0 to 127) of the running Python's reference manual, as pydoc has it, and of its largest modules."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = ("argparse", "datetime", "doctest", "inspect", "pickle", "tarfile", "turtle", "typing")
+    texts = (root / "pydoc_data" / "topics.py").read_bytes(), b"".join((root / f"{m}.py").read_bytes() for m in modules)
+    return tuple(torch.frombuffer(bytearray(text), dtype=torch.uint8).long().clamp(max=127) for text in texts)
+
+
+def excerpts(samples: int, T: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Bytes (samples T) from the first four fifths of prose or code, or from the last fifth; label 1: prose."""
+    label, rows = torch.randint(0, 2, (samples,), generator=generator), []
+    for is_prose in label.tolist():
+        text = prose_and_code()[0 if is_prose else 1]
+        cut = 4 * len(text) // 5
+        low, high = (cut, len(text)) if held_out else (0, cut)
+        start = int(torch.randint(low, high - T, (1,), generator=generator))
+        rows.append(text[start : start + T])
+    return torch.stack(rows), label.float()
+
+
+TASKS = {  # name: (number of symbols, training strings, test strings)
+    "majority": (2, lambda m, T, g: majority(m, T, g, noise=0.25), majority),
+    "prose": (128, excerpts, lambda m, T, g: excerpts(m, T, g, held_out=True)),
+}
 
 
 class GapPoint(NamedTuple):
@@ -49,14 +79,18 @@ def train_majority(
     seed: int = 0,
     d_model: int = 4,
     d_state: int = 4,
+    task: str = "majority",
 ) -> GapPoint:
-    """The paper's experiment on majority strings: Adam 1e-2, weight decay 1e-5, gradients cut at norm 5, rate x 0.9 on
-    a plateau, and a penalty while the answers of a batch hardly differ."""
+    """The paper's experiment on majority strings, or on those of another of TASKS: Adam 1e-2, weight decay 1e-5,
+    gradients cut at norm 5, rate x 0.9 on a plateau, and a penalty while the answers of a batch hardly differ."""
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
+    symbols, training, testing = TASKS[task]
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FreeAClassifier(2, d_model, d_state, s_A)
-    train, test = majority(samples, T, generator, noise=0.25), majority(samples, T, generator)
+        model = FreeAClassifier(symbols, d_model, d_state, s_A)
+    train, test = training(samples, T, generator), testing(samples, T, generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.9, patience=5, threshold=0.01)
     path = []

@@ -62,9 +62,27 @@ def regression(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> float:
-    """Test error of learning y = x_1 x_2 ... x_factors (entries +-1, embedded linearly, with learned positions): mean
-    squared error over the target's variance, 1 when nothing was learned.
+    """Test error of `fit` with fresh strings at every step."""
+    return fit(kind, factors, layers, length, d, n, steps, batch, lr, seed)[1]
 
+
+def fit(
+    kind: str,
+    factors: int,
+    layers: int = 1,
+    length: int = 6,
+    d: int = 16,
+    n: int = 8,
+    steps: int = 600,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    samples: int | None = None,
+) -> tuple[float, float]:
+    """(training, test) error of learning y = x_1 x_2 ... x_factors (entries +-1, embedded linearly, with learned
+    positions): mean squared error over the target's variance, 1 when nothing was learned.
+
+    samples  so many training strings in all; None: fresh ones at every step
     kind  "linear_attention" or "simplified_s6", the polynomial layers, or "s6", the real one; all residual and bare, at
           equal width
     """
@@ -92,13 +110,17 @@ def regression(
 
     parameters = [position, *(p for m in (mixers, embed, head) for p in m.parameters() if p.requires_grad)]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+    def strings(count: int) -> Tensor:
+        return torch.randint(0, 2, (count, length), generator=generator) * 2.0 - 1
+
+    known = strings(samples or 2048)
     for _ in range(steps):
-        x = torch.randint(0, 2, (batch, length), generator=generator) * 2.0 - 1
+        x = known[torch.randint(0, samples, (batch,), generator=generator)] if samples else strings(batch)
         loss = (run(x) - x[:, :factors].prod(1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     with torch.no_grad():
-        x = torch.randint(0, 2, (2048, length), generator=generator) * 2.0 - 1
-        return float((run(x) - x[:, :factors].prod(1)).square().mean())
+        return tuple(float((run(x) - x[:, :factors].prod(1)).square().mean()) for x in (known, strings(2048)))

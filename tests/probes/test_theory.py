@@ -23,10 +23,10 @@ from ssmzoo.probes.generalization_bound import (
     stability,
     worst_case,
 )
-from ssmzoo.probes.majority import majority, train_majority
+from ssmzoo.probes.majority import excerpts, majority, prose_and_code, train_majority
 from ssmzoo.probes.memory import channel_memory, gradient_influence, memory_length, substitution_influence
 from ssmzoo.probes.receptive_field import receptive_field
-from ssmzoo.probes.separation import regression
+from ssmzoo.probes.separation import fit, regression
 from ssmzoo.probes.tap import tap
 from ssmzoo.probes.token_dynamics import criterion, field, growth, integrate, io_spectrum, trajectories
 
@@ -253,6 +253,24 @@ def test_majority_strings_and_one_epoch():
     assert torch.equal(label, (ids.sum(1) > 10.5).float())
     point = train_majority(10, epochs=2, samples=128)
     assert len(point.s_A_path) == 2 and 0 <= point.test <= 100 and math.isfinite(point.gap)
+    with pytest.raises(ValueError, match="expected one of majority, prose"):
+        train_majority(10, task="verse")
+
+
+def test_excerpts_of_prose_and_code_come_from_their_side_of_the_cut():
+    texts = [bytes(t.tolist()) for t in prose_and_code()]
+    for held_out in (False, True):
+        rows, label = excerpts(20, 30, torch.Generator().manual_seed(1), held_out)
+        assert rows.shape == (20, 30) and 0 < label.sum() < 20
+        for row, prose in zip(rows, label):
+            text = texts[0 if prose else 1]
+            cut = 4 * len(text) // 5
+            assert bytes(row.tolist()) in (text[cut:] if held_out else text[:cut])
+
+
+def test_a_fixed_set_of_products_is_learnt_and_forgotten_by_none():
+    train, test = fit("s6", 2, steps=60, samples=8)
+    assert train < test  # eight strings do not tell the product
 
 
 # ---- the dynamical-systems view
