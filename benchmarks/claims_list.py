@@ -398,6 +398,13 @@ SCRIPTS = {
         "docs/results/restoration.md",
         "MambaIR, its ablations and its Swin twin",
     ),
-    "theory": Script(("benchmarks/theory.py",), "docs/results", "expressivity and generalisation bounds"),
+    "theory": Script(
+        ("benchmarks/theory.py",), "docs/results/theory.md", "expressivity, generalisation bounds, recall by mixers"
+    ),
+    "explanations": Script(
+        ("benchmarks/explanations.py", "--budget", "{minutes}"),
+        "docs/results/explanations.md",
+        "MambaLRP and hidden attention: faithfulness, attention, a bias, long range",
+    ),
     "moe": Script(("benchmarks/moe.py",), "docs/tutorial.md", "the cost of experts"),
 }

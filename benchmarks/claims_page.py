@@ -80,7 +80,7 @@ def write_page(known: dict, folder: Path) -> Path:
         command = re.sub(r" --budget \{minutes\}", "", " ".join(script.command))
         page = Path(script.page)
         place = page.name if page.parent.name == "results" else f"../{page.name}"
-        link = f"[{page.name}]({place})" if page.suffix else "not written yet"
+        link = f"[{page.name}]({place})" if (folder / place).exists() else "not written yet"
         lines.append(f"| {script.sentence} | {link} | `python {command}` |")
     path = folder / "claims.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -106,6 +106,15 @@ def test_scripts_that_are_called_exist():
     assert all((ROOT / script.command[0]).exists() for script in SCRIPTS.values())
 
 
+def test_the_page_of_explanations_judges_what_there_is(tmp_path):
+    from explanations_page import write_page as explanations
+
+    known = json.loads((ROOT / "docs/results/explanations.json").read_text())
+    page = explanations(known, tmp_path).read_text()
+    assert "MambaLRP's claim" in page and "| digits: Vim (" in page
+    assert explanations([], tmp_path) is None
+
+
 def test_files_of_a_claim_are_made_once_and_named_to_its_runs(trained, tmp_path, monkeypatch):
     made = []
 

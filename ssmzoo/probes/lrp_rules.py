@@ -6,6 +6,7 @@ of the backward pass; then relevance = input x gradient and its sum is the logit
     act    y = x' [SiLU(x) / x'],  x' = x + 1e-6 sign(x)               every SiLU and GELU, on the gate as well
     scan   h_t = [exp(dt_t A)] h_{t-1} + [dt_t B_t] u_t,  y_t = [C_t] h_t + D u_t
            attention likewise: y = [softmax(q k^T)] v
+    attention   instead: a quarter of the gradient for q and k each, half for v, softmax as it is (AttnLRP, as in LXT)
     gate   v = y SiLU(z);  v / 2 + [v] / 2;  the probabilities of a router of experts are constants
     norm   x [1 / rms(x)] w,  (x - mean) [1 / std] w + b
     conv   z = W x + b by the gamma rule (a choice for vision): positive and negative parts weighted unequally
@@ -16,7 +17,7 @@ with the result of a SiLU counts as a gate. Gradients of parameters under the ru
 
 b batch, l length, d width, e channels, n state size.
 Source: Rezaei Jafari et al. 2024 (arXiv 2406.07592); FarnoushRJ/MambaLRP (MIT), lrp/core.py; attention's weights as
-constants: Ali et al. 2022 (arXiv 2202.07304).
+constants: Ali et al. 2022 (arXiv 2202.07304); shares for q, k and v: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from ssmzoo.ops import OPERATORS, observe
 
 ALL = ("act", "scan", "gate", "norm")
-KNOWN = (*ALL, "conv", "softplus")
+KNOWN = (*ALL, "conv", "softplus", "attention")
 STABILISER = 1e-6
 
 
@@ -105,6 +106,9 @@ class _Torch(TorchFunctionMode):
         if function in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__) and "gate" in self.on:
             v = function(*args, **kwargs)
             return halved(v) if any(a is g for a in args for g in self.gates) else v
+        if function is F.scaled_dot_product_attention and "attention" in self.on:
+            q, k = (halved(halved(t)) for t in args[:2])
+            return function(q, k, halved(args[2]), *args[3:], **kwargs)
         if function is F.scaled_dot_product_attention and "scan" in self.on:
             return function(args[0].detach(), args[1].detach(), *args[2:], **kwargs)
         if function is F.rms_norm and "norm" in self.on:

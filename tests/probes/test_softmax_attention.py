@@ -99,6 +99,19 @@ def test_relevance_is_conserved_through_attention(name):
     assert plain.conservation_error() > 1e-2
 
 
+def test_attnlrp_shares_relevance_among_queries_keys_and_values():
+    from ssmzoo.probes.lrp_rules import rules
+
+    torch.manual_seed(0)
+    tensors = [t.requires_grad_() for t in torch.randn(3, 2, 4, 5, 6)]
+    plain = torch.autograd.grad(F.scaled_dot_product_attention(*tensors).sum(), tensors)
+    with rules(("attention",)):
+        y = F.scaled_dot_product_attention(*tensors)
+    assert torch.allclose(y, F.scaled_dot_product_attention(*tensors), atol=1e-6)
+    for found, gradient, share in zip(torch.autograd.grad(y.sum(), tensors), plain, (0.25, 0.25, 0.5)):
+        assert torch.allclose(found, share * gradient, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["transformer", "mamba2"])
 def test_raw_attention_rollout_and_attribution_take_both_kinds(name):
     model, ids = model_and_ids(name)
