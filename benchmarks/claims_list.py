@@ -213,9 +213,9 @@ CLAIMS = {
             "Smaller patches keep making a plain encoder better, down to single pixels (Adventurer).",
             "ImageNet top-1 at 64 px, patch 16 to 1: Adventurer-B 69.2 77.2 80.0 80.5 80.9, DeiT-B 68.2 76.9 80.1 80.8 "
             "81.3 (arXiv 2502.03738)",
-            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), 120 steps of 32; width 64, 4 blocks",
+            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), 80 steps of 32; width 64, 4 blocks",
             (
-                *short(120),
+                *short(80),
                 "data.image_size=16",
                 "data.batch_size=32",
             ),
@@ -278,11 +278,11 @@ CLAIMS = {
             "dense_heads",
             "With small patches the head matters less: a linear layer does what UPerNet does.",
             "ADE20K mIoU, Adventurer-B: UPerNet at patch 16 45.7; linear 44.0 at 16, 46.8 at 2 (arXiv 2502.03738)",
-            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 100 steps of 12, judged on 60 scenes",
+            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 70 steps of 12, judged on 60 scenes",
             (
                 "model=adventurer",
                 "task=segmentation",
-                *short(100),
+                *short(70),
                 "data.batch_size=12",
                 "data.val_scenes=60",
             ),
@@ -301,11 +301,11 @@ CLAIMS = {
             "relative attention); negative eigenvalues let a linear recurrence track parity.",
             "flip-flop language: all of 50 seeds solve it, not verified (arXiv 2503.23174); DeltaNet with eigenvalues "
             "in [-1, 1] solves parity (arXiv 2411.12537)",
-            "parity, an answer at every prefix of up to 40 symbols, 600 steps of 64; 2 layers, width 64; judged on "
+            "parity, an answer at every prefix of up to 40 symbols, 450 steps of 64; 2 layers, width 64; judged on "
             "64 strings of 41 to 500 symbols",
             (
                 "experiment=regular_languages/parity",
-                *short(600)[:2],
+                *short(450)[:2],
                 "data.batch_size=64",
                 "data.test_strings=prefixes",
                 "data.test_samples=64",
@@ -330,11 +330,11 @@ CLAIMS = {
             "(ZIP-FIT).",
             "RoBERTa, GLUE: DSIR 82.3 against 80.3 at random, not verified (arXiv 2302.03169)",
             "a tenth of Python's standard library without idlelib, chosen by every other file of idlelib and judged on "
-            "the rest of these; 110 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64",
+            "the rest of these; 80 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64",
             (
                 "model=mamba",
                 "model.d_model=64",
-                *short(110),
+                *short(80),
                 "data.path={data}/pool",
                 "data.selection.share=0.1",
             ),
@@ -353,12 +353,12 @@ CLAIMS = {
             "token_selection",
             "A loss over the tokens that are still hard learns more from the same text (ESLM, RHO-1).",
             "ESLM: less loss at the same number of tokens for 124M to 774M parameters, not verified (arXiv 2505.19893)",
-            "the running Python's standard library, 110 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64; "
+            "the running Python's standard library, 80 steps of 16 x 256 bytes of a Mamba with 4 layers, d_model 64; "
             "the loss of the hardest 60 % in training, of all bytes in the judgement",
             (
                 "model=mamba",
                 "model.d_model=64",
-                *short(110),
+                *short(80),
                 "data.val_tokens=65536",
             ),
             (
@@ -397,6 +397,11 @@ SCRIPTS = {
         ("benchmarks/restoration.py", "claim"),
         "docs/results/restoration.md",
         "MambaIR, its ablations and its Swin twin",
+    ),
+    "restoration_fields": Script(
+        ("benchmarks/restoration_fields.py", "--budget", "{minutes}"),
+        "docs/results/restoration_fields.md",
+        "what MambaIR, SwinIR and a convolutional network look at",
     ),
     "theory": Script(
         ("benchmarks/theory.py",), "docs/results/theory.md", "expressivity, generalisation bounds, recall by mixers"

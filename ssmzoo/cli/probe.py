@@ -24,7 +24,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         choices=known,
         metavar="NAME",
         type=lambda name: SHORT.get(name, name),
-        help=", ".join(known) + "; erf is short for receptive_field",
+        help=", ".join(known) + "; erf is short for receptive_field, lam for local_attribution",
     )
     add(
         "checkpoint",
@@ -67,7 +67,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
-SHORT = {"erf": "receptive_field"}
+SHORT = {"erf": "receptive_field", "lam": "local_attribution"}
 
 
 def numbers(text: str) -> list[int]:

@@ -48,7 +48,7 @@ class GatedConv(nn.Module):
 class MambaOut(FourStage):
     """Image classifier and feature pyramid. (b c y x) -> (b num_classes); the defaults are the paper's MambaOut-T.
 
-    depths, dims     blocks and width per stage
+    depths, dims     blocks per stage; width per stage, or of the first one (then doubled at every stage)
     expansion_ratio  inner width e relative to d | conv_ratio   convolved channels relative to d
     """
 
@@ -58,7 +58,7 @@ class MambaOut(FourStage):
         num_classes: int = 1000,
         global_pool: str = "avg",
         depths: Sequence[int] = (3, 3, 9, 3),
-        dims: Sequence[int] = (96, 192, 384, 576),
+        dims: int | Sequence[int] = (96, 192, 384, 576),
         expansion_ratio: float = 8 / 3,
         kernel_size: int = 7,
         conv_ratio: float = 1.0,
@@ -66,6 +66,7 @@ class MambaOut(FourStage):
         drop_path_rate: float = 0.2,
     ):
         super().__init__()
+        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"depths has {len(depths)} stages but dims has {len(dims)}")
         rates, last = iter(drop_path_rates(drop_path_rate, sum(depths))), len(dims) - 1
