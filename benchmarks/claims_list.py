@@ -398,6 +398,9 @@ SCRIPTS = {
         "docs/results/restoration.md",
         "MambaIR, its ablations and its Swin twin",
     ),
+    "patch_cost": Script(
+        ("benchmarks/patch_cost.py",), "docs/results/patch_cost.md", "time and memory at 50,176 tokens"
+    ),
     "restoration_fields": Script(
         ("benchmarks/restoration_fields.py", "--budget", "{minutes}"),
         "docs/results/restoration_fields.md",
