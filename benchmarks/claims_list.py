@@ -175,6 +175,23 @@ def short(steps: int) -> tuple[str, ...]:
 DIGITS = "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 220 steps of 64"
 
 
+RECURRENT = (
+    Arm("Mamba-2", ("model=mamba2", "model.d_model=64", "model.n_layer=2"), 2e-3),
+    Arm(
+        "Mamba-3",
+        ("model=mamba3", "model.d_model=64", "model.n_layer=2", "model.ssm_cfg={d_state:32,headdim:32}"),
+        2e-3,
+    ),
+    Arm(
+        "Mamba-2 and attention",
+        ("model=mamba2_hybrid", "model.d_model=64", "model.n_layer=2", "model.layer_pattern=SA"),
+        2e-3,
+    ),
+    Arm("Gated DeltaNet", ("model=gated_deltanet", "model.d_model=64", "model.n_layer=2"), 2e-3),
+    Arm("complex diagonal", ("model=complex_diagonal_ssm",), 5e-3),
+    Arm("SD-SSM", ("model=sd_ssm",), 1e-2),
+)
+
 CLAIMS = {
     c.name: c
     for c in (
@@ -317,12 +334,50 @@ CLAIMS = {
                     ("model=transformer", "model.d_model=64", "model.n_heads=4", "model.attention=threshold"),
                     1e-3,
                 ),
-                Arm("Mamba-2", ("model=mamba2", "model.d_model=64", "model.n_layer=2"), 2e-3),
-                Arm("Gated DeltaNet", ("model=gated_deltanet", "model.d_model=64", "model.n_layer=2"), 2e-3),
+                *RECURRENT,
             ),
             beyond_training,
             "accuracy at 41 to 500 symbols, %",
             against("Transformer, threshold relative", "Transformer, rotary", "counting in kept keys helps"),
+        ),
+        *(
+            Claim(
+                f"words_{name}",
+                f"{sentence} (word problem of {group}, lengths beyond training).",
+                published,
+                f"an answer at every prefix of up to 40 generators of {group}, 800 steps of 64; judged on 64 strings of "
+                "41 to 500",
+                (
+                    "experiment=regular_languages/a5",
+                    *language,
+                    *short(800)[:2],
+                    "data.batch_size=64",
+                    "data.test_strings=prefixes",
+                    "data.test_samples=64",
+                ),
+                tuple(
+                    arm for arm in RECURRENT if arm.name in ("SD-SSM", "complex diagonal", "Gated DeltaNet", "Mamba-2")
+                ),
+                beyond_training,
+                "accuracy at 41 to 500 symbols, %",
+                against("SD-SSM", "Gated DeltaNet", "dense transitions follow the group further"),
+            )
+            for name, group, language, sentence, published in (
+                (
+                    "s5",
+                    "S5",
+                    ("data.language=null", "data.generators=[[1,2,3,4,0],[1,0,2,3,4]]"),
+                    "Dense input-dependent transitions follow a group that is not solvable, diagonal ones do not",
+                    "Mamba needs more layers for longer strings, an RNN one; not verified (arXiv 2404.08819)",
+                ),
+                (
+                    "a4xz5",
+                    "A4 x Z5",
+                    ("data.language=A4_x_Z5",),
+                    "A solvable group of sixty elements is followed as well",
+                    "easier than A5 for Mamba, harder than Z60; not verified (arXiv 2404.08819)",
+                ),
+            )
         ),
         Claim(
             "data_selection",

@@ -30,10 +30,12 @@ def section(claim: Claim, known: dict[str, dict[str, dict]], figure: str | None)
         lines.append(
             f"| {arm.name} | {mean:.4g} ± {deviation:.2g} | {rate} | {', '.join(sorted(rows))} | {seconds:.0f} |"
         )
-    whole = all(len(known.get(arm.name, {})) > 1 for arm in claim.arms)
-    verdict = (
-        claim.verdict({a.name: spread(known[a.name]) for a in claim.arms}) if whole else "not all arms are tried yet"
-    )
+    tried = {arm.name: spread(known[arm.name]) for arm in claim.arms if len(known.get(arm.name, {})) > 1}
+    try:
+        verdict = claim.verdict(tried) if len(tried) > 1 else "not enough arms are tried yet"
+        verdict += "" if len(tried) in (len(claim.arms), 0, 1) else "; not all arms are tried yet"
+    except KeyError:
+        verdict = "not all arms are tried yet"
     lines += ["", f"**{verdict[:1].upper()}{verdict[1:]}.**", ""]
     return lines + ([f"![{claim.name}]({figure})", ""] if figure else [])
 

@@ -66,9 +66,13 @@ def test_the_page_says_what_is_missing_and_judges_what_is_whole(tmp_path):
     page = write_page({"res_vmamba": rows}, tmp_path).read_text()
     assert "| fuse learned | 90.1 ± 0.1 | 0.002 | 0, 1, 2 | 20 |" in page
     assert "**Does not hold here: the other way round (fuse learned 90.1, fuse none 92.1).**" in page
-    assert "not tried yet" in page and "Not all arms are tried yet" in page
+    assert "not tried yet" in page and "Not enough arms are tried yet" in page
     assert (tmp_path / "claims_res_vmamba.png").stat().st_size > 3000
     assert not (tmp_path / "claims_patch_scaling.png").exists()
+    page = write_page({"res_vmamba": {k: v for k, v in rows.items() if k != "fuse random"}}, tmp_path).read_text()
+    assert "fuse none 92.1); not all arms are tried yet.**" in page
+    page = write_page({"res_vmamba": {k: v for k, v in rows.items() if k != "fuse none"}}, tmp_path).read_text()
+    assert "**Not all arms are tried yet.**" in page
 
 
 def test_verdicts():
