@@ -458,6 +458,9 @@ SCRIPTS = {
         "docs/results/regular_languages.md",
         "length generalisation on nine automata",
     ),
+    "long_strings": Script(
+        ("benchmarks/long_strings.py",), "docs/results/long_strings.md", "strings of 100,000 symbols by SD-SSM"
+    ),
     "token_dynamics": Script(
         ("benchmarks/token_dynamics.py",), "docs/results/token_dynamics.md", "convergent and divergent token dynamics"
     ),

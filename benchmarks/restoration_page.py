@@ -135,8 +135,21 @@ def _claim(claim: dict) -> str:
         "`swinir` is the Swin-style twin (0.1 % fewer parameters); the others are MambaIR less one part of its "
         "second branch. Published, after 500,000 steps: MambaIR over SwinIR up to +0.36 dB (x2, Manga109).\n\n"
         + _table(["arm", "Y-PSNR (dB)", "by seed", "MambaIR ahead by (each seed)", "CPU s per run"], rows)
-        + todo
+        + (todo or f"\n\n{_verdict(arms)}")
     )
+
+
+def _verdict(arms: dict[str, dict[int, dict]]) -> str:
+    """One sentence on MambaIR and every other arm, by the mean gap of seeds and its standard error, doubled."""
+    told = {"ahead": [], "behind": [], "not apart": []}
+    for arm, seeds in arms.items():
+        gaps = [arms["mambair"][s]["psnr"] - seeds[s]["psnr"] for s in seeds]
+        if arm != "mambair":
+            mean, off = statistics.mean(gaps), 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
+            told["ahead" if mean > off else "behind" if mean < -off else "not apart"].append(f"{arm} ({mean:+.3f} dB)")
+    parts = [f"{kind}: {', '.join(names)}" for kind, names in told.items() if names]
+    start = "holds" if any("swinir" in n for n in told["ahead"]) else "does not hold at this budget"
+    return f"**The scan's claim {start}**: beyond twice the standard error of the gaps MambaIR is {'; '.join(parts)}."
 
 
 def _memory(memory: dict) -> str:

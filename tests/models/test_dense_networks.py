@@ -9,7 +9,7 @@ from ssmzoo.models.segmenter import ConvHead, Segmenter, UPerHead
 from ssmzoo.presets import read_model_config
 from ssmzoo.tasks.dense_network import backbones
 
-PYRAMIDS = ["mamba_vision", "res_vmamba", "spatial_mamba", "vmamba"]
+PYRAMIDS = ["mamba_vision", "mambaout", "res_vmamba", "spatial_mamba", "vmamba"]
 PLAIN = ["adventurer", "mamba_reg_small", "shuffle_mamba", "vim"]
 SMALL = {"mamba_reg_small": {"embed_dim": 48, "depth": 4}, "vim": {"embed_dim": 32}}
 
