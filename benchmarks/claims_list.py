@@ -194,6 +194,9 @@ DIGITS = "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 220 st
 
 
 RECURRENT = (
+    Arm("SD-SSM", ("model=sd_ssm",), 1e-2),
+    Arm("complex diagonal", ("model=complex_diagonal_ssm",), 5e-3),
+    Arm("Gated DeltaNet", ("model=gated_deltanet", "model.d_model=64", "model.n_layer=2"), 2e-3),
     Arm("Mamba-2", ("model=mamba2", "model.d_model=64", "model.n_layer=2"), 2e-3),
     Arm(
         "Mamba-3",
@@ -205,9 +208,6 @@ RECURRENT = (
         ("model=mamba2_hybrid", "model.d_model=64", "model.n_layer=2", "model.layer_pattern=SA"),
         2e-3,
     ),
-    Arm("Gated DeltaNet", ("model=gated_deltanet", "model.d_model=64", "model.n_layer=2"), 2e-3),
-    Arm("complex diagonal", ("model=complex_diagonal_ssm",), 5e-3),
-    Arm("SD-SSM", ("model=sd_ssm",), 1e-2),
 )
 
 CLAIMS = {
@@ -336,11 +336,11 @@ CLAIMS = {
             "relative attention); negative eigenvalues let a linear recurrence track parity.",
             "flip-flop language: all of 50 seeds solve it, not verified (arXiv 2503.23174); DeltaNet with eigenvalues "
             "in [-1, 1] solves parity (arXiv 2411.12537)",
-            "parity, an answer at every prefix of up to 40 symbols, 450 steps of 64; 2 layers, width 64; judged on "
+            "parity, an answer at every prefix of up to 40 symbols, 320 steps of 64; 2 layers, width 64; judged on "
             "64 strings of 41 to 500 symbols",
             (
                 "experiment=regular_languages/parity",
-                *short(450)[:2],
+                *short(320)[:2],
                 "data.batch_size=64",
                 "data.test_strings=prefixes",
                 "data.test_samples=64",
@@ -363,12 +363,12 @@ CLAIMS = {
                 f"words_{name}",
                 f"{sentence} (word problem of {group}, lengths beyond training).",
                 published,
-                f"an answer at every prefix of up to 40 generators of {group}, 800 steps of 64; judged on 64 strings "
+                f"an answer at every prefix of up to 40 generators of {group}, 400 steps of 64; judged on 64 strings "
                 "of 41 to 500",
                 (
                     "experiment=regular_languages/a5",
                     *language,
-                    *short(800)[:2],
+                    *short(400)[:2],
                     "data.batch_size=64",
                     "data.test_strings=prefixes",
                     "data.test_samples=64",
