@@ -29,7 +29,7 @@ class Arm(NamedTuple):
 class Claim(NamedTuple):
     """sentence and published: what the paper says; data: what is used here; verdict(means) -> one sentence, from
     {arm: (mean, deviation)} of `unit` (larger is better where `higher`). prepare(folder) writes files that overrides
-    name as {data}/..., once."""
+    name as {data}/..., once. timed: two arms whose CPU seconds a run are compared as well."""
 
     name: str
     sentence: str
@@ -42,6 +42,7 @@ class Claim(NamedTuple):
     verdict: Callable[[dict[str, tuple[float, float]]], str]
     higher: bool = True
     prepare: Callable[[Path], None] | None = None
+    timed: tuple[str, str] | None = None
 
 
 class Script(NamedTuple):
@@ -308,6 +309,7 @@ CLAIMS = {
             last("top1"),
             "top-1, %",
             ahead("ShuffleMamba", "the shuffled model is ahead"),
+            timed=("ShuffleMamba", "the same without shuffle"),
         ),
         Claim(
             "dense_heads",

@@ -37,6 +37,12 @@ def section(claim: Claim, known: dict[str, dict[str, dict]], figure: str | None)
     except KeyError:
         verdict = "not all arms are tried yet"
     lines += ["", f"**{verdict[:1].upper()}{verdict[1:]}.**", ""]
+    if claim.timed and all(known.get(name) for name in claim.timed):
+        first, second = (statistics.mean(r["cpu_seconds"] for r in known[name].values()) for name in claim.timed)
+        lines += [
+            f"A run of *{claim.timed[0]}* takes {first / second:.2f} times the CPU seconds of *{claim.timed[1]}*.",
+            "",
+        ]
     return lines + ([f"![{claim.name}]({figure})", ""] if figure else [])
 
 

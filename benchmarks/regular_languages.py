@@ -257,7 +257,10 @@ def batch_seconds(data, tries: int = 40) -> float:
     return best
 
 
-NOTES = """## Published figures
+NOTES = """Transformers, Mamba-2, Mamba-3, a hybrid and the gated delta rule on parity, and word problems over S5 and
+A4 x Z5: [claims.md](claims.md); strings of 100,000 symbols from learnt states: [long_strings.md](long_strings.md).
+
+## Published figures
 
 Not measured here. The paper of SD-SSM (arXiv 2412.19350) claims perfect length generalisation of SD-SSM on its seven
 tasks and failure of diagonal models on the non-commutative ones. Under a related protocol (two layers, width 128, one

@@ -131,7 +131,6 @@ PARTS = {
     "majority": lambda seeds: by_length(seeds, epochs=40),
     "prose": lambda seeds: by_length(seeds, epochs=20, task="prose", d_model=16),
     "generalisation": generalise,
-    "recall": mixers,
 }
 
 
@@ -144,16 +143,18 @@ def main() -> None:
     kept = args.out / "theory.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
     args.out.mkdir(parents=True, exist_ok=True)
-    for part, measure in PARTS.items():
-        key = f"{part}, seeds {' '.join(map(str, args.seeds))}"
+
+    def keep(key: str, make):
+        key = f"{key}, seeds {' '.join(map(str, args.seeds))}"
         if key not in known:
-            print(part, flush=True)
-            known[key] = measure(args.seeds)
+            print(key, flush=True)
+            known[key] = make()
             kept.write_text(json.dumps(known, indent=1) + "\n")
-        known[part] = known[key]
-    (first, errors), (third, paths), (second, gaps), (prose, prose_gaps), (half, verdict), (recall, verdicts) = (
-        known[part] for part in PARTS
-    )
+        return known[key]
+
+    found = [keep(part, lambda: measure(args.seeds)) for part, measure in PARTS.items()]  # noqa: B023
+    (first, errors), (third, paths), (second, gaps), (prose, prose_gaps), (half, verdict) = found
+    recall, verdicts = mixers(args.seeds, keep)
     figure, axes = figures.canvas(1, 3, (4.6, 3.4))
     figures.lines(
         axes[0, 0],

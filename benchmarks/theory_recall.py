@@ -16,7 +16,7 @@ from ssmzoo.data.recall.associative import mqar
 from ssmzoo.data.recall.draws import Draws
 from ssmzoo.probes.dsf_layers import QLSTM, S6, LinearAttention, NormalizedAttention, ScalarS6, SoftmaxAttention
 
-VOCAB, LENGTH, PAIRS, WIDTH, STEPS, BATCH = 16, 16, 2, 32, 1000, 64
+VOCAB, LENGTH, PAIRS, WIDTH, STEPS, BATCH = 16, 16, 2, 32, 800, 64
 RATES, RATE_SEED, SIZES = (1e-3, 3e-3, 1e-2), 100, (4, 16)
 MIXERS = {  # name: state size n -> mixer; quasi-LSTM has one number per channel whatever n is
     "softmax attention": lambda n: SoftmaxAttention(WIDTH, n),
@@ -76,15 +76,20 @@ def train(name: str, n: int, rate: float, seed: int) -> float:
     return 100 * float((found == labels)[asked].double().mean())
 
 
-def mixers(seeds: list[int]) -> tuple[list[str], list[str]]:
-    """Lines of the page, and verdicts."""
+def one(name: str, n: int, seeds: list[int]) -> tuple[float, list[float]]:
+    """(rate, accuracy by seed)"""
+    rate = max(RATES, key=lambda r: train(name, n, r, RATE_SEED))
+    return rate, [train(name, n, rate, seed) for seed in seeds]
+
+
+def mixers(seeds: list[int], keep) -> tuple[list[str], list[str]]:
+    """Lines of the page, and verdicts. keep(key, make): what make() gave, made once"""
     means: dict[tuple[str, int], tuple[float, float]] = {}
     lines = ["| mixer | " + " | ".join(f"n = {n}, % (learning rate)" for n in SIZES) + " |", "|---" * 3 + "|"]
     for name in MIXERS:
         cells = []
         for n in SIZES if "LSTM" not in name else SIZES[:1]:
-            rate = max(RATES, key=lambda r: train(name, n, r, RATE_SEED))
-            values = [train(name, n, rate, seed) for seed in seeds]
+            rate, values = keep(f"{name}, n = {n}, {STEPS} steps", lambda: one(name, n, seeds))  # noqa: B023
             means[name, n] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{means[name, n][0]:.1f} +- {means[name, n][1]:.1f} ({rate:g})")
         lines.append(f"| {name} | {cells[0]} | {cells[1] if len(cells) > 1 else 'one number per channel'} |")
