@@ -236,6 +236,9 @@ def _rotary():
     return call | {"k": _normal(b, l, r, 1, n), "q": _normal(b, l, r, 1, n)} | turning
 
 
+ENTRY = torch.tensor([[0, 2], [1, 1], [3, 0]])
+
+
 def _taylor():
     b, l, h, f, p = 2, 5, 2, 2, 3
     return {"q": _normal(b, l, h, f), "k": _normal(b, l, h, f), "v": _normal(b, l, h, p)} | {
@@ -421,6 +424,10 @@ EXAMPLES = {
     "complex_scan": _example(
         _complex_scan,
         lambda: {"a": 0.4 * _normal(2, 5, 3, 2), "b": _normal(2, 5, 3, 2), "initial_state": _normal(2, 3, 2)},
+    ),
+    "dot_rows": _example(ops.OPERATORS["dot_rows"], lambda: {"table": _normal(4, 3), "x": _normal(3, 3)}, entry=ENTRY),
+    "sum_rows": _example(
+        ops.OPERATORS["sum_rows"], lambda: {"table": _normal(4, 3), "weight": _normal(3, 2)}, entry=ENTRY
     ),
     "rotary_trapezoidal_scan": _example(
         ops.OPERATORS["rotary_trapezoidal_scan"], _rotary, seq_idx=SEQ_IDX[:, :4], chunk_size=2

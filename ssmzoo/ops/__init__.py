@@ -39,6 +39,7 @@ from ssmzoo.ops.spatial_scan import spatial_scan
 from ssmzoo.ops.ssd import mamba_chunk_scan_combined, ssd_minimal_discrete, ssd_scan, ssd_state_update
 from ssmzoo.ops.stack_step import stack_step
 from ssmzoo.ops.state_fusion import state_fusion
+from ssmzoo.ops.table_rows import dot_rows, sum_rows
 from ssmzoo.ops.taylor_attention import taylor_attention, taylor_state
 from ssmzoo.ops.token_order import bidirectional_scan, mix_tokens, permute_tokens, prepend_mean
 from ssmzoo.ops.token_step import token_step
@@ -63,6 +64,7 @@ __all__ = [
     "cross_selective_scan",
     "dense_scan",
     "depthwise_conv2d",
+    "dot_rows",
     "gated_delta_rule",
     "gated_delta_step",
     "gated_layer_norm",
@@ -91,9 +93,10 @@ __all__ = [
     "ssd_scan",
     "ssd_state_update",
     "stack_step",
-    "token_step",
     "state_fusion",
+    "sum_rows",
     "taylor_attention",
     "taylor_state",
+    "token_step",
     "trapezoidal_scan",
 ]

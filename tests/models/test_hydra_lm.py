@@ -74,18 +74,24 @@ def test_the_published_weights_differ_once_there_are_two_chunks():
     assert (right(x)[0] - wrong(x)[0]).norm() > 0.01 * right(x)[0].norm()
 
 
-def test_a_workspace_hands_on_what_chunks_were_about():
+def test_a_workspace_hands_on_what_chunks_were_about(monkeypatch):
     torch.manual_seed(0)
     layer = Workspace(6, n_slots=3, chunk_size=2, rank=4)
-    x = torch.randn(1, 5, 6)
-    y, state = layer(x)
-    assert torch.equal(y[:, :2], x[:, :2])  # nothing has been written before
-    slots, mean = layer.slots[None], x[:, :2].mean(1)
-    slots, read = layer.update(slots, mean)
-    torch.testing.assert_close(y[:, 2:4], x[:, 2:4] + read[:, None])
-    changed = (slots != layer.slots).any(-1)[0]
-    assert changed.sum() == 1 and changed[layer.slots.norm(dim=-1).argmin()]
-    torch.testing.assert_close(state.slots, layer.update(slots, x[:, 2:4].mean(1))[0])
+    x, slots, expected = torch.randn(1, 11, 6), layer.slots.clone(), []
+    for t in range(0, 11, 2):
+        read = torch.zeros(1, 6)
+        if t:  # before the first chunk nothing has been written
+            mean = x[:, t - 2 : t].mean(1)
+            gates = layer.gate(mean).softmax(-1)
+            smallest = slots.norm(dim=-1).argmin()
+            slots = torch.where(torch.arange(3)[:, None] == smallest, 0.9 * slots + 0.1 * gates[:, 1:] * mean, slots)
+            read = gates[:, :1] * layer.attend(slots[None], mean)
+        expected.append(x[:, t : t + 2] + read[:, None])
+    for at_once in (64, 2):
+        monkeypatch.setattr("ssmzoo.models.hydra_layers.memory.AT_ONCE", at_once)
+        y, state = layer(x)
+        torch.testing.assert_close(y, torch.cat(expected, dim=1))
+        torch.testing.assert_close(state.slots, slots[None])
 
 
 def test_the_fact_memory_is_nearly_closed_at_first():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ssmzoo.layers.feedforward.product_key import ProductKeys, square_root
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder
+from ssmzoo.ops import dot_rows, sum_rows
 from ssmzoo.ops.token_step import Register
 
 
@@ -69,6 +70,9 @@ class CrossDomainExperts(SwiGLU):
         queries = self.queries(x).unflatten(-1, self.split).transpose(-3, -2)  # (b l h 2 r)
         scores, expert = self.keys(queries)  # (b l h k)
         expert, share = expert.flatten(-2), scores.softmax(-1).flatten(-2)  # (b l hk)
+        if is_plain(self.down_embed, self.up_embed):
+            weight = F.silu(dot_rows(self.down_embed.weight, expert, x)) * share
+            return super().forward(x) + sum_rows(self.up_embed.weight, expert, weight)
         down, up = self.down_embed(expert), self.up_embed(expert)  # (b l hk d)
         weight = F.silu(torch.einsum("bld,bled->ble", x, down)) * share
         return super().forward(x) + torch.einsum("ble,bled->bld", weight, up)

@@ -48,7 +48,8 @@ def chunks(
     number = 1 + start.cumsum(1)
     s = l // size + 3 if seq_idx is None else l + 2
     before = x.new_zeros(b, 2, d) if state is None else torch.stack([state.previous, state.open], dim=1).to(x.dtype)
-    sums = torch.cat([before, x.new_zeros(b, s - 2, d)], dim=1).scatter_add(1, number[..., None].expand(b, l, d), x)
+    sums = torch.cat([before, x.new_zeros(b, s - 2, d)], dim=1)
+    sums = sums.flatten(0, 1).index_add(0, rows_of(number, s), x.flatten(0, 1)).view(b, s, d)
     begins = torch.zeros(b, s, dtype=torch.long, device=x.device)
     begins = begins.scatter_add(1, number, (start & (position == 0)).long()) > 0
     last = number[:, -1]
@@ -56,8 +57,13 @@ def chunks(
     return Chunks(number, position < size, begins, sums, last, after)
 
 
+def rows_of(number: Tensor, s: int) -> Tensor:
+    """Chunks' numbers (b ...) -> those of their rows among (b s), flat."""
+    first = s * torch.arange(len(number), device=number.device)
+    return (number + first.view(-1, *[1] * (number.ndim - 1))).flatten()
+
+
 def of_chunk(values: Tensor, number: Tensor) -> Tensor:
     """values (b s d) at chunk number (b) -> (b d), or number (b l) -> (b l d)."""
-    index = number[:, None] if number.ndim == 1 else number
-    found = values.gather(1, index[..., None].expand(*index.shape, values.shape[-1]))
-    return found[:, 0] if number.ndim == 1 else found
+    found = values.flatten(0, 1).index_select(0, rows_of(number, values.shape[1]))
+    return found.view(*number.shape, values.shape[-1])

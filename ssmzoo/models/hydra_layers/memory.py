@@ -23,8 +23,11 @@ from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder
 from ssmzoo.layers.state import Padding, itemsize
 from ssmzoo.models.hydra_layers.chunks import ChunkState, chunks, of_chunk
+from ssmzoo.ops import gated_linear_recurrence, sum_rows
 from ssmzoo.ops.eager import eager
 from ssmzoo.ops.token_step import Register
+
+AT_ONCE = 64  # chunks whose slots a workspace holds at a time
 
 
 class ProductKeyMemory(nn.Module):
@@ -56,7 +59,11 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores, entry = self.keys(self.q_proj(x).unflatten(-1, (1, 2, -1)))  # (b l 1 k^2)
-        value = torch.einsum("blhe,blhev->blv", scores.softmax(-1), self.values(entry))
+        weight, entry = scores.softmax(-1).flatten(-2), entry.flatten(-2)  # (b l k^2)
+        if is_plain(self.values):
+            value = sum_rows(self.values.weight, entry, weight)
+        else:
+            value = torch.einsum("ble,blev->blv", weight, self.values(entry))
         return x + self.gate(x).sigmoid() * self.dropout(self.val_proj(value))
 
     def program(self, p: Builder, x: Register) -> None:
@@ -109,29 +116,52 @@ class Workspace(nn.Module):
         start = self.slots.to(x.dtype).expand(len(x), -1, -1)
         slots, read, before = (start, torch.zeros_like(x[:, 0]), None) if state is None else state
         cut = chunks(x, self.chunk_size, before, mask, seq_idx)
-        reads = [torch.zeros_like(read), read]
+        reads = [torch.stack([torch.zeros_like(read), read], dim=1)]
         chunk_count = int(cut.last.max()) + 1 if x.is_cpu and eager(x) else cut.sums.shape[1]
-        for i in range(2, chunk_count):  # chunk i begins
-            begins, exists = cut.begins[:, i, None, None], (i <= cut.last)[:, None, None]
-            now, read = self.update(slots, cut.sums[:, i - 1] / self.chunk_size)
-            slots = torch.where(exists, torch.where(begins, start, now), slots)
-            reads.append(torch.where(begins[..., 0], 0, read))
-        reads = torch.stack(reads, dim=1)  # (b s d)
+        for i in range(2, chunk_count, AT_ONCE):  # these chunks begin
+            j = min(i + AT_ONCE, chunk_count)
+            mean, begins = cut.sums[:, i - 1 : j - 1] / self.chunk_size, cut.begins[:, i:j]
+            missing = torch.arange(i, j, device=x.device) > cut.last[:, None]
+            slots, read = self.update(slots, start, mean, begins, missing)
+            reads.append(read)
+        reads = torch.cat(reads, dim=1)  # (b s d)
         return x + of_chunk(reads, cut.number), WorkspaceState(slots, of_chunk(reads, cut.last), cut.state)
 
-    def update(self, slots: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a chunk's mean (b d), then read: slots (b n d) -> slots, (b d)."""
-        read, write = self.gate(mean).softmax(-1).unbind(-1)  # (b)
-        smallest = slots.detach().norm(dim=-1).argmin(-1, keepdim=True)  # (b 1)
-        smallest = (torch.arange(slots.shape[1], device=slots.device) == smallest)[..., None]  # (b n 1)
-        slots = torch.where(smallest, 0.9 * slots + 0.1 * (write[:, None] * mean)[:, None], slots)
-        return slots, read[:, None] * self.attend(slots, mean)
+    def update(
+        self, slots: Tensor, start: Tensor, mean: Tensor, begins: Tensor, missing: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """At every chunk write the mean (b s d) of the one before, then read.
+
+        slots (b n d) before, start those of a document that begins (b s) -> slots behind the last chunk, reads (b s d)
+        missing (b s): there is no such chunk
+        """
+        read, write = self.gate(mean).softmax(-1).unsqueeze(-1).unbind(-2)  # (b s 1)
+        told, begins, missing = write * mean, begins[..., None, None], missing[..., None, None]
+        with torch.no_grad():
+            chosen = self.smallest(slots, start, told, begins, missing)[..., None]  # (b s n 1)
+        kept = torch.where(chosen, 0.9, 1.0).masked_fill(begins, 0).masked_fill(missing, 1)
+        put = torch.where(chosen, 0.1 * told[:, :, None], 0)
+        put = torch.where(begins, start[:, None], put).masked_fill(missing, 0)  # (b s n d)
+        shape = put.shape
+        kept, put = kept.expand(shape).flatten(2), put.flatten(2)
+        found = gated_linear_recurrence(kept, put, initial_state=slots.flatten(1)).view(shape).to(mean.dtype)
+        return found[:, -1], torch.where(begins[..., 0], 0, read * self.attend(found, mean))
+
+    def smallest(self, slots: Tensor, start: Tensor, told: Tensor, begins: Tensor, missing: Tensor) -> Tensor:
+        """Which slot every chunk writes to, one hot (b s n): that of smallest norm at the time."""
+        number, chosen = torch.arange(slots.shape[1], device=slots.device), []
+        for i in range(told.shape[1]):
+            chosen.append(number == slots.norm(dim=-1).argmin(-1, keepdim=True))  # (b n)
+            written = torch.lerp(slots, told[:, i, None], 0.1 * chosen[-1][..., None].to(slots.dtype))
+            slots = torch.where(missing[:, i], slots, torch.where(begins[:, i], start, written))
+        return torch.stack(chosen, dim=1)
 
     def attend(self, slots: Tensor, mean: Tensor) -> Tensor:
+        """What means (... d) read of slots (... n d)."""
         slots = self.slot_ln(slots)
-        q, k, v = self.q_proj(mean)[:, None], self.k_proj(slots), self.v_proj(slots)
-        scores = (q @ k.mT) / q.shape[-1] ** 0.5  # (b 1 n)
-        return self.o_proj(scores.softmax(-1) @ v)[:, 0]
+        q, k, v = self.q_proj(mean).unsqueeze(-2), self.k_proj(slots), self.v_proj(slots)
+        scores = (q @ k.mT) / q.shape[-1] ** 0.5  # (... 1 n)
+        return self.o_proj(scores.softmax(-1) @ v).squeeze(-2)
 
     def program(self, p: Builder, x: Register) -> None:
         """Instructions that change x."""
