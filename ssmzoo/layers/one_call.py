@@ -19,6 +19,7 @@ from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder, NotPlain
 from ssmzoo.ops import linear_act, stack_step, token_step
 from ssmzoo.ops.eager import eager
+from ssmzoo.ops.native import gather
 from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
 
 FEW = 8  # tokens for which a product is bound by reading the matrix
@@ -95,6 +96,7 @@ class Kept:
                 builder.norm(norm, builder.x)
                 builder.code[-1] = builder.code[-1]._replace(out=builder.x)
             self.program = builder.program(_one_by_one(weakref.ref(decoder)))
+            gather([*decoder.parameters(), *decoder.buffers()])
         except NotPlain:
             pass
         self.width = width

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 from ssmzoo.ops import native
 from ssmzoo.ops.native.sources import OPERATORS, source_hash
@@ -54,3 +55,10 @@ def test_a_source_counts_by_its_place_and_its_content(tmp_path):
     first = source_hash(tmp_path)
     (tmp_path / "a/x.c").rename(tmp_path / "a/y.c")
     assert source_hash(tmp_path) not in ("", first)
+
+
+def test_weights_gathered_in_huge_pages_are_what_they_were():
+    large, small = torch.arange(native.MUCH // 4 + 1000, dtype=torch.float32), torch.arange(7)
+    copies = large.clone(), small.clone()
+    native.gather([large[5:], small, torch.empty(0), torch.empty(3, device="meta")])
+    assert torch.equal(large, copies[0]) and torch.equal(small, copies[1])

@@ -49,6 +49,8 @@ INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, in
 
 // ---- integers ----
 
+enum { ROWS = 4 };  // at most, at once
+
 #if defined(__AVX512F__)
 typedef __m512i words;
 INLINE words load_words(const int16_t *p) { return _mm512_loadu_si512(p); }
@@ -56,13 +58,7 @@ INLINE words extend_signed(const void *p) { return _mm512_cvtepi8_epi16(_mm256_l
 INLINE words extend(const void *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
 INLINE words low_nibble(words w) { return _mm512_and_si512(w, _mm512_set1_epi16(15)); }
 INLINE words high_nibble(words w) { return _mm512_srli_epi16(w, 4); }
-INLINE vi multiply_add(vi sum, words w, words x, const int vnni) {
-    if (vnni) {
-        __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-        return sum;
-    }
-    return sum + (vi)_mm512_madd_epi16(w, x);
-}
+INLINE vi multiply_add(vi sum, words w, words x) { return sum + (vi)_mm512_madd_epi16(w, x); }
 #elif defined(__AVX2__)
 typedef __m256i words;
 INLINE words load_words(const int16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -70,7 +66,7 @@ INLINE words extend_signed(const void *p) { return _mm256_cvtepi8_epi16(_mm_load
 INLINE words extend(const void *p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 INLINE words low_nibble(words w) { return _mm256_and_si256(w, _mm256_set1_epi16(15)); }
 INLINE words high_nibble(words w) { return _mm256_srli_epi16(w, 4); }
-INLINE vi multiply_add(vi sum, words w, words x, const int vnni) { return (void)vnni, sum + (vi)_mm256_madd_epi16(w, x); }
+INLINE vi multiply_add(vi sum, words w, words x) { return sum + (vi)_mm256_madd_epi16(w, x); }
 #elif defined(__ARM_NEON)
 typedef int16x8_t words;
 INLINE words load_words(const int16_t *p) { return vld1q_s16(p); }
@@ -78,8 +74,7 @@ INLINE words extend_signed(const void *p) { return vmovl_s8(vld1_s8(p)); }
 INLINE words extend(const void *p) { return vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))); }
 INLINE words low_nibble(words w) { return vandq_s16(w, vdupq_n_s16(15)); }
 INLINE words high_nibble(words w) { return vshrq_n_s16(w, 4); }
-INLINE vi multiply_add(vi sum, words w, words x, const int vnni) {
-    (void)vnni;
+INLINE vi multiply_add(vi sum, words w, words x) {
     int32x4_t s = vmlal_s16((int32x4_t)sum, vget_low_s16(w), vget_low_s16(x));
     return (vi)vmlal_s16(s, vget_high_s16(w), vget_high_s16(x));
 }
@@ -97,8 +92,7 @@ INLINE words extend(const void *p) {
 }
 INLINE words low_nibble(words w) { return w & 15; }
 INLINE words high_nibble(words w) { return w >> 4; }
-INLINE vi multiply_add(vi sum, words w, words x, const int vnni) {
-    (void)vnni;
+INLINE vi multiply_add(vi sum, words w, words x) {
 #if defined(__SSE2__)
     return sum + (vi)_mm_madd_epi16((__m128i)w, (__m128i)x);
 #else
@@ -108,109 +102,141 @@ INLINE vi multiply_add(vi sum, words w, words x, const int vnni) {
 }
 #endif
 
-// The products of one row with `count` vectors, before the sum over lanes. In a piece sums stay below 2^31: at most 256
-// products of 2^7 and 2^15 in one lane of 16, and nowhere fewer than 4 lanes.
-INLINE void integer_row(vf (*part)[VL], int at, const matrix *m, const vectors *v, int64_t first, int64_t row,
-                        const int count, const int bits, const int vnni) {
-    const char *line = (const char *)m->data + row * (bits == 4 ? m->columns / 2 : m->columns);
-    const float *scales = m->scale + row * groups(m), *zeros = m->zero ? m->zero + row * groups(m) : NULL;
-    const int16_t *q = v->q + first * v->words;
-    const int64_t from = first * v->pieces, pieces = v->pieces, width = v->words;
-    vf total[VECTORS];
-    float shift[VECTORS] = {0};
+// Rows are read some at a time, piece by piece, in which hardware sees no stream: their bytes are asked for one after the other.
+enum { AHEAD = 2 };  // times the rows that are read at once
+
+INLINE const char *look_ahead(const char *p, int64_t bytes) {
 #pragma GCC unroll 8
-    for (int c = 0; c < count; c++) total[c] = (vf){0};
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    return p + bytes;
+}
+
+INLINE vi one_step(vi sum, const char *w, const int16_t *x, const int bits) {
+    if (bits == 8) return multiply_add(sum, extend_signed(w), load_words(x));
+    const words b = extend(w);
+    return multiply_add(multiply_add(sum, low_nibble(b), load_words(x)), high_nibble(b), load_words(x + STEP));
+}
+
+// What a piece adds to its row's products: its integers' sum, scaled, and what a zero point takes away.
+INLINE void add_piece(vf *total, float *shift, vi sum, const matrix *m, const vectors *v, int64_t line, int64_t at) {
+    *total += __builtin_convertvector(sum, vf) * m->scale[line] * v_set(v->scale[at]);
+    if (m->zero) *shift -= m->scale[line] * m->zero[line] * v->scale[at] * v->sum[at];
+}
+
+// The products of `rows` neighbouring rows with `count` vectors, before the sum over lanes. In a piece sums stay below 2^31: at
+// most 256 products of 2^7 and 2^15 in one lane of 16, and nowhere fewer than 4 lanes.
+INLINE void word_rows(vf (*part)[VL], int at, const matrix *m, const vectors *v, int64_t first, int64_t row, const int rows,
+                      const int count, const int bits) {
+    const int64_t stride = bits == 4 ? m->columns / 2 : m->columns, per_row = groups(m), pieces = v->pieces;
+    vf total[ROWS * VECTORS];
+    float shift[ROWS * VECTORS] = {0};
+    const char *ahead = (const char *)m->data + (row + AHEAD * rows) * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * count; i++) total[i] = (vf){0};
     for (int64_t p = 0; p < pieces; p++) {
         const piece *one = v->piece + p;
-        const char *w = line + one->byte;
-        const int16_t *x = q + one->words;
-        vi sum[VECTORS];
-#pragma GCC unroll 8
-        for (int c = 0; c < count; c++) sum[c] = bits == 4 ? (vi){v->start[from + c * pieces + p]} : (vi){0};
-        const vf scale = v_set(scales[one->group]);
-        char last[STEP] = {0};
-        for (int64_t s = 0; s < one->steps + (one->rest > 0); s++, w += STEP, x += bits == 4 ? 2 * STEP : STEP) {
-            if (s == one->steps) w = memcpy(last, w, (size_t)one->rest);
-            if (bits == 8) {
-                const words b = extend_signed(w);
-#pragma GCC unroll 8
-                for (int c = 0; c < count; c++) sum[c] = multiply_add(sum[c], b, load_words(x + c * width), vnni);
-            } else {
-                const words b = extend(w), low = low_nibble(b), high = high_nibble(b);
-#pragma GCC unroll 8
-                for (int c = 0; c < count; c++) {
-                    sum[c] = multiply_add(sum[c], low, load_words(x + c * width), vnni);
-                    sum[c] = multiply_add(sum[c], high, load_words(x + c * width + STEP), vnni);
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int c = 0; c < count; c++)
-            total[c] += __builtin_convertvector(sum[c], vf) * scale * v_set(v->scale[from + c * pieces + p]);
-        for (int c = 0; zeros && c < count; c++)
-            shift[c] -= scale[0] * zeros[one->group] * v->scale[from + c * pieces + p] * v->sum[from + c * pieces + p];
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < count; c++) part[c][at] = total[c] + (zeros ? (vf){shift[c]} : (vf){0});
-}
-
-enum { ROWS = 4 };
-
-// The same for ROWS rows of 4-bit numbers and one vector: arithmetic bounds these, so that the vector is loaded once for all
-// of the rows, and so is what a piece says of itself.
-INLINE void four_nibble_rows(vf *part, const matrix *m, const vectors *v, int64_t first, int64_t row, const int vnni) {
-    const int64_t bytes = m->columns / 2, per_row = groups(m), from = first * v->pieces;
-    vf total[ROWS] = {{0}};
-    float shift[ROWS] = {0};
-    for (int64_t p = 0; p < v->pieces; p++) {
-        const piece *one = v->piece + p;
-        const char *w = (const char *)m->data + row * bytes + one->byte;
+        const char *w = (const char *)m->data + row * stride + one->byte;
         const int16_t *x = v->q + first * v->words + one->words;
-        vi sum[ROWS];
+        ahead = look_ahead(ahead, rows * one->steps * STEP);
+        vi sum[ROWS * VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * count; i++) sum[i] = bits == 4 ? *(const vi *)(v->start + ((first + i % count) * pieces + p) * VL) : (vi){0};
+        for (int64_t s = 0; s < one->steps; s++, w += STEP, x += bits == 4 ? 2 * STEP : STEP)
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) sum[r] = (vi){v->start[from + p]};
-        for (int64_t s = 0; s < one->steps + (one->rest > 0); s++, w += STEP, x += 2 * STEP) {
-            const words even = load_words(x), odd = load_words(x + STEP);
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+                for (int c = 0; c < count; c++) sum[r * count + c] = one_step(sum[r * count + c], w + r * stride, x + c * v->words, bits);
+        for (int r = 0; one->rest && r < rows; r++) {
+            char last[STEP] = {0};
+            memcpy(last, w + r * stride, (size_t)one->rest);
+            for (int c = 0; c < count; c++) sum[r * count + c] = one_step(sum[r * count + c], last, x + c * v->words, bits);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * count; i++)
+            add_piece(total + i, shift + i, sum[i], m, v, (row + i / count) * per_row + one->group, (first + i % count) * pieces + p);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * count; i++) part[i % count][at + i / count] = total[i] + (m->zero ? (vf){shift[i]} : (vf){0});
+}
+
+#if defined(__AVX512F__)
+INLINE vi products_of_bytes(vi sum, __m512i w, const int8_t *x) {  // sum += unsigned w times signed x, by fours
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const __m512i *)x));
+    return sum;
+}
+
+// The same by products of bytes, four to a lane: weights + 128 (or + 8), times the activations' high and low bytes.
+INLINE void byte_pair_rows(vf (*part)[VL], int at, const matrix *m, const vectors *v, int64_t first, int64_t row, const int rows,
+                           const int count, const int bits, const int high) {
+    const int64_t stride = bits == 4 ? m->columns / 2 : m->columns, per_row = groups(m), pieces = v->pieces;
+    vf total[ROWS * VECTORS];
+    float shift[ROWS * VECTORS] = {0};
+    const char *ahead = (const char *)m->data + (row + AHEAD * rows) * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * count; i++) total[i] = (vf){0};
+    for (int64_t p = 0; p < pieces; p++) {
+        const piece *one = v->piece + p;
+        const char *w = (const char *)m->data + row * stride + one->byte;
+        const int8_t *x = (const int8_t *)v->q + 2 * (first * v->words + one->words);
+        __m512i b[ROWS][2];
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) {
-                char last[STEP];
-                const char *line = w + r * bytes;
-                __builtin_prefetch(line + ROWS * bytes);  // the next rows: in pieces of these hardware sees no stream
-                if (s == one->steps) line = memcpy(memset(last, 0, STEP), line, (size_t)one->rest);
-                const words b = extend(line);
-                sum[r] = multiply_add(sum[r], low_nibble(b), even, vnni);
-                sum[r] = multiply_add(sum[r], high_nibble(b), odd, vnni);
+        for (int r = 0; r < rows; r++, w += stride) {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(one->here, w);
+            if (bits == 4) {
+                b[r][0] = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+                b[r][1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+            } else {
+                b[r][0] = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+                b[r][1] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(one->behind, w + 64), _mm512_set1_epi8(-128));
             }
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) {
-            const int64_t at = (row + r) * per_row + one->group;
-            const float factor = m->scale[at] * v->scale[from + p];
-            total[r] += __builtin_convertvector(sum[r], vf) * factor;
-            if (m->zero) shift[r] -= factor * m->zero[at] * v->sum[from + p];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows * count; i++) {
+            const int r = i / count, c = i % count;
+            if (c == 0) ahead = look_ahead(ahead, bits == 4 ? 64 : 128);
+            const int8_t *low = x + c * 2 * v->words;
+            vi sum = {0};
+            if (high) sum = products_of_bytes(products_of_bytes(sum, b[r][0], low + 128), b[r][1], low + 192) << 8;
+            sum = products_of_bytes(products_of_bytes(sum, b[r][0], low), b[r][1], low + 64);
+            sum += *(const vi *)(v->start + ((first + c) * pieces + p) * VL);
+            add_piece(total + i, shift + i, sum, m, v, (row + r) * per_row + one->group, (first + c) * pieces + p);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) part[r] = total[r] + (m->zero ? (vf){shift[r]} : (vf){0});
+#pragma GCC unroll 16
+    for (int i = 0; i < rows * count; i++) part[i % count][at + i / count] = total[i] + (m->zero ? (vf){shift[i]} : (vf){0});
 }
+#endif
 
 // ---- vectors ----
 
+static int byte_pairs;  // whether vectors are prepared for byte_pair_rows, or for word_rows
+#if defined(__AVX512F__)
+__attribute__((constructor)) static void look_for_vnni(void) {
+    __builtin_cpu_init();
+    byte_pairs = __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+INLINE int64_t longest(void) { return byte_pairs ? PIECE / 2 : PIECE; }  // columns of a piece
+
 static int64_t count_pieces(const matrix *m) {
     if (m->bits == 32) return 0;
-    const int64_t whole = m->columns / m->group, rest = m->columns % m->group;
-    return whole * ((m->group + PIECE - 1) / PIECE) + (rest + PIECE - 1) / PIECE;
+    const int64_t whole = m->columns / m->group, rest = m->columns % m->group, most = longest();
+    return whole * ((m->group + most - 1) / most) + (rest + most - 1) / most;
 }
 
 INLINE int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Room in a prepared vector: every piece is padded to whole registers.
-static int64_t count_words(const matrix *m) { return m->columns + count_pieces(m) * 2 * STEP; }
+static int64_t count_words(const matrix *m) {
+    return byte_pairs ? count_pieces(m) * (PIECE / 2) : m->columns + count_pieces(m) * 2 * STEP;
+}
 
 size_t prepared_bytes(const matrix *m, int64_t count) {
     if (m->bits == 32) return 0;
     const int64_t pieces = count_pieces(m);
-    return (size_t)(lines(pieces * (int64_t)sizeof(piece)) + count * lines(2 * count_words(m)) + 3 * lines(4 * count * pieces));
+    return (size_t)(lines(pieces * (int64_t)sizeof(piece)) + count * lines(2 * count_words(m)) + 2 * lines(4 * count * pieces)) +
+           (size_t)(4 * VL * count * pieces);
 }
 
 void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, void *memory) {
@@ -230,9 +256,11 @@ void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, i
     int64_t word = 0;
     for (int64_t column = 0; column < m->columns; p++) {
         const int64_t group_end = (column / m->group + 1) * m->group, end = group_end < m->columns ? group_end : m->columns;
-        const int64_t size = end - column < PIECE ? end - column : PIECE, bytes = m->bits == 4 ? size / 2 : size;
-        *p = (piece){m->bits == 4 ? column / 2 : column, word, column / m->group, bytes / STEP, bytes % STEP};
-        word += (p->steps + (p->rest > 0)) * (m->bits == 4 ? 2 * STEP : STEP);
+        const int64_t size = end - column < longest() ? end - column : longest(), bytes = m->bits == 4 ? size / 2 : size;
+        *p = (piece){m->bits == 4 ? column / 2 : column, word, column / m->group, bytes / STEP, bytes % STEP, 0, 0};
+        p->here = bytes < 64 ? (1ull << bytes) - 1 : ~0ull;
+        p->behind = bytes <= 64 ? 0 : bytes < 128 ? (1ull << (bytes - 64)) - 1 : ~0ull;
+        word += byte_pairs ? PIECE / 2 : (p->steps + (p->rest > 0)) * (m->bits == 4 ? 2 * STEP : STEP);
         column += size;
     }
 }
@@ -265,6 +293,44 @@ INLINE void round_line(int32_t *q, const float *x, int64_t size, float scale, fl
     }
 }
 
+// 16-bit numbers of a piece as the high and low bytes that byte_pair_rows wants, in the order of the weights' bytes, and what
+// the sums of every lane begin with, since weights come as they are + offset. -> their sum
+static int64_t as_byte_pairs(int8_t *to, int32_t *start, const int32_t *line, int64_t size, int pairs) {
+    int32_t sums[VL] = {0};
+    int64_t sum = 0;
+    memset(to, 0, 2 * 128);
+    for (int64_t i = 0; i < size; i++) {
+        const int64_t at = pairs ? i / 2 + 64 * (i % 2) : i;
+        const int8_t low = (int8_t)line[i];
+        to[at] = low;
+        to[128 + at] = (int8_t)((line[i] - low) / 256);
+        sums[at % 64 / 4] += line[i];
+        sum += line[i];
+    }
+    for (int l = 0; l < VL; l++) start[l] = sums[l] * (pairs ? -8 : -128);
+    return sum;
+}
+
+static int64_t as_words(int16_t *q, int32_t *start, const int32_t *line, const piece *one, int64_t pairs) {
+    const int64_t bytes = one->steps * STEP + one->rest;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < bytes << pairs; i++) sum += line[i];
+    for (int64_t s = 0; s < one->steps + (one->rest > 0); s++) {
+        const int64_t filled = bytes - s * STEP < STEP ? bytes - s * STEP : STEP;
+        const int32_t *in = line + ((s * STEP) << pairs);
+        if (filled < STEP) memset(q, 0, sizeof(int16_t) * (STEP << pairs));
+        if (pairs) {
+            for (int64_t i = 0; i < filled; i++) q[i] = (int16_t)in[2 * i], q[STEP + i] = (int16_t)in[2 * i + 1];
+        } else {
+            for (int64_t i = 0; i < filled; i++) q[i] = (int16_t)in[i];
+        }
+        q += STEP << pairs;
+    }
+    memset(start, 0, sizeof(int32_t) * VL);
+    start[0] = (int32_t)(-8 * sum);  // 4-bit weights come as they are + 8
+    return sum;
+}
+
 static void prepare_one(vectors *v, const matrix *m, int64_t c, int act, float act_scale) {
     const float *x = v->x + c * v->ld;
     int32_t line[PIECE] __attribute__((aligned(64)));
@@ -279,35 +345,25 @@ static void prepare_one(vectors *v, const matrix *m, int64_t c, int act, float a
         const int64_t bytes = one->steps * STEP + one->rest, size = bytes << pairs;
         const float *from = x + (one->byte << pairs);
         const int32_t most = largest(from, size);
+        const float limit = byte_pairs ? 127 * 256 + 127 : 32767;
         float scale = act_scale;
-        if (act == ACT_FLOAT) scale = as_float(most) / 32767;
+        if (act == ACT_FLOAT) scale = as_float(most) / limit;
         const int usable = most <= INFINITE && scale == scale && scale <= 3.4e38f && !(act == ACT_FLOAT && most == INFINITE);
         if (!usable || scale == 0) memset(line, 0, sizeof line);
-        else if (act == ACT_FLOAT) round_line(line, from, size, scale, -32767.0f, 32767.0f);
+        else if (act == ACT_FLOAT) round_line(line, from, size, scale, -limit, limit);
         else round_line(line, from, size, scale, -128.0f, 127.0f);
-        int64_t sum = 0;
-        int16_t *q = v->q + c * v->words + one->words;
-        for (int64_t i = 0; i < size; i++) sum += line[i];
-        for (int64_t s = 0; s < one->steps + (one->rest > 0); s++) {
-            const int64_t filled = bytes - s * STEP < STEP ? bytes - s * STEP : STEP;
-            const int32_t *in = line + ((s * STEP) << pairs);
-            if (filled < STEP) memset(q, 0, sizeof(int16_t) * (STEP << pairs));
-            if (pairs) {
-                for (int64_t i = 0; i < filled; i++) q[i] = (int16_t)in[2 * i], q[STEP + i] = (int16_t)in[2 * i + 1];
-            } else {
-                for (int64_t i = 0; i < filled; i++) q[i] = (int16_t)in[i];
-            }
-            q += STEP << pairs;
-        }
         const int64_t at = c * v->pieces + p;
+        int16_t *q = v->q + c * v->words + one->words;
+        int32_t *start = v->start + at * VL;
+        const int64_t sum = byte_pairs ? as_byte_pairs((int8_t *)q, start, line, size, pairs) : as_words(q, start, line, one, pairs);
         v->scale[at] = usable ? scale : NAN;
         v->sum[at] = (float)sum;
-        v->start[at] = (int32_t)(-8 * sum);
     }
 }
 
 void prepare(vectors *v, const matrix *m, int64_t from, int64_t to, int act, float act_scale) {
     if (m->bits == 32) return;
+    v->high = act == ACT_FLOAT;
     for (int64_t c = from; c < to; c++) prepare_one(v, m, c, act, act_scale);
 }
 
@@ -325,26 +381,38 @@ INLINE void sums_of_rows(float *y, int64_t ldy, vf (*part)[VL], const float *bia
     }
 }
 
+enum { FLOATS = 32, BYTES = 8, NIBBLES = 4, PAIRS = 256, WITH_HIGH = 512 };  // kinds of products; the bits are their weights'
+
+INLINE void some_rows(vf (*part)[VL], int at, const matrix *m, const vectors *v, int64_t first, int64_t row, const int rows,
+                      const int count, const int kind) {
+    const int bits = kind & 63;
+    if (kind == FLOATS) {
+        const float *w = (const float *)m->data + row * m->columns, *x = v->x + first * v->ld;
+        float_row(part, at, w, x, v->ld, m->columns, rows, count, count == 1 ? 4 : count == 2 ? 2 : 1);
+        return;
+    }
+#if defined(__AVX512F__)
+    if (kind & PAIRS) { byte_pair_rows(part, at, m, v, first, row, rows, count, bits, kind & WITH_HIGH); return; }
+#endif
+    word_rows(part, at, m, v, first, row, rows, count, bits);
+}
+
 // Some rows (at most VL) with `count` vectors beginning at `first`.
 INLINE void tile(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t row, int64_t rows, int64_t first,
-                 const int count, const int bits, const int vnni) {
+                 const int count, const int kind) {
     vf part[VECTORS][VL];
-    const float *w = (const float *)m->data + row * m->columns, *x = v->x + first * v->ld;
-    const int chains = count == 1 ? 4 : count == 2 ? 2 : 1;
-    for (int q = 0; q < rows; q++) {
-        if (bits == 4 && count == 1 && q + ROWS <= rows) four_nibble_rows(part[0] + q, m, v, first, row + q, vnni), q += ROWS - 1;
-        else if (bits != 32) integer_row(part, q, m, v, first, row + q, count, bits, vnni);
-        else if (count == 1 || q + 1 == rows) float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 1, count, chains);
-        else float_row(part, q, w + q * m->columns, x, v->ld, m->columns, 2, count, chains), q++;
-    }
+    const int together = kind == FLOATS ? (count == 1 ? 1 : 2) : count == 1 ? ROWS : count <= 4 ? 2 : 1;
+    int q = 0;
+    for (; q + together <= rows; q += together) some_rows(part, q, m, v, first, row + q, together, count, kind);
+    for (; q < rows; q++) some_rows(part, q, m, v, first, row + q, 1, count, kind);
     sums_of_rows(y + first * ldy + row, ldy, part, m->bias ? m->bias + row : NULL, rows, count);
 }
 
 #define TILE_CASE(n) \
-    case n: tile(m, v, y, ldy, row, rows, first, n, bits, vnni); break
+    case n: tile(m, v, y, ldy, row, rows, first, n, kind); break
 
 INLINE void tiles(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t row, int64_t rows, int64_t first,
-                  const int bits, const int vnni) {
+                  const int kind) {
     const int64_t left = v->count - first;
     switch (left < VECTORS ? left : VECTORS) {
         TILE_CASE(1);
@@ -361,44 +429,36 @@ INLINE void tiles(const matrix *m, const vectors *v, float *y, int64_t ldy, int6
 }
 
 // All vectors meet some rows while these are in cache: VL of them for few vectors, all of a task's for many.
-INLINE void all_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to, const int bits,
-                     const int vnni) {
+INLINE void all_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to, const int kind) {
     const int64_t block = v->count <= 8 ? VL : to - from;
     for (int64_t start = from; start < to; start += block)
         for (int64_t first = 0; first < v->count; first += VECTORS)
             for (int64_t row = start; row < start + block && row < to; row += VL)
-                tiles(m, v, y, ldy, row, to - row < VL ? to - row : VL, first, bits, vnni);
+                tiles(m, v, y, ldy, row, to - row < VL ? to - row : VL, first, kind);
 }
 
-static void float_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    all_rows(m, v, y, ldy, from, to, 32, 0);
-}
-static void byte_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    all_rows(m, v, y, ldy, from, to, 8, 0);
-}
-static void nibble_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    all_rows(m, v, y, ldy, from, to, 4, 0);
-}
+typedef void rows_of(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to);
+#define ROWS_OF(name, kind) \
+    static void name(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) { \
+        all_rows(m, v, y, ldy, from, to, kind); \
+    }
+ROWS_OF(float_rows, FLOATS)
+ROWS_OF(byte_rows, BYTES)
+ROWS_OF(nibble_rows, NIBBLES)
 #if defined(__AVX512F__)
-static void byte_rows_vnni(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    all_rows(m, v, y, ldy, from, to, 8, 1);
-}
-static void nibble_rows_vnni(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    all_rows(m, v, y, ldy, from, to, 4, 1);
-}
-static int vnni_here;
-__attribute__((constructor)) static void look_for_vnni(void) {
-    __builtin_cpu_init();
-    vnni_here = __builtin_cpu_supports("avx512vnni");
-}
+ROWS_OF(byte_rows_8, BYTES | PAIRS)
+ROWS_OF(byte_rows_16, BYTES | PAIRS | WITH_HIGH)
+ROWS_OF(nibble_rows_8, NIBBLES | PAIRS)
+ROWS_OF(nibble_rows_16, NIBBLES | PAIRS | WITH_HIGH)
 #endif
 
 void multiply_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
-    if (m->bits == 32) { float_rows(m, v, y, ldy, from, to); return; }
+    rows_of *rows = m->bits == 32 ? float_rows : m->bits == 8 ? byte_rows : nibble_rows;
 #if defined(__AVX512F__)
-    if (vnni_here) { (m->bits == 8 ? byte_rows_vnni : nibble_rows_vnni)(m, v, y, ldy, from, to); return; }
+    if (byte_pairs && m->bits == 8) rows = v->high ? byte_rows_16 : byte_rows_8;
+    if (byte_pairs && m->bits == 4) rows = v->high ? nibble_rows_16 : nibble_rows_8;
 #endif
-    (m->bits == 8 ? byte_rows : nibble_rows)(m, v, y, ldy, from, to);
+    rows(m, v, y, ldy, from, to);
 }
 
 // ---- integers as floats, for products that arithmetic bounds ----

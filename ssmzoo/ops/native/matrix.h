@@ -20,6 +20,7 @@ typedef struct {
 
 typedef struct {
     int64_t byte, words, group, steps, rest;  // of W's row; of a prepared vector; whole registers, and bytes behind them
+    uint64_t here, behind;                    // which of the first and the second 64 bytes are there
 } piece;
 
 typedef struct {
@@ -29,7 +30,8 @@ typedef struct {
     int16_t *q;    // (count words)
     float *scale;  // (count pieces), and the sum of a piece's integers
     float *sum;
-    int32_t *start;  // (count pieces): what a sum of products with 4-bit numbers begins with, since they are stored + 8
+    int32_t *start;  // (count pieces VL): what sums of products begin with, whose weights come as they are + 8 or + 128
+    int high;        // numbers of 16 bits, not of 8
 } vectors;
 
 enum { ACT_FLOAT, ACT_STATIC, ACT_DYNAMIC };

@@ -8,6 +8,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 
 enum { SLAB = 1 << 21 };  // a huge page
 
@@ -39,6 +42,12 @@ void ssmzoo_commit(char *data, int64_t bytes, int64_t threads) {
     b.first = b.start / SLAB * SLAB;
     parallel_for((int64_t)((b.end - b.first + SLAB - 1) / SLAB), threads, populate, &b);
 }
+
+// Gather what lies between two multiples of SLAB into huge pages, where it is; a system that cannot leaves it as it was.
+void ssmzoo_gather(char *from, char *to) {
+    for (; from < to; from += SLAB) madvise(from, SLAB, MADV_COLLAPSE);
+}
 #else
+void ssmzoo_gather(char *from, char *to) { (void)from, (void)to; }
 void ssmzoo_commit(char *data, int64_t bytes, int64_t threads) { (void)data, (void)bytes, (void)threads; }
 #endif
