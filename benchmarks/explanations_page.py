@@ -83,8 +83,23 @@ def against_attention(rows: dict[str, list[dict]]) -> str:
         if twin in reach and len(reach) > 1:
             rest = ", ".join(f"{model} {share:.2f}" for model, share in reach.items() if model != twin)
             parts.append(f"{data}: {rest}; {twin} {reach[twin]:.2f}")
+    vim, vit = rows.get("digits: Vim"), rows.get("digits: ViT")
+    verdict = ""
+    if vim and vit:
+        raw, twin = (statistics.mean(f["positive"]["raw"] for f in found) for found in (vim, vit))
+        ours, theirs = (
+            max(statistics.mean(f["negative"][m] for f in found) for m in ("raw", "rollout", "attribution"))
+            for found in (vim, vit)
+        )
+        verdict = (
+            f"On digits Vim's raw attention is {'better' if raw < twin else 'not better'} on positive perturbation "
+            f"({raw:.1f} % beside ViT's {twin:.1f} %), and the transformer's best map is "
+            f"{'better' if theirs > ours else 'not better'} on negative ({theirs:.1f} beside {ours:.1f} %): the "
+            f"published directions {'hold' if raw < twin and theirs > ours else 'are not both found'} here. "
+        )
     return (
-        "Delta A of the best of raw, rollout and attribution over LRP's, so that models compare: "
+        verdict
+        + "Delta A of the best of raw, rollout and attribution over LRP's, so that models compare: "
         + ". ".join(parts)
         + "."
     )
