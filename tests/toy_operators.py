@@ -313,7 +313,7 @@ def _token(x, norm, first, second):
     def layers(x, states):
         new = []
         for w, state in zip(weights, states):
-            y, *after = ops.mamba_step(ops.rms_norm(x, norm, 1e-5), *state, *w)
+            y, *after = ops.mamba_step(ops.rms_norm(x, norm, 1e-5), *state, *w[:-1])
             x = x + y
             new.append(tuple(after))
         return x, tuple(new), {}

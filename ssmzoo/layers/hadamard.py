@@ -11,6 +11,7 @@ Source: Chiang et al. 2025 (arXiv 2503.22879); Paley 1933 for the matrices of or
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.norm import fp32
 from ssmzoo.ops import rms_norm
+from ssmzoo.ops.token_step import Register
 
 SPECIAL = (12, 40)
 
@@ -61,6 +63,12 @@ def _jacobsthal(q: int) -> Tensor:
     squares = {i * i % q for i in range(1, q)}
     row = [0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)]
     return torch.tensor([[row[(j - i) % q] for j in range(q)] for i in range(q)], dtype=torch.float64)
+
+
+@functools.cache
+def special_factor(dim: int) -> Tensor:
+    """H_s (s s) in fp32 on the CPU, (1 1) for a power of two: what a kernel needs to know of T."""
+    return hadamard_matrix(order(dim)[0]).float()
 
 
 @functools.cache
@@ -120,3 +128,6 @@ class Rotated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return hadamard(self.norm(hadamard(fp32(x), inverse=True)))
+
+    def program(self, p: Any, x: Register) -> Register:
+        return p.rotate(p.norm(self.norm, p.rotate(x, inverse=True)))

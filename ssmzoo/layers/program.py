@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.hadamard import order, special_factor
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.quantized import QuantizedLinear
 from ssmzoo.ops.stack_step import Integers
@@ -81,11 +82,19 @@ class Builder:
 
     def linear(self, linear: nn.Module, x: Register, act: str = "none", out: Register | None = None) -> Register:
         self.need(is_plain(linear, among=LINEARS))
-        weight = matrix(linear)
+        weight = matrix(linear, rotated=True)
+        if rotates(linear):
+            x = self.rotate(x)
         self.need(weight is not None, linear.in_features == x.size)
         out = self.reg(linear.out_features) if out is None else out
         numbers = (ACTIVATIONS.index(act), 0)
         return self.emit("linear", out, x, matrix=(weight, linear.bias), numbers=numbers, factors=(1.0,))
+
+    def rotate(self, x: Register, inverse: bool = False) -> Register:
+        """x T, or x T^T (`ssmzoo.layers.hadamard`)"""
+        self.need(order(x.size) is not None)
+        special = special_factor(x.size)
+        return self.emit("hadamard", self.reg(x.size), x, weights=(special,), numbers=(len(special), inverse))
 
     def norm(self, norm: nn.Module, x: Register) -> Register:
         """A norm over all channels: any module with a method `program`, or torch's LayerNorm."""
@@ -275,8 +284,21 @@ def in_one_call(weight: Tensor) -> bool:
     return weight.dtype is torch.float32 or weight.is_cuda and weight.is_floating_point()
 
 
-def matrix(linear: nn.Module) -> Tensor | Integers | None:
-    """The weights of a plain linear map as `token_step` takes them; None if it is more than a product."""
+def rotates(linear: nn.Module) -> bool:
+    """Whether a quantised linear map rotates what enters it."""
+    return type(linear) is QuantizedLinear and linear.rotate
+
+
+def special_of(linear: nn.Module) -> Tensor | None:
+    """The special factor of that rotation, None for none."""
+    return special_factor(linear.in_features) if rotates(linear) else None
+
+
+def matrix(linear: nn.Module, rotated: bool = False) -> Tensor | Integers | None:
+    """The weights of a plain linear map as `token_step` takes them; None if it is more than a product.
+
+    rotated: what enters it is rotated beforehand where it asks for that (`rotates`)
+    """
     if not is_plain(linear, among=LINEARS):
         return None
     if type(linear) is nn.Linear:
@@ -285,6 +307,7 @@ def matrix(linear: nn.Module) -> Tensor | Integers | None:
         linear.scale.dtype is not torch.float32
         or linear.activation != "float"
         or linear.rotate
+        and not rotated
         or linear.output is not None
     ):
         return None

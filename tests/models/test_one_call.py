@@ -12,7 +12,8 @@ from test_state_contract import NODES, VOCAB, tiny_node
 from torch import nn
 from walker import leaves
 
-from ssmzoo import ops
+from ssmzoo import create_model, ops
+from ssmzoo.adapt import quantise as adapt
 from ssmzoo.layers.one_call import _kept
 from ssmzoo.layers.quantized import QuantizedLinear
 from ssmzoo.layers.state import map_state
@@ -148,6 +149,26 @@ def poisoned(t):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers(name, bits):
     model, ids = quantise(model_of(name), bits), torch.randint(VOCAB, (3, 12))
+    with torch.no_grad():
+        start = model(ids[:, :4]).state
+        logits, state, _, served = steps(model, ids[:, 4:], start)
+        with ops.backend("reference"):
+            expected, end, _, _ = steps(model, ids[:, 4:], start)
+    assert served == ["c"] * 8
+    same([logits], [expected], 1e-3)  # activations of 16 bits
+    same(tensors(state), tensors(end), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("d_model, headdim", [(48, 8), (64, 16), (80, 32)])  # inner widths 12 2^k, 2^k and 40 2^k
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotated_models_of_integers(name, d_model, headdim, tied):
+    torch.manual_seed(0)
+    cfg = {"d_state": 4} | ({"headdim": headdim} if name == "mamba2" else {})
+    options = dict(vocab_size=VOCAB, d_model=d_model, n_layer=2, ssm_cfg=cfg)
+    model = create_model(name, **options).eval()
+    model = adapt.quantise(model, mode="w8a16", untie=not tied)
+    ids = torch.randint(VOCAB, (3, 12))
     with torch.no_grad():
         start = model(ids[:, :4]).state
         logits, state, _, served = steps(model, ids[:, 4:], start)

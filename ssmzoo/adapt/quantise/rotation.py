@@ -41,7 +41,7 @@ def rotate(model: nn.Module) -> nn.Module:
             model.set_submodule(parts.names[id(writer)], with_rotation(writer))
     turned(parts.embedding.weight)
     if parts.tied and parts.norm is not None:
-        model.set_submodule(parts.norm_name, Rotated(parts.norm))
+        model.set_submodule(parts.norm_name, Rotated(parts.norm).train(parts.norm.training))
     elif not parts.tied:
         turned(parts.head.weight)
         if parts.norm is not None:

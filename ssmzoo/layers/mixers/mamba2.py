@@ -28,7 +28,7 @@ from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.program import Builder, matrix
+from ssmzoo.layers.program import Builder, matrix, special_of
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba2_step, mamba_chunk_scan_combined, ssd_state_update
 from ssmzoo.ops.stack_step import Mamba2Layer
@@ -218,14 +218,14 @@ class Mamba2(nn.Module):
 
     def program(self, p: Builder, u: Register) -> Register:
         i, conv, o, own = self.in_proj, self.conv1d, self.out_proj, self.norm
-        matrices = matrix(i), matrix(o)
+        matrices = matrix(i), matrix(o, rotated=True)
         p.need(all(m is not None for m in matrices), self._simple())
         weight, eps = (None, 0.0) if own is None else (own.weight, own.eps)
         middle = conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, weight
         last = self.ngroups, eps, *(self.dt_limit if self.options.clamp_steps else (0.0, math.inf))
         heads = self.nheads, self.headdim, self.d_state
         states = p.state(self.widths[3], self.d_conv), p.state(*heads)
-        layer = Mamba2Weights(matrices[0], *middle, matrices[1], i.bias, o.bias, *last, heads)
+        layer = Mamba2Weights(matrices[0], *middle, matrices[1], i.bias, o.bias, *last, heads, special_of(o))
         return p.emit("mamba2", p.reg(o.out_features), u, numbers=(0, 0), states=states, layer=layer)
 
     def _step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:

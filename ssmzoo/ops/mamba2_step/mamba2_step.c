@@ -3,6 +3,7 @@
 // matrices and heads are shared by the threads.
 #include "mamba2_step.h"
 #include "gemv.h"
+#include "hadamard.h"
 
 typedef struct {  // what is computed on the way: [z, xBC, dt] (b w), xBC behind the convolution (b c), y (b e)
     const mamba2_weights *w;
@@ -134,6 +135,7 @@ void mamba2_layer(const mamba2_weights *w, const float *u, step_state state, flo
     in_shares(t, &s, width, project_in);
     crew_for(t, b * w->h, advance, &s);
     if (w->norm_weight) normalise(&s);
+    for (int64_t row = 0; w->special && row < b; row++) hadamard(s.y + row * e, e, w->special, w->s, 0);
     ready(&s.into_out, &w->out_proj, s.y, b, e, memory);
     in_shares(t, &s, w->d, project_out);
 }

@@ -7,6 +7,8 @@ typedef struct {
     const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;  // no norm without norm_weight
     int64_t d, h, p, n, g, k, d_per_channel;
     double eps, dt_min, dt_max;
+    const float *special;  // as in mamba_weights
+    int64_t s;
 } mamba2_weights;
 
 size_t mamba2_memory(const mamba2_weights *w, int64_t b);

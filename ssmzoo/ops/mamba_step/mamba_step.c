@@ -2,6 +2,7 @@
 // equations. All work is one pass over the weights, whose rows the threads share, whatever the number of sequences.
 #include "mamba_step.h"
 #include "gemv.h"
+#include "hadamard.h"
 
 // h' = exp(dt A) h + dt x B of one channel; returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
 // nothing.
@@ -135,6 +136,7 @@ void mamba_layer(const mamba_weights *w, const float *u, step_state state, float
     ready(&s.into_dt, &w->dt_proj, s.dbc, b, r + 2 * w->n, integers);
     in_shares(t, &s, e, advance);
     if (!w->out_proj.data) return;
+    for (int64_t row = 0; w->special && row < b; row++) hadamard(s.y + row * e, e, w->special, w->s, 0);
     ready(&s.into_out, &w->out_proj, s.y, b, e, integers);
     in_shares(t, &s, w->d, project_out);
 }

@@ -10,6 +10,7 @@ every sequence) that is made once and stays good while the modules do (`ssmzoo.l
     taylor, ssd, delta, recur, rglru, element, mamba3   recurrences of constant size
     moe        a router and its experts               keys       product keys: values, or one-neuron experts
     chunk, workspace                                  sums over chunks of tokens, and slots that they write to
+    hadamard   out = a T, or a T^T (`ssmzoo.layers.hadamard`)
 
 Letters: b batch, d model width.
 """
@@ -27,7 +28,7 @@ from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.stack_step import Integers
 
 KINDS = ("linear", "norm", "mix", "conv", "mamba", "mamba2", "attend", "taylor", "ssd", "delta", "recur", "rglru")
-KINDS += ("element", "moe", "keys", "chunk", "workspace", "mamba3")
+KINDS += ("element", "moe", "keys", "chunk", "workspace", "mamba3", "hadamard")
 ACTIVATIONS = ("none", "relu", "silu", "sigmoid", "gelu", "gelu_tanh")
 PARTS = ("rms_norm", "mamba_step", "mamba2_step", "gated_delta_step", "causal_conv1d_update", "causal_conv1d_fn")
 PARTS += ("ssd_state_update", "gated_linear_recurrence", "taylor_attention", "linear_act", "grouped_matmul")
@@ -38,7 +39,10 @@ Matrix = Tensor | Integers
 
 
 class MambaWeights(NamedTuple):
-    """The weights of `mamba_step`; matrices may be `Integers`, conv_weight may be (e 1 k)."""
+    """The weights of `mamba_step`; matrices may be `Integers`, conv_weight may be (e 1 k).
+
+    special   (s s) special factor of the Hadamard matrix by which what enters out_proj is rotated; None: it is not
+    """
 
     conv_weight: Tensor
     conv_bias: Tensor | None
@@ -51,10 +55,11 @@ class MambaWeights(NamedTuple):
     in_bias: Tensor | None
     out_proj: Matrix
     out_bias: Tensor | None
+    special: Tensor | None = None
 
 
 class Mamba2Weights(NamedTuple):
-    """The weights and numbers of `mamba2_step`; matrices may be `Integers`, conv_weight (c 1 k)."""
+    """The weights and numbers of `mamba2_step`; matrices may be `Integers`, conv_weight (c 1 k), special as above."""
 
     in_proj: Matrix
     conv_weight: Tensor
@@ -71,6 +76,7 @@ class Mamba2Weights(NamedTuple):
     dt_min: float
     dt_max: float
     heads: tuple[int, int, int]  # h, p, n
+    special: Tensor | None = None
 
 
 class Register(NamedTuple):

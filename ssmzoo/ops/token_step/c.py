@@ -16,7 +16,7 @@ from ssmzoo.ops.stack_step import Integers
 from ssmzoo.ops.token_step import KINDS, Instruction, MambaWeights, Matrix, Program, flat, layout, rebuilt, token_step
 
 STEP, MISSING = kernel("ssmzoo_token_step")
-LAYER = struct.Struct("45q3d")
+LAYER = struct.Struct("47q3d")
 INSTRUCTION = struct.Struct("47q4d5q")
 METRICS = 5  # behind the shares of the experts
 NO_MATRIX = (0,) * 8
@@ -85,7 +85,8 @@ def pack_layer(layer) -> bytes:
         tensors = layer.dt_bias, layer.norm_weight
         sizes = h * p, h, p, n, layer.ngroups, layer.conv_weight.shape[-1], layer.D.numel() != h
         numbers = layer.gate_eps, layer.dt_min, layer.dt_max
-    tensors = layer.conv_weight, layer.conv_bias, layer.A_log, layer.D, *tensors
+    tensors = layer.conv_weight, layer.conv_bias, layer.A_log, layer.D, *tensors, layer.special
+    sizes = 0 if layer.special is None else len(layer.special), *sizes
     return LAYER.pack(*mixer, *(0 if t is None else t.data_ptr() for t in tensors), *sizes, *numbers)
 
 

@@ -1,24 +1,26 @@
 // One token of b sequences through the instructions of a program: see ssmzoo/ops/token_step/__init__.py.
+#include "hadamard.h"
 #include "program.h"
 
 typedef struct {  // as ssmzoo/ops/token_step/c.py packs it
     matrix in_proj, out_proj, x_proj, dt_proj;  // the last two of Mamba-1 alone
-    const float *conv_weight, *conv_bias, *A_log, *D, *dt_bias, *gate_norm;
-    int64_t e, h, p, n, g, k, d_per_channel;
+    const float *conv_weight, *conv_bias, *A_log, *D, *dt_bias, *gate_norm, *special;
+    int64_t s, e, h, p, n, g, k, d_per_channel;
     double gate_eps, dt_min, dt_max;
 } mixer_layer;
 
 static mamba_weights weights_of(const mixer_layer *l, int64_t d) {
     return (mamba_weights){.in_proj = l->in_proj, .x_proj = l->x_proj, .dt_proj = l->dt_proj, .out_proj = l->out_proj,
                            .conv_weight = l->conv_weight, .conv_bias = l->conv_bias, .A_log = l->A_log, .D = l->D,
-                           .d = d, .e = l->e, .n = l->n, .k = l->k};
+                           .d = d, .e = l->e, .n = l->n, .k = l->k, .special = l->special, .s = l->s};
 }
 
 static mamba2_weights weights2_of(const mixer_layer *l, int64_t d) {
     return (mamba2_weights){.in_proj = l->in_proj, .out_proj = l->out_proj, .conv_weight = l->conv_weight,
                             .conv_bias = l->conv_bias, .dt_bias = l->dt_bias, .A_log = l->A_log, .D = l->D,
                             .norm_weight = l->gate_norm, .d = d, .h = l->h, .p = l->p, .n = l->n, .g = l->g, .k = l->k,
-                            .d_per_channel = l->d_per_channel, .eps = l->gate_eps, .dt_min = l->dt_min, .dt_max = l->dt_max};
+                            .d_per_channel = l->d_per_channel, .eps = l->gate_eps, .dt_min = l->dt_min, .dt_max = l->dt_max,
+                            .special = l->special, .s = l->s};
 }
 
 INLINE vf activated(vf x, int act) {
@@ -138,6 +140,16 @@ static void run_mix(const runner *r) {
     }
 }
 
+// out = a rotated, or back; n: order of the special factor, whether back
+static void run_hadamard(const runner *r) {
+    const instruction *i = r->i;
+    for (int64_t row = 0; row < r->b; row++) {
+        float *out = at(r, &i->out, row);
+        memmove(out, at(r, &i->a, row), sizeof(float) * (size_t)i->a.size);
+        hadamard(out, i->a.size, i->w[0], i->n[0], (int)i->n[1]);
+    }
+}
+
 static void run_conv(const runner *r) {
     const instruction *i = r->i;
     const int64_t c = i->a.size, k = i->n[1];
@@ -209,6 +221,7 @@ static void execute(runner *r) {
         case CHUNK: run_chunk(r); break;
         case WORKSPACE: run_workspace(r); break;
         case MAMBA3: run_mamba3(r); break;
+        case HADAMARD: run_hadamard(r); break;
     }
 }
 
