@@ -241,7 +241,12 @@ def cases(name: str) -> list[Case]:
         "transformers float32": transformers(name),
         **{f"llama.cpp {kind}": llama_speed(name, kind) for kind in FILES},
     }
-    batch = {f"ssmzoo float32, {b} sequence{'s' * (b > 1)}": ours(floats, b) for b in (1, 2, 4, 8)}
+    sizes = {"float32": (floats, (1, 2, 4, 8)), "int8": (bytes_, (1, 8)), "int4": (nibbles, (1, 8))}
+    batch = {
+        f"ssmzoo {kind}, {b} sequence{'s' * (b > 1)}": ours(build, b)
+        for kind, (build, counts) in sizes.items()
+        for b in counts
+    }
     prompts = {"float32": prefill(floats), "int8": prefill(bytes_), "int4": prefill(nibbles)}
     more = {"by_name": True, "limit": 1200}
     return [
