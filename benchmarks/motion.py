@@ -68,7 +68,7 @@ def write_page(rows: list[dict]) -> None:
     lines = [
         "# Motion from speech: scans beside a transformer twin",
         "",
-        "`python benchmarks/motion.py`, one thread a run. The default run of `model=mambatalk` (100 steps of 8",
+        "`python benchmarks/motion.py`, one thread a run. The default run of `model=mambatalk` (200 steps of 8",
         "windows) on code books of 300 steps that both arms of a seed share. The twin (`model.mixer=attention`) has",
         "causal attention with rotary positions where the scans are, and the rest as it is. The motion is generated",
         "from the beats of a synthesised sound: no number can be compared with a published one. Mean and range over",

@@ -95,11 +95,14 @@ class GlobalScan(nn.Module):
 class LocalScan(nn.Module):
     """-> TalkOutput."""
 
-    def __init__(self, frames: int, h: int, a: int, codes: int, dropout: float, mixer: str):
+    def __init__(
+        self, frames: int, h: int, a: int, codes: int, dropout: float, mixer: str, n_layers: int, own_sound: bool
+    ):
         super().__init__()
+        self.own_sound = own_sound
         self.position_embeddings, self.body_proj = Sinusoid(h, frames, dropout), nn.Linear(a, h)
         layer = nn.TransformerDecoderLayer(h, 4, h, dropout, batch_first=True)
-        self.motion_cross_attn = nn.TransformerDecoder(layer, 8)
+        self.motion_cross_attn = nn.TransformerDecoder(layer, n_layers)
         for part in PARTS:
             stack = {"n_layers": 4, "d_out": h} if part == "face" else {"attention": attention(h, 8, dropout)}
             self.add_module(f"{part}_scan", Scan(h, h, **stack, mixer=mixer))
@@ -111,7 +114,9 @@ class LocalScan(nn.Module):
 
     def forward(self, g: Tensor, features: Tensor, body: Tensor, speakers: tuple[Tensor, Tensor]) -> TalkOutput:
         face_speaker, body_speaker = speakers
-        g = g + self.motion_cross_attn(self.position_embeddings(g), self.body_proj(body))
+        body = self.body_proj(body)
+        g = g + body if self.own_sound else g  # the memory has no positions: without it no frame knows its own sound
+        g = g + self.motion_cross_attn(self.position_embeddings(g), body)
         x = {part: self._of("motion2latent_", part, g) for part in BODY}
         rest = sum(x.values())
         face = self.face_proj(torch.cat([self.position_embeddings(face_speaker), features], -1))
@@ -135,6 +140,9 @@ class MambaTalk(nn.Module):
     words, speakers     sizes of the two tables
     dropout             of attention and sinusoids
     mixer               mamba, or attention: the transformer twin (mambatalk_layers/scan.py)
+    n_layers            of the cross attention
+    own_sound           ours: every frame's query of the cross attention also has its own frame's sound. As released the
+                        sound there has no positions, and what a body does cannot depend on when it is heard
 
     A mask of 1 hides a value of the motion; about 533 samples of sound belong to a frame.
     """
@@ -151,6 +159,8 @@ class MambaTalk(nn.Module):
         speakers: int = 25,
         dropout: float = 0.1,
         mixer: str = "mamba",
+        n_layers: int = 8,
+        own_sound: bool = False,
     ):
         super().__init__()
         if mixer not in MIXERS:
@@ -163,12 +173,30 @@ class MambaTalk(nn.Module):
             self.add_module(f"at_attn_{side}", nn.Linear(2 * a, 2 * a))
             self.add_module(f"speaker_encoder_{side}", nn.Embedding(speakers, d_model))
         self.global_scan = GlobalScan(pose_dims, frames, d_model, a, motion_dim, dropout, mixer)
-        self.local_scan = LocalScan(frames, d_model, a, codes, dropout, mixer)
+        self.local_scan = LocalScan(frames, d_model, a, codes, dropout, mixer, n_layers, own_sound)
 
     def forward(self, audio: Tensor, word: Tensor, motion: Tensor, mask: Tensor, speaker: Tensor) -> TalkOutput:
-        frames = motion.shape[1]
+        return self.move(self.hear(audio, word), motion, mask, speaker)
+
+    @torch.no_grad()
+    def start_at(self, motion: Tensor) -> None:
+        """Before training, on many windows of motion (b n D): hidden values are the mean, which the encoder takes to
+        zero; nothing, once the query has been trained."""
+        g, mean = self.global_scan, motion.mean((0, 1))
+        if not g.learnable_query.any():
+            first = g.motion_encoder.main[0]
+            g.learnable_query.copy_(mean)
+            first.bias.copy_(-first.weight.sum(-1) @ mean)
+
+    def hear(self, audio: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
+        """Sound and text for face and body, (b n a) each."""
+        frames = word.shape[1]
         face = self.fuse("face", self.audio_pre_encoder_face(audio, frames), word)
-        body = self.fuse("body", self.audio_pre_encoder_body(audio[..., :2], frames), word)
+        return face, self.fuse("body", self.audio_pre_encoder_body(audio[..., :2], frames), word)
+
+    def move(self, heard: tuple[Tensor, Tensor], motion: Tensor, mask: Tensor, speaker: Tensor) -> TalkOutput:
+        """Of what was heard, which passes with different masks share."""
+        face, body = heard
         speakers = self.speaker_encoder_face(speaker), self.speaker_encoder_body(speaker)
         g, features = self.global_scan(motion, mask, face, speakers[1])
         return self.local_scan(g, features, body, speakers)
@@ -184,10 +212,11 @@ class MambaTalk(nn.Module):
 class MambaTalkBody(nn.Module):
     """Both stages: MambaTalk with the code books it speaks in, which stand still.
 
-    frames, d_model, audio_dim, motion_dim, words, dropout, mixer   see `MambaTalk`
+    frames, d_model, audio_dim, motion_dim, words, dropout, mixer, own_sound   see `MambaTalk`
     codes          size and width of the code books: `rec` has as many channels as there are codes, and is compared
                    with latents
     n_layers, lower_layers   of the code books, see `MotionCodes`
+    cross_layers   `n_layers` of MambaTalk
 
     forward as MambaTalk's.
     """
@@ -204,11 +233,14 @@ class MambaTalkBody(nn.Module):
         n_layers: int = 2,
         lower_layers: int = 4,
         mixer: str = "mamba",
+        cross_layers: int = 8,
+        own_sound: bool = False,
     ):
         super().__init__()
         self.codes = MotionCodes(codes, codes, n_layers, lower_layers).requires_grad_(False)
         sizes = (337, frames, d_model, audio_dim, motion_dim, codes, words)
-        self.talk = MambaTalk(*sizes, dropout=dropout, mixer=mixer)
+        more = {"dropout": dropout, "mixer": mixer, "n_layers": cross_layers, "own_sound": own_sound}
+        self.talk = MambaTalk(*sizes, **more)
 
     first_stage = "codes"  # a file that holds its weights alone fills this part (init_from)
 

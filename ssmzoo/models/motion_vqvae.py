@@ -50,6 +50,20 @@ class Quantizer(nn.Module):
         distance = z.square().sum(-1, keepdim=True) + e.square().sum(-1) - 2 * z @ e.mT
         return distance.argmin(-1)
 
+    @torch.no_grad()
+    def fit(self, z: Tensor, rounds: int = 15) -> None:
+        """Codes become the means of k-means over latents z (l w); a mean that no latent is nearest to moves to the
+        latents that are furthest from theirs."""
+        e = self.embedding.weight
+        e.copy_(z[torch.linspace(0, len(z) - 1, len(e), device=z.device).long()])
+        for _ in range(rounds):
+            code = self.nearest(z)
+            off = (z - e[code]).square().sum(-1)
+            count = code.bincount(minlength=len(e))
+            e.copy_(torch.zeros_like(e).index_add_(0, code, z) / count.clamp(min=1)[:, None])
+            empty = (count == 0).nonzero().flatten()[: len(z)]
+            e[empty] = z[off.topk(len(empty)).indices]
+
 
 class MotionDecoder(nn.Module):
     """(b l width) -> (b l c)."""
@@ -82,17 +96,37 @@ class MotionVQVAE(nn.Module):
         self.quantizer = Quantizer(codes, width, commitment) if codes else None
         self.decoder = MotionDecoder(width, channels, n_layers)
 
-    def forward(self, x: Tensor) -> VQOutput:
+    def forward(self, x: Tensor, quantise: bool = True) -> VQOutput:
         if x.ndim != 3 or x.shape[-1] != self.channels:
             raise ValueError(f"expected motion (batch, frames, {self.channels} channels), got {tuple(x.shape)}")
         z = self.encoder(x)
         code = x.new_zeros(x.shape[:2], dtype=torch.long)
-        latent, loss, code = (z, z.new_zeros(()), code) if self.quantizer is None else self.quantizer(z)
+        coded = quantise and self.quantizer is not None
+        latent, loss, code = self.quantizer(z) if coded else (z, z.new_zeros(()), code)
         return VQOutput(self.decoder(latent), latent, loss, code)
+
+    @torch.no_grad()
+    def start_at(self, x: Tensor) -> None:
+        """Before training: the mean of motion x (b l c) goes to zero and comes out of it, latents have unit variance.
+
+        A pose differs little from the mean pose; around zero that little is learnt some five times sooner.
+        """
+        first, last, mean = self.encoder.main[0], self.decoder.main[-1], x.mean((0, 1))
+        first.bias.copy_(-first.weight.sum(-1) @ mean)
+        last.bias.copy_(mean)
+        spread = self.encoder(x).var((0, 1)).mean().sqrt().clamp(min=1e-6)
+        first.weight /= spread
+        first.bias /= spread
+        last.weight *= spread
 
     def decode(self, code: Tensor) -> Tensor:
         """Motion (b l c) of codes (b l)."""
         return self.decoder(self.quantizer.embedding(code))
+
+
+def _standing(lower: Tensor) -> Tensor:
+    """(b l 61) without its translation."""
+    return torch.cat([lower[..., :54], torch.zeros_like(lower[..., 54:57]), lower[..., 57:]], -1)
 
 
 class MotionCodes(nn.Module):
@@ -103,6 +137,9 @@ class MotionCodes(nn.Module):
 
     width, codes            of all parts
     n_layers, lower_layers  of face, upper body and hands; of the lower body and the global motion
+
+    The translation is read from the lower body as the code book rebuilds it, which is what it is given when it speaks
+    (the released code trains it on true motion). quantise=False leaves the code books out.
     """
 
     def __init__(self, width: int = 256, codes: int = 256, n_layers: int = 2, lower_layers: int = 4):
@@ -112,14 +149,28 @@ class MotionCodes(nn.Module):
         self.add_module("global", MotionVQVAE(CHANNELS["lower"], width, lower_layers, codes=0))
         self.register_buffer("trained", torch.zeros(()))  # steps; stage 2 refuses codes that nobody trained
 
-    def forward(self, parts: dict[str, Tensor]) -> dict[str, VQOutput]:
-        found = {part: getattr(self, part)(parts[part]) for part in CHANNELS}
-        return found | {"global": self.translation(parts["lower"])}
+    def forward(self, parts: dict[str, Tensor], quantise: bool = True) -> dict[str, VQOutput]:
+        found = {part: getattr(self, part)(parts[part], quantise) for part in CHANNELS}
+        return found | {"global": self.translation(found["lower"].motion.detach())}
 
     def translation(self, lower: Tensor) -> VQOutput:
         """Of the lower body (b l 61), whose own translation is not looked at."""
-        seen = torch.cat([lower[..., :54], torch.zeros_like(lower[..., 54:57]), lower[..., 57:]], -1)
-        return getattr(self, "global")(seen)
+        return getattr(self, "global")(_standing(lower))
+
+    def start_at(self, parts: dict[str, Tensor]) -> None:
+        """Before training, on many windows of the parts: see `MotionVQVAE.start_at`."""
+        for part in CHANNELS:
+            getattr(self, part).start_at(parts[part])
+        moving = getattr(self, "global")
+        moving.start_at(_standing(parts["lower"]))
+        moving.decoder.main[-1].bias.data.copy_(parts["lower"].mean((0, 1)))
+
+    def fit_codes(self, parts: dict[str, Tensor]) -> None:
+        """Code books of what the encoders make of many windows of the parts."""
+        for part in CHANNELS:
+            coder = getattr(self, part)
+            with torch.no_grad():
+                coder.quantizer.fit(coder.encoder(parts[part]).flatten(0, 1))
 
     def decode(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Codes (b l) of the four parts -> motion of the four parts, with the translation of the autoencoder."""

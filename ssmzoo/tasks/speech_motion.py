@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ssmzoo.tasks.base import Report, StepOutput, Task
 from ssmzoo.tasks.metrics import motion as metrics
-from ssmzoo.tasks.motion import codes_step
+from ssmzoo.tasks.motion import codes_training_step, endless, many
 from ssmzoo.tasks.objectives.motion import random_mask, seed_mask, speech_loss
 
 SEEDS = 4  # frames of motion that are given
@@ -24,7 +25,7 @@ class SpeechMotion(Task):
     """Train a model that names what it says in `model.codes`.
 
     codes_steps   train the code books for so many steps first, unless init_from brought trained ones; 0: refuse then
-    codes_lr      learning rate of that
+    codes_lr      learning rate of that, which falls to a tenth; two fifths of the steps are without code books
 
     A step is three passes, whose losses add up: all motion hidden but four frames; a growing share of its values
     hidden, twice. Validation hides all but four frames. The report speaks whole clips, window after window, and judges
@@ -38,7 +39,7 @@ class SpeechMotion(Task):
         model: nn.Module,
         optim: Callable[[nn.Module], Any] | None = None,
         codes_steps: int = 150,
-        codes_lr: float = 1e-3,
+        codes_lr: float = 2e-3,
     ):
         super().__init__(model, optim)
         if codes_steps < 0 or codes_lr <= 0:
@@ -56,18 +57,21 @@ class SpeechMotion(Task):
 
     def on_fit_start(self) -> None:
         """The first stage, where no run of it was given and none is in a checkpoint."""
-        codes = self.model.codes
+        codes, data = self.model.codes, self.trainer.datamodule
+        self.model.talk.start_at(many(data, ["whole"], self.device)["whole"])
         if codes.trained or not self.codes_steps:
             return
         print(f"stage 1: {self.codes_steps} steps of the code books (or give init_from)", flush=True)
         codes.requires_grad_(True).train()
         optimizer = torch.optim.Adam(codes.parameters(), lr=self.codes_lr)
-        for _, batch in zip(range(self.codes_steps), _without_end(self.trainer.datamodule)):
-            loss, _ = codes_step(codes, {k: v.to(self.device) for k, v in batch.items()})
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, self.codes_steps)
+        for batch in islice(endless(data), self.codes_steps):
+            batch = {k: v.to(self.device) for k, v in batch.items()}
+            loss, _ = codes_training_step(codes, batch, data, 2 * self.codes_steps // 5)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        codes.trained += self.codes_steps
+            schedule.step()
         codes.requires_grad_(False).eval()
         print(f"stage 1: loss {float(loss.detach()):.4f}", flush=True)
 
@@ -75,22 +79,26 @@ class SpeechMotion(Task):
         with torch.no_grad():
             said = self.model.codes(batch)
         latent, code = ({part: getattr(said[part], kind) for part in PARTS} for kind in ("latent", "code"))
-        whole = batch["whole"]
-        masks = [(seed_mask(whole, SEEDS), 0.0)]
+        talk, whole = self.model.talk, batch["whole"]
+        masks, face_weights = [seed_mask(whole, SEEDS)], [0.0]
         if training:
             share = 0.05 + 0.95 * self.trainer.global_step / max(1, self.trainer.estimated_stepping_batches)
-            masks += [(random_mask(whole, share), 1.0)] * 2
+            masks, face_weights = [*masks, random_mask(whole, share), random_mask(whole, share)], [0.0, 1.0, 1.0]
+        heard, k = talk.hear(batch["audio"], batch["word"]), len(masks)  # the same in all passes
+        heard = tuple(h.repeat(k, 1, 1) for h in heard)
+        out = talk.move(heard, whole.repeat(k, 1, 1), torch.cat(masks), batch["speaker"].repeat(k, 1))
+        rec, cls = ({part: x.chunk(k) for part, x in kind.items()} for kind in out)
         loss = 0.0
-        for mask, face_weight in masks:
-            out = self.model(batch["audio"], batch["word"], whole, mask, batch["speaker"])
-            loss = loss + speech_loss(out.rec, out.cls, latent, code, face_weight)
-        right = torch.stack([(out.cls[part].argmax(-1) == code[part]).float().mean() for part in BODY]).mean()
+        for i, weight in enumerate(face_weights):
+            one = ({part: x[i] for part, x in kind.items()} for kind in (rec, cls))
+            loss = loss + speech_loss(*one, latent, code, weight)
+        right = torch.stack([(cls[part][0].argmax(-1) == code[part]).float().mean() for part in BODY]).mean()
         return StepOutput(loss, {"code_accuracy": right}, len(whole))
 
     @torch.no_grad()
     def speak(self, clip, frames: int, seed: Tensor | None = None) -> dict[str, Tensor]:
         """Motion (l ...) of the parts for a whole clip: windows of `frames`, the next one seeded by the last four of
-        the one before; `seed` (4 337) in front, of the clip itself by default."""
+        the one before; `seed` (4 337) in front, of the clip itself by default. All codes are decoded as one."""
         skeleton, step = self.trainer.datamodule.skeleton, frames - SEEDS
         samples = len(clip.audio) // len(clip.word)
         whole, found = (clip.whole[:SEEDS] if seed is None else seed), []
@@ -105,10 +113,11 @@ class SpeechMotion(Task):
             out = self.model(*(x.to(self.device) for x in inputs))
             codes = {part: out.cls[part].argmax(-1) for part in BODY}
             codes |= {"face": self.model.codes.face.quantizer.nearest(out.rec["face"])}
-            parts = {k: v[0].cpu() for k, v in self.model.codes.decode(codes).items()}
-            whole = skeleton.whole_of(parts)
-            found.append({k: v[: step if start + step + frames <= length else frames] for k, v in parts.items()})
-        return {part: torch.cat([f[part] for f in found]) for part in PARTS}
+            whole = skeleton.whole_of({k: v[0].cpu() for k, v in self.model.codes.decode(codes).items()})
+            kept = step if start + step + frames <= length else frames
+            found.append({part: code[:, :kept] for part, code in codes.items()})
+        codes = {part: torch.cat([f[part] for f in found], 1) for part in PARTS}
+        return {part: motion[0].cpu() for part, motion in self.model.codes.decode(codes).items()}
 
     def report(self, run_dir: Path, validation: dict[str, float]) -> Report:
         rows = {"validation loss": f"{validation['loss']:.4f} (all but four frames hidden)"}
@@ -119,7 +128,7 @@ class SpeechMotion(Task):
     def evaluate(self, out: Path, data) -> Report:
         """Whole clips spoken and judged, beside their true motion and with the beats of another clip; measures.csv."""
         self.model.eval()
-        skeleton, clips = data.skeleton, data.held_out
+        skeleton, clips = data.skeleton, [c for c in data.held_out if len(c.word) // 8 * 8 >= data.frames]
         spoken = [self.speak(clip, data.frames) for clip in clips]
         whole = [skeleton.whole_of(parts) for parts in spoken]
         got = [skeleton.joints_of(w).numpy() for w in whole]
@@ -171,9 +180,3 @@ class SpeechMotion(Task):
             for xs in ([s["upper"] for s in spoken], true)
         )
         return metrics.frechet(made, real)
-
-
-def _without_end(data):
-    """Batches of a loader of their own, so that the run's order stays what it is without them."""
-    while True:
-        yield from data.train_dataloader()

@@ -239,6 +239,7 @@ RANGES: dict[str, Range | Batches] = {
     "task.ratio": Range(0, 100, "low high"),
     "task.vus_window": AT_LEAST_0,
     "task.codes_steps": AT_LEAST_0,
+    "task.free_steps": AT_LEAST_0,
     "task.codes_lr": POSITIVE,
     "task.decoder_steps": AT_LEAST_0,
     "task.decoder_lr": POSITIVE,

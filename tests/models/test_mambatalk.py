@@ -50,6 +50,26 @@ def test_the_transformer_twin_differs_in_its_mixers_alone():
         talk(mixer="atention")
 
 
+def test_bodies_know_their_own_frames_sound_only_where_it_is_added():
+    """The memory of the cross attention has no positions: as released, the order of its frames does not matter."""
+    out, b = {}, batch()
+    for own in (False, True):
+        model = talk(own_sound=own)
+        face, body = model.hear(b["audio"], b["word"])
+        moved = [model.move((face, x), b["motion"], b["mask"], b["speaker"]) for x in (body, body.flip(1))]
+        out[own] = [(moved[0].cls[part] - moved[1].cls[part]).abs().max() for part in PARTS]
+    assert max(out[False]) < 1e-5 and min(out[True][1:]) > 1e-3
+
+
+def test_hidden_motion_starts_at_the_mean_once():
+    model, motion = talk(), 3 + torch.randn(4, 6, 15)
+    model.start_at(motion)
+    assert torch.allclose(model.global_scan.learnable_query.flatten(), motion.mean((0, 1)))
+    before = {n: w.clone() for n, w in model.state_dict().items()}
+    model.start_at(motion + 1)  # a run that goes on
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+
+
 def test_codes_are_the_nearest_and_gradients_pass_straight_through():
     torch.manual_seed(0)
     model = MotionVQVAE(5, 8, 2, codes=7).double()

@@ -13,6 +13,7 @@ from ssmzoo.data.motion.data import MotionData
 from ssmzoo.data.motion.files import read_clips
 from ssmzoo.data.motion.generated import PER_FRAME, RATE, clip, envelope
 from ssmzoo.models.mambatalk import MambaTalkBody
+from ssmzoo.models.motion_vqvae import MotionCodes, Quantizer
 from ssmzoo.ops.rotation import axis_angle_to_matrix, geodesic, matrix_of_6d, matrix_to_6d, positions
 from ssmzoo.tasks.metrics import motion as metrics
 from ssmzoo.tasks.objectives.motion import changes, part_loss, random_mask, seed_mask, speech_loss
@@ -137,7 +138,7 @@ def test_folders_of_beat2(tmp_path):
     data.setup()
     batch = next(iter(data.train_dataloader()))
     assert batch["audio"].shape == (2, 32 * PER_FRAME, 3) and batch["lower"].shape == (2, 32, 61)
-    with pytest.raises(ValueError, match="longest clip to train on has 200 frames, fewer than data.frames = 201"):
+    with pytest.raises(ValueError, match="clip to train on has 200 frames, fewer than the 201 of data.frames = 201"):
         MotionData(str(tmp_path / "a"), frames=201, clip_frames=400).setup()
 
 
@@ -158,15 +159,19 @@ def test_sound_and_motion_that_do_not_fit_are_refused(tmp_path, given, words):
 
 
 def test_folders_that_are_not_beat2_are_refused(tmp_path):
-    for change, words in (
+    cases = (
         (lambda f: (f / "2_scott_0_1_1.wav").unlink(), "has no sound 2_scott_0_1_1.wav"),
         (lambda f: (f / "2_scott_0_1_1.wav").write_bytes(b"x"), "is no WAV file"),
+        (lambda f: (f / "2_scott_0_1_1.npz").write_bytes(b"PK junk"), "expected poses"),
+        (lambda f: np.savez(f / "2_scott_0_1_1.npz", poses=np.full((200, 165), np.nan), trans=np.zeros((200, 3)),
+                            expressions=np.zeros((200, 100))), "poses hold nan in frame 0, channel 0"),
         (lambda f: np.savez(f / "2_scott_0_1_1.npz", poses=np.zeros((9, 165))), "expected poses"),
         (lambda f: np.savez(f / "2_scott_0_1_1.npz", poses=np.zeros((9, 4)), trans=np.zeros((9, 3)),
                             expressions=np.zeros((9, 100))), r"expected \(l 165\)"),
         (lambda f: [x.unlink() for x in f.iterdir()], "holds no NAME.npz"),
-    ):  # fmt: skip
-        folder = beat2(tmp_path / str(abs(hash(words))))
+    )  # fmt: skip
+    for i, (change, words) in enumerate(cases):
+        folder = beat2(tmp_path / str(i))
         change(folder)
         with pytest.raises(ValueError, match=words):
             read_clips(str(folder))
@@ -174,6 +179,25 @@ def test_folders_that_are_not_beat2_are_refused(tmp_path):
 
 def test_the_envelope_looks_ahead():
     assert envelope(np.array([0.0, -3, 1, 2, 0]), 2).tolist() == [3, 3, 2, 2, 0]
+
+
+def test_code_books_are_in_use_from_the_start():
+    torch.manual_seed(0)
+    clips = [clip(160, speaker, np.random.default_rng(speaker)) for speaker in (0, 1)]
+    parts = skeleton.parts_of(torch.stack([c.whole for c in clips]), torch.stack([c.expression for c in clips]))
+    codes = MotionCodes(16, 16, 1, 1)
+    codes.start_at(parts)
+    for part, x in parts.items():
+        latent = getattr(codes, part).encoder(x)[:, 4:-4]  # the ends see zeros instead of the mean pose
+        assert 0.5 < latent.var((0, 1)).mean() < 2
+        rebuilt = getattr(codes, part)(x.mean((0, 1), keepdim=True).expand(1, 40, -1), quantise=False).motion[:, 12:-12]
+        assert torch.allclose(rebuilt, x.mean((0, 1)).expand_as(rebuilt), atol=1e-3)
+    codes.fit_codes(parts)
+    used = {part: codes(parts)[part].code.unique().numel() for part in parts}
+    assert min(used.values()) >= 14, used
+    few = Quantizer(8, 4, 1.0)
+    few.fit(torch.randn(3, 4))  # fewer latents than codes
+    assert few.embedding.weight.isfinite().all()
 
 
 def test_the_first_stage_runs_and_feeds_the_second(call):

@@ -60,7 +60,7 @@ class MotionData(LightningDataModule):
         self,
         path: str | None = None,
         clips: int = 24,
-        val_clips: int = 4,
+        val_clips: int = 8,
         clip_frames: int = 300,
         speakers: int = 2,
         val_fraction: float = 0.1,
@@ -107,11 +107,14 @@ class MotionData(LightningDataModule):
         if len(found) < 2:
             raise ValueError(f"{self.path} holds one clip; at least two are needed, one of them to judge by")
         self.training, self.held_out = found[:-held], found[-held:]
-        for part, clips in (("to train on", self.training), ("to judge by", self.held_out)):
-            if (longest := max(len(c.word) for c in clips)) < self.frames:
+        for part, clips, least in (
+            ("to train on", self.training, self.frames),
+            ("to judge by", self.held_out, -(-self.frames // 8) * 8),  # speech comes in eights of frames
+        ):
+            if (longest := max(len(c.word) for c in clips)) < least:
                 raise ValueError(
-                    f"{self.path}: the longest clip {part} has {longest} frames, fewer than data.frames = "
-                    f"{self.frames}: lower that, or give longer clips"
+                    f"{self.path}: the longest clip {part} has {longest} frames, fewer than the {least} of "
+                    f"data.frames = {self.frames}: lower that, or give longer clips"
                 )
 
     @property

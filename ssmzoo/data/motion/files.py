@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import wave
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -38,11 +39,15 @@ def _clip(file: Path, folder: Path) -> Clip:
             poses, place = (np.asarray(found[k], np.float32) for k in ("poses", "trans"))
             face = np.asarray(found["expressions"], np.float32)
             rate = float(found["mocap_frame_rate"]) if "mocap_frame_rate" in found else FPS
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{file}: {error}; expected poses (l 165), trans (l 3) and expressions (l 100)") from None
     if poses.shape[1:] != (3 * JOINTS,) or place.shape != (len(poses), 3) or face.shape != (len(poses), 100):
         shapes = f"{poses.shape}, {place.shape}, {face.shape}"
         raise ValueError(f"{file}: poses, trans, expressions are {shapes}; expected (l 165), (l 3), (l 100)")
+    for name, values in (("poses", poses), ("trans", place), ("expressions", face)):
+        if len(off := np.argwhere(~np.isfinite(values))):
+            frame, channel = off[0]
+            raise ValueError(f"{file}: {name} hold {values[frame, channel]} in frame {frame}, channel {channel}")
     if rate != FPS:
         raise ValueError(f"{file} has {rate:g} frames a second; expected {FPS}")
     samples, frames = _samples(sound), len(poses)

@@ -1,9 +1,11 @@
 """Motion that follows the beats of a synthesised sound, by seed: what of it can be heard is known exactly.
 
 A clip has beats at a tempo of 40 to 60 a minute, each at most 8 % of an interval early or late, loud or soft. The
-sound is a decaying tone at every beat over noise. Every joint circles around its rest; on a beat it is slowest (0.4 of
-its mean speed) and between beats fastest (1.6), so that beats can be seen, and circles are wider after loud beats. The
-jaw and the expressions follow the loudness. Words: 1 after a soft beat, 2 after a loud one, 0 before the first.
+sound is a decaying tone at every beat over noise. Every joint goes round its rest once from beat to beat, slowest on a
+beat (half its mean speed) and fastest between two, so that beats can be seen: trunk and arms as wide as ever, hands and
+legs wider around loud beats, and jaw and expressions follow the loudness. Joints turn about the two level axes, so that
+what hangs on them goes round level circles, whose sums are circles again. Words: 1 after a soft beat, 2 after a loud
+one, 0 before the first.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 from ssmzoo.data.motion.skeleton import FPS, HANDS, JAW, JOINTS, LOWER, UPPER, whole_motion
 
 RATE, PER_FRAME = 16000, 533  # samples a second, a frame
-SPREAD = {UPPER: 0.35, HANDS: 0.12, LOWER: 0.05}  # radians
+TRUNK, ARMS = UPPER[:7], UPPER[7:]
+SPREAD = {TRUNK: 0.12, ARMS: 0.35, HANDS: 0.35, LOWER: 0.1}  # radians
 STYLE_SEED = 2024  # of what all clips share: axes of the joints, the face's answer to loudness
 
 
@@ -49,7 +52,7 @@ def clip(frames: int, speaker: int, rng: np.random.Generator) -> Clip:
     times = np.arange(frames) / FPS
     grid = np.concatenate([[beats[0] - interval], beats])
     phase = np.interp(times, grid, np.arange(count + 1)) - 1  # whole numbers on beats
-    turn = 2 * np.pi * phase - 0.6 * np.sin(2 * np.pi * phase)  # speed 1 - 0.6 cos: slowest on a beat
+    turn = 2 * np.pi * phase - 0.5 * np.sin(2 * np.pi * phase)  # speed 1 - 0.5 cos: slowest on a beat
     level = np.interp(times, beats + 0.1, np.where(loud, 1.0, 0.5))
     whole, expression = _motion(turn, level, speaker)
     last = np.searchsorted(beats, times, side="right") - 1
@@ -72,13 +75,14 @@ def _sound(samples: int, beats: np.ndarray, loud: np.ndarray, rng: np.random.Gen
 def _motion(turn: np.ndarray, level: np.ndarray, speaker: int) -> tuple[Tensor, Tensor]:
     style = np.random.default_rng([STYLE_SEED, speaker])
     poses = np.zeros((len(turn), JOINTS, 3))
+    side = style.uniform(0, 2 * np.pi)
     for joints, spread in SPREAD.items():
         for joint in joints:
-            axes, shift = np.linalg.qr(style.normal(size=(3, 2)))[0], style.uniform(0, 2 * np.pi)
-            circle = np.stack([np.cos(turn / 2 + shift), np.sin(turn / 2 + shift)], -1)
-            poses[:, joint] = spread * style.uniform(0.6, 1) * level[:, None] * circle @ axes.T
+            around = turn + side + style.uniform(-0.8, 0.8)
+            wide = spread * style.uniform(0.6, 1) * (1.0 if joints is TRUNK or joints is ARMS else level)
+            poses[:, joint, 0], poses[:, joint, 2] = wide * np.cos(around), wide * np.sin(around)
     poses[:, JAW, 0] = 0.3 * level
     expression = level[:, None] * style.normal(size=100) + 0.2 * np.sin(turn)[:, None] * style.normal(size=100)
-    place = np.stack([0.05 * np.sin(turn / 4), 0.01 * level, np.zeros_like(turn)], -1)
+    place = np.stack([0.05 * np.sin(turn + side), 0.01 * level, -0.05 * np.cos(turn + side)], -1)
     whole = whole_motion(torch.from_numpy(poses).float(), torch.from_numpy(place).float())
     return whole, torch.from_numpy(expression).float()
