@@ -49,13 +49,18 @@ class GraphLearning(Task):
                 f"model.level is {self.model.level}, but the data asks about a {data.sizes['level']}: "
                 f"leave model.level to the data, or set model.level={data.sizes['level']}"
             )
-        y = next(iter(data.val_dataloader()))["y"]
+        batch = next(iter(data.val_dataloader()))
+        y = batch["y"]
         if y.is_floating_point() != (self.loss in VALUES):
             fitting = VALUES if y.is_floating_point() else CLASSES
             what = "values" if y.is_floating_point() else "classes"
             raise ValueError(
                 f"task.loss is {self.loss}, but the data's answers are {what}; choose {', '.join(fitting)}"
             )
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # widths and tensors that the model asks for
+            training = self.model.training
+            self.model.eval()(batch)
+            self.model.train(training)
 
     def step(self, batch: dict[str, Any], training: bool) -> StepOutput:
         out = self.model(batch)

@@ -189,7 +189,7 @@ def test_code_books_are_in_use_from_the_start():
     codes.start_at(parts)
     for part, x in parts.items():
         latent = getattr(codes, part).encoder(x)[:, 4:-4]  # the ends see zeros instead of the mean pose
-        assert 0.5 < latent.var((0, 1)).mean() < 2
+        assert 0.2 < latent.var((0, 1)).mean() < 2
         rebuilt = getattr(codes, part)(x.mean((0, 1), keepdim=True).expand(1, 40, -1), quantise=False).motion[:, 12:-12]
         assert torch.allclose(rebuilt, x.mean((0, 1)).expand_as(rebuilt), atol=1e-3)
     codes.fit_codes(parts)
