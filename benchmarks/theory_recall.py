@@ -83,22 +83,28 @@ def one(name: str, n: int, seeds: list[int]) -> tuple[float, list[float]]:
 
 
 def mixers(seeds: list[int], keep) -> tuple[list[str], list[str]]:
-    """Lines of the page, and verdicts. keep(key, make): what make() gave, made once"""
+    """Lines of the page, and verdicts. keep(key, make): what make() gave, made once, or None"""
     means: dict[tuple[str, int], tuple[float, float]] = {}
     lines = ["| mixer | " + " | ".join(f"n = {n}, % (learning rate)" for n in SIZES) + " |", "|---" * 3 + "|"]
     for name in MIXERS:
         cells = []
         for n in SIZES if "LSTM" not in name else SIZES[:1]:
-            rate, values = keep(f"{name}, n = {n}, {STEPS} steps", lambda: one(name, n, seeds))  # noqa: B023
+            found = keep(f"{name}, n = {n}, {STEPS} steps", lambda: one(name, n, seeds))  # noqa: B023
+            if found is None:
+                cells.append("not measured yet")
+                continue
+            rate, values = found
             means[name, n] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{means[name, n][0]:.1f} +- {means[name, n][1]:.1f} ({rate:g})")
         lines.append(f"| {name} | {cells[0]} | {cells[1] if len(cells) > 1 else 'one number per channel'} |")
         print(lines[-1], flush=True)
 
     def compare(a: tuple[str, int], b: tuple[str, int], what: str) -> str:
+        if a not in means or b not in means:
+            return f"- *{what}* is not measured yet."
         (first, s), (second, t) = means[a], means[b]
         told = "holds" if first - second > s + t else "does not hold" if second - first > s + t else "is undecided"
-        return f"*{what}* {told} here ({first:.1f} beside {second:.1f} %)."
+        return f"- *{what}* {told} here ({first:.1f} beside {second:.1f} %)."
 
     small, large = SIZES
     return lines, [
