@@ -1,8 +1,8 @@
 """Instructions of the kernels' inner loops, per exponential: python benchmarks/assembly.py [forward_states ...]
 
 Disassembles the compiled kernels (objdump of the GNU binutils must be there) and prints, for every innermost loop
-of the functions named (default: the selective scan's) that holds exponentials of `v_exp2_of`, how many instructions of
-each kind stand for one of them. x86 only.
+of the functions named (default: the selective scan's) that holds exponentials of `v_exp2_of`, --least or more, how many
+instructions of each kind stand for one of them. x86 only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ KINDS = {  # what the instruction needs, by its name; the first that fits
     "load, move": r"v?mov|vbroadcast",
     "integer, shuffle": r"v|p",
 }
-FUNCTIONS = ("forward_states", "backward_chunk", "cross_forward_task", "cross_backward_task")
+FUNCTIONS = ("forward_states", "backward_chunk")
+FUNCTIONS += (
+    "cross_states",
+    "cross_backward_chunk",
+    "cross_forward_task",
+    "cross_backward_task",
+)  # as they are inlined
 
 
 def functions(library: str) -> dict[str, list[tuple[int, str, str]]]:
-    """Name -> its instructions: (address, name, operands)."""
+    """Name, without what compilers append, -> its instructions: (address, name, operands)."""
     command = ["objdump", "-d", "--no-show-raw-insn", library]
     found: dict[str, list[tuple[int, str, str]]] = {}
     code: list[tuple[int, str, str]] = []
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         if name := re.match(r"[0-9a-f]+ <(.+)>:", line):
-            code = found[name[1]] = []
+            code = found.setdefault(name[1].partition(".")[0], [])
         elif instruction := re.match(r"\s+([0-9a-f]+):\s+(\S+)\s*([^#]*)", line):
             code.append((int(instruction[1], 16), instruction[2], instruction[3].strip()))
     return found
@@ -65,6 +71,9 @@ def exponentials(loop: list[tuple[int, str, str]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("functions", nargs="*", default=FUNCTIONS)
+    parser.add_argument(
+        "--least", type=int, default=4, help="exponentials in a loop, at least (default 4: no remainders)"
+    )
     arguments = parser.parse_args()
     if shutil.which("objdump") is None:
         parser.error("there is no objdump here; it comes with the GNU binutils")
@@ -74,8 +83,11 @@ def main() -> None:
         for name in arguments.functions:
             rows = set()
             for loop in inner_loops(found.get(name, [])):
-                if number := exponentials(loop):
-                    counts = collections.Counter(kind(n, operands) for _, n, operands in loop)
+                number = exponentials(loop)
+                counts = collections.Counter(kind(n, operands) for _, n, operands in loop)
+                if (
+                    number >= max(1, arguments.least) and counts["multiply"] > number
+                ):  # fewer: shuffles of something else
                     cells = [f"{counts[k] / number:.1f}" for k in (*KINDS, "loop")]
                     rows.add((-number, f"{' | '.join(cells)} | {len(loop) / number:.1f}"))
             for number, cells in sorted(rows):
