@@ -38,7 +38,7 @@ TRAINED = (
     "mambair_light_x2",
     "sd_ssm",
 )
-TIMED = ("selective_scan", "causal_conv1d", "ssd", "norms", "steps")
+TIMED = ("selective_scan", "causal_conv1d", "ssd", "attention", "recurrences", "norms", "steps")
 
 
 class Part(NamedTuple):
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("card", "card", 10, "bandwidth of a copy of 1 GB, product of 8192 x 8192 matrices in bf16"),
     Part("check", "small", 75, "all operators at the sizes of the tests, bf16 fp16 fp32, values and gradients"),
-    Part("check", "layers", 35, "scan, convolution, SSD at b 2, d 128, l 300, all options, values and gradients"),
+    Part("check", "layers", 35, "layers' operators at b 2, d 128, l 300, all options, values and gradients"),
     *(Part("times", name, 22, f"{name}: b 8, d 2048, forward and backward") for name in TIMED),
     *(Part("train", name, 16, f"{name}: 3 + 8 training steps, bf16") for name in TRAINED),
     *(Part("decode", name, 22, f"{name}: 64 tokens at batch 1, 8, 64, 256") for name in ("mamba_130m", "mamba2_130m")),
@@ -122,7 +122,7 @@ def describe(device: str, toy: bool) -> str:
         raise SystemExit(
             f"benchmarks/gpu.py needs a GPU, and torch finds none here ({''.join(last)}). `--device cpu --toy` runs "
             "the whole of it without one at toy size, `--dry-run` lists it; the Triton kernels are checked without by "
-            "`python -m pytest tests/ops/test_triton.py tests/ops/test_triton_steps.py`."
+            "`python -m pytest tests/ops/test_triton*.py`."
         )
     return found.stdout.strip() + (", toy sizes" if toy else "")
 

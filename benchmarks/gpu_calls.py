@@ -93,17 +93,70 @@ def conv_update_call(device, dtype, b, d, l) -> dict:
     return dict(x=x.to(dtype), conv_state=state.to(dtype), weight=torch.randn(d, 4, device=device), activation="silu")
 
 
+def delta_call(device, dtype, b, d, l, channels=False, extras=False) -> dict:
+    n = min(128, d)
+    h = max(1, d // n)
+    q, k, v = (torch.randn(b, l, h, n, device=device) for _ in range(3))
+    q, k = torch.nn.functional.normalize(q, dim=-1) * n**-0.5, torch.nn.functional.normalize(k, dim=-1)
+    g = -torch.rand(*(b, l, h), *[n] * channels, device=device)
+    call = dict(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), g=g, beta=torch.rand(b, l, h, device=device))
+    return call | (dict(seq_idx=documents(device, b, l)) if extras else {})
+
+
+def taylor_call(device, dtype, b, d, l, f=16, extras=False) -> dict:
+    p = min(64, d)
+    call = {name: torch.randn(b, l, d // p, w, device=device).to(dtype) for name, w in (("q", f), ("k", f), ("v", p))}
+    return call | (dict(seq_idx=documents(device, b, l)) if extras else {})
+
+
+def trapezoidal_call(device, dtype, b, d, l, n=128, extras=False) -> dict:
+    p = min(64, d)
+    h = d // p
+    k, q = (torch.randn(b, l, 1, h, n, device=device) * n**-0.5 for _ in range(2))  # rotated, in fp32
+    a, gamma, beta = (torch.rand(b, l, h, device=device) for _ in range(3))
+    call = dict(v=torch.randn(b, l, h, p, device=device).to(dtype), k=k, q=q, a=-a, gamma=gamma, beta=beta)
+    call |= dict(D=torch.randn(h, device=device))
+    return call | (dict(seq_idx=documents(device, b, l)) if extras else {})
+
+
+def recurrence_call(device, dtype, b, d, l) -> dict:
+    return {name: torch.rand(b, l, d, device=device).to(dtype) for name in ("a", "x")}
+
+
+def strings_call(device, dtype, b, d, l, n=64) -> dict:
+    """Of b / 8 strings, as long as 8 of the others: few enough to be cut."""
+    b, l = max(1, b // 8), 8 * l
+    call = dict(A_dict=torch.randn(n, n, 3, device=device), weights=torch.rand(4, 3, device=device))
+    call |= dict(inputs=torch.randn(4, n, device=device), symbols=torch.randint(4, (b, l), device=device))
+    return call | dict(p_norm=1.2)
+
+
 LAYERS = {  # what is checked with all its options
     "selective_scan": (ops.selective_scan_fn, scan_call, [{}, {"last": True}, {"extras": True}]),
     "causal_conv1d": (ops.causal_conv1d_fn, conv_call, [{}, {"last": True}, {"last": True, "extras": True}]),
     "ssd": (ops.mamba_chunk_scan_combined, ssd_call, [{}, {"extras": True}]),
     "rms_norm": (ops.rms_norm, rms_call, [{}]),
     "gated_layer_norm": (ops.gated_layer_norm, layer_norm_call, [{}]),
+    "gated_delta_rule": (ops.gated_delta_rule, delta_call, [{"extras": True}, {"channels": True}]),
+    "taylor_attention": (ops.taylor_attention, taylor_call, [{}, {"extras": True}]),
+    "trapezoidal_scan": (ops.trapezoidal_scan, trapezoidal_call, [{}, {"extras": True}]),
+    "gated_linear_recurrence": (ops.gated_linear_recurrence, recurrence_call, [{}]),
+    "dense_scan": (ops.dense_scan, strings_call, [{}]),
 }
 TIMED = {  # part: (operator, call, options, lengths, has a backward)
     "selective_scan": [(ops.selective_scan_fn, scan_call, {}, (2048, 4096, 8192, 16384), True)],
     "causal_conv1d": [(ops.causal_conv1d_fn, conv_call, {"last": True}, (2048, 8192), True)],
     "ssd": [(ops.mamba_chunk_scan_combined, ssd_call, {}, (2048, 8192), True)],
+    "attention": [
+        (ops.gated_delta_rule, delta_call, {}, (2048,), True),
+        (ops.gated_delta_rule, delta_call, {"channels": True}, (2048,), True),
+        (ops.taylor_attention, taylor_call, {}, (2048,), True),
+    ],
+    "recurrences": [
+        (ops.trapezoidal_scan, trapezoidal_call, {}, (2048,), True),
+        (ops.gated_linear_recurrence, recurrence_call, {}, (2048,), True),
+        (ops.dense_scan, strings_call, {}, (2048,), True),
+    ],
     "norms": [
         (ops.rms_norm, rms_call, {}, (2048, 8192), True),
         (ops.rms_norm, rms_call, {"residual": True}, (2048,), True),

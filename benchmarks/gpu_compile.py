@@ -150,7 +150,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _compiling(target: str, record: Callable) -> Iterator[None]:
+def _compiling(target: str, record: Callable, known: set[str] | None) -> Iterator[None]:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -162,6 +162,10 @@ def _compiling(target: str, record: Callable) -> Iterator[None]:
 
     @functools.wraps(run)
     def compile_only(self, *args, grid, warmup=False, **kwargs):
+        if known is not None:
+            if self.fn.__name__ in known:
+                return
+            known.add(self.fn.__name__)
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -179,8 +183,8 @@ def _compiling(target: str, record: Callable) -> Iterator[None]:
             JITFunction.run, driver._active = run, previous
 
 
-def launched(target: str, run: Callable[[], object]) -> list[Launched]:
-    """Every kernel that run() launches, compiled for the target."""
+def launched(target: str, run: Callable[[], object], known: set[str] | None = None) -> list[Launched]:
+    """Every kernel that run() launches, compiled for the target; with `known` those whose names are not yet in it."""
     found: list[Launched] = []
 
     def record(function, kernel, grid, arguments, log):
@@ -202,7 +206,7 @@ def launched(target: str, run: Callable[[], object]) -> list[Launched]:
             )
         )
 
-    with _compiling(target, record):
+    with _compiling(target, record, known):
         run()
     return found
 

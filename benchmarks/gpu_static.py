@@ -103,13 +103,13 @@ def launcher(operator: str):
     return importlib.import_module(f"ssmzoo.ops.{operator}.triton")
 
 
-def compiled(operator: str, target: str, typical: bool = False) -> Iterator[Row]:
-    """A row for every different kernel of the operator's variants."""
-    module, seen = launcher(operator), {}
+def compiled(operator: str, target: str, typical: bool = False, once: bool = False) -> Iterator[Row]:
+    """A row for every different kernel of the operator's variants; once: in the first form in which it is launched."""
+    module, seen, known = launcher(operator), {}, set()
     for variant in module.variants():
         if typical and not variant.typical:
             continue
-        for kernel in launched(target, variant.run):
+        for kernel in launched(target, variant.run, known if once else None):
             passes = module.PASSES[kernel.kernel]
             if kernel.key in seen and not (variant.typical or variant.default > seen[kernel.key].default):
                 continue

@@ -52,6 +52,13 @@ def _misfit(name: str, tensor: Tensor, axes: Sequence[str], sizes: dict[str, int
     return ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")
 
 
+def expect_one_device(a: tuple) -> None:
+    """Check that all tensors of `a` lie where its first one does."""
+    for name, tensor in zip(a._fields, a):
+        if isinstance(tensor, Tensor) and tensor.device != a[0].device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {a[0].device}, where the first argument lies")
+
+
 def expect_seq_idx(seq_idx: Tensor | None, device: torch.device, sizes: dict[str, int]) -> None:
     """Check an integer (b, l) sequence index."""
     if seq_idx is None:

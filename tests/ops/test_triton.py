@@ -1,4 +1,5 @@
-"""The Triton kernels, run by Triton's interpreter on CPU tensors, against the float64 reference and the golden cases.
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against the float64 reference: tiles and chunks at
+sizes that an interpreter can do.
 
 The interpreter must be asked for before anything imports the kernels: one test runs this file in a process of its own.
 """
@@ -8,22 +9,13 @@ import functools
 import against_reference as checks
 import pytest
 import torch
-from against_reference import rounding
 from interpreted import interpret, interpreted, outside, set_sizes
-from paths import GOLDEN
 
 from ssmzoo import ops
 from ssmzoo.ops.triton import MISSING
-from ssmzoo.released.golden import GoldenCase
 
 if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
-GOLDEN = sorted(
-    path
-    for family in ("selective_scan", "causal_conv1d", "ssd")
-    for path in (GOLDEN / family).glob("*.json")
-    if path.stem != "update"
-)
 
 
 @outside
@@ -35,14 +27,20 @@ def test_all_of_this_file_through_the_interpreter():
 def small_tiles(monkeypatch):
     """Several tiles and chunks at sizes that an interpreter can do."""
     from ssmzoo.ops.causal_conv1d import triton as causal_conv1d
+    from ssmzoo.ops.gated_delta_rule import triton as gated_delta_rule
+    from ssmzoo.ops.gated_linear_recurrence import triton as gated_linear_recurrence
     from ssmzoo.ops.selective_scan import triton as selective_scan
     from ssmzoo.ops.ssd import triton as ssd
+    from ssmzoo.ops.taylor_attention import triton as taylor_attention
 
     set_sizes(
         monkeypatch,
-        (selective_scan, dict(CHANNELS=2, STEPS=4)),
+        (selective_scan, dict(CHANNELS=2, STEPS=8)),
         (causal_conv1d, dict(TILE=32, SHORT=4)),
         (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=(256, 256))),
+        (gated_delta_rule, dict(STRETCH=4, GROUP=2, STATE_SIZE=(16, 16))),
+        (gated_linear_recurrence, dict(STEPS=4, CHANNELS=4)),
+        (taylor_attention, dict(STRETCH=32, CHUNK=(16, 16), COLUMNS=16)),
     )
 
 
@@ -137,16 +135,6 @@ def test_scan_at_extreme_rates(delta, A):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_at_the_ends_only(dtype):
-    limits = dict(out=rounding(dtype, 2), grad=rounding(dtype, 4))  # the interpreter rounds towards zero: twice as far
-    (out, last), _ = assert_close(ops.selective_scan_fn, scan_call(e=2, options="D z", dtype=dtype), **limits)
-    assert out.dtype == dtype and last.dtype == torch.float32
-    x = torch.randn(1, 4, 6, dtype=dtype)
-    assert_close(ops.causal_conv1d_fn, dict(x=x, weight=torch.randn(4, 3), activation="silu"), **limits)
-
-
-@interpreted
 def test_softplus_of_very_negative_steps():
     call = scan_call(e=2, l=4) | dict(delta=torch.linspace(-25, 25, 8).view(1, 2, 4))
     assert_close(ops.selective_scan_fn, call)
@@ -222,11 +210,56 @@ def test_ssd_against_reference(b, l, h, p, g, n, options, packs, scale):
 
 
 @interpreted
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_golden_cases(path):
-    with ops.backend("triton"):
-        out, grad = GoldenCase.load(path).check()
-    assert out < 1e-4 and grad < 1e-4
+@pytest.mark.parametrize(
+    "r, l, h, p, n, more, scale",
+    [(1, 35, 2, 5, 3, True, 1), (3, 9, 1, 17, 17, True, 1), (2, 5, 1, 3, 2, False, 100), (1, 1, 1, 1, 1, False, 1)],
+)
+def test_trapezoidal_scan_against_reference(r, l, h, p, n, more, scale):
+    b = 1
+    call = dict(v=torch.randn(b, l, h, p), k=torch.randn(b, l, r, h, n), q=torch.randn(b, l, r, h, n))
+    call |= dict(a=-scale * torch.rand(b, l, h), gamma=torch.rand(b, l, h), beta=torch.rand(b, l, h), D=torch.randn(h))
+    call |= dict(mimo=torch.randn(h, r, p)) if r > 1 else {}
+    call |= dict(initial_state=torch.randn(b, h, p, n), seq_idx=packed(b, l)) if more else {}
+    assert_close(ops.trapezoidal_scan, call)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "b, l, h, n, p, channels, more, scale",
+    [
+        (1, 7, 2, 3, 5, True, True, 1),
+        (2, 6, 1, 5, 2, False, True, 1),
+        (1, 5, 1, 4, 9, False, False, 30),
+        (1, 1, 1, 1, 1, True, False, 1),
+    ],
+)
+def test_gated_delta_rule_against_reference(b, l, h, n, p, channels, more, scale):
+    call = dict(q=torch.randn(b, l, h, n), v=torch.randn(b, l, h, p), beta=2 * torch.rand(b, l, h))
+    call["k"] = torch.nn.functional.normalize(torch.randn(b, l, h, n), dim=-1)
+    call["g"] = -scale * torch.rand(*(b, l, h), *[n] * channels)
+    call |= dict(initial_state=torch.randn(b, h, n, p), seq_idx=packed(b, l)) if more else {}
+    assert_close(ops.gated_delta_rule, call)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "l, h, f, p, more", [(35, 1, 5, 17, True), (5, 2, 3, 3, True), (3, 1, 17, 2, False), (2, 1, 1, 1, False)]
+)
+def test_taylor_attention_against_reference(l, h, f, p, more):
+    call = dict(q=torch.randn(1, l, h, f), k=torch.randn(1, l, h, f), v=torch.randn(1, l, h, p))
+    if more:
+        past = torch.randn(1, 3, h, f), torch.randn(1, 3, h, p)
+        call |= dict(state=ops.taylor_state(*past), mask=torch.rand(1, l) < 0.7, seq_idx=packed(1, l), eps=1e-3)
+    assert_close(ops.taylor_attention, call)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "b, l, n, first, reverse", [(2, 9, 5, True, False), (1, 8, 3, True, True), (1, 1, 1, False, True)]
+)
+def test_gated_linear_recurrence_against_reference(b, l, n, first, reverse):
+    call = dict(a=torch.rand(b, l, n), x=torch.randn(b, l, n), reverse=reverse)
+    assert_close(ops.gated_linear_recurrence, call | (dict(initial_state=torch.randn(b, n)) if first else {}))
 
 
 @interpreted

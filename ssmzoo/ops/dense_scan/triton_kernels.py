@@ -4,6 +4,10 @@ A program takes R sequences from their first step to their last, each state (n) 
 step by step and stay in the cache, since all sequences share them. Codes are those of `step_codes`: a symbol, with the
 flags SKIP (the state stays) and RESET (it is 0 before this step).
 
+Few and long strings are cut into stretches of time that are walked at once: `products` multiplies the transitions of a
+stretch, `forward` walks it from zero, then walks over the stretches with their products for transitions, which gives
+the state before each, and then walks every stretch from there. The backward does the same.
+
 Gradients: g_t = dh_t + T_{t+1}' g_{t+1} is the same walk backwards; dT_s is the sum of g_t h_{t-1}' over the steps of
 symbol s, which `transitions` takes from a list sorted by symbol. Each element is written by one program.
 """
@@ -94,6 +98,39 @@ def backward(
         g = tl.where(skip[:, None], g, tl.sum(M * g[:, :, None], 1))
         g = tl.where(reset[:, None], 0.0, g)
     tl.store(dfirst + row[:, None] * n + i[None, :], g, mask)
+
+
+@triton.jit
+def products(
+    T,
+    codes,
+    product,
+    batch,
+    length,
+    n,
+    symbols,
+    SKIP: tl.constexpr,
+    RESET: tl.constexpr,
+    N: tl.constexpr,
+    J: tl.constexpr,
+):
+    """product (b n n): T_l ... T_1 of each row of codes; a program has J columns of it."""
+    blocks = tl.cdiv(n, J)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    i, j = tl.arange(0, N), tl.program_id(0) % blocks * J + tl.arange(0, J)
+    inside = (i < n)[:, None] & (i < n)[None, :]
+    H = (i[:, None] == j[None, :]).to(tl.float32)
+    for t in range(length):
+        code = tl.load(codes + row * length + t)
+        symbol = tl.minimum(code & (SKIP - 1), symbols - 1).to(tl.int64)  # an unknown one has made x NaN
+        if (code & RESET) != 0:
+            H = tl.zeros([N, J], tl.float32)
+        if (code & SKIP) == 0:
+            at = symbol * n * n + i[:, None] * n + i[None, :]
+            M = tl.load(T + at, inside, 0.0, cache_modifier=".ca")
+            H = tl.dot(M, H, input_precision="ieee")
+    at = row * n * n + i[:, None] * n + j[None, :]
+    tl.store(product + at, H, (i < n)[:, None] & (j < n)[None, :])
 
 
 @triton.jit

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmzoo.ops.checks import compute_dtype
+from ssmzoo.ops.checks import compute_dtype, expect_one_device
 from ssmzoo.ops.dispatch import op
 
 LENGTH_EPS = 1e-6  # under the root of the lengths of q and k
 
 
-@op
+@op(check=expect_one_device)
 def gated_delta_step(
     u: Tensor,
     conv_state: Tensor,

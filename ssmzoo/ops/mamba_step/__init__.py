@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmzoo.ops.checks import compute_dtype
+from ssmzoo.ops.checks import compute_dtype, expect_one_device
 from ssmzoo.ops.dispatch import op
 
 
-@op
+@op(check=expect_one_device)
 def mamba_step(
     u: Tensor,
     conv_state: Tensor,

@@ -62,6 +62,8 @@ class Launch:
         self.state = (b, g * size, n)
         self.slot, self.part = b * g * size * n, b * g * n * l
         warps = max(1, min(8, self.E * self.T // (32 * PER_THREAD[back])))
+        if back:  # a short tile in fewer spills registers
+            warps = max(warps, min(4, self.E * self.T // 32))
         self.sizes = (l, g * size, n, g, size, self.blocks, self.chunks, self.per, self.slot, *(a.map or (1, 1, 0, 0)))
         self.options = {"MAP": a.map is not None, "E": self.E, "T": self.T, "num_warps": warps, "num_stages": 1}
         self.constant = {"CONSTANT_B": a.B.ndim == 2, "CONSTANT_C": a.C.ndim == 2}
@@ -81,6 +83,9 @@ class Launch:
         value, M, z = (a.u, a.B, None) if dout is None else (dout, a.C, a.z)
         made = self.new(self.segments, *self.state)
         passed, kept = self.new(self.segments, *self.state[:2]), self.new(self.segments, *self.state[:2])
+        options = self.options
+        if M.ndim == 2:  # 4 warps spill registers on sm_100
+            options = options | {"num_warps": max(1, min(8, self.E * self.T // 64))}
         kernels.summaries[self.grid](
             value,
             a.delta,
@@ -97,7 +102,7 @@ class Launch:
             SOFTPLUS=a.softplus,
             CONSTANT=M.ndim == 2,
             REVERSE=reverse,
-            **self.options,
+            **options,
         )
         size = 256
         kernels.enter[(-(-self.slot // size),)](

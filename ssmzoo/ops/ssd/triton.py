@@ -26,7 +26,7 @@ STRETCH = 128  # positions between saved states
 CHUNK = 16  # positions per chunk: divides STRETCH, at least 16; 32 spill registers
 PIECE = 32  # states that the backward multiplies at once
 WIDEST = 128  # states per channel, at most: 256 spill registers
-STATE_SIZE, WARPS = (4096, 2048), (4, 8)  # numbers of a program's state at most, forward and backward, and its warps
+STATE_SIZE, WARPS = (4096, 2048), (4, 4)  # numbers of a program's state at most, forward and backward, and its warps
 
 
 def saved(a: Recurrence) -> Tensor:
@@ -60,12 +60,14 @@ def _near(t: Tensor) -> Tensor:
     return t if CHUNK * t.stride(1) + WIDEST * t.stride(3) < 1 << 30 else t.contiguous()
 
 
-def forward(a: Recurrence, save: bool):
+def forward(a: Recurrence, save: bool, diagonal: Tensor | None = None, ranks: int = 1):
+    """With `diagonal` (b l h), the weights of a token's positions, `ranks` each, among themselves, y is in fp32."""
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, _, h, p), n = a.x.shape, a.B.shape[3]
     a = a._replace(x=_near(a.x), B=_near(a.B), C=_near(a.C))
-    y, last = a.x.new_empty(a.x.shape), a.x.new_empty(b, h, p, n, dtype=torch.float32)
+    y = a.x.new_empty(a.x.shape, dtype=a.x.dtype if diagonal is None else torch.float32)
+    last = a.x.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
     grid, _, sizes, options = _launch(a.x, a.B, False)
     with on_device_of(a.x):
@@ -76,6 +78,7 @@ def forward(a: Recurrence, save: bool):
             a.B,
             a.C,
             whole(a.D),
+            whole(diagonal),
             whole(a.initial_states),
             _segments(a.seq_idx),
             y,
@@ -84,12 +87,13 @@ def forward(a: Recurrence, save: bool):
             *map(strides, (a.x, a.B, a.C, y)),
             *sizes,
             SAVE=save,
+            RANKS=ranks,
             **options,
         )
     return (y, last), states
 
 
-def backward(a: Recurrence, states, dy, dlast):
+def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, ranks: int = 1):
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
@@ -104,6 +108,7 @@ def backward(a: Recurrence, states, dy, dlast):
         "B": new(blocks, b, l, g, h // g, n),
         "C": new(blocks, b, l, g, h // g, n),
         "D": None if a.D is None else new(b, h, p),
+        "diagonal": None if diagonal is None else new(blocks, b, l, h),
         "initial_states": None if a.initial_states is None else new(b, h, p, n),
     }
     with on_device_of(a.x):
@@ -114,6 +119,7 @@ def backward(a: Recurrence, states, dy, dlast):
             a.B,
             a.C,
             whole(a.D),
+            whole(diagonal),
             _segments(a.seq_idx),
             states,
             dy,
@@ -124,12 +130,20 @@ def backward(a: Recurrence, states, dy, dlast):
             *sizes,
             b * l * h,
             b * l * h * n,
-            K=min(options["N"], PIECE),
+            K=min(options.pop("N"), PIECE),
+            RANKS=ranks,
             **options,
         )
-    parts = {"dt": 0, "log_decay": 0, "B": (0, 4), "C": (0, 4), "D": 0}  # axes of the programs' unfinished sums
+    parts = {
+        "dt": 0,
+        "log_decay": 0,
+        "B": (0, 4),
+        "C": (0, 4),
+        "D": 0,
+        "diagonal": 0,
+    }  # axes of the programs' unfinished sums
     grads = {name: t.sum(parts[name]) if name in parts else t for name, t in unfinished.items() if t is not None}
-    return {name: grad.to(getattr(a, name).dtype) for name, grad in grads.items()}
+    return {name: grad.to(getattr(a, name, diagonal).dtype) for name, grad in grads.items()}
 
 
 def why_not(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:

@@ -9,6 +9,8 @@ and backwards, given dY and the gradient G of S_next:
     dCB = dY X' o L      dC = dCB B + start o (dY S)      dB = dCB' C + end o (X G)
     da_r = sum over s < r <= t of (dCB o CB)_ts + whole <G, S>
            + sum_{t >= r} <C_t, start_t (dY S)_t> + sum_{s < r} <B_s, end_s (X G)_s>
+With `diagonal` (Mamba-3) its element w_s stands for L_ts dt_s where t and s are of one token of RANKS positions:
+dX leaves these pairs out; dx_s and dw_s take their sums over t of w_s CB_ts dY_t and of CB_ts <dY_t, x_s>.
 Sums of a are accumulated for every pair, never as differences of long sums. Before each stretch of chunks the state is
 saved; the backward finds the states between again. Every element is written by one program; sums over programs are left
 to the caller.
@@ -17,14 +19,7 @@ to the caller.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _place(heads, width, P: tl.constexpr):
-    """(sequence, head, block of the head, channels (P), whether they exist (P))"""
-    program, blocks = tl.program_id(0), tl.cdiv(width, P)
-    p = program % blocks * P + tl.arange(0, P)
-    b = (program // (blocks * heads)).to(tl.int64)
-    return b, (program // blocks % heads).to(tl.int64), program % blocks, p.to(tl.int64), p < width
+from ssmzoo.ops.triton.functions import place
 
 
 @triton.jit
@@ -36,10 +31,11 @@ def _rows(base, stride, b, first, head, columns, inside, existing, Q: tl.constex
 
 
 @triton.jit
-def _decays(a, segment, b, h, t, first, length, heads, Q: tl.constexpr):
+def _decays(a, segment, b, h, first, length, heads, Q: tl.constexpr):
     """L (Q Q), start (Q), end (Q), whole; the chunk begins at position `first`."""
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    a_t = tl.load(a + (b * length + t) * heads + h, t < length, 0.0)
+    a += (b * length + first) * heads + h  # 64 bits once; within a chunk 32 take fewer registers
+    a_t = tl.load(a + tl.arange(0, Q) * heads, tl.arange(0, Q) < length - first, 0.0)
     later = tl.where(row > column, a_t[:, None], 0.0)
     keep = row >= column
     start, end, whole = tl.cumsum(a_t, 0), tl.sum(later, 0), tl.sum(a_t, 0)
@@ -47,7 +43,7 @@ def _decays(a, segment, b, h, t, first, length, heads, Q: tl.constexpr):
     start, end, whole = tl.exp(start), tl.exp(end), tl.exp(whole)
     if segment is not None:
         line = segment + b * length
-        here = tl.load(line + tl.minimum(t, length - 1))
+        here = tl.load(line + tl.minimum(first + tl.arange(0, Q), length - 1))
         there = tl.load(line + tl.minimum(first + tl.arange(0, Q), length - 1))  # the same, along the columns
         before = tl.load(line + tl.maximum(tl.minimum(first, length) - 1, 0))
         last = tl.load(line + tl.minimum(first + Q, length) - 1)
@@ -59,15 +55,27 @@ def _decays(a, segment, b, h, t, first, length, heads, Q: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q: tl.constexpr):
-    """x and X = dt x of a chunk, (Q P)."""
-    t = start_at + tl.arange(0, Q)
-    inside = t < length
-    x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
-    X = x_t
+def _one_token(Q: tl.constexpr, RANKS: tl.constexpr):
+    """(Q Q) whether two positions are of one token."""
+    return (tl.arange(0, Q) // RANKS)[:, None] == (tl.arange(0, Q) // RANKS)[None, :]
+
+
+@triton.jit
+def _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q: tl.constexpr, RANKS: tl.constexpr):
+    """What position s (a column) weighs in y_t (a row) apart from CB, and in the state after the chunk: (Q Q), (Q)."""
+    token, steps, inside = (
+        (b * length + start_at) * heads + h,
+        tl.arange(0, Q) * heads,
+        tl.arange(0, Q) < length - start_at,
+    )
+    weights, ending = L, end
     if dt is not None:
-        X = x_t * tl.load(dt + (b * length + t) * heads + h, inside, 0.0)[:, None]
-    return x_t, X
+        dt_t = tl.load(dt + token + steps, inside, 0.0)
+        weights, ending = L * dt_t[None, :], end * dt_t
+    if diagonal is not None:
+        w = tl.load(diagonal + token + steps, inside, 0.0)
+        weights = tl.where(_one_token(Q, RANKS), w[None, :], weights)
+    return weights, ending
 
 
 @triton.jit
@@ -78,6 +86,7 @@ def forward(
     B,
     C,
     D,
+    diagonal,
     first,
     segment,
     y,
@@ -97,11 +106,12 @@ def forward(
     slot,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
 ):
-    b, h, block, p, own = _place(heads, width, P)
+    b, h, block, p, own = place(heads, width, P)
     g, n, p = h // per_group, tl.arange(0, N), p.to(tl.int32)
     slot += 0 * b  # 64 bits
     state_at = ((b * heads + h) * width + p[:, None]) * n_states + n[None, :]
@@ -114,21 +124,29 @@ def forward(
             tl.store(saved + stretch * slot + state_at, S, states)
         for i in range(stretch_chunks):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            t = start_at + tl.arange(0, Q).to(tl.int64)
-            inside = t < length
-            x_t, X = _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q)
+            inside = tl.arange(0, Q) < length - start_at
+            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
             B_t = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
             C_t = _rows(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
-            L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
+            L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             CB = tl.dot(C_t, tl.trans(B_t), input_precision=PRECISION)
-            Y = tl.dot(CB * L, X, input_precision=PRECISION)
+            weights, ending = _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q, RANKS)
+            Y = tl.dot(CB * weights, x_t, input_precision=PRECISION)
             Y += tl.dot(C_t, tl.trans(S), input_precision=PRECISION) * start[:, None]
             if D is not None:
                 Y += x_t * tl.load(D + h * width + p, own, 0.0)[None, :]
-            offsets = b * y_stride[0] + t[:, None] * y_stride[1] + h * y_stride[2] + p[None, :] * y_stride[3]
-            tl.store(y + offsets, Y.to(y.dtype.element_ty), inside[:, None] & own[None, :])
-            S = whole * S + tl.dot(tl.trans(X * end[:, None]), B_t, input_precision=PRECISION)
+            y_t = y + b * y_stride[0] + start_at * y_stride[1] + h * y_stride[2]
+            offsets = tl.arange(0, Q)[:, None] * y_stride[1] + p[None, :] * y_stride[3]
+            tl.store(y_t + offsets, Y.to(y.dtype.element_ty), inside[:, None] & own[None, :])
+            S = whole * S + tl.dot(tl.trans(x_t * ending[:, None]), B_t, input_precision=PRECISION)
     tl.store(last + state_at, S, states)
+
+
+@triton.jit
+def _piece(p, own, first, n_states, K: tl.constexpr):
+    """(P K) of a head's states: which exist, and where they lie; 32 bits take fewer registers."""
+    n = first + tl.arange(0, K)
+    return own[:, None] & (n < n_states)[None, :], p[:, None] * n_states + n[None, :]
 
 
 @triton.jit
@@ -139,6 +157,7 @@ def backward(
     B,
     C,
     D,
+    diagonal,
     segment,
     saved,
     dy,
@@ -150,6 +169,7 @@ def backward(
     dB,
     dC,
     dD,
+    ddiagonal,
     dfirst,
     x_stride,
     B_stride,
@@ -166,106 +186,116 @@ def backward(
     part,
     part_n,
     PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,
     Q: tl.constexpr,
     P: tl.constexpr,
-    N: tl.constexpr,
     K: tl.constexpr,
 ):
     """scratch (chunks of a stretch and one, b h p n) takes states and, last, G: they need not be in registers at once.
     Unfinished sums: da, ddt (block b l h), dB, dC
-    (block b l h n) with `part` and `part_n` elements per block, dD (b h p)."""
-    b, h, block, p, own = _place(heads, width, P)
-    g, n, p = h // per_group, tl.arange(0, N), p.to(tl.int32)
+    (block b l h n) with `part` and `part_n` elements per block, dD (b h p); ddiagonal as ddt."""
+    b, h, block, p, own = place(heads, width, P)
+    g, p = h // per_group, p.to(tl.int32)
     slot, part, part_n = slot + 0 * b, part + 0 * b, part_n + 0 * b  # 64 bits
-    existing = n < n_states
-    state_at = p[:, None] * n_states + n[None, :]  # within a head: 32 bits take fewer registers
-    saved, scratch = saved + (b * heads + h) * width * n_states, scratch + (b * heads + h) * width * n_states
-    states = own[:, None] & existing[None, :]
+    of_head = (b * heads + h) * width * n_states
+    saved, scratch = saved + of_head, scratch + of_head
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    carry = scratch + stretch_chunks * slot + state_at
-    G = tl.zeros([P, N], tl.float32)
-    if dlast is not None:
-        G = tl.load(dlast + (b * heads + h) * width * n_states + state_at, states, 0.0)
-    tl.store(carry, G, states)
+    carry = scratch + stretch_chunks * slot
+    for m in range(0, n_states, K):  # in pieces, whose operands need few registers
+        states, at = _piece(p, own, m, n_states, K)
+        G = tl.zeros([P, K], tl.float32)
+        if dlast is not None:
+            G = tl.load(dlast + of_head + at, states, 0.0)
+        tl.store(carry + at, G, states)
     dD_p = tl.zeros([P], tl.float32)
     for k in range(stretches):
         stretch = stretches - 1 - k
-        S = tl.load(saved + stretch * slot + state_at, states, 0.0)
-        for i in range(stretch_chunks):
+        for m in range(0, n_states, K):
+            states, at = _piece(p, own, m, n_states, K)
+            tl.store(scratch + at, tl.load(saved + stretch * slot + at, states, 0.0), states)
+        for i in range(stretch_chunks - 1):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            t = start_at + tl.arange(0, Q).to(tl.int64)
-            tl.store(scratch + i * slot + state_at, S, states)
-            x_t, X = _inputs(x, x_stride, dt, b, h, p, start_at, own, length, heads, Q)
-            B_t = _rows(B, B_stride, b, start_at, g, n, t < length, existing, Q)
-            L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
-            S = whole * S + tl.dot(tl.trans(X * end[:, None]), B_t, input_precision=PRECISION)
+            inside = tl.arange(0, Q) < length - start_at
+            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
+            L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
+            _, ending = _weights(dt, None, b, h, start_at, end, L, length, heads, Q, RANKS)
+            for m in range(0, n_states, K):
+                states, at = _piece(p, own, m, n_states, K)
+                n = m + tl.arange(0, K)
+                B_m = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+                S = whole * tl.load(scratch + i * slot + at, states, 0.0)
+                S += tl.dot(tl.trans(x_t * ending[:, None]), B_m, input_precision=PRECISION)
+                tl.store(scratch + (i + 1) * slot + at, S, states)
         tl.debug_barrier()  # other threads read the states
         for j in range(stretch_chunks):
             i = stretch_chunks - 1 - j
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            t = start_at + tl.arange(0, Q).to(tl.int64)
-            inside = t < length
-            S = tl.load(scratch + i * slot + state_at, states, 0.0)
+            inside = tl.arange(0, Q) < length - start_at
             x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
-            tokens = (b * length + t) * heads + h
+            token, steps = (b * length + start_at) * heads + h, tl.arange(0, Q) * heads
             dY = _rows(dy, dy_stride, b, start_at, h, p, inside, own, Q)
-            B_t = _rows(B, B_stride, b, start_at, g, n, inside, existing, Q)
-            C_t = _rows(C, C_stride, b, start_at, g, n, inside, existing, Q)
-            L, start, end, whole = _decays(a, segment, b, h, t, start_at, length, heads, Q)
+            L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             CB = tl.zeros([Q, Q], tl.float32)
-            for m in range(0, N, K):  # in pieces, whose operands need few registers
-                n_m = m + tl.arange(0, K)
-                C_m = _rows(C, C_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
-                B_m = _rows(B, B_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
+            for m in range(0, n_states, K):
+                n = m + tl.arange(0, K)
+                C_m = _rows(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
+                B_m = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
                 CB += tl.dot(C_m, tl.trans(B_m), input_precision=PRECISION)
-            dX = tl.dot(tl.trans(CB * L), dY, input_precision=PRECISION)
-            dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION) * L
+            dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION)
+            both = CB * dCB
+            if diagonal is not None:
+                same = _one_token(Q, RANKS)
+                tl.store(ddiagonal + block * part + token + steps, tl.sum(tl.where(same, both, 0.0), 0), inside)
+                both = tl.where(same, 0.0, both)
             if dt is not None:
-                dt_t = tl.load(dt + tokens, inside, 0.0)
-                dCB *= dt_t[None, :]
+                ddt_t = tl.sum(both * L, 0)
+            weights, ending = _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q, RANKS)
+            dx_t = tl.dot(tl.trans(CB * weights), dY, input_precision=PRECISION)
+            if D is not None:
+                dD_p += tl.sum(dY * x_t, 0)
+                dx_t += dY * tl.load(D + h * width + p, own, 0.0)[None, :]
+            dCB *= weights
             pairs = tl.where(row > column, dCB * CB, 0.0)
             da_t = tl.sum(tl.where(row > column, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
             here = block * part_n + ((b * length + start_at) * heads + h) * n_states
-            offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
-            mask = inside[:, None] & existing[None, :]
-            through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]  # the state is not needed further down
-            da_t += tl.cumsum(tl.sum(C_t * through, 1), 0, reverse=True)
-            tl.store(dC + here + offsets, through + tl.dot(dCB, B_t, input_precision=PRECISION), mask)
-            G = tl.load(carry, states, 0.0)
-            da_t += whole * tl.sum(G * tl.load(scratch + i * slot + state_at, states, 0.0))
-            BG = tl.zeros([Q, P], tl.float32)
-            for m in range(0, N, K):
-                n_m = m + tl.arange(0, K)
-                B_m = _rows(B, B_stride, b, start_at, g, n_m, inside, n_m < n_states, Q)
-                G_m = tl.load(
-                    scratch + stretch_chunks * slot + p[None, :] * n_states + n_m[:, None],
-                    own[None, :] & (n_m < n_states)[:, None],
-                    0.0,
-                )
-                BG += tl.dot(B_m, G_m, input_precision=PRECISION)
-            dX += BG * end[:, None]
-            ending = end
+            dY_start = tl.trans(dY * start[:, None])
+            BG, GS = tl.zeros([Q, P], tl.float32), tl.zeros([P], tl.float32)
+            starting, into = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
+            for m in range(0, n_states, K):
+                states, at = _piece(p, own, m, n_states, K)
+                n = m + tl.arange(0, K)
+                existing = n < n_states
+                B_m = _rows(B, B_stride, b, start_at, g, n, inside, existing, Q)
+                C_m = _rows(C, C_stride, b, start_at, g, n, inside, existing, Q)
+                S = tl.load(scratch + i * slot + at, states, 0.0)
+                G = tl.load(carry + at, states, 0.0)
+                offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
+                mask = inside[:, None] & existing[None, :]
+                through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]
+                starting += tl.sum(C_m * through, 1)
+                tl.store(dC + here + offsets, through + tl.dot(dCB, B_m, input_precision=PRECISION), mask)
+                BG += tl.dot(B_m, tl.trans(G), input_precision=PRECISION)
+                GS += tl.sum(G * S, 1)
+                through = tl.dot(x_t, G, input_precision=PRECISION) * ending[:, None]
+                into += tl.sum(B_m * through, 1)
+                tl.store(dB + here + offsets, through + tl.dot(tl.trans(dCB), C_m, input_precision=PRECISION), mask)
+                tl.store(carry + at, whole * G + tl.dot(dY_start, C_m, input_precision=PRECISION), states)
+            da_t += tl.cumsum(starting, 0, reverse=True) + whole * tl.sum(GS)
+            da_t += tl.sum(tl.where(row < column, into[:, None], 0.0), 0)
             if dt is not None:
-                ending = end * dt_t
-            through = tl.dot(x_t, G, input_precision=PRECISION) * ending[:, None]
-            ending = tl.sum(B_t * through, 1)
-            da_t += tl.sum(tl.where(row < column, ending[:, None], 0.0), 0)
-            tl.store(dB + here + offsets, through + tl.dot(tl.trans(dCB), C_t, input_precision=PRECISION), mask)
-            tl.store(da + block * part + tokens, da_t, inside)
-            if dt is not None:
-                tl.store(ddt + block * part + tokens, tl.sum(dX * x_t, 1), inside)
-                dX *= dt_t[:, None]
-            if D is not None:
-                dD_p += tl.sum(dY * x_t, 0)
-                dX += dY * tl.load(D + h * width + p, own, 0.0)[None, :]
+                tl.store(ddt + block * part + token + steps, ddt_t + tl.sum(BG * x_t, 1) * end, inside)
+            dx_t += BG * ending[:, None]
+            tl.store(da + block * part + token + steps, da_t, inside)
             tl.store(
-                dx + tokens[:, None] * width + p[None, :], dX.to(dx.dtype.element_ty), inside[:, None] & own[None, :]
+                dx + token * width + steps[:, None] * width + p[None, :],
+                dx_t.to(dx.dtype.element_ty),
+                inside[:, None] & own[None, :],
             )
-            G = whole * G + tl.dot(tl.trans(dY * start[:, None]), C_t, input_precision=PRECISION)
-            tl.store(carry, G, states)
-            tl.debug_barrier()  # other threads read it
-        tl.debug_barrier()  # before the scratch is written again
+            tl.debug_barrier()  # before other threads read G, and the scratch is written again
     if D is not None:
         tl.store(dD + (b * heads + h) * width + p, dD_p, own)
     if dfirst is not None:
-        tl.store(dfirst + (b * heads + h) * width * n_states + state_at, G.to(dfirst.dtype.element_ty), states)
+        for m in range(0, n_states, K):
+            states, at = _piece(p, own, m, n_states, K)
+            G = tl.load(carry + at, states, 0.0)
+            tl.store(dfirst + of_head + at, G.to(dfirst.dtype.element_ty), states)

@@ -44,3 +44,13 @@ def tile(base, stride, b, c, t, mask):
 def store_tile(base, stride, b, c, t, value, mask):
     offsets = b * stride[0] + c[:, None] * stride[1] + t[None, :] * stride[2]
     tl.store(base + offsets, value.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def place(heads, width, P: tl.constexpr):
+    """Of a program that has P channels of one head of one sequence: (sequence, head, block of the head, channels (P),
+    whether they exist (P)); 64-bit numbers."""
+    program, blocks = tl.program_id(0), tl.cdiv(width, P)
+    p = program % blocks * P + tl.arange(0, P)
+    b = (program // (blocks * heads)).to(tl.int64)
+    return b, (program // blocks % heads).to(tl.int64), program % blocks, p.to(tl.int64), p < width

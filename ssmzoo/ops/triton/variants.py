@@ -55,8 +55,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, last: int | None = Non
 
 
 def train(kernel: Kernel, a: tuple, kept: int | None = None) -> None:
-    """Launch forward and backward, and the forward that keeps nothing for one; `kept`: the result that is kept."""
-    kernel.forward(a, False)
+    """Launch forward, the forward that keeps nothing, and backward; `kept`: the result that is kept."""
     results, saved = kernel.forward(a, True)
+    kernel.forward(a, False)
     saved = saved if kept is None else results[kept]
     kernel.backward(a, saved, *map(torch.empty_like, results))
