@@ -61,7 +61,11 @@ def test_every_operator_has_an_example():
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16, torch.float16],  # the other files have fp32
+    ids=["fp32", "bf16", "fp16"],
+)
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n.partition(":")[0] in SERVED and n not in REFUSED])
 def test_results_and_gradients_in_every_dtype(name, dtype):
     torch.manual_seed(0)

@@ -215,14 +215,6 @@ def test_mamba2_step_is_the_definition(shape):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", HALVES[1:])
-def test_steps_round_at_the_ends_only(dtype):
-    """Weights and stream in 16 bits: what the convolution will see again is rounded, the rest is fp32."""
-    compare(ops.mamba_step, mixer_call(Mamba, 2, dtype, d_model=6, d_state=3), way=dtype)
-    compare(ops.mamba2_step, mixer_call(Mamba2, 2, dtype, d_model=6, d_state=3, headdim=4), way=dtype)
-
-
-@interpreted
 @torch.no_grad()
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 def test_a_stack_is_its_layers(stream):
@@ -295,7 +287,7 @@ def test_norms_are_the_definition(shape):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", HALVES[1:])
+@pytest.mark.parametrize("dtype", HALVES[1:2])
 def test_norms_round_at_the_ends_only(dtype):
     rows, weight, bias = torch.randn(5, 4, 12).to(dtype), torch.randn(6), torch.randn(6)
     x, z = rows.chunk(2, dim=-1)  # rows apart in memory
