@@ -50,7 +50,9 @@ def empty_results(a: Inputs) -> tuple[Tensor, Tensor]:
     return new(a.x.shape, dtype=torch.float32), new(b, h, p, a.B.shape[3], dtype=torch.float32)
 
 
-SCAN = Differentiable("trapezoidal_scan", Inputs, ("y", "state"), saved="saved", like=empty_results, refer="reference")
+SCAN = Differentiable(
+    "trapezoidal_positions", Inputs, ("y", "state"), saved="saved", like=empty_results, refer="reference"
+)
 KERNEL = SCAN.kernels["triton"] = Kernel(
     lambda a, save: ssd.forward(a.recurrence, save, a.diagonal, a.ranks),
     lambda a, saved, dy, dlast: ssd.backward(a.recurrence, saved, dy, dlast, a.diagonal, a.ranks),
