@@ -17,7 +17,8 @@ from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.ssd import Recurrence
 from ssmzoo.ops.ssd import triton as ssd
-from ssmzoo.ops.trapezoidal_scan import rank_inputs, trapezoidal_scan
+from ssmzoo.ops.trapezoidal_scan import rank_inputs, rotary_trapezoidal_scan, trapezoidal_scan
+from ssmzoo.ops.trapezoidal_scan.torch import rotary_trapezoidal_scan_torch
 from ssmzoo.ops.triton import DEVICE, INTERPRETED, MISSING, power_of_2
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
@@ -101,6 +102,11 @@ def trapezoidal_scan_triton(a) -> tuple[Tensor, Tensor]:
     )
     y, state = SCAN(given, "triton")
     return y.unflatten(1, (-1, ranks))[:, :, :r] + x * a.D.float()[:, None], state
+
+
+rotary_trapezoidal_scan.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not)(
+    rotary_trapezoidal_scan_torch  # which turns keys and queries, and calls the scan above
+)
 
 
 def variants() -> Iterator[Variant]:
