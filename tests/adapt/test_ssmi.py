@@ -87,21 +87,24 @@ def test_the_start_is_the_frozen_model_and_only_memories_learn(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_pictures_are_seen_and_later_tokens_are_not(name):
     ids, visual = inputs()
-    for inject in ("prefix", "add", "none"):
-        for selective in (True, False):
-            adapted = opened(made(name, inject=inject, selective=selective)[1])
+    changed = ids.clone()
+    changed[:, 4] = (ids[:, 4] + 1) % V
+    ways = [(i, s) for i in ("prefix", "add", "none") for s in (True, False)]  # the memory's, whatever it stands in
+    for inject, selective in ways if name == "transformer" else ways[:1]:
+        adapted = opened(made(name, inject=inject, selective=selective)[1])
+        with torch.no_grad():
             logits, other = (adapted(ids, visual=x).logits for x in (visual, visual + 1.3 * visual.flip(1)))
             assert torch.equal(logits, other) == (inject == "none"), (inject, selective)
             if name != "bert":
-                changed = ids.clone()
-                changed[:, 4] = (ids[:, 4] + 1) % V
                 later = adapted(changed, visual=visual).logits
                 assert torch.allclose(logits[:, :4], later[:, :4], atol=1e-6)
                 assert not torch.allclose(logits[:, 4:], later[:, 4:], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("inject, selective", [("prefix", True), ("prefix", False), ("add", True)])
+@pytest.mark.parametrize(
+    "name, inject, selective",
+    [*((n, "prefix", True) for n in CAUSAL), ("transformer", "prefix", False), ("transformer", "add", True)],
+)
 def test_carried_state_gives_what_one_pass_gives(name, inject, selective):
     adapted = opened(made(name, inject=inject, selective=selective)[1]).eval()
     ids, visual = inputs()
@@ -112,8 +115,9 @@ def test_carried_state_gives_what_one_pass_gives(name, inject, selective):
             for size in pieces:
                 seen = {} if start else {"visual": visual}
                 logits, after, _ = adapted(ids[:, start : start + size], state, **seen)
-                again = adapted(ids[:, start : start + size], state, **seen).logits
-                assert torch.equal(logits, again), "a state is not changed by the call that it is given to"
+                if len(pieces) == 3:
+                    again = adapted(ids[:, start : start + size], state, **seen).logits
+                    assert torch.equal(logits, again), "a state is not changed by the call that it is given to"
                 parts.append(logits)
                 state, start = after, start + size
             assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
@@ -143,13 +147,14 @@ def test_padding_is_not_read(name):
 )
 def test_a_class_that_only_the_picture_holds_is_learnt_through_a_random_frozen_transformer(options):
     """Copy the class of the first of three visual tokens: without pictures no better than 1 in 4."""
+    torch.manual_seed(0)
     backbone = ssmzoo.create_model("transformer", vocab_size=8, d_model=32, n_blocks=2, n_heads=2)
     adapted = add_ssmi(backbone, 4, rank=8, d_state=4, **options)
     optimizer = torch.optim.Adam(adapted.memories.parameters(), lr=1e-2)
-    for _ in range(100):
-        classes = torch.randint(4, (64,))
-        visual = torch.cat([nn.functional.one_hot(classes, 4)[:, None], torch.zeros(64, 2, 4)], 1) * 2.0 - 1
-        logits = adapted(torch.tensor([[5, 6]]).expand(64, -1), visual=visual).logits[:, -1]
+    for _ in range(80):
+        classes = torch.randint(4, (32,))
+        visual = torch.cat([nn.functional.one_hot(classes, 4)[:, None], torch.zeros(32, 2, 4)], 1) * 2.0 - 1
+        logits = adapted(torch.tensor([[5, 6]]).expand(32, -1), visual=visual).logits[:, -1]
         loss = nn.functional.cross_entropy(logits, classes)
         optimizer.zero_grad()
         loss.backward()
