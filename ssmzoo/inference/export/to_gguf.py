@@ -104,16 +104,19 @@ def tensors(source: Source) -> dict[str, Tensor]:
 
 
 def add_tokenizer(writer, tokenizer: Tokenizer | None, rows: int) -> None:
-    """The vocabulary, with as many tokens as the embedding has rows; without a tokenizer none is written."""
+    """The vocabulary, with as many tokens as the embedding has rows; without a tokenizer they are called <0>, <1>, ...:
+    llama.cpp and its clients stop at a file without one."""
     from gguf import TokenType
 
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     if tokenizer is None:
-        return writer.add_tokenizer_model("none")
+        writer.add_token_list([f"<{i}>" for i in range(rows)])
+        writer.add_token_merges(["< 0"])
+        return
     fast = fast_tokenizer(tokenizer)
     special = {number for number, token in fast.get_added_tokens_decoder().items() if token.special}
     tokens = [fast.id_to_token(i) for i in range(rows)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)])
     kinds = [
         TokenType.UNUSED if token is None else TokenType.CONTROL if i in special else TokenType.NORMAL
@@ -135,9 +138,10 @@ def _merges(fast) -> list[str]:
 
 
 def usage(source: Source) -> str:
-    alone = isinstance(source.tokenizer, ByteTokenizer) or source.tokenizer is None
+    if source.tokenizer is None:
+        return "Ids go into llama.cpp and come out of it: the file has no words, token 7 is called <7>."
     note = " Its vocabulary is bytes: llama.cpp splits text as GPT-2 does, which changes nothing for single bytes."
     return (
         "`llama-cli -m model.gguf -p ...` of llama.cpp; large matrices are of the type asked for, float32 by default."
-        + (note if alone else "")
+        + (note if isinstance(source.tokenizer, ByteTokenizer) else "")
     )
