@@ -263,8 +263,8 @@ CLAIMS = {
             ),
             tuple(
                 Arm(f"{title}, patch {p}", (f"model={model}", f"model.patch_size={p}"))
-                for title, model in (("Adventurer", "adventurer"), ("ViT", "vit"))
                 for p in PATCHES
+                for title, model in (("Adventurer", "adventurer"), ("ViT", "vit"))
             ),
             last("top1"),
             "top-1, %",
