@@ -93,7 +93,8 @@ def forward(a: Recurrence, save: bool, diagonal: Tensor | None = None, ranks: in
     return (y, last), states
 
 
-def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, ranks: int = 1):
+def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, ranks: int = 1, **more: int):
+    """more: num_warps and K, where they differ"""
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
@@ -130,9 +131,8 @@ def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, r
             *sizes,
             b * l * h,
             b * l * h * n,
-            K=min(options.pop("N"), PIECE),
             RANKS=ranks,
-            **options,
+            **({"K": min(options.pop("N"), PIECE)} | options | more),
         )
     parts = {
         "dt": 0,
