@@ -40,7 +40,8 @@ def _clip(file: Path, folder: Path) -> Clip:
             face = np.asarray(found["expressions"], np.float32)
             rate = float(found["mocap_frame_rate"]) if "mocap_frame_rate" in found else FPS
     except (KeyError, ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{file}: {error}; expected poses (l 165), trans (l 3) and expressions (l 100)") from None
+        what = error.args[0] if isinstance(error, KeyError) else "it is damaged, or no .npz file of numbers"
+        raise ValueError(f"{file}: {what}; expected poses (l 165), trans (l 3) and expressions (l 100)") from None
     if poses.shape[1:] != (3 * JOINTS,) or place.shape != (len(poses), 3) or face.shape != (len(poses), 100):
         shapes = f"{poses.shape}, {place.shape}, {face.shape}"
         raise ValueError(f"{file}: poses, trans, expressions are {shapes}; expected (l 165), (l 3), (l 100)")
