@@ -7,13 +7,15 @@
 
 static inline int64_t groups(const matrix *m) { return (m->columns + m->group - 1) / m->group; }
 
+enum { ROWS = 4 };  // that are multiplied at once, at most
+
 // ---- floats ----
 
-// The products of `rows` (1 or 2) neighbouring rows with `count` vectors, before the sum over lanes. One vector and one row
-// take `chains` sums side by side; several vectors take two rows, so that x is loaded half as often.
+// The products of `rows` neighbouring rows with `count` vectors, before the sum over lanes. One vector and one row take `chains`
+// sums side by side; several vectors take several rows, so that x is loaded less often.
 INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, int64_t ld, int64_t columns,
                       const int rows, const int count, const int chains) {
-    vf sum[2 * VECTORS][4];
+    vf sum[ROWS * VECTORS][4];
 #pragma GCC unroll 16
     for (int c = 0; c < rows * count; c++)
 #pragma GCC unroll 4
@@ -22,12 +24,14 @@ INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, in
     for (; i + chains * VL <= columns; i += chains * VL)
 #pragma GCC unroll 4
         for (int u = 0; u < chains; u++) {
-            const vf v = v_load(w + i + u * VL), v2 = rows == 2 ? v_load(w + columns + i + u * VL) : v;
+            vf v[ROWS];
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) v[r] = v_load(w + r * columns + i + u * VL);
 #pragma GCC unroll 8
             for (int c = 0; c < count; c++) {
                 const vf one = v_load(x + c * ld + i + u * VL);
-                sum[c][u] += v * one;
-                if (rows == 2) sum[count + c][u] += v2 * one;
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) sum[r * count + c][u] += v[r] * one;
             }
         }
     for (; i < columns; i += VL)
@@ -36,7 +40,7 @@ INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, in
 #pragma GCC unroll 8
             for (int c = 0; c < count; c++) sum[r * count + c][0] += v * v_load_some(x + c * ld + i, columns - i);
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int c = 0; c < count; c++) {
@@ -48,8 +52,6 @@ INLINE void float_row(vf (*part)[VL], int at, const float *w, const float *x, in
 }
 
 // ---- integers ----
-
-enum { ROWS = 4 };  // at most, at once
 
 #if defined(__AVX512F__)
 typedef __m512i words;
@@ -160,8 +162,8 @@ INLINE void word_rows(vf (*part)[VL], int at, const matrix *m, const vectors *v,
 }
 
 #if defined(__AVX512F__)
-INLINE vi products_of_bytes(vi sum, __m512i w, const int8_t *x) {  // sum += unsigned w times signed x, by fours
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const __m512i *)x));
+INLINE vi products_of_bytes(vi sum, __m512i w, __m512i x) {  // sum += unsigned w times signed x, by fours
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
 
@@ -190,16 +192,19 @@ INLINE void byte_pair_rows(vf (*part)[VL], int at, const matrix *m, const vector
                 b[r][1] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(one->behind, w + 64), _mm512_set1_epi8(-128));
             }
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < rows * count; i++) {
-            const int r = i / count, c = i % count;
-            if (c == 0) ahead = look_ahead(ahead, bits == 4 ? 64 : 128);
-            const int8_t *low = x + c * 2 * v->words;
-            vi sum = {0};
-            if (high) sum = products_of_bytes(products_of_bytes(sum, b[r][0], low + 128), b[r][1], low + 192) << 8;
-            sum = products_of_bytes(products_of_bytes(sum, b[r][0], low), b[r][1], low + 64);
-            sum += *(const vi *)(v->start + ((first + c) * pieces + p) * VL);
-            add_piece(total + i, shift + i, sum, m, v, (row + r) * per_row + one->group, (first + c) * pieces + p);
+#pragma GCC unroll 8
+        for (int c = 0; c < count; c++) {
+            const __m512i *half = (const __m512i *)(x + c * 2 * v->words);
+            const __m512i low = half[0], low2 = half[1], top = half[2], top2 = half[3];
+            const vi start = *(const vi *)(v->start + ((first + c) * pieces + p) * VL);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                if (c == 0) ahead = look_ahead(ahead, bits == 4 ? 64 : 128);
+                vi sum = {0};
+                if (high) sum = products_of_bytes(products_of_bytes(sum, b[r][0], top), b[r][1], top2) << 8;
+                sum = products_of_bytes(products_of_bytes(sum, b[r][0], low), b[r][1], low2) + start;
+                add_piece(total + r * count + c, shift + r * count + c, sum, m, v, (row + r) * per_row + one->group, (first + c) * pieces + p);
+            }
         }
     }
 #pragma GCC unroll 16
@@ -401,7 +406,7 @@ INLINE void some_rows(vf (*part)[VL], int at, const matrix *m, const vectors *v,
 INLINE void tile(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t row, int64_t rows, int64_t first,
                  const int count, const int kind) {
     vf part[VECTORS][VL];
-    const int together = kind == FLOATS ? (count == 1 ? 1 : 2) : count == 1 ? ROWS : count <= 4 ? 2 : 1;
+    const int together = kind == FLOATS ? (count == 1 ? 1 : VL == 16 ? ROWS : 2) : count == 1 ? ROWS : 2;
     int q = 0;
     for (; q + together <= rows; q += together) some_rows(part, q, m, v, first, row + q, together, count, kind);
     for (; q < rows; q++) some_rows(part, q, m, v, first, row + q, 1, count, kind);
@@ -419,12 +424,6 @@ INLINE void tiles(const matrix *m, const vectors *v, float *y, int64_t ldy, int6
         TILE_CASE(2);
         TILE_CASE(3);
         TILE_CASE(4);
-#if VL == 16
-        TILE_CASE(5);
-        TILE_CASE(6);
-        TILE_CASE(7);
-        TILE_CASE(8);
-#endif
     }
 }
 

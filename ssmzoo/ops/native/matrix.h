@@ -10,7 +10,7 @@
 #include "vec.h"
 
 enum { PIECE = 256, STEP = 2 * VL };  // columns; 16-bit numbers in a register
-enum { VECTORS = VL == 16 ? 8 : 4 };  // that are multiplied at once
+enum { VECTORS = 4 };  // that are multiplied at once
 
 typedef struct {
     const void *data;  // NULL: there is none
