@@ -24,6 +24,7 @@ APPLY = {  # probe: {shipped checkpoint: its options}
     "polynomial": {"language": [], "image": [], "sd_ssm_D4": []},
     "dsf": {"language": [], "image": [], "sd_ssm_D4": []},
     "receptive_field": {"image": ["--batch", "64"]},
+    "local_attribution": {"restoration": []},
     "routing": {"experts": ["--batch", "16"]},
     "expressivity": {"sd_ssm_D4": [], "mamba_D4": []},
 }
@@ -40,6 +41,7 @@ FIGURES = {  # docs/figures/probe_NAME.png: (probe, checkpoint, figure)
     "polynomial": ("polynomial", "language", "polynomial"),
     "dsf": ("dsf", "language", "dsf"),
     "receptive_field": ("receptive_field", "image", "receptive_field"),
+    "local_attribution": ("local_attribution", "restoration", "local_attribution"),
     "routing": ("routing", "experts", "routing"),
     "expressivity": ("expressivity", "sd_ssm_D4", "transitions"),
 }

@@ -41,5 +41,5 @@ def test_operations_are_counted_by_torch(name):
     model, x = tiny_images.build(MODELS[name])
     with FlopCounterMode(display=False) as counter:
         model(x)
-    largest = max(m.weight.numel() for m in model.modules() if type(m) is torch.nn.Linear)
+    largest = max(m.weight.numel() for m in model.modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d))
     assert counter.get_total_flops() > 2 * largest

@@ -10,12 +10,14 @@ from torch.func import functional_call, grad, jvp, vmap
 import ssmzoo
 from ssmzoo.models.anomaly_transformer import AnomalyTransformer
 from ssmzoo.models.baselines import TransformerLM
+from ssmzoo.models.edsr import EDSR
 from ssmzoo.models.maat import MAAT
 from ssmzoo.models.mamba_fscil import MambaFSCIL
 from ssmzoo.models.mamba_vision import MambaVision
 from ssmzoo.models.mambair import MambaIR
 from ssmzoo.models.mambair_unet import MambaIRUNet
 from ssmzoo.models.mambair_v2 import MambaIRv2
+from ssmzoo.models.mambaout import MambaOut
 from ssmzoo.models.swinir import SwinIR
 from ssmzoo.models.token_dynamics import ReorderedMamba
 from ssmzoo.models.vit import ViT
@@ -34,6 +36,8 @@ MORE = {  # beyond the language models of the state contract and the classifiers
     "mambair": lambda: MambaIR(2, **restoration.TINY),
     "mambair_v2": lambda: MambaIRv2(2, **restoration.TINY_V2),
     "swinir": lambda: SwinIR(2, **restoration.TINY_SWIN),
+    "edsr": lambda: EDSR(2, embed_dim=8, depth=2),
+    "mambaout": lambda: MambaOut(num_classes=5, depths=(1, 1, 1, 1), dims=8),
     "maat": lambda: MAAT(3, **SERIES),
     "anomaly_transformer": lambda: AnomalyTransformer(3, **SERIES),
     "unet": lambda: MambaIRUNet(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, d_state=2, squeeze_factor=4),
@@ -49,7 +53,7 @@ def make(name):
     dtype = torch.float32 if name == "unet" else torch.float64  # whose convolution vmap cannot differentiate
     model = MODELS[name]().to(dtype).eval()
     ids = name in NODES or name == "jrt_rnn" or isinstance(model, TransformerLM)
-    side = 8 if name in ("mambair", "mambair_v2", "swinir", "unet") else 32
+    side = 8 if name in ("mambair", "mambair_v2", "swinir", "edsr", "unet") else 32
     x = torch.randint(VOCAB, (SAMPLES, 6)) if ids else torch.randn(SAMPLES, 3, side, side, dtype=dtype)
     x = torch.randn(SAMPLES, 10, 3, dtype=dtype) if isinstance(model, (MAAT, AnomalyTransformer)) else x
 

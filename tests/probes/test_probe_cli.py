@@ -12,6 +12,7 @@ APPLY = {  # probe: kinds of shipped checkpoints it is for
     "dsf": ("image", "language", "sd_ssm_D4"),
     "generalization_bound": ("image", "language"),
     "hidden_attention": ("image", "language", "sd_ssm_D4"),
+    "local_attribution": ("restoration",),
     "memory": ("image", "language", "sd_ssm_D4"),
     "polynomial": ("image", "language", "sd_ssm_D4"),
     "recall": ("language",),
