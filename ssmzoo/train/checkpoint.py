@@ -132,7 +132,8 @@ def remove_leftovers(store: Path) -> None:
 def last_good_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that is whole; None when the run never wrote one.
 
-    A damaged one is named and passed over. Raises CheckpointError when that leaves none.
+    Behind the last step only a validation is missing, which Lightning leaves out when it continues from there: the
+    checkpoint before it comes first, if there is one. A damaged one is named and passed over. Raises CheckpointError when that leaves none.
     """
     store = Path(run_dir) / "checkpoints"
     index = read_index(store)
@@ -140,7 +141,10 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
         return None
     others = {*index["recent"], *(b["name"] for b in index["best"])} - {index["last"]}
     problems = []
-    for name in [n for n in (index["last"], *sorted(others, reverse=True)) if n is not None]:
+    last, names = index["last"], sorted(others, reverse=True)
+    for name in [*names, last] if last is not None and last == index.get("unvalidated") else [last, *names]:
+        if name is None:
+            continue
         try:
             folder = inside(store, name)
             if TRAINER not in read_manifest(folder).get("files", {}):

@@ -89,7 +89,8 @@ class Checkpointer(L.Callback):
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         step, complete = trainer.global_step, update_is_complete(trainer)
-        if complete and last_step(trainer):
+        ends = complete and last_step(trainer)
+        if ends:
             end_after_this_step(trainer)  # so that the last steps are validated, too
         if step in (0, self.saved_step) or not complete or validation_is_due(trainer):
             return
@@ -102,7 +103,7 @@ class Checkpointer(L.Callback):
         )
         # the last step is saved here and not in on_train_end, where averaged weights have replaced the trained ones
         if due or trainer.should_stop:
-            self.save(trainer)
+            self.save(trainer, unvalidated=ends and trainer.enable_validation)
 
     def on_validation_end(self, trainer, task) -> None:
         """After a validation that only the end of the run asked for, the state from before it stays the last."""
@@ -140,10 +141,11 @@ class Checkpointer(L.Callback):
         value = trainer.callback_metrics.get(self.monitor)
         return None if value is None or not math.isfinite(float(value)) else float(value)
 
-    def save(self, trainer, value: float | None = None, whole: bool | None = None) -> None:
+    def save(self, trainer, value: float | None = None, whole: bool | None = None, unvalidated: bool = False) -> None:
         """Write the state as it is now; `value` ranks it among the best.
 
-        whole  with the trainer's state, so that a run can continue from it; None: when no update is half done
+        whole        with the trainer's state, so that a run can continue from it; None: when no update is half done
+        unvalidated  no step follows but a validation, which a run that continued from here would leave out
         """
         step, store = trainer.global_step, trainer.strategy.checkpoint_io
         whole = update_is_complete(trainer) if whole is None else whole
@@ -164,7 +166,7 @@ class Checkpointer(L.Callback):
         error = store.error
         if trainer.is_global_zero and error is None:
             try:
-                self._record(name, step, value, whole)
+                self._record(name, step, value, whole, unvalidated)
             except OSError as failed:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 error = failed
@@ -211,7 +213,7 @@ class Checkpointer(L.Callback):
     def _names(index: dict[str, Any]) -> set[str]:
         return {*index["recent"], *(b["name"] for b in index["best"])} | ({index["last"]} - {None})
 
-    def _record(self, name: str, step: int, value: float | None, whole: bool) -> None:
+    def _record(self, name: str, step: int, value: float | None, whole: bool, unvalidated: bool = False) -> None:
         """Point index.json to the new checkpoint, then delete what nothing points to."""
 
         def other(entry: str) -> bool:
@@ -222,7 +224,7 @@ class Checkpointer(L.Callback):
         index = old | {"recent": [n for n in old["recent"] if n != name and (self.folder / n).is_dir()]}
         if whole:
             recent = [n for n in index["recent"] if other(n)] + [name]
-            index |= {"last": name, "recent": recent[-self.keep_last :]}
+            index |= {"last": name, "recent": recent[-self.keep_last :], "unvalidated": name if unvalidated else None}
         best = [b for b in old["best"] if (self.folder / b["name"]).is_dir()]
         if value is not None and self.keep_best:
             best = [b for b in best if other(b["name"])] + [{"name": name, "value": value}]

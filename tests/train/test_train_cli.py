@@ -132,6 +132,33 @@ def test_an_existing_run_is_not_written_over(call, tmp_path):
     assert status == 2 and "holds a run already" in err and metrics.read_text() == before
 
 
+def test_a_run_that_dies_before_its_last_validation_makes_up_for_it(call, tmp_path, monkeypatch):
+    """Behind the last step, which no interval ends at, the state is saved first and validated then."""
+    from ssmzoo.train.checkpointer import Checkpointer
+
+    how = ["model=mamba", "model.n_layer=1", *TINY, "trainer.max_steps=5", "callbacks.checkpoint.every_n_steps=2"]
+    assert call(*how, "name=whole")[0] == 0
+
+    def die(self, trainer, task):
+        if trainer.global_step == 5:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "on_validation_start", die)
+        assert call(*how, "name=killed")[0] == 1
+    whole, killed = (tmp_path / "runs/mamba" / name for name in ("whole", "killed"))
+    last = json.loads((killed / "checkpoints/index.json").read_text())["last"]
+    assert last == json.loads((whole / "checkpoints/index.json").read_text())["last"]
+    assert call(f"resume={killed}")[0] == 0
+    from ssmzoo.checkpoint_files import read_weights
+
+    for which in ("last", "best"):
+        a, b = read_weights(whole, which), read_weights(killed, which)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    rows = [[r.split(",")[:2] for r in (run / "metrics.csv").read_text().splitlines()] for run in (whole, killed)]
+    assert len(rows[0]) == len(rows[1]) and rows[0][0] == rows[1][0]
+
+
 def test_a_diverging_run_stops_with_the_step_and_keeps_the_last_good_checkpoint(call, tmp_path):
     status, _, err = call(
         "model=mamba",
