@@ -133,7 +133,8 @@ def last_good_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that is whole; None when the run never wrote one.
 
     Behind the last step only a validation is missing, which Lightning leaves out when it continues from there: the
-    checkpoint before it comes first, if there is one. A damaged one is named and passed over. Raises CheckpointError when that leaves none.
+    checkpoint before it comes first, if there is one. A damaged one is named and passed over. Raises CheckpointError
+    when that leaves none.
     """
     store = Path(run_dir) / "checkpoints"
     index = read_index(store)
