@@ -36,7 +36,9 @@ def wandb_logger(
         raise ValueError("logger=wandb needs the package wandb: pip install wandb") from None
     from lightning.pytorch.loggers import WandbLogger
 
-    Printable.colours = True  # wandb's lines
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Printable):
+            stream.colours = True  # wandb's lines, until this command ends
     settings = wandb.setup().settings
     if mode is None and settings.mode == "online" and not _has_key(settings):
         mode = "offline"

@@ -205,6 +205,9 @@ def test_wandb_runs_offline_without_a_key(call, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     status, out, _ = call("model=mamba", "model.n_layer=1", *TINY, "logger=wandb", "name=w")
     assert status == 0 and "wandb sync" in out and list((tmp_path / "runs/mamba/w").glob("wandb/offline-run-*"))
+    from ssmzoo.terminal import Printable
+
+    assert not Printable.colours  # its colours end with its run
 
 
 @pytest.mark.parametrize(
