@@ -22,7 +22,7 @@ from theory_recall import BATCH, LENGTH, PAIRS, STEPS, VOCAB, WIDTH, mixers
 from ssmzoo.probes import figures
 from ssmzoo.probes.majority import train_majority
 from ssmzoo.probes.polynomial import separation
-from ssmzoo.probes.separation import KINDS, fit, regression
+from ssmzoo.probes.separation import KINDS, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTORS, LAYERS, LENGTHS, STARTS = (2, 3, 4), (1, 2), (25, 50, 100, 200, 400), (-0.1, 0.0, 0.1)
@@ -40,7 +40,7 @@ def separate(seeds: list[int]) -> tuple[list[str], dict[str, list[float]]]:
     lines = ["| layers | " + " | ".join(f"r = {r}" for r in FACTORS) + " |", "|---" * (len(FACTORS) + 1) + "|"]
     for kind in KINDS:
         for m in LAYERS:
-            cells = [[regression(kind, r, m, seed=s) for s in seeds] for r in FACTORS]
+            cells = [[fit(kind, r, m, seed=s)[1] for s in seeds] for r in FACTORS]
             curves[f"{kind.replace('_', ' ')}, {m}"] = [statistics.mean(c) for c in cells]
             lines.append(f"| {m} {kind.replace('_', ' ')} | {' | '.join(spread(c, '.3f') for c in cells)} |")
             print(lines[-1], flush=True)

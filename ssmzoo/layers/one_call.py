@@ -96,9 +96,9 @@ class Kept:
                 builder.norm(norm, builder.x)
                 builder.code[-1] = builder.code[-1]._replace(out=builder.x)
             self.program = builder.program(_one_by_one(weakref.ref(decoder)))
-            gather([*decoder.parameters(), *decoder.buffers()])
         except NotPlain:
             pass
+        gather([*decoder.parameters(), *decoder.buffers()])
         self.width = width
         self.watch = Watch([*blocks, *builder.roots, *([] if norm is None else [norm])], self.program is not None)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmzoo.probes.receptive_field import centred_share
+from ssmzoo.probes.receptive_field import centred_share, show_field
 
 
 class Attribution(NamedTuple):
@@ -64,7 +64,9 @@ def local_attribution(
     maps = total.abs().sum(1)  # (b y x)
     field = (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)).mean(0)
     spread = sum(100 * (1 - gini(m)) for m in maps) / len(maps)
-    return Attribution(field / field.max(), spread, {k: centred_share(field, k / 100) for k in (50, 95, 99)})
+    return Attribution(
+        field / field.max().clamp(min=1e-30), spread, {k: centred_share(field, k / 100) for k in (50, 95, 99)}
+    )
 
 
 def details(y: Tensor, side: int, window: int) -> Tensor:
@@ -85,25 +87,9 @@ def gini(values: Tensor) -> float:
 
 def probe(subject):
     """The map over all given pictures."""
-    from ssmzoo.probes import figures
     from ssmzoo.probes.subject import Finding
 
     found = local_attribution(subject.model, subject.inputs)
-    finding = Finding({"diffusion index": f"{found.diffusion:.2f}"})
-    finding.summary |= {
-        f"side of the centred square with {share} % (share of the picture's side)": f"{side:.3f}"
-        for share, side in found.shares.items()
-    }
-    finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in found.shares.items()])
-    figure, axes = figures.canvas(1, 1, (4.2, 3.6))
-    figures.heat(
-        figure,
-        axes[0, 0],
-        (found.map + 1e-6).log10(),
-        "x (pixels)",
-        "y (pixels)",
-        "local attribution of the middle",
-        label="log10 |attribution|, largest = 0",
-    )
-    finding.figures["local_attribution"] = figure
+    finding, title = Finding({"diffusion index": f"{found.diffusion:.2f}"}), "local attribution of the middle"
+    show_field(finding, "local_attribution", found.map, found.shares, "picture", title, "attribution")
     return finding

@@ -68,30 +68,28 @@ def centred_share(field: Tensor, share: float) -> float:
     return 1.0
 
 
+def show_field(finding, name: str, field: Tensor, shares: dict[int, float], of: str, title: str, quantity: str) -> None:
+    """Shares and the map `name` (y x; largest value 1) of pictures called `of`, added to a finding."""
+    from ssmzoo.probes import figures
+
+    finding.summary |= {
+        f"side of the centred square with {share} % (share of the {of}'s side)": f"{side:.3f}"
+        for share, side in shares.items()
+    }
+    finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in shares.items()])
+    figure, axes = figures.canvas(1, 1, (4.2, 3.6))
+    label = f"log10 |{quantity}|, largest = 0"
+    figures.heat(figure, axes[0, 0], (field + 1e-6).log10(), "x (pixels)", "y (pixels)", title, label=label)
+    finding.figures[name] = figure
+
+
 def probe(subject):
     """The field over all given images."""
     from ssmzoo.probes import figures
     from ssmzoo.probes.subject import Finding
 
-    field = receptive_field(subject.model, subject.inputs)
-    finding = Finding(
-        {
-            f"side of the centred square with {share} % (share of the image's side)": f"{side:.3f}"
-            for share, side in field.shares.items()
-        }
-    )
-    finding.tables["shares"] = (("share (%)", "side"), [(k, f"{v:.4f}") for k, v in field.shares.items()])
-    figure, axes = figures.canvas(1, 1, (4.2, 3.6))
-    figures.heat(
-        figure,
-        axes[0, 0],
-        (field.map + 1e-6).log10(),
-        "x (pixels)",
-        "y (pixels)",
-        "effective receptive field",
-        label="log10 |gradient|, largest = 0",
-    )
-    finding.figures["receptive_field"] = figure
+    field, finding = receptive_field(subject.model, subject.inputs), Finding({})
+    show_field(finding, "receptive_field", *field, "image", "effective receptive field", "gradient")
     maps = activations(subject.model, subject.inputs[:1])
     if maps:
         figure, axes = figures.canvas(1, len(maps), (2.6, 2.4))

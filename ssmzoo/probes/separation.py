@@ -50,22 +50,6 @@ class SimplifiedS6(nn.Module):
         return torch.stack(out, dim=1)
 
 
-def regression(
-    kind: str,
-    factors: int,
-    layers: int = 1,
-    length: int = 6,
-    d: int = 16,
-    n: int = 8,
-    steps: int = 600,
-    batch: int = 64,
-    lr: float = 3e-3,
-    seed: int = 0,
-) -> float:
-    """Test error of `fit` with fresh strings at every step."""
-    return fit(kind, factors, layers, length, d, n, steps, batch, lr, seed)[1]
-
-
 def fit(
     kind: str,
     factors: int,

@@ -32,8 +32,8 @@ static double check(int64_t count, int64_t rows, int64_t columns, int64_t bits, 
                               columns, bits, group};
     vectors v;
     void *memory = scratch(prepared_bytes(&matrix_of, count));
-    begin_vectors(&v, &matrix_of, x, count, columns, memory);
-    prepare(&v, &matrix_of, 0, count, act, 0.01f);
+    begin_vectors(&v, &matrix_of, x, count, columns, act, 0.01f, memory);
+    prepare(&v, &matrix_of, 0, count);
     multiply_rows(&matrix_of, &v, y, rows, 0, rows / 2);
     multiply_rows(&matrix_of, &v, y, rows, rows / 2, rows);
     double worst = 0;

@@ -24,6 +24,8 @@ def test_pieces():
     assert gini(torch.ones(50)) == pytest.approx(0) and gini(torch.eye(1, 50)) == pytest.approx(0.98)
     flat = torch.full((1, 3, 9, 9), 0.3)
     assert torch.allclose(blurred(flat, 1.2), flat) and blurred(flat, 0.0) is flat
+    plain = local_attribution(nn.Conv2d(3, 3, 3, padding=1), torch.full((1, 3, 32, 32), 0.3), steps=2)
+    assert plain.map.isfinite().all() and plain.diffusion == plain.diffusion  # nothing to attribute
     assert "diffusion index" in probe(Subject(nn.Conv2d(3, 3, 3, padding=1), torch.rand(1, 3, 32, 32))).summary
 
 

@@ -7,10 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import resets, why_not_float
+from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.gated_delta_rule import RULE, Inputs, gated_delta_rule
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+from ssmzoo.ops.native.arguments import decays, in_rows, whole
 
 FORWARD, MISSING = kernel("ssmzoo_gated_delta_rule_forward")
 BACKWARD, _ = kernel("ssmzoo_gated_delta_rule_backward")
@@ -23,26 +24,9 @@ def saved(a: Inputs) -> Tensor:
     return a.q.new_empty(b, -(-l // CHUNK), h, n, -(-p // VECTOR_LENGTH) * VECTOR_LENGTH, dtype=torch.float32)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """float32 with neighbouring elements along the last axis; other strides are taken as they are."""
-    t = t.float()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _whole(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
-
-
-def _decays(a: Inputs) -> Tensor:
-    e = a.g.float().exp()
-    if a.seq_idx is not None:
-        e = e.masked_fill(resets(a.seq_idx).reshape(*a.seq_idx.shape, *[1] * (e.ndim - 2)), 0)
-    return e.contiguous()
-
-
 def _call(function, a: Inputs, tensors: list[Tensor | None]) -> None:
-    q, k, v = rows = _rows(a.q), _rows(a.k), _rows(a.v)
-    given = [*rows, _decays(a), _whole(a.beta), *tensors]
+    q, k, v = rows = in_rows(a.q), in_rows(a.k), in_rows(a.v)
+    given = [*rows, decays(a.g, a.seq_idx), whole(a.beta), *tensors]
     values = (
         *q.shape,
         v.shape[3],
@@ -60,14 +44,14 @@ def forward(a: Inputs, save: bool):
     p = a.v.shape[3]
     y, last = a.q.new_empty(b, l, h, p, dtype=torch.float32), a.q.new_empty(b, h, n, p, dtype=torch.float32)
     states = saved(a) if save else None
-    _call(FORWARD, a, [_whole(a.initial_state), states, y, last])
+    _call(FORWARD, a, [whole(a.initial_state), states, y, last])
     return (y.to(a.v.dtype), last), states
 
 
 def backward(a: Inputs, states: Tensor, dy: Tensor, dlast: Tensor | None) -> dict[str, Tensor]:
     names = ("q", "k", "v", "g", "beta", "initial_state")
     grads = {n: a.q.new_empty(t.shape, dtype=torch.float32) for n in names if (t := getattr(a, n)) is not None}
-    _call(BACKWARD, a, [states, _whole(dy), _whole(dlast), *(grads.get(name) for name in names)])
+    _call(BACKWARD, a, [states, whole(dy), whole(dlast), *(grads.get(name) for name in names)])
     return {name: grad.to(getattr(a, name).dtype) for name, grad in grads.items()}
 
 

@@ -244,8 +244,8 @@ size_t prepared_bytes(const matrix *m, int64_t count) {
            (size_t)(4 * VL * count * pieces);
 }
 
-void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, void *memory) {
-    *v = (vectors){.x = x, .count = count, .ld = ld};
+void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, int act, float act_scale, void *memory) {
+    *v = (vectors){.x = x, .count = count, .ld = ld, .act = act, .act_scale = act_scale};
     if (m->bits == 32) return;
     char *free_memory = memory;
     v->pieces = count_pieces(m);
@@ -336,8 +336,10 @@ static int64_t as_words(int16_t *q, int32_t *start, const int32_t *line, const p
     return sum;
 }
 
-static void prepare_one(vectors *v, const matrix *m, int64_t c, int act, float act_scale) {
+static void prepare_one(vectors *v, const matrix *m, int64_t c) {
     const float *x = v->x + c * v->ld;
+    const int act = v->act;
+    float act_scale = v->act_scale;
     int32_t line[PIECE] __attribute__((aligned(64)));
     if (act == ACT_DYNAMIC) {
         const int32_t most = largest(x, m->columns);
@@ -366,10 +368,9 @@ static void prepare_one(vectors *v, const matrix *m, int64_t c, int act, float a
     }
 }
 
-void prepare(vectors *v, const matrix *m, int64_t from, int64_t to, int act, float act_scale) {
+void prepare(vectors *v, const matrix *m, int64_t from, int64_t to) {
     if (m->bits == 32) return;
-    v->high = act == ACT_FLOAT;
-    for (int64_t c = from; c < to; c++) prepare_one(v, m, c, act, act_scale);
+    for (int64_t c = from; c < to; c++) prepare_one(v, m, c);
 }
 
 // ---- rows ----
@@ -454,8 +455,9 @@ ROWS_OF(nibble_rows_16, NIBBLES | PAIRS | WITH_HIGH)
 void multiply_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to) {
     rows_of *rows = m->bits == 32 ? float_rows : m->bits == 8 ? byte_rows : nibble_rows;
 #if defined(__AVX512F__)
-    if (byte_pairs && m->bits == 8) rows = v->high ? byte_rows_16 : byte_rows_8;
-    if (byte_pairs && m->bits == 4) rows = v->high ? nibble_rows_16 : nibble_rows_8;
+    const int high = v->act == ACT_FLOAT;
+    if (byte_pairs && m->bits == 8) rows = high ? byte_rows_16 : byte_rows_8;
+    if (byte_pairs && m->bits == 4) rows = high ? nibble_rows_16 : nibble_rows_8;
 #endif
     rows(m, v, y, ldy, from, to);
 }
@@ -518,7 +520,7 @@ enum { CHUNK = 1024, SHARE_OF_VECTORS = 16 };
 static void prepare_share(void *context, int64_t index) {
     multiply_work *s = context;
     const int64_t from = index * SHARE_OF_VECTORS, to = from + SHARE_OF_VECTORS;
-    prepare(&s->v, &s->a->m, from, to < s->v.count ? to : s->v.count, (int)s->a->act, (float)s->a->act_scale);
+    prepare(&s->v, &s->a->m, from, to < s->v.count ? to : s->v.count);
 }
 
 static void multiply_share(void *context, int64_t index) {
@@ -531,8 +533,8 @@ static void multiply_few(void *context, crew *t) {
     const multiply_args *a = context;
     multiply_work s = {.a = a, .y = a->y, .rows = rows_per_task(a->m.rows, crew_size(t))};
     void *memory = scratch(prepared_bytes(&a->m, a->count));
-    begin_vectors(&s.v, &a->m, a->x, a->count, a->m.columns, memory);
-    prepare(&s.v, &a->m, 0, a->count, (int)a->act, (float)a->act_scale);
+    begin_vectors(&s.v, &a->m, a->x, a->count, a->m.columns, (int)a->act, (float)a->act_scale, memory);
+    prepare(&s.v, &a->m, 0, a->count);
     crew_for(t, (a->m.rows + s.rows - 1) / s.rows, multiply_share, &s);
     free(memory);
 }
@@ -546,7 +548,7 @@ void ssmzoo_multiply(const multiply_args *a) {
     for (int64_t first = 0; first < a->count; first += CHUNK) {
         multiply_work s = {.a = a, .y = a->y + first * a->m.rows, .rows = rows};
         const int64_t count = a->count - first < CHUNK ? a->count - first : CHUNK;
-        begin_vectors(&s.v, &a->m, a->x + first * a->m.columns, count, a->m.columns, memory);
+        begin_vectors(&s.v, &a->m, a->x + first * a->m.columns, count, a->m.columns, (int)a->act, (float)a->act_scale, memory);
         if (a->m.bits != 32) parallel_for((count + SHARE_OF_VECTORS - 1) / SHARE_OF_VECTORS, a->threads, prepare_share, &s);
         parallel_for(tasks, a->threads, multiply_share, &s);
     }

@@ -31,7 +31,8 @@ typedef struct {
     float *scale;  // (count pieces), and the sum of a piece's integers
     float *sum;
     int32_t *start;  // (count pieces VL): what sums of products begin with, whose weights come as they are + 8 or + 128
-    int high;        // numbers of 16 bits, not of 8
+    int act;         // ACT_FLOAT: numbers of 16 bits, the others: of 8
+    float act_scale;  // of ACT_STATIC
 } vectors;
 
 enum { ACT_FLOAT, ACT_STATIC, ACT_DYNAMIC };
@@ -39,12 +40,12 @@ enum { ACT_FLOAT, ACT_STATIC, ACT_DYNAMIC };
 // How much memory `prepare` needs for vectors beside a matrix.
 size_t prepared_bytes(const matrix *m, int64_t count);
 // The vectors `from` to `to` of x (count columns) are made ready for m; `begin_vectors` once before.
-void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, void *memory);
-void prepare(vectors *v, const matrix *m, int64_t from, int64_t to, int act, float act_scale);
+void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, int act, float act_scale, void *memory);
+void prepare(vectors *v, const matrix *m, int64_t from, int64_t to);
 // Both for all vectors whose activations are taken as they are.
 INLINE void ready(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, void *memory) {
-    begin_vectors(v, m, x, count, ld, memory);
-    prepare(v, m, 0, count, ACT_FLOAT, 0);
+    begin_vectors(v, m, x, count, ld, ACT_FLOAT, 0, memory);
+    prepare(v, m, 0, count);
 }
 // y[c * ldy + j] = row j of the product, plus bias, from <= j < to.
 void multiply_rows(const matrix *m, const vectors *v, float *y, int64_t ldy, int64_t from, int64_t to);

@@ -7,9 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import resets, why_not_float
+from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+from ssmzoo.ops.native.arguments import decays, in_rows, whole
 from ssmzoo.ops.ssd import Recurrence, register
 
 FORWARD, MISSING = kernel("ssmzoo_ssd_forward")
@@ -25,21 +26,6 @@ def saved(a: Recurrence) -> Tensor:
     (b, l, h, p), n = a.x.shape, a.B.shape[3]
     shape = b, -(-l // chunk_length(l)), h, n, -(-p // VECTOR_LENGTH) * VECTOR_LENGTH
     return a.x.new_empty(shape, dtype=torch.float32)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """float32 with neighbouring elements along the last axis; other strides are taken as they are."""
-    t = t.float()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _whole(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
-
-
-def _decays(a: Recurrence) -> Tensor:
-    e = a.log_decay.float().exp()
-    return e.contiguous() if a.seq_idx is None else e.masked_fill(resets(a.seq_idx).unsqueeze(-1), 0).contiguous()
 
 
 def _split(b: int, h: int, g: int, tasks: int) -> int:
@@ -72,15 +58,26 @@ def forward(a: Recurrence, save: bool):
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
     y, last = a.x.new_empty(b, l, h, p, dtype=torch.float32), a.x.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
-    x, B, C = _rows(a.x), _rows(a.B), _rows(a.C)
-    tensors = [x, _whole(a.dt), _decays(a), B, C, _whole(a.D), _whole(a.initial_states), states, y, last]
+    x, B, C = in_rows(a.x), in_rows(a.B), in_rows(a.C)
+    tensors = [
+        x,
+        whole(a.dt),
+        decays(a.log_decay, a.seq_idx),
+        B,
+        C,
+        whole(a.D),
+        whole(a.initial_states),
+        states,
+        y,
+        last,
+    ]
     _call(FORWARD, x, B, C, _split(b, h, g, 4 * torch.get_num_threads()), tensors)
     return (y.to(a.x.dtype), last), states
 
 
 def backward(a: Recurrence, states, dy, dlast):
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
-    x, B, C = _rows(a.x), _rows(a.B), _rows(a.C)
+    x, B, C = in_rows(a.x), in_rows(a.B), in_rows(a.C)
     split = _split(b, h, g, 2 * torch.get_num_threads())
     shapes = {
         "x": (b, l, h, p),
@@ -92,7 +89,7 @@ def backward(a: Recurrence, states, dy, dlast):
         "initial_states": (b, h, p, n),
     }
     grads = {name: x.new_empty(s) for name, s in shapes.items() if getattr(a, name) is not None}
-    given = [x, _whole(a.dt), _decays(a), B, C, _whole(a.D), states, _whole(dy), _whole(dlast)]
+    given = [x, whole(a.dt), decays(a.log_decay, a.seq_idx), B, C, whole(a.D), states, whole(dy), whole(dlast)]
     _call(BACKWARD, x, B, C, split, [*given, *(grads.get(name) for name in shapes)])
     for name in ("B", "C"):
         grads[name] = grads[name].sum(0) if split > 1 else grads[name][0]

@@ -19,15 +19,7 @@ to the caller.
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import place
-
-
-@triton.jit
-def _rows(base, stride, b, first, head, columns, inside, existing, Q: tl.constexpr):
-    """(Q columns) of a (b l h .) tensor in fp32; offsets within a chunk have 32 bits and take fewer registers."""
-    base += b * stride[0] + first * stride[1] + head * stride[2]
-    offsets = tl.arange(0, Q)[:, None] * stride[1] + columns[None, :] * stride[3]
-    return tl.load(base + offsets, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
+from ssmzoo.ops.triton.functions import place, rows_of_head
 
 
 @triton.jit
@@ -125,9 +117,9 @@ def forward(
         for i in range(stretch_chunks):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             inside = tl.arange(0, Q) < length - start_at
-            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
-            B_t = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
-            C_t = _rows(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
+            x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
+            B_t = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+            C_t = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             CB = tl.dot(C_t, tl.trans(B_t), input_precision=PRECISION)
             weights, ending = _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q, RANKS)
@@ -216,13 +208,13 @@ def backward(
         for i in range(stretch_chunks - 1):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             inside = tl.arange(0, Q) < length - start_at
-            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
+            x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             _, ending = _weights(dt, None, b, h, start_at, end, L, length, heads, Q, RANKS)
             for m in range(0, n_states, K):
                 states, at = _piece(p, own, m, n_states, K)
                 n = m + tl.arange(0, K)
-                B_m = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+                B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
                 S = whole * tl.load(scratch + i * slot + at, states, 0.0)
                 S += tl.dot(tl.trans(x_t * ending[:, None]), B_m, input_precision=PRECISION)
                 tl.store(scratch + (i + 1) * slot + at, S, states)
@@ -231,15 +223,15 @@ def backward(
             i = stretch_chunks - 1 - j
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
             inside = tl.arange(0, Q) < length - start_at
-            x_t = _rows(x, x_stride, b, start_at, h, p, inside, own, Q)
+            x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             token, steps = (b * length + start_at) * heads + h, tl.arange(0, Q) * heads
-            dY = _rows(dy, dy_stride, b, start_at, h, p, inside, own, Q)
+            dY = rows_of_head(dy, dy_stride, b, start_at, h, p, inside, own, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             CB = tl.zeros([Q, Q], tl.float32)
             for m in range(0, n_states, K):
                 n = m + tl.arange(0, K)
-                C_m = _rows(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
-                B_m = _rows(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+                C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
+                B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
                 CB += tl.dot(C_m, tl.trans(B_m), input_precision=PRECISION)
             dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION)
             both = CB * dCB
@@ -265,8 +257,8 @@ def backward(
                 states, at = _piece(p, own, m, n_states, K)
                 n = m + tl.arange(0, K)
                 existing = n < n_states
-                B_m = _rows(B, B_stride, b, start_at, g, n, inside, existing, Q)
-                C_m = _rows(C, C_stride, b, start_at, g, n, inside, existing, Q)
+                B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, existing, Q)
+                C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, existing, Q)
                 S = tl.load(scratch + i * slot + at, states, 0.0)
                 G = tl.load(carry + at, states, 0.0)
                 offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+from ssmzoo.ops.native.arguments import in_rows, whole
 from ssmzoo.ops.taylor_attention import TAYLOR, Inputs, document_starts, n_features, taylor_attention
 
 FORWARD, MISSING = kernel("ssmzoo_taylor_attention_forward")
@@ -29,21 +30,11 @@ def saved(a: Inputs) -> Tensor:
     return a.v.new_empty(b, h, -(-l // chunk), n * _padded(p) + _padded(n), dtype=torch.float32)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """float32 with neighbouring elements along the last axis; other strides are taken as they are."""
-    t = t.float()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _whole(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
-
-
 def _call(function, a: Inputs, tensors: list[Tensor | None]) -> None:
     b, l, h, p = a.v.shape
-    q, k, v = _rows(a.q), _rows(a.k), _rows(a.v)
+    q, k, v = in_rows(a.q), in_rows(a.k), in_rows(a.v)
     starts = None if a.seq_idx is None else document_starts(a.seq_idx).contiguous()
-    given = [q, k, v, _whole(a.mask), starts, *tensors]
+    given = [q, k, v, whole(a.mask), starts, *tensors]
     values = (
         b,
         l,
@@ -66,14 +57,14 @@ def forward(a: Inputs, save: bool):
     y = a.v.new_empty(a.v.shape, dtype=torch.float32)
     last = y.new_empty(b, h, n_features(a.q.shape[-1]), p + 1)
     states = saved(a) if save else None
-    _call(FORWARD, a, [_whole(a.state), states, y, last])
+    _call(FORWARD, a, [whole(a.state), states, y, last])
     return (y.to(a.v.dtype), last), states
 
 
 def backward(a: Inputs, states: Tensor, dy: Tensor, dlast: Tensor | None) -> dict[str, Tensor]:
     given = {"q": a.q, "k": a.k, "v": a.v, "state": a.state}
     grads = {name: None if t is None else t.new_empty(t.shape, dtype=torch.float32) for name, t in given.items()}
-    _call(BACKWARD, a, [states, _whole(dy), _whole(dlast), *grads.values()])
+    _call(BACKWARD, a, [states, whole(dy), whole(dlast), *grads.values()])
     return {name: grad.to(given[name].dtype) for name, grad in grads.items() if grad is not None}
 
 

@@ -15,15 +15,7 @@ written by one program; sums over programs are left to the caller.
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import place
-
-
-@triton.jit
-def _rows(base, stride, b, first, head, columns, inside, existing, Q: tl.constexpr):
-    """(Q columns) of a (b l h .) tensor in fp32; offsets within a chunk have 32 bits and take fewer registers."""
-    base += b * stride[0] + first * stride[1] + head * stride[2]
-    offsets = tl.arange(0, Q)[:, None] * stride[1] + columns[None, :] * stride[3]
-    return tl.load(base + offsets, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
+from ssmzoo.ops.triton.functions import place, rows_of_head
 
 
 @triton.jit
@@ -33,7 +25,7 @@ def _values(v, stride, seen, b, first, head, p, length, width, Q: tl.constexpr):
     inside = t < length
     if seen is not None:
         inside = inside & (tl.load(seen + b * length + t, inside, 0) != 0)
-    V = _rows(v, stride, b, first, head, p, inside, p < width, Q)
+    V = rows_of_head(v, stride, b, first, head, p, inside, p < width, Q)
     return tl.where(inside[:, None] & (p == width)[None, :], 1.0, V)
 
 
@@ -125,8 +117,8 @@ def forward(
         for c in range(stretch_chunks):
             first = (stretch * stretch_chunks + c) * Q + 0 * b
             inside = tl.arange(0, Q) < length - first
-            q_t = _rows(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
-            k_t = _rows(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
+            q_t = rows_of_head(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
+            k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q)
             keep, start, end, whole = _documents(segment, b, first, length, Q)
             s = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
@@ -196,7 +188,7 @@ def backward(
         for c in range(stretch_chunks - 1):
             first = (stretch * stretch_chunks + c) * Q + 0 * b
             inside = tl.arange(0, Q) < length - first
-            k_t = _rows(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
+            k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             keep, start, end, whole = _documents(segment, b, first, length, Q)
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q) * end[:, None]
             now = scratch + c * slot
@@ -211,8 +203,8 @@ def backward(
             c = stretch_chunks - 1 - j
             first = (stretch * stretch_chunks + c) * Q + 0 * b
             inside = tl.arange(0, Q) < length - first
-            q_t = _rows(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
-            k_t = _rows(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
+            q_t = rows_of_head(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
+            k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q)
             keep, start, end, whole = _documents(segment, b, first, length, Q)
             token = (b * length + first) * heads + h

@@ -7,9 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.checks import resets, why_not_float
+from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
+from ssmzoo.ops.native.arguments import decays, in_rows, whole
 from ssmzoo.ops.trapezoidal_scan import SCAN, Inputs, rotary_trapezoidal_scan, trapezoidal_scan
 
 FORWARD, MISSING = kernel("ssmzoo_trapezoidal_scan_forward")
@@ -23,21 +24,6 @@ def saved(a: Inputs) -> Tensor:
     return a.v.new_empty(b, -(-l // CHUNK), h, n, -(-p // VECTOR_LENGTH) * VECTOR_LENGTH, dtype=torch.float32)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """float32 with neighbouring elements along the last axis; other strides are taken as they are."""
-    t = t.float()
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _whole(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
-
-
-def _decays(a: Inputs) -> Tensor:
-    e = a.a.float().exp()
-    return e.contiguous() if a.seq_idx is None else e.masked_fill(resets(a.seq_idx).unsqueeze(-1), 0).contiguous()
-
-
 def _split(a: Inputs, tasks: int) -> int:
     """Parts to cut the heads of every group into, for about so many tasks."""
     (b, _, h, _), g = a.v.shape, a.k.shape[2]
@@ -45,9 +31,9 @@ def _split(a: Inputs, tasks: int) -> int:
 
 
 def _call(function, a: Inputs, split: int, tensors: list[Tensor | None]) -> None:
-    v, k, q = rows = _rows(a.v), _rows(a.k), _rows(a.q)
-    whole = (a.k_bias, a.q_bias, a.phase, _decays(a), a.gamma, a.beta, a.D)
-    given = [*rows, *(_whole(t) for t in whole), *tensors]
+    v, k, q = rows = in_rows(a.v), in_rows(a.k), in_rows(a.q)
+    given = (a.k_bias, a.q_bias, a.phase, decays(a.a, a.seq_idx), a.gamma, a.beta, a.D)
+    given = [*rows, *map(whole, given), *tensors]
     values = (
         *v.shape,
         *k.shape[2:],
@@ -65,7 +51,7 @@ def forward(a: Inputs, save: bool):
     (b, l, h, p), n = a.v.shape, a.k.shape[3]
     y, last = a.v.new_empty(b, l, h, p, dtype=torch.float32), a.v.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
-    _call(FORWARD, a, _split(a, 4 * torch.get_num_threads()), [_whole(a.initial_state), states, y, last])
+    _call(FORWARD, a, _split(a, 4 * torch.get_num_threads()), [whole(a.initial_state), states, y, last])
     return (y, last), states
 
 
@@ -75,7 +61,7 @@ def backward(a: Inputs, states: Tensor, dy: Tensor, dlast: Tensor | None) -> dic
     names = ("v", "k", "q", "k_bias", "q_bias", "phase", "a", "gamma", "beta", "D", "initial_state")
     given = {name: t for name in names if (t := getattr(a, name)) is not None}
     grads = {name: a.v.new_empty(parts.get(name, t.shape), dtype=torch.float32) for name, t in given.items()}
-    _call(BACKWARD, a, split, [states, _whole(dy), _whole(dlast), *(grads.get(name) for name in names)])
+    _call(BACKWARD, a, split, [states, whole(dy), whole(dlast), *(grads.get(name) for name in names)])
     grads |= {name: grads[name].sum(0) for name in parts if name in grads}
     return {name: grad.to(given[name].dtype) for name, grad in grads.items()}
 

@@ -54,3 +54,11 @@ def place(heads, width, P: tl.constexpr):
     p = program % blocks * P + tl.arange(0, P)
     b = (program // (blocks * heads)).to(tl.int64)
     return b, (program // blocks % heads).to(tl.int64), program % blocks, p.to(tl.int64), p < width
+
+
+@triton.jit
+def rows_of_head(base, stride, b, first, head, columns, inside, existing, Q: tl.constexpr):
+    """(Q columns) of a (b l h .) tensor in fp32; offsets within a chunk have 32 bits and take fewer registers."""
+    base += b * stride[0] + first * stride[1] + head * stride[2]
+    offsets = tl.arange(0, Q)[:, None] * stride[1] + columns[None, :] * stride[3]
+    return tl.load(base + offsets, inside[:, None] & existing[None, :], 0.0).to(tl.float32)
