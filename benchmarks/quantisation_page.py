@@ -14,8 +14,9 @@ Written by `python benchmarks/quantisation.py` (every number: `quantisation.json
 quantised as `ssmzoo quantise RUN --mode MODE` does it, with 64 samples of its own training part, and is judged on the
 same held-out text (65,536 bytes), in bits per byte. *small*: the runs under notebooks/checkpoints; the others: default
 runs of the embedded text with the steps that stand below. All are small and trained for minutes: they say which step
-matters, not what a model of billions loses. Speeds are ratios of interleaved runs on a shared CPU, by the backend of
-`quantized_linear` that served: the torch form, which writes the matrix out, where there is no kernel.
+matters, not what a model of billions loses. Speeds are ratios of interleaved runs on the machine's own threads: modes
+of 16-bit activations take one call per token through all layers (but not with experts), the others go module by
+module.
 [docs/quantisation.md](../quantisation.md) says what the modes are.
 """
 
