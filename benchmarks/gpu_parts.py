@@ -129,21 +129,22 @@ class Bench:
         )
 
     def decode(self, part: str) -> None:
-        from ssmzoo.inference import generate as inference
+        from ssmzoo.inference import decoding
+        from ssmzoo.inference.generate import prefill, stream
 
         model = build(part, self.toy).eval().to(self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         copy = next((r["copy_gb_s"] for r in self.rows if "copy_gb_s" in r), None)
-        tokens, record = 4 if self.toy else 64, dict(inference.RECORD)
+        tokens, record = 4 if self.toy else 64, dict(decoding.RECORD)
         for how in ("graph", "plain calls") if self.device in record else ("plain calls",):
-            inference.RECORD.clear()
-            inference.RECORD.update(record if how == "graph" else {})
+            decoding.RECORD.clear()
+            decoding.RECORD.update(record if how == "graph" else {})
             for batch in (1, 2) if self.toy else (1, 8, 64, 256):
                 prompts = torch.randint(1, 200, (batch, 16))
                 if self.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                seconds = self.text(inference.stream(model, prompts, tokens, greedy=True), tokens)
-                state = ssmzoo.inference.generate.prefill(model, prompts.to(self.device))[1]
+                seconds = self.text(stream(model, prompts, tokens, greedy=True), tokens)
+                state = prefill(model, prompts.to(self.device))[1]
                 moved = weights + 2 * sum(t.numel() * t.element_size() for t in tensors(state))
                 rate = moved / seconds / 1e9
                 peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else 0

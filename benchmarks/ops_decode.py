@@ -23,6 +23,8 @@ import torch
 from ops import Case, Missing, clock
 
 import ssmzoo
+from ssmzoo.inference.decoding import Decoding
+from ssmzoo.inference.generate import prefill as prefill_of
 from ssmzoo.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from ssmzoo.ops import native
 from ssmzoo.ops.quantized_linear import pack_int4
@@ -75,13 +77,14 @@ def quantised(name: str, bits: int):
 
 @torch.inference_mode()
 def greedy(model, batch: int = 1, tokens: int = TOKENS) -> tuple[list[int], float]:
-    """(tokens of the first sequence, tokens per second of all together: the median step)"""
-    out, times, found = model(torch.tensor([PROMPT] * batch)), [], []
+    """(tokens of the first sequence, tokens per second of all together: the median step), as `generate` decodes them"""
+    logits, state = prefill_of(model, torch.tensor([PROMPT] * batch))
+    decoding, times, found = Decoding(model, state), [], []
     for _ in range(tokens):
         start = clock()
-        token = out.logits[:, -1:].argmax(-1)
+        token = logits.argmax(-1)
         found.append(int(token[0]))
-        out = model(token, out.state)
+        logits = decoding(token)
         times.append(clock() - start)
     return found, batch / statistics.median(times)
 

@@ -8,6 +8,7 @@ import torch
 from ops import Case
 
 import ssmzoo
+from ssmzoo.inference.decoding import Decoding
 from ssmzoo.layers.feedforward.moe import active_parameters
 
 VOCAB, SHAPE, TOKENS = 256, (8, 256), 20
@@ -37,7 +38,7 @@ def twin(name: str) -> dict[str, int]:
 
 
 def decode(name: str):
-    """One sequence, some tokens after a prompt of 32."""
+    """One sequence, some tokens after a prompt of 32, as `generate` decodes them."""
 
     def prepare():
         model, ids = build(name).eval(), torch.randint(VOCAB, (1, 32))
@@ -46,9 +47,9 @@ def decode(name: str):
 
         @torch.inference_mode()
         def run():
-            state = start
+            decoding = Decoding(model, start)
             for t in range(TOKENS):
-                state = model(ids[:, t : t + 1], state).state
+                decoding(ids[:, t])
 
         return run
 

@@ -10,6 +10,8 @@ from ops import Case
 
 import ssmzoo
 from ssmzoo import ops
+from ssmzoo.inference.decoding import Decoding
+from ssmzoo.inference.generate import prefill
 from ssmzoo.ops import native
 
 VOCAB, WIDTH, LAYERS = 256, 256, 4
@@ -57,9 +59,10 @@ def decode(tokens: int):
 
         @torch.inference_mode()
         def run():
-            out = model(prompt)
+            logits, state = prefill(model, prompt)
+            decoding = Decoding(model, state)
             for _ in range(tokens):
-                out = model(out.logits[:, -1:].argmax(-1), out.state)
+                logits = decoding(logits.argmax(-1))
 
         return run
 
@@ -100,10 +103,10 @@ def token_at(position: int):
                 n = min(left, 4096)
                 out = model(torch.randint(0, VOCAB, (1, n)), None if out is None else out.state)
                 left -= n
-            token, times = out.logits[:, -1:].argmax(-1), []
+            token, decoding, times = out.logits[:, -1].argmax(-1), Decoding(model, out.state), []
             for _ in range(400):
                 start = time.perf_counter()
-                out = model(token, out.state)
+                decoding(token)
                 times.append(1e3 * (time.perf_counter() - start))
             return statistics.median(times)
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.inference.captured import StaticStep, cuda_graph, why_not_static
+from ssmzoo.inference.decoding import Decoding
 
 FINISHED, BROKEN = -1, -2  # in place of a token: the sequence has ended; its logits were NaN
 
@@ -163,7 +162,7 @@ def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, reading, 
         stop = torch.tensor(stop_tokens, dtype=torch.long, device=logits.device)
         seen = _seen(input_ids, mask, logits[:, :vocab_size]) if sampling.repetition_penalty != 1 else None
         alive = torch.ones(len(input_ids), dtype=torch.bool, device=logits.device)
-        advance = _Advance(model, state)
+        advance = Decoding(model, state)
         for step in range(1, n + 1):
             token = sampling.choose(logits[:, :vocab_size], seen, generator)
             alive = alive & (token[:, None] != stop).all(-1)
@@ -172,13 +171,13 @@ def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, reading, 
                 seen.scatter_(1, token.clamp(min=0)[:, None], True)
             ahead = step < n and advance.static is not None  # the GPU goes on while the host looks at the token
             if ahead:
-                logits = advance(token)
+                logits = advance(token.clamp(min=0))
             tokens = usable(told.read())
             if (tokens == FINISHED).all():
                 return
             yield tokens
             if step < n and not ahead:  # a sequence that has ended stands still
-                logits = advance(token, None if (tokens != FINISHED).all() else alive[:, None])
+                logits = advance(token.clamp(min=0), None if (tokens != FINISHED).all() else alive)
     finally:
         for module, training in modes:
             module.training = training
@@ -204,38 +203,6 @@ class _Told:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tokens
-
-
-class _Advance:
-    """model(token, state) -> logits (b v). On a GPU the step is recorded when two states are found to be alike."""
-
-    def __init__(self, model: nn.Module, state: Any):
-        self.model, self.state, self.static, self.tried = model, state, None, False
-
-    @torch.no_grad()
-    def __call__(self, token: Tensor, mask: Tensor | None = None) -> Tensor:
-        token = token.clamp(min=0)[:, None]
-        if self.static is not None:
-            return self.static(token)
-        logits, state, _ = self.model(token, self.state, mask=mask)
-        before, self.state = self.state, state
-        record = RECORD.get(logits.device.type)
-        if record is not None and mask is None and not self.tried:
-            self.tried = True
-            if why_not_static(self.model, before, state) is None:
-                self.static = self._recorded(token, record)
-        return logits[:, -1]
-
-    def _recorded(self, token: Tensor, record: Callable) -> StaticStep | None:
-        try:
-            return StaticStep(self.model, token, self.state, record)
-        except RuntimeError as error:  # something in the model cannot be recorded
-            first_line = str(error).strip().partition("\n")[0]
-            warnings.warn(f"decoding goes on without a CUDA graph: {first_line}", RuntimeWarning, stacklevel=2)
-            return None
-
-
-RECORD: dict[str, Callable] = {"cuda": cuda_graph}  # how a step is recorded, by the kind of device
 
 
 def generate(

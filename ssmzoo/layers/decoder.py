@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ssmzoo.layers.feedforward.moe import merge_aux
 from ssmzoo.layers.feedforward.router import Router
 from ssmzoo.layers.norm import RMSNorm
-from ssmzoo.layers.one_call import apply_linear, step
+from ssmzoo.layers.one_call import Session, Watch, apply_linear, open_session, step
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder, in_one_call
 from ssmzoo.layers.state import ModelOutput, Padding, is_step, left_align
@@ -239,11 +239,31 @@ class LanguageModel(nn.Module):
         hidden, state, aux = decode(input_ids, state, mask=mask, seq_idx=seq_idx, prefix=prefix, keep=logits_to_keep)
         return ModelOutput(apply_linear(head, hidden) if hidden.shape[1] == 1 else head(hidden), state, aux)
 
+    def token_parts(self) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+        """(decoder, embedding, head) if one token more, after a state, is embedding, decoder and head and nothing
+        else; a class whose `forward` or `decode` is its own says so anew (`Decoding` in ssmzoo.inference.decoding)."""
+        decoder = self if self.decoder_name == "decode" else getattr(self, self.decoder_name)
+        return decoder, decoder.embedding, getattr(self, self.head_name)
+
+    def open_session(self, state: tuple) -> tuple[Session, Watch] | None:
+        """`ssmzoo.layers.one_call.open_session`, if the class's `token_parts` are those of its `forward`."""
+        homes = [_home(type(self), name) for name in ("token_parts", "forward", "decode")]
+        parts = self.token_parts() if homes[0] <= min(homes[1:]) else None
+        if parts is None or type(parts[0]).forward is not Decoder.forward and parts[0] is not self:
+            return None
+        blocks, norm = getattr(parts[0], parts[0].blocks_name), getattr(parts[0], parts[0].norm_name)
+        return open_session(self, parts, blocks, norm, state)
+
+
+def _home(cls: type, name: str) -> int:
+    """Where in the order of its bases a class has a method from; behind all of them: nowhere."""
+    return next((i for i, base in enumerate(cls.__mro__) if name in base.__dict__), len(cls.__mro__))
+
 
 class CausalLM(LanguageModel, Decoder):
     """A decoder and a head over the vocabulary."""
 
-    decode = Decoder.forward
+    decode, token_parts = Decoder.forward, LanguageModel.token_parts
 
     def __init__(self, embedding: nn.Module, blocks: Iterable[Block], head: nn.Module, **decoder):
         super().__init__(embedding, blocks, **decoder)

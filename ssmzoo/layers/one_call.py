@@ -18,9 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.program import Builder, NotPlain
 from ssmzoo.ops import linear_act, stack_step, token_step
+from ssmzoo.ops.dispatch import any_observed, wanted_backend
 from ssmzoo.ops.eager import eager
 from ssmzoo.ops.native import gather
 from ssmzoo.ops.stack_step import Mamba2Layer, MambaLayer
+from ssmzoo.ops.token_step.session import Session
+from ssmzoo.ops.token_step.session import why_not as why_not_session
 
 FEW = 8  # tokens for which a product is bound by reading the matrix
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -70,8 +73,10 @@ class Watch:
     def same_hooks(self) -> bool:
         if self.program and RemovableHandle.next_id == self.last_hook:
             return True
+        if list(map(len, self.hooks)) != self.hooked:
+            return False
         self.last_hook = RemovableHandle.next_id
-        return list(map(len, self.hooks)) == self.hooked
+        return True
 
 
 def _tells(module: nn.Module, name: str, value: object) -> bool:
@@ -85,25 +90,43 @@ def _tells(module: nn.Module, name: str, value: object) -> bool:
 
 
 class Kept:
-    """The program of a decoder, or None where there is none, while its modules stay as they are."""
+    """The program of a decoder, or None where there is none, while its modules stay as they are.
 
-    def __init__(self, decoder: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None, width: int):
+    ends   (model, embedding, head): the program goes from ids to logits, for a `Session`
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None,
+        width: int,
+        ends: tuple[nn.Module, nn.Module, nn.Module] | None = None,
+    ):
         self.program, builder = None, Builder(width)
         try:
+            if ends is not None:
+                for module in (ends[0], decoder):
+                    builder.need(not module.training, is_plain(module, among={type(module)}))
+                builder.embed(ends[1])
             for block in blocks:
                 builder.use(block).program(builder, builder.x)
             if norm is not None:
                 builder.norm(norm, builder.x)
                 builder.code[-1] = builder.code[-1]._replace(out=builder.x)
+            if ends is not None:
+                builder.logits(ends[2])
             self.program = builder.program(_one_by_one(weakref.ref(decoder)))
         except NotPlain:
             pass
         gather([*decoder.parameters(), *decoder.buffers()])
         self.width = width
-        self.watch = Watch([*blocks, *builder.roots, *([] if norm is None else [norm])], self.program is not None)
+        roots = [*blocks, *builder.roots, *([] if norm is None else [norm])]
+        self.watch = Watch(roots if ends is None else [ends[0]], self.program is not None)
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+_whole: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 
 
 def _one_by_one(decoder: weakref.ref) -> Callable:
@@ -143,6 +166,30 @@ def step(decoder: nn.Module, blocks, norm: nn.Module | None, x: Tensor, state: t
         return None
     y, new, aux = token_step(x[:, 0], kept.program, state)
     return y[:, None], new, aux
+
+
+def open_session(
+    model: nn.Module, parts: tuple[nn.Module, nn.Module, nn.Module], blocks, norm: nn.Module | None, state: tuple
+) -> tuple[Session, Watch] | None:
+    """A session of the whole model, from ids to logits, over a copy of the state, and what it rests on; None where
+    something is to be called. parts: decoder, embedding, head"""
+    decoder, embedding, head = parts
+    kept = _whole.get(model)
+    if kept is None or not kept.watch.same():
+        weight = embedding.weight
+        if not weight.is_cpu:
+            return None
+        kept = _whole[model] = Kept(decoder, blocks, norm, embedding.embedding_dim, (model, embedding, head))
+    if kept.program is None or why_not_session(kept.program, state) is not None:
+        return None
+    return Session(kept.program, state, head.out_features), kept.watch
+
+
+def free_to_decode() -> bool:
+    """Whether nothing asks for operators one by one: an observer, a backend by name, a mode of torch, autocast."""
+    if torch.is_autocast_enabled("cpu") or not eager():
+        return False
+    return not any_observed() and wanted_backend() in (None, "c")
 
 
 def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from ssmzoo.layers.hadamard import order, special_factor
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.quantized import QuantizedLinear
+from ssmzoo.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from ssmzoo.ops.stack_step import Integers
 from ssmzoo.ops.token_step import ACTIVATIONS, Instruction, Program, Register, StateSpec
 
 LINEARS = frozenset({nn.Linear, QuantizedLinear})
 CONVS = frozenset({nn.Conv1d})
+EMBEDDINGS = frozenset({nn.Embedding, QuantizedEmbedding})
 NORMS = frozenset({nn.LayerNorm})
 FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.sigmoid: "sigmoid", Tensor.sigmoid: "sigmoid"}
 ADDING = {"linear": 1, "mamba": 1, "mamba2": 1, "moe": 6}  # instructions that may add to `out`: the number that says so
@@ -269,6 +270,23 @@ class Builder:
         self.emit("workspace", x, x, sums, flags, **more)
 
     # ---- the whole ----
+
+    def embed(self, embedding: nn.Module) -> None:
+        """x begins as a token's row of a table."""
+        self.need(is_plain(embedding, among=EMBEDDINGS), embedding.max_norm is None)
+        table = embedding.weight
+        if type(embedding) is QuantizedEmbedding:
+            table = Integers(table, embedding.scale, embedding.bits, embedding.group_size)
+        self.need(
+            embedding.embedding_dim == self.x.size, in_one_call(table if isinstance(table, Tensor) else table.scale)
+        )
+        self.emit("embed", self.x, matrix=(table, None))
+
+    def logits(self, head: nn.Module) -> None:
+        """What the program returns instead of x."""
+        self.linear(head, self.x, out=Register())
+        last = self.code[-1]
+        self.code[-1] = last._replace(numbers=(*last.numbers, 1))
 
     def program(self, layers: Callable) -> Program:
         routers, code = len(self.losses), self.code

@@ -279,5 +279,8 @@ class BasedLM(BackboneLM):
         hidden, state, aux = self.backbone(words + vectors, layers, **more)
         return hidden, (done, *state), aux
 
+    def token_parts(self) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+        return None if self.positions is not None else (self.backbone, self.backbone.embedding, self.lm_head)
+
 
 letters = layer_pattern  # the constructor has an argument of that name

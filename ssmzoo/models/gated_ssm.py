@@ -47,6 +47,8 @@ class BirdieLM(CausalLM):
             refuse_prefix(more["prefix"], f"{type(self).__name__} without a B in its layer_pattern")
         return super().decode(input_ids, state, **more)
 
+    token_parts = CausalLM.token_parts
+
 
 class GatedSSMLM(BirdieLM):
     """ids (b l) -> ModelOutput(logits (b l v), state, {}); the defaults are the paper's 1.4B model.

@@ -177,6 +177,8 @@ class MoEMambaLM(DecoderLM):
             )
         return super().decode(input_ids, state, **more)
 
+    token_parts = DecoderLM.token_parts  # expert choice has no program
+
 
 def moe_factory(
     n_experts: int,

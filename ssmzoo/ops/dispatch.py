@@ -240,6 +240,11 @@ def wanted_backend() -> str | None:
     return _override
 
 
+def any_observed() -> bool:
+    """Whether some operator's calls are looked at."""
+    return bool(_observers)
+
+
 def chosen_backend(function: Callable, *args, **kwargs) -> str:
     """The name of the backend that would serve `function(*args, **kwargs)`."""
     return _choose(function.__name__, function.backends, function.Arguments(*args, **kwargs)).name

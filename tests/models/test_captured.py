@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_state_contract import NODES, VOCAB, tiny_model
 
-from ssmzoo.inference import generate as module
+from ssmzoo.inference import decoding as module
 from ssmzoo.inference.captured import StaticStep, advance_into, plain_calls, why_not_static
 from ssmzoo.inference.generate import generate
 

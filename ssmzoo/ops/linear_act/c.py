@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.ops.dispatch import wanted_backend
-from ssmzoo.ops.eager import why_not_eager
+from ssmzoo.ops.eager import needs_grad, why_not_eager
 from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.linear_act import linear_act
 from ssmzoo.ops.linear_act.torch import linear_act_torch
@@ -85,10 +85,16 @@ LINEAR = Differentiable("linear_act", linear_act.Arguments, saved="h", twice=lin
 LINEAR.kernels["c"] = Kernel(forward, backward)
 
 
+def _is_few(a) -> bool:
+    """Whether a call is one of our own kernel's: vectors of a token, without an activation or a gradient."""
+    few = a.act is None and a.x.numel() <= FEW * a.x.shape[-1] and a.weight.is_contiguous()
+    return few and not needs_grad(a.x, a.weight, a.bias)
+
+
 def why_not(a) -> str | None:
     # compiled programs may be for every size: a comparison would bind them to this one
     free = not torch.compiler.is_compiling() and wanted_backend() is None
-    if free and a.x.shape[:-1].numel() * a.weight.numel() < SMALL:
+    if free and not _is_few(a) and a.x.shape[:-1].numel() * a.weight.numel() < SMALL:
         return "leaves small products to torch, whose call takes a fraction of oneDNN's, unless asked for by name"
     return why_not_eager(a.x, a.weight, a.bias)
 

@@ -6,7 +6,7 @@
 typedef struct {  // one sequence: its row, and what is computed on the way
     const step3_args *a;
     int64_t row, e, w;
-    float *proj, *B, *C, *q, *y;        // (w), (g n), (g n), (h n), (e)
+    float *proj, *B, *C, *q, *k, *y;    // (w), (g n), (g n), (h n), (h n), (e)
     const float *dt, *rate, *trap, *angle;  // parts of proj behind z, x, B and C: (h), (h), (h), (m)
 } step3_info;
 
@@ -62,7 +62,7 @@ static void advance(void *context, int64_t head) {
     float rate = r >= 0 ? -(1 + r) : -1 / (1 - r);
     if (rate > -(float)a->A_floor) rate = -(float)a->A_floor;
     float decay = expf(dt * rate), before = decay * (1 - lam) * dt, now = lam * dt;
-    float *k = a->k_new + at * n, *q = s->q + head * n, *phase = a->phase_new + at * m;
+    float *k = s->k + head * n, *q = s->q + head * n, *phase = a->phase_new + at * m;
     for (int64_t i = 0; i < m; i++) {
         double sum = (double)a->phase[at * m + i] + (double)dt * M_PI * s->angle[i];
         phase[i] = (float)(sum - 2 * M_PI * floor(sum / (2 * M_PI)));
@@ -89,16 +89,18 @@ static void advance(void *context, int64_t head) {
         v_store(sums, v_sums(terms));
         for (int c = 0; c < lanes; c++) y[first + c] = sums[c] + a->D[head] * x[first + c];
     }
-    memcpy(a->x_new + at * p, x, sizeof(float) * (size_t)p);
+    memcpy(a->x_new + at * p, x, sizeof(float) * (size_t)p);  // states may be in place: their last readers are done
+    memcpy(a->k_new + at * n, k, sizeof(float) * (size_t)n);
     if (a->norm_weight) normalise(y, y, a->norm_weight + head * p, p, a->eps);
     for (int64_t i = 0; i < p; i++) y[i] *= z[i];
 }
 
-size_t mamba3_memory(const step3_args *a) { return (size_t)(2 * a->g * a->n + a->h * a->n); }
+size_t mamba3_memory(const step3_args *a) { return (size_t)(2 * a->g * a->n + 2 * a->h * a->n); }
 
 void mamba3_core(const step3_args *a, int64_t row, float *proj, float *y, float *memory, crew *t) {
     int64_t e = a->h * a->p, n = a->n, gn = a->g * n;
-    step3_info s = {a, row, e, 2 * e + 2 * gn + 3 * a->h + a->m, proj, memory, memory + gn, memory + 2 * gn, y, NULL, NULL, NULL, NULL};
+    step3_info s = {.a = a, .row = row, .e = e, .w = 2 * e + 2 * gn + 3 * a->h + a->m, .proj = proj, .y = y};
+    s.B = memory, s.C = s.B + gn, s.q = s.C + gn, s.k = s.q + a->h * n;
     float *dt = s.proj + 2 * e + 2 * gn, *angle = dt + 3 * a->h;
     s.dt = dt, s.rate = dt + a->h, s.trap = dt + 2 * a->h, s.angle = angle;
     silu(s.proj, e);

@@ -11,6 +11,7 @@ every sequence) that is made once and stays good while the modules do (`ssmzoo.l
     moe        a router and its experts               keys       product keys: values, or one-neuron experts
     chunk, workspace                                  sums over chunks of tokens, and slots that they write to
     hadamard   out = a T, or a T^T (`ssmzoo.layers.hadamard`)
+    embed      a row of a table, of floats or integers, for every sequence's token
 
 Letters: b batch, d model width.
 """
@@ -28,7 +29,7 @@ from ssmzoo.ops.dispatch import op
 from ssmzoo.ops.stack_step import Integers
 
 KINDS = ("linear", "norm", "mix", "conv", "mamba", "mamba2", "attend", "taylor", "ssd", "delta", "recur", "rglru")
-KINDS += ("element", "moe", "keys", "chunk", "workspace", "mamba3", "hadamard")
+KINDS += ("element", "moe", "keys", "chunk", "workspace", "mamba3", "hadamard", "embed")
 ACTIVATIONS = ("none", "relu", "silu", "sigmoid", "gelu", "gelu_tanh")
 PARTS = ("rms_norm", "mamba_step", "mamba2_step", "gated_delta_step", "causal_conv1d_update", "causal_conv1d_fn")
 PARTS += ("ssd_state_update", "gated_linear_recurrence", "taylor_attention", "linear_act", "grouped_matmul")

@@ -8,6 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
+from ssmzoo.ops import in_place
 from ssmzoo.ops.eager import why_not_eager
 from ssmzoo.ops.mamba_step.c import MAX_ROWS
 from ssmzoo.ops.native import kernel
@@ -16,6 +17,7 @@ from ssmzoo.ops.stack_step import Integers
 from ssmzoo.ops.token_step import KINDS, Instruction, MambaWeights, Matrix, Program, flat, layout, rebuilt, token_step
 
 STEP, MISSING = kernel("ssmzoo_token_step")
+ARGUMENTS = struct.Struct("14q")
 LAYER = struct.Struct("47q3d")
 INSTRUCTION = struct.Struct("47q4d5q")
 METRICS = 5  # behind the shares of the experts
@@ -135,13 +137,13 @@ def token_step_c(a) -> tuple[Tensor, tuple, dict[str, Tensor]]:
     before, program.given = [t if t.is_contiguous() else t.contiguous() for t in before], (None, None)
     for spec, t in zip(program.states, before):
         if spec.like is None:
-            after, length, kept = torch.empty_like(t), 0, 0
+            after, length, kept = in_place.next_state(t), 0, 0
         else:
             length = t.shape[1]
             kept = min(length + 1, spec.most) if spec.most else length + 1
             after = t.new_empty(b, kept, *spec.shape)
         new.append(after)
-        slots += (t.data_ptr(), after.data_ptr(), length, kept)
+        slots += (t.data_ptr(), after.data_ptr(), length, kept, length, kept)
     metrics = None
     if program.experts is not None:
         metrics = torch.zeros(program.experts[0] * program.experts[1] + METRICS)
@@ -150,5 +152,5 @@ def token_step_c(a) -> tuple[Tensor, tuple, dict[str, Tensor]]:
     at = 0 if metrics is None else metrics.data_ptr()
     sizes = b, d, len(program.code), program.floats, torch.get_num_threads()
     code_at = ctypes.addressof(program.packed[1])
-    STEP(struct.pack("10q", code_at, states_at, x.data_ptr(), out.data_ptr(), at, *sizes))
+    STEP(ARGUMENTS.pack(code_at, states_at, x.data_ptr(), out.data_ptr(), at, *sizes, 0, 0, 0, 0))
     return out, rebuilt(new, program.layout), {} if metrics is None else aux_of(metrics, program.experts)

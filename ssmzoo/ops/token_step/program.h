@@ -3,18 +3,25 @@
 #include "../mamba2_step/mamba2_step.h"
 #include "gemv.h"
 
-enum { LINEAR, NORM, MIX, CONV, MAMBA, MAMBA2, ATTEND, TAYLOR, SSD, DELTA, RECUR, RGLRU, ELEMENT, MOE, KEYS, CHUNK, WORKSPACE, MAMBA3, HADAMARD };
+enum { LINEAR, NORM, MIX, CONV, MAMBA, MAMBA2, ATTEND, TAYLOR, SSD, DELTA, RECUR, RGLRU, ELEMENT, MOE, KEYS, CHUNK, WORKSPACE, MAMBA3, HADAMARD, EMBED };
 enum { NONE, RELU, SILU, SIGMOID, GELU, GELU_TANH };  // activations
 
 typedef struct {
     int64_t base, inner, ld, size;  // floats: where its block begins for one sequence, within the block; of a sequence; in use
 } reg;
 
-typedef struct {
+typedef struct {  // the state after the token may lie over the one before: no kernel reads what it has overwritten
     const void *before;
     void *after;
     int64_t length, kept;  // entries along the sequence, before and after
+    int64_t ld, ld_after;  // entries from one sequence to the next
 } state_slot;
+
+typedef struct {  // a state that grows, where it stays in one place from token to token
+    int64_t slot;
+    char *data;                     // (b capacity bytes)
+    int64_t capacity, most, bytes;  // entries; most that are kept (0: all); of an entry
+} grown_state;
 
 typedef struct {  // as ssmzoo/ops/token_step/c.py packs it
     int64_t kind;
@@ -29,11 +36,14 @@ typedef struct {  // as ssmzoo/ops/token_step/c.py packs it
 
 typedef struct {
     const instruction *code;
-    const state_slot *state;
-    const float *x;  // (b d)
-    float *out;
-    float *metrics;  // of the experts
+    state_slot *state;
+    const float *x;  // (b d); NULL where the program begins with EMBED
+    float *out;      // (b d), or what a LINEAR with n[2] makes
+    float *metrics;  // of the experts; NULL: nobody asks
     int64_t b, d, count, floats, threads;  // floats: of all registers, for one sequence
+    const int64_t *ids;                    // (b)
+    const grown_state *grown;
+    int64_t grown_count, refused;  // refused: whether an id has no row; then nothing is done
 } program_args;
 
 typedef struct {

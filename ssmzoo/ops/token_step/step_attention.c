@@ -9,12 +9,13 @@ size_t attend_room(const program_args *a, const instruction *i) {
 
 // The entries that are kept and the new one behind them, with `width` numbers each out of rows of `stride` numbers.
 static void keep(float *after, const float *before, const float *now, int64_t dropped, int64_t length, int64_t stride, int64_t width) {
-    for (int64_t s = dropped; s < length; s++) memcpy(after + (s - dropped) * stride, before + s * stride, sizeof(float) * (size_t)width);
+    for (int64_t s = dropped; after != before + dropped * stride && s < length; s++)
+        memcpy(after + (s - dropped) * stride, before + s * stride, sizeof(float) * (size_t)width);
     memcpy(after + (length - dropped) * stride, now, sizeof(float) * (size_t)width);
 }
 
 static int64_t position_of(const state_slot *at, int64_t row) {  // of the new token
-    const int64_t *position = (const int64_t *)at->before + row * at->length;
+    const int64_t *position = (const int64_t *)at->before + row * at->ld;
     int64_t most = -1;
     for (int64_t s = 0; s < at->length; s++) most = position[s] > most ? position[s] : most;
     return most + 1;
@@ -28,10 +29,10 @@ static void attend(void *context, int64_t index) {
     const int64_t h = i->n[HEADS], kv = i->n[KEY_HEADS], p = i->n[WIDTH], group = h / kv, row = index / kv, j = index % kv;
     const int64_t length = keys->length, dropped = length + 1 - keys->kept, stride = kv * p;
     const int64_t now = position_of(at_, row), first = i->n[WINDOW] && now >= i->n[WINDOW] ? now - i->n[WINDOW] + 1 : 0;
-    const int64_t *position = (const int64_t *)at_->before + row * length;
+    const int64_t *position = (const int64_t *)at_->before + row * at_->ld;
     float *room = r->room + (row * h + j * group) * (length + 2 + 2 * p), *k = room + group * (length + 2), *q = k + p;
-    const float *old_k = (const float *)keys->before + row * length * stride + j * p, *v = at(r, &i->c, row) + j * i->n[V_STRIDE];
-    const float *old_v = (const float *)values->before + row * length * stride + j * p;
+    const float *old_k = (const float *)keys->before + row * keys->ld * stride + j * p, *v = at(r, &i->c, row) + j * i->n[V_STRIDE];
+    const float *old_v = (const float *)values->before + row * values->ld * stride + j * p;
     memcpy(k, at(r, &i->b, row) + j * i->n[K_STRIDE], sizeof(float) * (size_t)p);
     turn(k, (float)now, i->w[0], i->n[TURNED]);
     for (int64_t one = 0; one < group; one++) {
@@ -43,13 +44,13 @@ static void attend(void *context, int64_t index) {
             score[s] = position[s] >= first ? (float)i->f[0] * dot(q, old_k + s * stride, p) : -INFINITY;
         score[length] = (float)i->f[0] * dot(q, k, p);
         if (i->w[1]) {  // what every key adds to its scores
-            const float *m = (const float *)slot(r, 3)->before + row * length * h + head;
+            const float *m = (const float *)slot(r, 3)->before + row * slot(r, 3)->ld * h + head;
             float step[VL] = {at(r, &i->d, row)[head]};
             softplus(step, VL);
             const float m_now = expf(i->w[1][head] * step[0]);
-            float *m_after = (float *)slot(r, 3)->after + row * keys->kept * h + head;
+            float *m_after = (float *)slot(r, 3)->after + row * slot(r, 3)->ld_after * h + head;
             for (int64_t s = 0; s < length; s++) score[s] += m[s * h];
-            for (int64_t s = dropped; s < length; s++) m_after[(s - dropped) * h] = m[s * h];
+            for (int64_t s = dropped; m_after != m + dropped * h && s < length; s++) m_after[(s - dropped) * h] = m[s * h];
             score[length] += m_now;
             m_after[(length - dropped) * h] = m_now;
         }
@@ -59,8 +60,8 @@ static void attend(void *context, int64_t index) {
             if (score[s] != 0) axpy(y, score[s], old_v + s * stride, p);
         axpy(y, score[length], v, p);
     }
-    keep((float *)keys->after + row * keys->kept * stride + j * p, old_k, k, dropped, length, stride, p);
-    keep((float *)values->after + row * keys->kept * stride + j * p, old_v, v, dropped, length, stride, p);
+    keep((float *)keys->after + row * keys->ld_after * stride + j * p, old_k, k, dropped, length, stride, p);
+    keep((float *)values->after + row * values->ld_after * stride + j * p, old_v, v, dropped, length, stride, p);
 }
 
 void run_attend(runner *r) {
@@ -68,9 +69,10 @@ void run_attend(runner *r) {
     crew_for(r->t, r->b * r->i->n[KEY_HEADS], attend, r);
     const int64_t dropped = at_->length + 1 - at_->kept;
     for (int64_t row = 0; row < r->b; row++) {
-        int64_t *after = (int64_t *)at_->after + row * at_->kept;
-        memcpy(after, (const int64_t *)at_->before + row * at_->length + dropped, sizeof(int64_t) * (size_t)(at_->kept - 1));
-        after[at_->kept - 1] = position_of(at_, row);
+        int64_t *after = (int64_t *)at_->after + row * at_->ld_after;
+        const int64_t *kept = (const int64_t *)at_->before + row * at_->ld + dropped, now = position_of(at_, row);
+        if (after != kept) memcpy(after, kept, sizeof(int64_t) * (size_t)(at_->kept - 1));
+        after[at_->kept - 1] = now;
     }
 }
 

@@ -156,7 +156,7 @@ void run_moe(runner *r) {
     crew_for(r->t, r->b * k * ((i->n[HIDDEN] + r->rows - 1) / r->rows), first_map, r);
     r->rows = block_of(r, i->n[OUTPUT]);
     crew_for(r->t, r->b * ((i->n[OUTPUT] + r->rows - 1) / r->rows), second_map, r);
-    if (i->n[METRICS] >= 0) metrics(r);
+    if (i->n[METRICS] >= 0 && r->a->metrics) metrics(r);
 }
 
 enum { N1, N2, HALF, TOP, KEY_HEADS, ALL_PAIRS, NEURONS };  // n of KEYS
@@ -265,10 +265,11 @@ void run_workspace(runner *r) {
         const float *x = at(r, &i->a, row), *flags = at(r, &i->c, row);
         float *slots = (float *)slot(r, 0)->after + row * n * d, *read = (float *)slot(r, 1)->after + row * d;
         const int fresh = flags[2] != 0;
-        memcpy(slots, fresh ? i->w[0] : (const float *)slot(r, 0)->before + row * n * d, sizeof(float) * (size_t)(n * d));
+        const float *slots_before = (const float *)slot(r, 0)->before + row * n * d, *before = (const float *)slot(r, 1)->before + row * d;
+        if (fresh || slots != slots_before) memcpy(slots, fresh ? i->w[0] : slots_before, sizeof(float) * (size_t)(n * d));
         if (fresh) memset(read, 0, sizeof(float) * (size_t)d);
         else if (flags[0] != 0) write_and_read(r, slots, read, at(r, &i->b, row));
-        else memcpy(read, (const float *)slot(r, 1)->before + row * d, sizeof(float) * (size_t)d);
+        else if (read != before) memcpy(read, before, sizeof(float) * (size_t)d);
         float *out = at(r, &i->out, row);
         for (int64_t j = 0; j < d; j++) out[j] = x[j] + read[j];
     }

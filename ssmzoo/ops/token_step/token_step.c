@@ -56,16 +56,37 @@ static void linear_rows(void *context, int64_t index) {
     const instruction *i = r->i;
     const int64_t from = index * r->rows, size = i->m.rows, to = from + r->rows < size ? from + r->rows : size;
     const int add = (int)i->n[1];
-    float *y = add ? r->room : at(r, &i->out, 0);
-    const int64_t ld = add ? size : i->out.ld;
+    float *y = add ? r->room : i->n[2] ? r->a->out : at(r, &i->out, 0);
+    const int64_t ld = add || i->n[2] ? size : i->out.ld;
     multiply_rows(&i->m, &r->v, y, ld, from, to);
     const float factor = (float)i->f[0];
     for (int64_t row = 0; row < r->b; row++) {
-        float *line = y + row * ld, *out = at(r, &i->out, row);
+        float *line = y + row * ld, *out = i->n[2] ? line : at(r, &i->out, row);
         activate(line + from, to - from, (int)i->n[0]);
         if (add) axpy(out + from, factor, line + from, to - from);
         else if (factor != 1)
             for (int64_t j = from; j < to; j++) out[j] *= factor;
+    }
+}
+
+// out = rows of a table of floats or small integers.
+static void run_embed(const runner *r) {
+    const instruction *i = r->i;
+    const matrix *m = &i->m;
+    const int64_t d = m->columns, groups = m->bits == 32 ? 0 : (d + m->group - 1) / m->group;
+    for (int64_t row = 0; row < r->b; row++) {
+        const int64_t id = r->a->ids[row];
+        const float *scale = m->scale + id * groups;
+        const char *line = (const char *)m->data + id * (m->bits * d / 8);
+        float *out = at(r, &i->out, row);
+        if (m->bits == 32) memcpy(out, line, sizeof(float) * (size_t)d);
+        else if (m->bits == 8)
+            for (int64_t j = 0; j < d; j++) out[j] = (float)((const int8_t *)line)[j] * scale[j / m->group];
+        else
+            for (int64_t j = 0; j < d; j++) {
+                const uint8_t both = ((const uint8_t *)line)[j / 2];
+                out[j] = (float)((j % 2 ? both >> 4 : both & 15) - 8) * scale[j / m->group];
+            }
     }
 }
 
@@ -190,7 +211,7 @@ static size_t integers_of(const program_args *a, const instruction *i) {  // byt
 
 size_t room_of(const program_args *a, const instruction *i) {
     switch (i->kind) {
-        case LINEAR: return (size_t)(a->b * i->m.rows);
+        case LINEAR: return i->n[1] ? (size_t)(a->b * i->m.rows) : 0;
         case ATTEND: return attend_room(a, i);
         case TAYLOR: return (size_t)(2 * a->b * i->n[0] * (i->n[1] + 1) * (i->n[1] + 2));
         case MOE:
@@ -222,6 +243,7 @@ static void execute(runner *r) {
         case WORKSPACE: run_workspace(r); break;
         case MAMBA3: run_mamba3(r); break;
         case HADAMARD: run_hadamard(r); break;
+        case EMBED: run_embed(r); break;
     }
 }
 
@@ -238,10 +260,35 @@ static void step(void *context, crew *t) {
     char *memory = scratch(bytes + (room + (size_t)(a->b * a->floats) + VL) * sizeof(float));
     runner r = {.a = a, .integers = memory, .room = (float *)(memory + bytes), .b = a->b, .t = t};
     r.registers = r.room + room;
-    memcpy(r.registers, a->x, (size_t)(a->b * a->d) * sizeof(float));
+    const size_t stream = (size_t)(a->b * a->d) * sizeof(float);
+    if (a->x) memcpy(r.registers, a->x, stream);
     for (r.i = a->code; r.i < a->code + a->count; r.i++) execute(&r);
-    memcpy(a->out, r.registers, (size_t)(a->b * a->d) * sizeof(float));
+    if (a->x) memcpy(a->out, r.registers, stream);
     free(memory);
 }
 
 void ssmzoo_token_step(const program_args *a) { parallel_crew(a->threads, step, (void *)a); }
+
+// The token's entry is in place behind those before it: where the next one goes.
+static void move_on(const program_args *a, const grown_state *g) {
+    state_slot *s = a->state + g->slot;
+    s->before = s->after, s->length = s->kept;
+    s->kept = g->most && s->length + 1 > g->most ? g->most : s->length + 1;
+    const int64_t stride = g->capacity * g->bytes, start = ((char *)s->before - g->data) / g->bytes;
+    if (start > 0 && start + s->length + 1 > g->capacity) {
+        for (int64_t row = 0; row < a->b; row++)
+            memmove(g->data + row * stride, (char *)s->before + row * stride, (size_t)(s->length * g->bytes));
+        s->before = g->data;
+    }
+    s->after = (char *)s->before + (s->length + 1 - s->kept) * g->bytes;
+}
+
+// The same for states that stay in place, from ids to logits, again and again.
+void ssmzoo_decode(program_args *a) {
+    const matrix *table = &a->code->m;
+    a->refused = 0;
+    for (int64_t row = 0; row < a->b; row++) a->refused |= a->ids[row] < 0 || a->ids[row] >= table->rows;
+    if (a->refused) return;
+    parallel_crew(a->threads, step, a);
+    for (const grown_state *g = a->grown; g < a->grown + a->grown_count; g++) move_on(a, g);
+}
