@@ -21,7 +21,7 @@ from ssmzoo.adapt.quantise.stored import restructure
 from ssmzoo.inference.export.source import is_ours, read_source
 from ssmzoo.inference.export.to_hf import spare_rows
 from ssmzoo.inference.export.tokenizer import fast_tokenizer, special_tokens
-from ssmzoo.inference.hf_cache import StateCache, as_mask
+from ssmzoo.inference.hf_cache import StateCache, as_mask, is_one_token
 from ssmzoo.inference.hf_config import MODEL_TYPE, PREFIX, embedding, generic_config, generic_state, head, tied_names
 from ssmzoo.inference.hf_hidden import recorded
 from ssmzoo.presets import build_model, model_class
@@ -143,8 +143,14 @@ class ZooForCausalLM(PreTrainedModel, GenerationMixin):
         keep = {"logits_to_keep": logits_to_keep} if self.takes_keep and isinstance(logits_to_keep, int) else {}
         state = None if cache is None else cache.state
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        mask = as_mask(attention_mask, x.shape[1])
+        told_more = labels is not None or wanted or isinstance(logits_to_keep, Tensor)
+        if state is not None and mask is None and not told_more and is_one_token(input_ids):
+            logits = cache.token(self.model, input_ids[:, 0])
+            output = CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+            return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
         with recorded(self.model, wanted) as hidden:
-            logits, state, aux = self.model(x, state, mask=as_mask(attention_mask, x.shape[1]), **keep)
+            logits, state, aux = self.model(x, state, mask=mask, **keep)
         if not keep:
             logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
         loss = None

@@ -5,23 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ssmzoo.inference.decoding import Decoding
 from ssmzoo.layers.state import map_state, select_rows
 
 
 class StateCache(Cache):
     """state: what the model returned, None before the first token; seen: positions read, padding included.
 
-    Its size does not grow with the sequence (but for layers of attention). It cannot be cropped: a recurrence does not
-    run backwards.
+    Single tokens advance the state in place (`token`): tensors that were read from `state` before are overwritten. Its
+    size does not grow with the sequence (but for layers of attention). It cannot be cropped: a recurrence does not run
+    backwards.
     """
 
     def __init__(self):
         super().__init__(layers=[])
-        self.state: Any = None
+        self.state = None
         self.seen = 0
+
+    @property
+    def state(self) -> Any:
+        return self._state if self._decoding is None else self._decoding.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state, self._decoding = state, None
+
+    def token(self, model: nn.Module, token: Tensor) -> Tensor:
+        """One more token (b) of every sequence -> logits (b 1 v)."""
+        if self._decoding is None or self._decoding.model is not model:
+            self._decoding, self._state = Decoding(model, self.state), None
+        self.seen += 1
+        return self._decoding(token)[:, None].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_state": map_state(Tensor.clone, self.state), "_decoding": None}
 
     is_compileable = is_sliding = is_initialized = False
 
@@ -73,3 +93,10 @@ def as_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
         )
     mask = attention_mask[:, -length:].bool()
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def is_one_token(input_ids: Tensor | None) -> bool:
+    """Whether a call is one of decoding on a CPU: one token of every sequence, without gradients."""
+    if input_ids is None or input_ids.shape[1] != 1 or torch.is_grad_enabled():
+        return False
+    return input_ids.is_cpu and not torch.compiler.is_compiling()

@@ -1,5 +1,6 @@
 """Every language model of the zoo as a model of transformers: the behaviours that transformers tests its Mambas for."""
 
+import copy
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import ssmzoo.hf  # noqa: E402
 from ssmzoo.inference.export import export  # noqa: E402
 from ssmzoo.inference.export.source import read_source  # noqa: E402
 from ssmzoo.inference.generate import generate  # noqa: E402
+from ssmzoo.inference.hf import CACHE  # noqa: E402
 from ssmzoo.released.files import CheckpointError  # noqa: E402
 
 AutoModel, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
@@ -132,6 +134,22 @@ def test_a_cache_is_continued_from(name, runs):
     assert first.past_key_values.get_seq_length() == 9
     second = new_tokens(model, first.sequences, max_new_tokens=3, past_key_values=first.past_key_values)
     assert torch.equal(second, new_tokens(model, ids))
+
+
+@some
+@torch.no_grad()
+def test_a_cache_that_was_copied_goes_its_own_way(name, runs):
+    _, ours, model = runs(name)
+    ids, cache = prompts(), CACHE
+    first = model(ids)
+    copied = copy.deepcopy(first[cache])
+    told = [model(ids[:, :1], **{cache: first[cache]}).logits, model(ids[:, 1:2], **{cache: first[cache]}).logits]
+    expected = ours(torch.cat([ids, ids[:, :2]], 1)).logits[:, -2:]
+    torch.testing.assert_close(torch.cat(told, 1), expected, rtol=1e-4, atol=1e-5)
+    again = model(ids[:, 2:3], **{cache: copied}).logits
+    torch.testing.assert_close(again, ours(torch.cat([ids, ids[:, 2:3]], 1)).logits[:, -1:], rtol=1e-4, atol=1e-5)
+    further = copy.deepcopy(copied)
+    assert torch.equal(*(model(ids[:, :1], **{cache: c}).logits for c in (copied, further)))
 
 
 @every
