@@ -166,6 +166,8 @@ def _compiling(target: str, record: Callable, known: set[str] | None) -> Iterato
             if self.fn.__name__ in known:
                 return
             known.add(self.fn.__name__)
+        if not nvidia:
+            kwargs.pop("maxnreg", None)  # given where torch is a CUDA build
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)

@@ -37,7 +37,7 @@ def small_tiles(monkeypatch):
         monkeypatch,
         (selective_scan, dict(CHANNELS=2, STEPS=8)),
         (causal_conv1d, dict(TILE=32, SHORT=4)),
-        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=(256, 256))),
+        (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256)),
         (gated_delta_rule, dict(STRETCH=4, GROUP=2, STATE_SIZE=(16, 16))),
         (gated_linear_recurrence, dict(STEPS=4, CHANNELS=4)),
         (taylor_attention, dict(STRETCH=32, CHUNK=(16, 16), COLUMNS=16)),

@@ -33,7 +33,9 @@ def test_all_of_this_file_through_the_interpreter():
 def small_tiles(monkeypatch):
     """Several programs and passes at sizes that an interpreter can do; memory that is not written is NaN."""
     from ssmzoo.ops.causal_conv1d import triton as convolution
+    from ssmzoo.ops.gated_delta_step import triton as gated_delta_step
     from ssmzoo.ops.mamba2_step import triton as mamba2_step
+    from ssmzoo.ops.mamba3_step import triton as mamba3_step
     from ssmzoo.ops.mamba_step import triton as mamba_step
     from ssmzoo.ops.rms_norm import triton as norm
     from ssmzoo.ops.selective_state_update import triton as update
@@ -44,6 +46,8 @@ def small_tiles(monkeypatch):
         (convolution, dict(UPDATE_TILE=16, SHORT=2)),
         (mamba_step, dict(ROWS=4, COLUMNS=8, STATES=16)),
         (mamba2_step, dict(STATES=16)),
+        (mamba3_step, dict(STATES=16)),
+        (gated_delta_step, dict(STATES=16)),
         (norm, dict(TILE=16, PROGRAMS=2)),
     )
     torch.manual_seed(0)
@@ -210,6 +214,40 @@ def test_mamba2_step_is_the_definition(shape):
     compare(ops.mamba2_step, mixer_call(Mamba2, 2, torch.float32, **shape))
 
 
+def mamba3_call(b, d, h, p, n, m, g=1, norm=True) -> dict:
+    e, normal = h * p, torch.randn
+    call = dict(u=normal(b, d), phase=6 * torch.rand(b, h, m), ssm_state=normal(b, h, p, n))
+    call |= dict(last_k=normal(b, h, n), last_x=normal(b, h, p), in_proj=normal(2 * e + 2 * g * n + 3 * h + m, d))
+    call |= dict(dt_bias=normal(h), B_norm=normal(n), C_norm=normal(n), B_bias=normal(h, n), C_bias=normal(h, n))
+    return call | dict(D=normal(h), norm_weight=normal(e) if norm else None, out_proj=normal(d, e), ngroups=g)
+
+
+def delta_call(b, d, h, j, n, p, k, narrow=False) -> dict:
+    c, e, normal = 2 * j * n + h * p, h * p, torch.randn
+    call = dict(u=normal(b, d), conv_state=normal(b, c, k), state=normal(b, h, n, p), conv_weight=normal(c, k))
+    call |= dict(in_proj=normal(c + (2 * p + h if narrow else e + 2 * h), d), A_log=normal(h), out_proj=normal(d, e))
+    call |= dict(dt_bias=normal(h * n if narrow else h), norm_weight=normal(p), num_heads=j, beta_scale=1.5)
+    return call | (dict(f_proj=normal(h * n, p), g_proj=normal(e, p), g_bias=normal(e)) if narrow else {})
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sizes", [(2, 5, 4, 5, 6, 2, 2), (1, 3, 2, 9, 7, 3, 1, False), (2, 2, 1, 1, 2, 1), (1, 4, 1, 3, 4, 2)], ids=str
+)
+def test_mamba3_step_is_the_definition(sizes):
+    compare(ops.mamba3_step, mamba3_call(*sizes))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 5, 4, 2, 3, 7, 4), (1, 3, 2, 2, 5, 2, 1, True), (2, 2, 1, 1, 1, 1, 3), (2, 4, 3, 1, 2, 9, 2, True)],
+    ids=str,
+)
+def test_gated_delta_step_is_the_definition(sizes):
+    compare(ops.gated_delta_step, delta_call(*sizes))
+
+
 @interpreted
 @torch.no_grad()
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
@@ -239,11 +277,18 @@ def test_a_stack_is_its_layers(stream):
 @interpreted
 @torch.no_grad()
 def test_states_are_advanced_in_place_on_request():
-    for function, call in (
-        (ops.mamba_step, mixer_call(Mamba, 2, torch.float32, d_model=6, d_state=3)),
-        (ops.mamba2_step, mixer_call(Mamba2, 2, torch.float32, d_model=6, d_state=3, headdim=4)),
+    for function, call, *names in (
+        (ops.mamba_step, mixer_call(Mamba, 2, torch.float32, d_model=6, d_state=3), "conv_state", "ssm_state"),
+        (
+            ops.mamba2_step,
+            mixer_call(Mamba2, 2, torch.float32, d_model=6, d_state=3, headdim=4),
+            "conv_state",
+            "ssm_state",
+        ),
+        (ops.mamba3_step, mamba3_call(2, 3, 2, 5, 3, 1), "phase", "ssm_state", "last_k", "last_x"),
+        (ops.gated_delta_step, delta_call(2, 3, 2, 1, 3, 5, 2), "conv_state", "state"),
     ):
-        before = {name: call[name].clone() for name in ("conv_state", "ssm_state")}
+        before = {name: call[name].clone() for name in names}
         for backend in ("triton", "torch"):
             with ops.backend(backend):
                 expected = function(**call | {k: t.clone() for k, t in before.items()})
@@ -253,7 +298,7 @@ def test_states_are_advanced_in_place_on_request():
             for x, y in zip(got, expected):
                 torch.testing.assert_close(x, y)
             if backend == "triton":
-                assert got[1] is given["conv_state"] and got[2] is given["ssm_state"]
+                assert all(t is given[name] for t, name in zip(got[1:], names, strict=True))
         assert all(torch.equal(call[k], t) for k, t in before.items())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import resets, why_not_float
 from ssmzoo.ops.gated_delta_rule import RULE, Inputs, gated_delta_rule
 from ssmzoo.ops.library import Kernel
-from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides, whole
+from ssmzoo.ops.triton import ALL_REGISTERS, DEVICE, MISSING, on_device_of, power_of_2, strides, whole
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
 LOOPS = ("N", "P"), ("stretches", "stretch_steps")
@@ -33,6 +33,7 @@ def _launch(a: Inputs, back: bool) -> tuple[tuple[int], int, tuple, dict]:
     P = min(power_of_2(p), max(1, STATE_SIZE[back] // N))
     blocks = -(-p // P)
     options = {"PER_CHANNEL": a.g.ndim == 4, "N": N, "P": P, "num_warps": max(1, min(WARPS[back], N * P // 256))}
+    options |= ALL_REGISTERS
     return (b * h * blocks,), blocks, (l, h, n, p, -(-l // STRETCH), STRETCH, b * h * n * p), options
 
 

@@ -17,16 +17,23 @@ from torch import Tensor
 from ssmzoo.ops.checks import resets, why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.ssd import Recurrence, register
-from ssmzoo.ops.triton import DEVICE, INTERPRETED, MISSING, on_device_of, power_of_2, strides, whole
+from ssmzoo.ops.triton import ALL_REGISTERS, DEVICE, INTERPRETED, MISSING, on_device_of, power_of_2, strides, whole
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
 LOOPS = ("Q", "P"), ("stretches", "stretch_chunks")
-PASSES = {"forward": Passes(*LOOPS, most=250), "backward": Passes(*LOOPS, most=2200)}
+PASSES = {
+    "forward": Passes(*LOOPS, most=250),
+    "backward": Passes(*LOOPS, most=600),
+    "pairs": Passes(("Q", "P"), most=150),
+}
 STRETCH = 128  # positions between saved states
 CHUNK = 16  # positions per chunk: divides STRETCH, at least 16; 32 spill registers
-PIECE = 32  # states that the backward multiplies at once
 WIDEST = 128  # states per channel, at most: 256 spill registers
-STATE_SIZE, WARPS = (4096, 2048), (4, 4)  # numbers of a program's state at most, forward and backward, and its warps
+STATE_SIZE = 2048  # numbers of the forward's state, which are in registers; 4096 of more than 64 states per channel
+FORWARD = {"num_warps": 4} | ALL_REGISTERS
+# channels of a program at most, states that it multiplies at once
+BACKWARD = {"P": 32, "K": 16, "num_warps": 4} | ALL_REGISTERS
+PAIRS = {"P": 64, "K": 32, "num_warps": 2}
 
 
 def saved(a: Recurrence) -> Tensor:
@@ -34,25 +41,31 @@ def saved(a: Recurrence) -> Tensor:
     return a.x.new_empty(-(-l // STRETCH), b, h, p, a.B.shape[3], dtype=torch.float32)
 
 
-def _launch(x: Tensor, B: Tensor, back: bool) -> tuple[tuple[int], int, tuple, dict]:
-    """(grid, blocks per head, sizes, options)"""
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    N = max(16, power_of_2(n))
-    P = max(16, min(64, power_of_2(p), STATE_SIZE[back] // N))
-    blocks = -(-p // P)
-    options = {
-        "PRECISION": "ieee" if torch.version.hip else "tf32",
-        "Q": CHUNK,
-        "P": P,
-        "N": N,
-        "num_warps": WARPS[back],
-        "num_stages": 1,
-    }
-    return (b * h * blocks,), blocks, (l, h, h // g, p, n, -(-l // STRETCH), STRETCH // CHUNK, b * h * p * n), options
+def _launch(x: Tensor, B: Tensor, ranks: int, P: int, **more: int) -> tuple[int, tuple, dict]:
+    """(blocks per head, sizes, options) where a program takes P channels at most"""
+    (_, l, h, p), (g, n) = x.shape, B.shape[2:]
+    P = max(16, min(P, power_of_2(p)))
+    precision = "ieee" if torch.version.hip else "tf32"
+    return (
+        -(-p // P),
+        (l, h, h // g, p, n),
+        {"PRECISION": precision, "RANKS": ranks, "Q": CHUNK, "P": P, **more, "num_stages": 1},
+    )
 
 
 def _segments(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else resets(seq_idx).cumsum(1, dtype=torch.int32)
+
+
+def _along(t: Tensor | None) -> Tensor | None:
+    """(b l h) as the kernels read it: (b h l), so that a chunk's positions lie next to each other."""
+    return None if t is None else whole(t.mT)
+
+
+def _stretches(a: Recurrence) -> tuple[int, int, int]:
+    """(stretches, chunks of one, numbers of all states at once)"""
+    (b, l, h, p), n = a.x.shape, a.B.shape[3]
+    return -(-l // STRETCH), STRETCH // CHUNK, b * h * p * n
 
 
 def _near(t: Tensor) -> Tensor:
@@ -69,16 +82,17 @@ def forward(a: Recurrence, save: bool, diagonal: Tensor | None = None, ranks: in
     y = a.x.new_empty(a.x.shape, dtype=a.x.dtype if diagonal is None else torch.float32)
     last = a.x.new_empty(b, h, p, n, dtype=torch.float32)
     states = saved(a) if save else None
-    grid, _, sizes, options = _launch(a.x, a.B, False)
+    N = max(16, power_of_2(n))
+    blocks, sizes, options = _launch(a.x, a.B, ranks, max(32, min(64, STATE_SIZE // N)), N=N, **FORWARD)
     with on_device_of(a.x):
-        kernels.forward[grid](
+        kernels.forward[(b * h * blocks,)](
             a.x,
-            whole(a.dt),
-            whole(a.log_decay),
+            _along(a.dt),
+            _along(a.log_decay),
             a.B,
             a.C,
             whole(a.D),
-            whole(diagonal),
+            _along(diagonal),
             whole(a.initial_states),
             _segments(a.seq_idx),
             y,
@@ -86,63 +100,73 @@ def forward(a: Recurrence, save: bool, diagonal: Tensor | None = None, ranks: in
             states,
             *map(strides, (a.x, a.B, a.C, y)),
             *sizes,
+            *_stretches(a),
             SAVE=save,
-            RANKS=ranks,
             **options,
         )
     return (y, last), states
 
 
-def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, ranks: int = 1, **more: int):
-    """more: num_warps and K, where they differ"""
+def backward(a: Recurrence, states, dy, dlast, diagonal: Tensor | None = None, ranks: int = 1):
     from ssmzoo.ops.ssd import triton_kernels as kernels
 
     (b, l, h, p), (g, n) = a.x.shape, a.B.shape[2:]
     a, dy = a._replace(x=_near(a.x), B=_near(a.B), C=_near(a.C)), _near(dy)
-    grid, blocks, sizes, options = _launch(a.x, a.B, True)
+    unaligned = {"P": 16} if n % 16 else {}  # every number of a state then has an address of its own
+    blocks, sizes, options = _launch(a.x, a.B, ranks, **BACKWARD | unaligned)
     new = functools.partial(a.x.new_empty, dtype=torch.float32)
-    scratch = new(STRETCH // CHUNK + 1, b, h, p, n)
-    unfinished = {
-        "x": a.x.new_empty(a.x.shape),
-        "dt": None if a.dt is None else new(blocks, b, l, h),
-        "log_decay": new(blocks, b, l, h),
-        "B": new(blocks, b, l, g, h // g, n),
-        "C": new(blocks, b, l, g, h // g, n),
-        "D": None if a.D is None else new(b, h, p),
-        "diagonal": None if diagonal is None else new(blocks, b, l, h),
-        "initial_states": None if a.initial_states is None else new(b, h, p, n),
+    scratch, through = new(STRETCH // CHUNK + 1, b, h, p, n), new(b, l, h, p)
+    shares = {  # of the blocks and, last, of what stays within chunks
+        "dt": None if a.dt is None else new(blocks + 1, b, h, l),
+        "log_decay": new(blocks + 1, b, h, l),
+        "B": new(blocks + 1, b, l, g, h // g, n),
+        "C": new(blocks + 1, b, l, g, h // g, n),
     }
+    grads = {
+        "x": a.x.new_empty(a.x.shape),
+        "D": None if a.D is None else new(b, h, p),
+        "initial_states": None if a.initial_states is None else new(b, h, p, n),
+        "diagonal": None if diagonal is None else new(b, h, l),
+    }
+    given = a.x, _along(a.dt), _along(a.log_decay), a.B, a.C, whole(a.D)
+    segments, all_strides = _segments(a.seq_idx), [*map(strides, (a.x, a.B, a.C, dy))]
     with on_device_of(a.x):
-        kernels.backward[grid](
-            a.x,
-            whole(a.dt),
-            whole(a.log_decay),
-            a.B,
-            a.C,
-            whole(a.D),
-            whole(diagonal),
-            _segments(a.seq_idx),
+        kernels.backward[(b * h * blocks,)](
+            *given,
+            segments,
             states,
             dy,
             whole(dlast),
             scratch,
-            *unfinished.values(),
-            *map(strides, (a.x, a.B, a.C, dy)),
+            through,
+            *(None if t is None else t[:blocks] for t in shares.values()),
+            grads["D"],
+            grads["initial_states"],
+            *all_strides,
             *sizes,
+            *_stretches(a),
             b * l * h,
             b * l * h * n,
-            RANKS=ranks,
-            **({"K": min(options.pop("N"), PIECE)} | options | more),
+            **options,
         )
-    parts = {
-        "dt": 0,
-        "log_decay": 0,
-        "B": (0, 4),
-        "C": (0, 4),
-        "D": 0,
-        "diagonal": 0,
-    }  # axes of the programs' unfinished sums
-    grads = {name: t.sum(parts[name]) if name in parts else t for name, t in unfinished.items() if t is not None}
+        kernels.pairs[(b * h * -(-l // CHUNK),)](
+            *given,
+            _along(diagonal),
+            segments,
+            dy,
+            through,
+            grads["x"],
+            *(None if t is None else t[blocks] for t in shares.values()),
+            grads["diagonal"],
+            *all_strides,
+            *sizes,
+            -(-l // CHUNK),
+            **_launch(a.x, a.B, ranks, **PAIRS)[2],
+        )
+    sums = {name: t.sum((0, 4) if t.ndim == 6 else 0) for name, t in shares.items() if t is not None}
+    grads = sums | {name: t.sum(0) if name == "D" else t for name, t in grads.items() if t is not None}
+    for name in grads.keys() & {"dt", "log_decay", "diagonal"}:
+        grads[name] = grads[name].mT
     return {name: grad.to(getattr(a, name, diagonal).dtype) for name, grad in grads.items()}
 
 

@@ -23,11 +23,17 @@ from ssmzoo.ops.triton.functions import place, rows_of_head
 
 
 @triton.jit
+def _inside(first, length, Q: tl.constexpr):
+    """(Q) which positions of the chunk exist, compared in 32 bits."""
+    return tl.arange(0, Q) < (length - first).to(tl.int32)
+
+
+@triton.jit
 def _decays(a, segment, b, h, first, length, heads, Q: tl.constexpr):
     """L (Q Q), start (Q), end (Q), whole; the chunk begins at position `first`."""
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    a += (b * length + first) * heads + h  # 64 bits once; within a chunk 32 take fewer registers
-    a_t = tl.load(a + tl.arange(0, Q) * heads, tl.arange(0, Q) < length - first, 0.0)
+    a += (b * heads + h) * length + first  # 64 bits once; within a chunk 32 take fewer registers
+    a_t = tl.load(a + tl.arange(0, Q), _inside(first, length, Q), 0.0)
     later = tl.where(row > column, a_t[:, None], 0.0)
     keep = row >= column
     start, end, whole = tl.cumsum(a_t, 0), tl.sum(later, 0), tl.sum(a_t, 0)
@@ -55,17 +61,13 @@ def _one_token(Q: tl.constexpr, RANKS: tl.constexpr):
 @triton.jit
 def _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q: tl.constexpr, RANKS: tl.constexpr):
     """What position s (a column) weighs in y_t (a row) apart from CB, and in the state after the chunk: (Q Q), (Q)."""
-    token, steps, inside = (
-        (b * length + start_at) * heads + h,
-        tl.arange(0, Q) * heads,
-        tl.arange(0, Q) < length - start_at,
-    )
+    positions, inside = (b * heads + h) * length + start_at + tl.arange(0, Q), _inside(start_at, length, Q)
     weights, ending = L, end
     if dt is not None:
-        dt_t = tl.load(dt + token + steps, inside, 0.0)
+        dt_t = tl.load(dt + positions, inside, 0.0)
         weights, ending = L * dt_t[None, :], end * dt_t
     if diagonal is not None:
-        w = tl.load(diagonal + token + steps, inside, 0.0)
+        w = tl.load(diagonal + positions, inside, 0.0)
         weights = tl.where(_one_token(Q, RANKS), w[None, :], weights)
     return weights, ending
 
@@ -116,7 +118,7 @@ def forward(
             tl.store(saved + stretch * slot + state_at, S, states)
         for i in range(stretch_chunks):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - start_at
+            inside = _inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             B_t = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
             C_t = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
@@ -149,7 +151,6 @@ def backward(
     B,
     C,
     D,
-    diagonal,
     segment,
     saved,
     dy,
@@ -161,7 +162,6 @@ def backward(
     dB,
     dC,
     dD,
-    ddiagonal,
     dfirst,
     x_stride,
     B_stride,
@@ -183,9 +183,11 @@ def backward(
     P: tl.constexpr,
     K: tl.constexpr,
 ):
-    """scratch (chunks of a stretch and one, b h p n) takes states and, last, G: they need not be in registers at once.
-    Unfinished sums: da, ddt (block b l h), dB, dC
-    (block b l h n) with `part` and `part_n` elements per block, dD (b h p); ddiagonal as ddt."""
+    """What goes through the states; `pairs` adds what stays within a chunk.
+
+    scratch (chunks of a stretch and one, b h p n) takes states and, last, G: they need not be in registers at once.
+    Unfinished sums: dx (b l h p) in fp32; da, ddt (block b l h), dB, dC (block b l h n) with `part` and `part_n`
+    elements per block; dD (b h p)."""
     b, h, block, p, own = place(heads, width, P)
     g, p = h // per_group, p.to(tl.int32)
     slot, part, part_n = slot + 0 * b, part + 0 * b, part_n + 0 * b  # 64 bits
@@ -207,7 +209,7 @@ def backward(
             tl.store(scratch + at, tl.load(saved + stretch * slot + at, states, 0.0), states)
         for i in range(stretch_chunks - 1):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - start_at
+            inside = _inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             _, ending = _weights(dt, None, b, h, start_at, end, L, length, heads, Q, RANKS)
@@ -222,67 +224,50 @@ def backward(
         for j in range(stretch_chunks):
             i = stretch_chunks - 1 - j
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - start_at
+            inside = _inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
-            token, steps = (b * length + start_at) * heads + h, tl.arange(0, Q) * heads
+            token, position = (b * length + start_at) * heads + h, (b * heads + h) * length + start_at
             dY = rows_of_head(dy, dy_stride, b, start_at, h, p, inside, own, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
-            CB = tl.zeros([Q, Q], tl.float32)
-            for m in range(0, n_states, K):
-                n = m + tl.arange(0, K)
-                C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
-                B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
-                CB += tl.dot(C_m, tl.trans(B_m), input_precision=PRECISION)
-            dCB = tl.dot(dY, tl.trans(x_t), input_precision=PRECISION)
-            both = CB * dCB
-            if diagonal is not None:
-                same = _one_token(Q, RANKS)
-                tl.store(ddiagonal + block * part + token + steps, tl.sum(tl.where(same, both, 0.0), 0), inside)
-                both = tl.where(same, 0.0, both)
-            if dt is not None:
-                ddt_t = tl.sum(both * L, 0)
-            weights, ending = _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q, RANKS)
-            dx_t = tl.dot(tl.trans(CB * weights), dY, input_precision=PRECISION)
+            _, ending = _weights(dt, None, b, h, start_at, end, L, length, heads, Q, RANKS)
             if D is not None:
                 dD_p += tl.sum(dY * x_t, 0)
-                dx_t += dY * tl.load(D + h * width + p, own, 0.0)[None, :]
-            dCB *= weights
-            pairs = tl.where(row > column, dCB * CB, 0.0)
-            da_t = tl.sum(tl.where(row > column, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
-            here = block * part_n + ((b * length + start_at) * heads + h) * n_states
+            here = block * part_n + token * n_states
+            GS, starting = tl.zeros([P], tl.float32), tl.zeros([Q], tl.float32)
+            for m in range(0, n_states, K):  # two loops, each of which keeps its own operands in registers
+                states, at = _piece(p, own, m, n_states, K)
+                n = m + tl.arange(0, K)
+                existing = n < n_states
+                C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, existing, Q)
+                S = tl.load(scratch + i * slot + at, states, 0.0)
+                GS += tl.sum(tl.load(carry + at, states, 0.0) * S, 1)
+                through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]
+                starting += tl.sum(C_m * through, 1)
+                offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
+                tl.store(dC + here + offsets, through, inside[:, None] & existing[None, :])
             dY_start = tl.trans(dY * start[:, None])
-            BG, GS = tl.zeros([Q, P], tl.float32), tl.zeros([P], tl.float32)
-            starting, into = tl.zeros([Q], tl.float32), tl.zeros([Q], tl.float32)
+            BG, into = tl.zeros([Q, P], tl.float32), tl.zeros([Q], tl.float32)
             for m in range(0, n_states, K):
                 states, at = _piece(p, own, m, n_states, K)
                 n = m + tl.arange(0, K)
                 existing = n < n_states
                 B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, existing, Q)
                 C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, existing, Q)
-                S = tl.load(scratch + i * slot + at, states, 0.0)
                 G = tl.load(carry + at, states, 0.0)
-                offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
-                mask = inside[:, None] & existing[None, :]
-                through = tl.dot(dY, S, input_precision=PRECISION) * start[:, None]
-                starting += tl.sum(C_m * through, 1)
-                tl.store(dC + here + offsets, through + tl.dot(dCB, B_m, input_precision=PRECISION), mask)
                 BG += tl.dot(B_m, tl.trans(G), input_precision=PRECISION)
-                GS += tl.sum(G * S, 1)
                 through = tl.dot(x_t, G, input_precision=PRECISION) * ending[:, None]
                 into += tl.sum(B_m * through, 1)
-                tl.store(dB + here + offsets, through + tl.dot(tl.trans(dCB), C_m, input_precision=PRECISION), mask)
+                offsets = (tl.arange(0, Q) * heads)[:, None] * n_states + n[None, :]
+                tl.store(dB + here + offsets, through, inside[:, None] & existing[None, :])
                 tl.store(carry + at, whole * G + tl.dot(dY_start, C_m, input_precision=PRECISION), states)
-            da_t += tl.cumsum(starting, 0, reverse=True) + whole * tl.sum(GS)
+            da_t = tl.cumsum(starting, 0, reverse=True) + whole * tl.sum(GS)
             da_t += tl.sum(tl.where(row < column, into[:, None], 0.0), 0)
+            position += block * part
+            tl.store(da + position + tl.arange(0, Q), da_t, inside)
             if dt is not None:
-                tl.store(ddt + block * part + token + steps, ddt_t + tl.sum(BG * x_t, 1) * end, inside)
-            dx_t += BG * ending[:, None]
-            tl.store(da + block * part + token + steps, da_t, inside)
-            tl.store(
-                dx + token * width + steps[:, None] * width + p[None, :],
-                dx_t.to(dx.dtype.element_ty),
-                inside[:, None] & own[None, :],
-            )
+                tl.store(ddt + position + tl.arange(0, Q), tl.sum(BG * x_t, 1) * end, inside)
+            dx_t = dx + token * width + (tl.arange(0, Q) * heads)[:, None] * width + p[None, :]
+            tl.store(dx_t, BG * ending[:, None], inside[:, None] & own[None, :])
             tl.debug_barrier()  # before other threads read G, and the scratch is written again
     if D is not None:
         tl.store(dD + (b * heads + h) * width + p, dD_p, own)
@@ -291,3 +276,91 @@ def backward(
             states, at = _piece(p, own, m, n_states, K)
             G = tl.load(carry + at, states, 0.0)
             tl.store(dfirst + of_head + at, G.to(dfirst.dtype.element_ty), states)
+
+
+@triton.jit
+def pairs(
+    x,
+    dt,
+    a,
+    B,
+    C,
+    D,
+    diagonal,
+    segment,
+    dy,
+    through,
+    dx,
+    ddt,
+    da,
+    dB,
+    dC,
+    ddiagonal,
+    x_stride,
+    B_stride,
+    C_stride,
+    dy_stride,
+    length,
+    heads,
+    per_group,
+    width,
+    n_states,
+    chunks,
+    PRECISION: tl.constexpr,
+    RANKS: tl.constexpr,
+    Q: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+):
+    """What stays within a chunk, which is a program's; `through` (b l h p) is backward's share of dx, which is finished
+    here. da, ddt, ddiagonal (b l h), dB and dC (b l h n) are one more share of these sums."""
+    program = tl.program_id(0)
+    h, b = (program // chunks % heads).to(tl.int64), (program // chunks // heads).to(tl.int64)
+    g, start_at = h // per_group, program % chunks * Q + 0 * b
+    row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    inside = _inside(start_at, length, Q)
+    token, steps = (b * length + start_at) * heads + h, tl.arange(0, Q) * heads
+    positions = (b * heads + h) * length + start_at + tl.arange(0, Q)
+    CB, dCB = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, Q], tl.float32)
+    for m in range(0, n_states, K):
+        n = m + tl.arange(0, K)
+        C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
+        B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+        CB += tl.dot(C_m, tl.trans(B_m), input_precision=PRECISION)
+    for m in range(0, width, P):
+        p = m + tl.arange(0, P)
+        x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, p < width, Q)
+        dY = rows_of_head(dy, dy_stride, b, start_at, h, p, inside, p < width, Q)
+        dCB += tl.dot(dY, tl.trans(x_t), input_precision=PRECISION)
+    L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
+    both = CB * dCB
+    if diagonal is not None:
+        same = _one_token(Q, RANKS)
+        tl.store(ddiagonal + positions, tl.sum(tl.where(same, both, 0.0), 0), inside)
+        both = tl.where(same, 0.0, both)
+    if dt is not None:
+        tl.store(ddt + positions, tl.sum(both * L, 0), inside)
+    weights, _ = _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q, RANKS)
+    dCB *= weights
+    later = tl.cumsum(tl.where(row > column, dCB * CB, 0.0), 0, reverse=True)
+    tl.store(da + positions, tl.sum(tl.where(row > column, later, 0.0), 1), inside)
+    CB = tl.trans(CB * weights)
+    for m in range(0, width, P):
+        p = m + tl.arange(0, P)
+        dY = rows_of_head(dy, dy_stride, b, start_at, h, p, inside, p < width, Q)
+        dx_t = tl.dot(CB, dY, input_precision=PRECISION)
+        if D is not None:
+            dx_t += dY * tl.load(D + h * width + p, p < width, 0.0)[None, :]
+        offsets, mask = token * width + steps[:, None] * width + p[None, :], inside[:, None] & (p < width)[None, :]
+        dx_t += tl.load(through + offsets, mask, 0.0)
+        tl.store(dx + offsets, dx_t.to(dx.dtype.element_ty), mask)
+    for m in range(0, n_states, K):
+        n = m + tl.arange(0, K)
+        C_m = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
+        B_m = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
+        offsets, mask = (
+            token * n_states + steps[:, None] * n_states + n[None, :],
+            inside[:, None] & (n < n_states)[None, :],
+        )
+        tl.store(dC + offsets, tl.dot(dCB, B_m, input_precision=PRECISION), mask)
+        tl.store(dB + offsets, tl.dot(tl.trans(dCB), C_m, input_precision=PRECISION), mask)

@@ -20,11 +20,9 @@ from ssmzoo.ops.ssd import triton as ssd
 from ssmzoo.ops.trapezoidal_scan import rank_inputs, rotary_trapezoidal_scan, trapezoidal_scan
 from ssmzoo.ops.trapezoidal_scan.torch import rotary_trapezoidal_scan_torch
 from ssmzoo.ops.triton import DEVICE, INTERPRETED, MISSING, power_of_2
-from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
+from ssmzoo.ops.triton.variants import DTYPES, Variant, meta, train
 
-LOOPS = ("Q", "P"), ("stretches", "stretch_chunks")
-PASSES = {"forward": Passes(*LOOPS, most=300), "backward": Passes(*LOOPS, most=2500)}
-BACKWARD = {"num_warps": 8}  # 16 and 28 bytes are spilled on sm_100 and sm_120, with 4 warps 8 and 20
+PASSES = ssd.PASSES
 
 
 class Inputs(NamedTuple):
@@ -57,7 +55,7 @@ SCAN = Differentiable(
 )
 KERNEL = SCAN.kernels["triton"] = Kernel(
     lambda a, save: ssd.forward(a.recurrence, save, a.diagonal, a.ranks),
-    lambda a, saved, dy, dlast: ssd.backward(a.recurrence, saved, dy, dlast, a.diagonal, a.ranks, **BACKWARD),
+    lambda a, saved, dy, dlast: ssd.backward(a.recurrence, saved, dy, dlast, a.diagonal, a.ranks),
     lambda a: ssd.saved(a.recurrence),
 )
 

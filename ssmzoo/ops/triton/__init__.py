@@ -17,6 +17,8 @@ from torch import Tensor
 OLDEST = (3, 2)  # the first with tuples among a kernel's arguments
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# of a launch: otherwise ptxas spills a few registers where one more block fits then; AMD's compiler has no such option
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 def _why_missing() -> str | None:
