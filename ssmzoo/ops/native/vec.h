@@ -91,11 +91,26 @@ INLINE float v_sum(vf x) {  // always in the same order: halves, quarters, ...
 // only (on AVX-512 they underflow gradually): that would take a second multiplication by a power of two.
 // `range`, known when compiled, tells what is sure of t, so that it need not be held there.
 enum { ANY, AT_MOST_BOUND, WITHIN_BOUND };  // nothing; t <= EXP2_BOUND; |t| <= EXP2_BOUND
-enum { RANGE_HELPS = VL < 16 };             // AVX-512 holds nothing in any case
+enum { RANGE_HELPS = VL >= 8 };
 #define EXP2_BOUND 120.0f
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// 2^(i/32), in two registers; |t| <= EXP2_BOUND, or any that is finite
+INLINE vf v_exp2_table(vf t) {
+    static const float powers[32] __attribute__((aligned(64))) = {
+        1.0f,         1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f, 1.163724859f,
+        1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f, 1.354255547f, 1.383909882f,
+        1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
+        1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167632f, 1.915206561f, 1.957144124f};
+    const vf m = t + 393216.0f, k = m - 393216.0f;  // 1.5 * 2^18: rounds to thirty-seconds, which are the lowest bits then
+    const vf r = t - k;
+    const __m512 power = _mm512_permutex2var_ps(_mm512_load_ps(powers), (__m512i)m, _mm512_load_ps(powers + 16));
+    const vf whole = (vf)_mm512_scalef_ps(power, (__m512)k);  // 2^k: the scaling rounds k downwards
+    return whole * r * (r * 0.2402264974f + 0.6931573298f) + whole;
+}
+#endif
 INLINE vf v_exp2_of(vf t, const int range) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    (void)range;
+    if (range == WITHIN_BOUND) return v_exp2_table(t);
     const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for infinite t
 #else
@@ -103,15 +118,16 @@ INLINE vf v_exp2_of(vf t, const int range) {
     if (range < AT_MOST_BOUND) t = v_at_most(t, 128.0f);
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    // t = n + i/8 + r: 2^(n-1) 2^(i/8) from a table, less i/8 in the place that n + i/8 is added to; 2^(r+1) cubic
-    const __m256i table = _mm256_setr_epi32(0x3f000000, 0x3efb95c2, 0x3ef837f0, 0x3ef5fed7, 0x3ef504f3, 0x3ef5672a, 0x3ef744fd,
-                                            0x3efac0c7);
+    // t = n + i/8 + r: 2^(n + i/8) from a table, less i/8 in the place that n + i/8 is added to; 2^r cubic. Where t may be
+    // 128, half the power times twice the cubic.
+    const int half = range < AT_MOST_BOUND ? 1 << 23 : 0;
+    const __m256i table = _mm256_setr_epi32(0x3f800000 - half, 0x3f7b95c2 - half, 0x3f7837f0 - half, 0x3f75fed7 - half,
+                                            0x3f7504f3 - half, 0x3f75672a - half, 0x3f7744fd - half, 0x3f7ac0c7 - half);
     const vf m = t + 1572864.0f;  // 1.5 * 2^20: rounds to eighths, which are the lowest bits then
     const vf r = t - (m - 1572864.0f);
-    vf p = r * 0.1109924465f + 0.4805152714f;
-    p = p * r + 1.3862944841f;
-    p = p * r + 2.0f;
-    return p * (vf)((vi)_mm256_permutevar8x32_epi32(table, (__m256i)m) + ((vi)m << 20));
+    const vf whole = (vf)((vi)_mm256_permutevar8x32_epi32(table, (__m256i)m) + ((vi)m << 20));
+    if (range < AT_MOST_BOUND) return whole * (((r * 0.1109924436f + 0.4805152596f) * r + 1.3862944286f) * r + 2.0f);
+    return whole * r * ((r * 0.05549622182f + 0.2402576298f) * r + 0.6931472143f) + whole;
 #else
 #if !defined(__AVX512F__)
     const vf m = t + (12582912.0f + 126);  // 1.5 * 2^23: rounds to the nearest integer; 2^(n-1) has the exponent n + 126
@@ -131,6 +147,17 @@ INLINE vf v_exp2_of(vf t, const int range) {
 #endif
 }
 INLINE vf v_exp2(vf t) { return v_exp2_of(t, ANY); }
+// For exponents that are a product with one of n rows: the largest absolute value of each lane, infinite where one is NaN
+// (largest |d| * that <= EXP2_BOUND: all of them are WITHIN_BOUND).
+INLINE vf v_steepest(const float *rows, int64_t n) {
+    vf most = {0};
+    for (int64_t i = 0; i < n; i++) {
+        vf rate = v_abs(v_load(rows + i * VL));
+        most = v_select(rate <= most, most, rate);
+        most = v_select(most == most, most, v_set(INFINITY));
+    }
+    return most;
+}
 #define LOG2E 1.44269504088896340736f
 INLINE vf v_exp(vf x) { return v_exp2(x * LOG2E); }
 INLINE vf v_sigmoid(vf x) { return 1.0f / (1.0f + v_exp(-x)); }

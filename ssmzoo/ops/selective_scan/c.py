@@ -12,7 +12,7 @@ from ssmzoo.ops.selective_scan import empty_gradients, groups_of, register, why_
 
 FORWARD, MISSING = kernel("ssmzoo_selective_scan_forward")
 BACKWARD, _ = kernel("ssmzoo_selective_scan_backward")
-TASKS = 32  # wanted
+TASKS = 12  # wanted; each touches every page of the sequences
 MAX_TILES = 16  # tiles of channels that a task keeps in cache at once
 
 
@@ -26,13 +26,13 @@ def saved(a) -> Tensor:
     return a.u.new_empty(-(-l // chunk_length(n)), b, e, n, dtype=torch.float32)
 
 
-def _tiling(b: int, e: int, g: int) -> tuple[int, int]:
-    """(tiles of channels per task, tasks per group): some tasks per thread, the same ones however many there are, since
-    the order of sums for B and C follows from them."""
+def _tiling(b: int, e: int, g: int, tasks: int = TASKS) -> tuple[int, int]:
+    """(tiles of channels per task, tasks per group). In the backward the same ones however many threads there are,
+    since the order of sums for B and C follows from them."""
     lanes, per_group = VECTOR_LENGTH, max(1, e // max(1, g))
     tiles = -(-per_group // lanes)
     parts = g if per_group >= lanes else -(-g // (lanes // per_group))
-    per_task = min(MAX_TILES, tiles, max(1, -(-b * parts * tiles // TASKS)))
+    per_task = min(MAX_TILES, tiles, max(1, -(-b * parts * tiles // tasks)))
     return per_task, -(-tiles // per_task)
 
 
@@ -64,7 +64,7 @@ def forward(a, save):
     out, last = torch.empty_like(a.u), a.u.new_empty(b, e, n, dtype=torch.float32)
     states = saved(a) if save else None
     commit(out, states)
-    tiling = _tiling(b, e, g)
+    tiling = _tiling(b, e, g, max(TASKS, 2 * torch.get_num_threads()))
     alive, arguments = _arguments(a, g, save, [out, last, states, *[None] * 11], tiling)
     FORWARD(arguments)
     return (out, last), states

@@ -4,14 +4,26 @@
 enum { BLOCK = 16 };  // states per block: all in registers with AVX-512's 32, in first-level cache with 16 registers
 enum { HAND = 64, LONG = 256 };  // steps in hand at once; rows are long where time is contiguous
 
+// What the next tile will read and write, called into cache while this one is computed: a row of each per step.
+enum { STREAMS = 4 };
+typedef struct {
+    const char *at[STREAMS];
+    int64_t step[STREAMS];  // bytes
+} streams;
+
 // One block of `count` states over steps [from, to): h (rows) is carried, y gains <h, C>.
 INLINE void forward_block(const int count, const int per_lane, const int range, float *h, const float *A2, coefficients B,
-                          coefficients C, const float *dt, const float *du, float *y, int64_t from, int64_t to) {
+                          coefficients C, const float *dt, const float *du, float *y, int64_t from, int64_t to,
+                          const streams *next) {
     vf state[BLOCK];
+    const char *ahead[STREAMS];
+    for (int i = 0; i < STREAMS; i++) ahead[i] = next->at[i] + from * next->step[i];
     for (int j = 0; j < count; j++) state[j] = v_load(h + j * VL);
     for (int64_t s = from; s < to; s++) {
         vf d = v_load(dt + s * VL), x = v_load(du + s * VL), sum[2] = {v_load(y + s * VL), {0}};
         const float *b = B.data + s * B.step, *c = C.data + s * C.step;
+#pragma GCC unroll 4
+        for (int i = 0; i < STREAMS; i++) __builtin_prefetch(ahead[i]), ahead[i] += next->step[i];
 #pragma GCC unroll 16
         for (int j = 0; j < count; j++) {
             vf decay = v_exp2_of(d * v_load(A2 + j * VL), range);
@@ -24,7 +36,7 @@ INLINE void forward_block(const int count, const int per_lane, const int range, 
 }
 
 static void forward_states(int64_t n, int per_lane, int bounded, float *h, const float *A2, coefficients B, coefficients C,
-                           const float *dt, const float *du, float *y, int64_t from, int64_t to) {
+                           const float *dt, const float *du, float *y, int64_t from, int64_t to, const streams *next) {
     for (int64_t i = 0; i < n;) {
         int64_t k = per_lane ? i * VL : i;
         coefficients b = {B.data + k, B.step}, c = {C.data + k, C.step};
@@ -32,9 +44,9 @@ static void forward_states(int64_t n, int per_lane, int bounded, float *h, const
         const float *ai = A2 + i * VL;
 #define FORWARD(count) \
     if (n - i >= count) { \
-        if (per_lane) forward_block(count, 1, ANY, hi, ai, b, c, dt, du, y, from, to); \
-        else if (RANGE_HELPS && bounded) forward_block(count, 0, WITHIN_BOUND, hi, ai, b, c, dt, du, y, from, to); \
-        else forward_block(count, 0, ANY, hi, ai, b, c, dt, du, y, from, to); \
+        if (per_lane) forward_block(count, 1, ANY, hi, ai, b, c, dt, du, y, from, to, next); \
+        else if (RANGE_HELPS && bounded) forward_block(count, 0, WITHIN_BOUND, hi, ai, b, c, dt, du, y, from, to, next); \
+        else forward_block(count, 0, ANY, hi, ai, b, c, dt, du, y, from, to, next); \
         i += count; \
         continue; \
     }
@@ -64,6 +76,19 @@ static float *forward_scratch(const task_info *t, forward_memory *m, int64_t han
     return memory;
 }
 
+static streams next_streams(const task_info *t, const forward_memory *m, int64_t tile, int64_t start, int64_t steps) {
+    const scan_args *a = t->a;
+    const tensor *tensors[STREAMS] = {&a->u, &a->delta, &a->z, &a->out};
+    streams next;
+    if (++tile == t->tiles) tile = 0, start += steps;
+    for (int i = 0; i < STREAMS; i++) {
+        strip r = {m->y, 0};  // where there is none, or it will be transposed
+        if (tensors[i]->data && start + steps <= a->l) r = strip_of(t, tensors[i], m->y, tile, start);
+        next.at[i] = (const char *)r.data, next.step[i] = r.data == m->y ? 0 : r.step * (int64_t)sizeof(float);
+    }
+    return next;
+}
+
 // One tile over the steps in hand.
 static void forward_tile(const task_info *t, forward_memory *m, coefficients B, coefficients C, int64_t tile, int64_t start,
                          int64_t steps) {
@@ -75,9 +100,8 @@ static void forward_tile(const task_info *t, forward_memory *m, coefficients B, 
     vi beyond = {0};  // where an exponent may be large, or is no number
     strip u = bring(t, &a->u, m->u, tile, start, steps), delta = bring(t, &a->delta, m->delta, tile, start, steps);
     strip z = bring(t, &a->z, m->z, tile, start, steps), out = strip_of(t, &a->out, m->out, tile, start);
+    const streams next = next_streams(t, m, tile, start, steps);
     for (int64_t s = 0; s < steps; s++) {
-        __builtin_prefetch(delta.data + s * delta.step + VL);  // the next tile, where channels are contiguous
-        __builtin_prefetch(u.data + s * u.step + VL);
         vf dt = time_step(a, strip_load(delta, s) + bias), us = strip_load(u, s);
         beyond |= ~(v_abs(dt) * steepest <= EXP2_BOUND);
         v_store(m->dt + s * VL, dt);
@@ -93,7 +117,7 @@ static void forward_tile(const task_info *t, forward_memory *m, coefficients B, 
         }
         to = segment_end(a, t->batch, start, from, end);
         if (is_reset(a, t->batch, start + from)) memset(h, 0, sizeof(float) * (size_t)(n * VL));
-        forward_states(n, (int)t->p.per_lane, bounded, h, A2, B, C, m->dt, m->x, m->y, from, to);
+        forward_states(n, (int)t->p.per_lane, bounded, h, A2, B, C, m->dt, m->x, m->y, from, to, &next);
     }
     for (int64_t s = 0; s < steps; s++) {
         vf y = v_load(m->y + s * VL);
@@ -113,7 +137,7 @@ static void forward_task(void *context, int64_t index) {
         int64_t channel = tile_channel(&t, k);
         int lanes = tile_lanes(&t, k);
         load_rates(m.A2 + k * n * VL, a, channel, lanes);
-        v_store(m.steepest + k * VL, steepest(m.A2 + k * n * VL, n));
+        v_store(m.steepest + k * VL, v_steepest(m.A2 + k * n * VL, n));
         load_states(m.h + k * n * VL, &a->initial, t.batch, channel, lanes, n);
         load_vector(m.bias + k * VL, &a->bias, channel, lanes);
         load_vector(m.skip + k * VL, &a->D, channel, lanes);

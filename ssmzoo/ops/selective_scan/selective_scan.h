@@ -96,16 +96,6 @@ static inline void load_rates(float *rows, const scan_args *a, int64_t channel, 
     for (int64_t i = 0; i < a->n; i++) v_store(rows + i * VL, v_load(rows + i * VL) * LOG2E);
 }
 
-static inline vf steepest(const float *A2, int64_t n) {  // the largest |A2| of each lane, infinite where one is NaN
-    vf most = {0};
-    for (int64_t i = 0; i < n; i++) {
-        vf rate = v_abs(v_load(A2 + i * VL));
-        most = v_select(rate <= most, most, rate);
-        most = v_select(most == most, most, v_set(INFINITY));
-    }
-    return most;
-}
-
 static inline tensor saved_states(const scan_args *a, int64_t chunk) {  // saved (chunks b e n) -> (b e n)
     const tensor *t = &a->saved;
     return (tensor){t->data + 4 * chunk * t->stride[0], F32, {t->stride[1], t->stride[2], t->stride[3]}};

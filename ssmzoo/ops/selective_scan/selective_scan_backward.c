@@ -288,7 +288,7 @@ static void begin_task(const task_info *t, const backward_memory *m) {
         int64_t channel = tile_channel(t, k);
         int lanes = tile_lanes(t, k);
         load_rates(m->A2 + k * states, a, channel, lanes);
-        v_store(m->steepest + k * VL, steepest(m->A2 + k * states, n));
+        v_store(m->steepest + k * VL, v_steepest(m->A2 + k * states, n));
         load_states(m->dh + k * states, &a->dlast, t->batch, channel, lanes, n);
         load_vector(m->bias + k * VL, &a->bias, channel, lanes);
         load_vector(m->skip + k * VL, &a->D, channel, lanes);
