@@ -16,6 +16,7 @@ from ssmzoo.layers.norm import RMSNorm
 from ssmzoo.ops.in_place import states_in_place
 from ssmzoo.ops.moe_dispatch import grouped_matmul_reference
 from ssmzoo.ops.moe_dispatch import triton as grouped
+from ssmzoo.ops.quantized_linear import pack_int4
 from ssmzoo.ops.triton import MISSING
 from ssmzoo.released.golden import relative_error
 
@@ -246,6 +247,24 @@ def test_mamba3_step_is_the_definition(sizes):
 )
 def test_gated_delta_step_is_the_definition(sizes):
     compare(ops.gated_delta_step, delta_call(*sizes))
+
+
+@interpreted
+@pytest.mark.parametrize("act_scale", [None, 0.02, "dynamic"])
+@pytest.mark.parametrize(
+    "bits, group, d, e, zeros, dtype",
+    [(4, 4, 10, 5, True, torch.float32), (8, 7, 7, 9, False, torch.bfloat16), (8, 3, 19, 2, True, torch.float16)],
+)
+def test_products_with_integers_are_the_definition(bits, group, d, e, zeros, dtype, act_scale, monkeypatch):
+    from ssmzoo.ops.quantized_linear import triton as quantized_linear
+
+    set_sizes(monkeypatch, (quantized_linear, dict(ROWS=4, COLUMNS=4)))
+    m = -(-d // group)
+    codes = torch.randint(-8, 8, (e, d))
+    call = dict(x=torch.randn(3, d).to(dtype), scale=torch.rand(e, m), bias=torch.randn(e).to(dtype))
+    call |= dict(weight=pack_int4(codes) if bits == 4 else codes.to(torch.int8), bits=bits, group_size=group)
+    call |= dict(zero=torch.randint(-3, 3, (e, m)).float() if zeros else None, act_scale=act_scale)
+    compare(ops.quantized_linear, call)
 
 
 @interpreted

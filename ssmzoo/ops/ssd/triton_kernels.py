@@ -19,13 +19,7 @@ to the caller.
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import place, rows_of_head
-
-
-@triton.jit
-def _inside(first, length, Q: tl.constexpr):
-    """(Q) which positions of the chunk exist, compared in 32 bits."""
-    return tl.arange(0, Q) < (length - first).to(tl.int32)
+from ssmzoo.ops.triton.functions import place, rows_inside, rows_of_head
 
 
 @triton.jit
@@ -33,7 +27,7 @@ def _decays(a, segment, b, h, first, length, heads, Q: tl.constexpr):
     """L (Q Q), start (Q), end (Q), whole; the chunk begins at position `first`."""
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     a += (b * heads + h) * length + first  # 64 bits once; within a chunk 32 take fewer registers
-    a_t = tl.load(a + tl.arange(0, Q), _inside(first, length, Q), 0.0)
+    a_t = tl.load(a + tl.arange(0, Q), rows_inside(first, length, Q), 0.0)
     later = tl.where(row > column, a_t[:, None], 0.0)
     keep = row >= column
     start, end, whole = tl.cumsum(a_t, 0), tl.sum(later, 0), tl.sum(a_t, 0)
@@ -61,7 +55,7 @@ def _one_token(Q: tl.constexpr, RANKS: tl.constexpr):
 @triton.jit
 def _weights(dt, diagonal, b, h, start_at, end, L, length, heads, Q: tl.constexpr, RANKS: tl.constexpr):
     """What position s (a column) weighs in y_t (a row) apart from CB, and in the state after the chunk: (Q Q), (Q)."""
-    positions, inside = (b * heads + h) * length + start_at + tl.arange(0, Q), _inside(start_at, length, Q)
+    positions, inside = (b * heads + h) * length + start_at + tl.arange(0, Q), rows_inside(start_at, length, Q)
     weights, ending = L, end
     if dt is not None:
         dt_t = tl.load(dt + positions, inside, 0.0)
@@ -118,7 +112,7 @@ def forward(
             tl.store(saved + stretch * slot + state_at, S, states)
         for i in range(stretch_chunks):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = _inside(start_at, length, Q)
+            inside = rows_inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             B_t = rows_of_head(B, B_stride, b, start_at, g, n, inside, n < n_states, Q)
             C_t = rows_of_head(C, C_stride, b, start_at, g, n, inside, n < n_states, Q)
@@ -209,7 +203,7 @@ def backward(
             tl.store(scratch + at, tl.load(saved + stretch * slot + at, states, 0.0), states)
         for i in range(stretch_chunks - 1):
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = _inside(start_at, length, Q)
+            inside = rows_inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             L, start, end, whole = _decays(a, segment, b, h, start_at, length, heads, Q)
             _, ending = _weights(dt, None, b, h, start_at, end, L, length, heads, Q, RANKS)
@@ -224,7 +218,7 @@ def backward(
         for j in range(stretch_chunks):
             i = stretch_chunks - 1 - j
             start_at = (stretch * stretch_chunks + i) * Q + 0 * b
-            inside = _inside(start_at, length, Q)
+            inside = rows_inside(start_at, length, Q)
             x_t = rows_of_head(x, x_stride, b, start_at, h, p, inside, own, Q)
             token, position = (b * length + start_at) * heads + h, (b * heads + h) * length + start_at
             dY = rows_of_head(dy, dy_stride, b, start_at, h, p, inside, own, Q)
@@ -318,7 +312,7 @@ def pairs(
     h, b = (program // chunks % heads).to(tl.int64), (program // chunks // heads).to(tl.int64)
     g, start_at = h // per_group, program % chunks * Q + 0 * b
     row, column = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    inside = _inside(start_at, length, Q)
+    inside = rows_inside(start_at, length, Q)
     token, steps = (b * length + start_at) * heads + h, tl.arange(0, Q) * heads
     positions = (b * heads + h) * length + start_at + tl.arange(0, Q)
     CB, dCB = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, Q], tl.float32)

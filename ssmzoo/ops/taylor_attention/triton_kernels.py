@@ -15,16 +15,15 @@ written by one program; sums over programs are left to the caller.
 import triton
 import triton.language as tl
 
-from ssmzoo.ops.triton.functions import place, rows_of_head
+from ssmzoo.ops.triton.functions import place, rows_inside, rows_of_head
 
 
 @triton.jit
 def _values(v, stride, seen, b, first, head, p, length, width, Q: tl.constexpr):
     """[v, 1] of the columns p, (Q P); zero where nobody may see the key."""
-    t = first + tl.arange(0, Q)
-    inside = t < length
+    inside = rows_inside(first, length, Q)
     if seen is not None:
-        inside = inside & (tl.load(seen + b * length + t, inside, 0) != 0)
+        inside = inside & (tl.load(seen + b * length + first + tl.arange(0, Q), inside, 0) != 0)
     V = rows_of_head(v, stride, b, first, head, p, inside, p < width, Q)
     return tl.where(inside[:, None] & (p == width)[None, :], 1.0, V)
 
@@ -37,8 +36,8 @@ def _documents(segment, b, first, length, Q: tl.constexpr):
     keep = row >= column
     start, end, whole = tl.full([Q], 1.0, tl.float32), tl.full([Q], 1.0, tl.float32), 1.0
     if segment is not None:
-        line = segment + b * length
-        here = tl.load(line + tl.minimum(first + tl.arange(0, Q), length - 1))
+        line, last_one = segment + b * length, (length - 1 - first).to(tl.int32)
+        here = tl.load(line + first + tl.minimum(tl.arange(0, Q), last_one))
         before = tl.load(line + tl.maximum(tl.minimum(first, length) - 1, 0))
         last = tl.load(line + tl.minimum(first + Q, length) - 1)
         keep = keep & (here[:, None] == here[None, :])
@@ -116,7 +115,7 @@ def forward(
             _copy(state, saved + stretch * slot + of_head, p, own, channels, columns, F)
         for c in range(stretch_chunks):
             first = (stretch * stretch_chunks + c) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - first
+            inside = rows_inside(first, length, Q)
             q_t = rows_of_head(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
             k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q)
@@ -187,7 +186,7 @@ def backward(
         _copy(saved + stretch * slot + of_head, scratch, p, own, channels, columns, F)
         for c in range(stretch_chunks - 1):
             first = (stretch * stretch_chunks + c) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - first
+            inside = rows_inside(first, length, Q)
             k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             keep, start, end, whole = _documents(segment, b, first, length, Q)
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q) * end[:, None]
@@ -202,7 +201,7 @@ def backward(
         for j in range(stretch_chunks):
             c = stretch_chunks - 1 - j
             first = (stretch * stretch_chunks + c) * Q + 0 * b
-            inside = tl.arange(0, Q) < length - first
+            inside = rows_inside(first, length, Q)
             q_t = rows_of_head(q, q_stride, b, first, h, f, inside, f < channels, Q) * scale
             k_t = rows_of_head(k, k_stride, b, first, h, f, inside, f < channels, Q) * scale
             V = _values(v, v_stride, seen, b, first, h, p, length, width, Q)

@@ -57,6 +57,12 @@ def place(heads, width, P: tl.constexpr):
 
 
 @triton.jit
+def rows_inside(first, length, Q: tl.constexpr):
+    """(Q) which positions of a chunk exist, compared in 32 bits, which take fewer registers."""
+    return tl.arange(0, Q) < (length - first).to(tl.int32)
+
+
+@triton.jit
 def rows_of_head(base, stride, b, first, head, columns, inside, existing, Q: tl.constexpr):
     """(Q columns) of a (b l h .) tensor in fp32; offsets within a chunk have 32 bits and take fewer registers."""
     base += b * stride[0] + first * stride[1] + head * stride[2]
