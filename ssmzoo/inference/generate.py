@@ -81,6 +81,9 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator) -> Tensor:
         """Logits (b v) -> token (b), BROKEN where a logit is NaN. Nothing is read from a GPU."""
         logits = logits.float()
+        if seen is None and (self.greedy or self.temperature == 0):
+            token = logits.argmax(-1)  # NaN counts as the largest
+            return token.masked_fill(logits.gather(-1, token[:, None])[:, 0].isnan(), BROKEN)
         broken = logits.isnan().any(-1)
         logits = self.filter(logits.masked_fill(broken[:, None], 0), seen)
         if not self.greedy and self.temperature != 0:
@@ -165,8 +168,11 @@ def _steps(model, input_ids, mask, n, sampling: Sampling, stop_tokens, reading, 
         advance = Decoding(model, state)
         for step in range(1, n + 1):
             token = sampling.choose(logits[:, :vocab_size], seen, generator)
-            alive = alive & (token[:, None] != stop).all(-1)
-            told = _Told(torch.where(alive | (token == BROKEN), token, FINISHED))
+            if stop_tokens:
+                alive = alive & (token[:, None] != stop).all(-1)
+                told = _Told(torch.where(alive | (token == BROKEN), token, FINISHED))
+            else:
+                told = _Told(token)
             if seen is not None:
                 seen.scatter_(1, token.clamp(min=0)[:, None], True)
             ahead = step < n and advance.static is not None  # the GPU goes on while the host looks at the token

@@ -115,6 +115,9 @@ class CentredNorm(nn.Module):
         x, ones = fp32(x), self.ones.to(torch.promote_types(x.dtype, torch.float32))
         return rms_norm(x - (x @ ones)[..., None] * ones, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
+    def program(self, p: Any, x: Register) -> Register:
+        return p.normalise(x, self.weight, self.ones, self.eps, layer=2)
+
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
 

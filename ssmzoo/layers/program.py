@@ -17,17 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmzoo.layers.feedforward.mlp import ACTIVATIONS as FUNCTIONS_BY_NAME
 from ssmzoo.layers.hadamard import order, special_factor
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from ssmzoo.layers.quantized import QuantizedConv1d, QuantizedEmbedding, QuantizedLinear, Rounding, SeparateExperts
 from ssmzoo.ops.stack_step import Integers
-from ssmzoo.ops.token_step import ACTIVATIONS, Instruction, Program, Register, StateSpec
+from ssmzoo.ops.token_step import ACTIVATIONS, Convolution, ExpertWeights, Instruction, Program, Register, StateSpec
 
 LINEARS = frozenset({nn.Linear, QuantizedLinear})
 CONVS = frozenset({nn.Conv1d})
+BYTE_CONVS = frozenset({QuantizedConv1d})
+ROUNDINGS = frozenset({Rounding})
 EMBEDDINGS = frozenset({nn.Embedding, QuantizedEmbedding})
 NORMS = frozenset({nn.LayerNorm})
 FUNCTIONS = {F.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.sigmoid: "sigmoid", Tensor.sigmoid: "sigmoid"}
+EXPERTS = ("Experts", "SeparateExperts")
 ADDING = {"linear": 1, "mamba": 1, "mamba2": 1, "moe": 6}  # instructions that may add to `out`: the number that says so
 
 
@@ -83,7 +87,7 @@ class Builder:
 
     def linear(self, linear: nn.Module, x: Register, act: str = "none", out: Register | None = None) -> Register:
         self.need(is_plain(linear, among=LINEARS))
-        weight = matrix(linear, rotated=True)
+        weight = matrix(linear, rotated=True, eight=True)
         if rotates(linear):
             x = self.rotate(x)
         self.need(weight is not None, linear.in_features == x.size)
@@ -105,9 +109,10 @@ class Builder:
         return self.normalise(x, norm.weight, norm.bias, norm.eps, layer=True)
 
     def normalise(self, x: Register, weight: Tensor | None, bias: Tensor | None, eps: float, **kind: Any) -> Register:
-        """kind: layer, a LayerNorm; group, channels that are normalised together; shared, by the same weights"""
+        """kind: layer, a LayerNorm, or 2, a CentredNorm whose ones are in the place of a bias; group, channels that
+        are normalised together; shared, by the same weights"""
         group = kind.get("group") or x.size
-        numbers = (kind.get("layer", False), group, kind.get("shared", False))
+        numbers = (kind.get("layer", 0), group, kind.get("shared", False))
         self.need(weight is not None, weight.numel() == (group if kind.get("shared") else x.size))
         return self.emit("norm", self.reg(x.size), x, weights=(weight, bias), numbers=numbers, factors=(eps,))
 
@@ -229,16 +234,29 @@ class Builder:
     def experts(self, moe_router: nn.Module, experts: nn.Module, x: Register, of: Register, **how: Any) -> Register:
         """Token choice by `of` among plain experts of x. how: scale of the logits; flags, whose second makes them 0"""
         r, e, scale = moe_router, experts, how.get("scale", 1.0)
-        self.need(type(r).__name__ == "TokenChoice", type(e).__name__ == "Experts", e.activation is not None)
+        self.need(type(r).__name__ == "TokenChoice", type(e).__name__ in EXPERTS, e.activation is not None)
         self.need(is_plain(r, among={type(r)}), is_plain(e, among={type(e)}), r.eval_capacity_factor is None)
         self.need(not r.training, not e.training, not r.penalty_weight, r.gate.dtype is torch.float32)
-        (n, d, f), o = e.lin1_weight.shape, e.lin2_weight.shape[2]
-        act = ACTIVATIONS.index(self.act(e.activation))
+        apart, activation = type(e) is SeparateExperts, e.activation
+        if apart:
+            n, d, f, o, activation = e.n_experts, e.d_model, e.d_expert, e.d_output, FUNCTIONS_BY_NAME[e.activation]
+        else:
+            (n, d, f), o = e.lin1_weight.shape, e.lin2_weight.shape[2]
+        act = ACTIVATIONS.index(self.act(activation))
         numbers = (n, f, o, r.top_k, r.renormalise, act, 0, len(self.losses), 0, d)
         self.losses.append((n, bool(r.balance_weight), bool(r.z_loss_weight)))
-        weights = (r.gate, r.gate_bias, e.lin1_weight, e.lin2_weight, e.gate_weight)
-        more = dict(numbers=numbers, factors=(scale, r.balance_weight, r.z_loss_weight, 1.0), weights=weights)
+        weights = (r.gate, r.gate_bias, *(() if apart else (e.lin1_weight, e.lin2_weight, e.gate_weight)))
+        layer = ExpertWeights(*map(self.bank, (e.lin1, e.lin2, e.gate))) if apart else None
+        more = dict(
+            layer=layer, numbers=numbers, factors=(scale, r.balance_weight, r.z_loss_weight, 1.0), weights=weights
+        )
         return self.emit("moe", self.reg(o), x, of, how.get("flags", Register()), **more)
+
+    def bank(self, linears: nn.ModuleList | None) -> tuple[tuple[Tensor | Integers, Tensor | None], ...]:
+        """The matrices and biases of linear maps, one per expert."""
+        pairs = tuple((matrix(linear, eight=True), linear.bias) for linear in linears or ())
+        self.need(all(weight is not None for weight, _ in pairs))
+        return pairs
 
     def chunk(self, x: Register, size: int) -> tuple[Register, Register]:
         """`chunks`: the sum over the chunk before the token's, and three flags."""
@@ -312,21 +330,35 @@ def special_of(linear: nn.Module) -> Tensor | None:
     return special_factor(linear.in_features) if rotates(linear) else None
 
 
-def matrix(linear: nn.Module, rotated: bool = False) -> Tensor | Integers | None:
+def matrix(linear: nn.Module, rotated: bool = False, eight: bool = False) -> Tensor | Integers | None:
     """The weights of a plain linear map as `token_step` takes them; None if it is more than a product.
 
     rotated: what enters it is rotated beforehand where it asks for that (`rotates`)
+    eight: it may round to 8 bits what enters and what comes out
     """
     if not is_plain(linear, among=LINEARS):
         return None
     if type(linear) is nn.Linear:
         return linear.weight if in_one_call(linear.weight) else None
-    if (
-        linear.scale.dtype is not torch.float32
-        or linear.activation != "float"
-        or linear.rotate
-        and not rotated
-        or linear.output is not None
-    ):
+    if linear.scale.dtype is not torch.float32 or linear.rotate and not rotated:
         return None
-    return Integers(linear.weight, linear.scale, linear.bits, linear.group_size)
+    rounding, plain = linear.output, (linear.weight, linear.scale, linear.bits, linear.group_size)
+    if linear.activation == "float" and rounding is None:
+        return Integers(*plain)
+    if not eight or rounding is not None and not is_plain(rounding, among=ROUNDINGS):
+        return None
+    return Integers(*plain, linear.activation, linear.act_scale, None if rounding is None else rounding.scale)
+
+
+def convolution(conv: nn.Module) -> Convolution | None:
+    """The weights of a mixer's convolution with SiLU behind it; None if it is something else."""
+    if is_plain(conv, among=CONVS):
+        return Convolution(conv.weight, conv.bias)
+    if not is_plain(conv, among=BYTE_CONVS):
+        return None
+    rounding = conv.output
+    if rounding is not None and not is_plain(rounding, among=ROUNDINGS):
+        return None
+    return Convolution(
+        conv.weight, conv.bias, conv.scale, conv.bias_scale, None if rounding is None else rounding.scale
+    )

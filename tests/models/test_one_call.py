@@ -14,6 +14,7 @@ from walker import leaves
 
 from ssmzoo import create_model, ops
 from ssmzoo.adapt import quantise as adapt
+from ssmzoo.inference.decoding import Decoding
 from ssmzoo.layers.one_call import _kept
 from ssmzoo.layers.quantized import QuantizedLinear
 from ssmzoo.layers.state import map_state
@@ -177,6 +178,44 @@ def test_rotated_models_of_integers(name, d_model, headdim, tied):
     assert served == ["c"] * 8
     same([logits], [expected], 1e-3)  # activations of 16 bits
     same(tensors(state), tensors(end), 1e-3)
+
+
+QUANTISED = {
+    "mamba": dict(n_layer=2, ssm_cfg={"d_state": 4}),
+    "mamba2": dict(n_layer=2, ssm_cfg={"d_state": 4, "headdim": 8, "bias": True}),
+    "moe_mamba": dict(n_blocks=2, n_experts=4, top_k=2),
+    "mamba_hybrid_moe": dict(n_layer=2, layer_pattern="MA", head_dim=24, n_experts=3, d_ff=64, mixers={}),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("mode", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("threads, options", [(1, {"untie": True}), (2, {"rotate": False, "smooth": 0.5})])
+def test_what_quantise_makes(name, mode, threads, options):
+    torch.manual_seed(0)
+    model = create_model(name, vocab_size=VOCAB, d_model=48, **QUANTISED[name]).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    samples = [torch.randint(VOCAB, (128,)) for _ in range(5)]
+    model, ids = adapt.quantise(model, samples, mode=mode, method="nearest", **options), torch.randint(VOCAB, (3, 16))
+    before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            start = model(ids[:, :4]).state
+            logits, state, _, served = steps(model, ids[:, 4:], start)
+            with ops.backend("torch"):
+                expected, end, _, _ = steps(model, ids[:, 4:], start)
+            decoding = Decoding(model, start)
+            again = torch.stack([decoding(token).clone() for token in ids[:, 4:].T], 1)
+    finally:
+        torch.set_num_threads(before)
+    assert served == ["c"] * 12 and decoding.session is not None and torch.equal(again, logits)
+    error = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 1e-3  # a number at the edge may be rounded to the other side, by one in 128
+    assert error.max() < 5e-2
+    for one, other in zip(tensors(state), tensors(end)):
+        assert (one.double() - other.double()).norm() <= 2e-2 * other.double().norm()
 
 
 @pytest.mark.parametrize("name", FUSED)

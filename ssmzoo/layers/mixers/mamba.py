@@ -23,7 +23,7 @@ from ssmzoo.layers.init import A_log_s4d_real_, MambaInit, time_step_rank
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import fp32
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.program import Builder, matrix, special_of
+from ssmzoo.layers.program import Builder, convolution, matrix, special_of
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba_step, selective_scan_fn
 from ssmzoo.ops.stack_step import MambaLayer
@@ -172,11 +172,12 @@ class Mamba(nn.Module):
 
     def program(self, p: Builder, u: Register) -> Register:
         i, x, dt, o, conv = self.in_proj, self.x_proj, self.dt_proj, self.out_proj, self.conv1d
-        matrices = [*map(matrix, (x, dt, i)), matrix(o, rotated=True)]
-        p.need(is_plain(conv), all(m is not None for m in matrices), x.bias is None, dt.bias is not None)
+        matrices = [*(matrix(m, eight=True) for m in (x, dt, i)), matrix(o, rotated=True, eight=True)]
+        taps = convolution(conv)
+        p.need(taps is not None, all(m is not None for m in matrices), x.bias is None, dt.bias is not None)
         small, large = (*matrices[:2], dt.bias, self.A_log, self.D), (matrices[2], i.bias, matrices[3], o.bias)
         states = p.state(self.d_inner, self.d_conv), p.state(self.d_inner, self.d_state)
-        layer = MambaWeights(conv.weight, conv.bias, *small, *large, special_of(o))
+        layer = MambaWeights(taps, *small, *large, special_of(o))
         return p.emit("mamba", p.reg(self.d_model), u, numbers=(0, 0), states=states, layer=layer)
 
     def _step(self, u: Tensor, state: MambaState, *projections: Tensor | None) -> tuple[Tensor, MambaState]:

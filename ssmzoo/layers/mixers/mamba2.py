@@ -28,7 +28,7 @@ from ssmzoo.layers.init import A_log_uniform_, dt_bias_
 from ssmzoo.layers.mixers.short_conv import short_conv
 from ssmzoo.layers.norm import GatedRMSNorm, fp32
 from ssmzoo.layers.plain import is_plain
-from ssmzoo.layers.program import Builder, matrix, special_of
+from ssmzoo.layers.program import Builder, convolution, matrix, special_of
 from ssmzoo.layers.state import Padding, call_aligned, is_step, itemsize
 from ssmzoo.ops import mamba2_step, mamba_chunk_scan_combined, ssd_state_update
 from ssmzoo.ops.stack_step import Mamba2Layer
@@ -196,9 +196,9 @@ class Mamba2(nn.Module):
         """Whether one token may go through the operator that takes the weights of the inner modules."""
         return is_plain(self.in_proj, self.out_proj) and self._simple()
 
-    def _simple(self) -> bool:
-        """The same but for the projections."""
-        if self.d_mlp or not is_plain(self.conv1d):
+    def _simple(self, conv: bool = False) -> bool:
+        """The same but for the projections; conv: the convolution is known."""
+        if self.d_mlp or not (conv or is_plain(self.conv1d)):
             return False
         norm = self.norm
         if norm is None:
@@ -218,10 +218,10 @@ class Mamba2(nn.Module):
 
     def program(self, p: Builder, u: Register) -> Register:
         i, conv, o, own = self.in_proj, self.conv1d, self.out_proj, self.norm
-        matrices = matrix(i), matrix(o, rotated=True)
-        p.need(all(m is not None for m in matrices), self._simple())
+        matrices, taps = (matrix(i, eight=True), matrix(o, rotated=True, eight=True)), convolution(conv)
+        p.need(all(m is not None for m in (*matrices, taps)), self._simple(taps is not None))
         weight, eps = (None, 0.0) if own is None else (own.weight, own.eps)
-        middle = conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, weight
+        middle = taps, self.dt_bias, self.A_log, self.D, weight
         last = self.ngroups, eps, *(self.dt_limit if self.options.clamp_steps else (0.0, math.inf))
         heads = self.nheads, self.headdim, self.d_state
         states = p.state(self.widths[3], self.d_conv), p.state(*heads)

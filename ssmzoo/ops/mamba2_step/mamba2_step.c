@@ -2,7 +2,6 @@
 // equations. All work is one pass over the weights, whatever the number of sequences, and one over the states; rows of the
 // matrices and heads are shared by the threads.
 #include "mamba2_step.h"
-#include "gemv.h"
 #include "hadamard.h"
 
 typedef struct {  // what is computed on the way: [z, xBC, dt] (b w), xBC behind the convolution (b c), y (b e)
@@ -22,9 +21,7 @@ static void convolve(const layer2_work *s, int64_t from, int64_t to) {
         if (from < e) silu(proj + from, (to < e ? to : e) - from);
         if (end <= start) continue;
         const int64_t at = (row * s->c + start) * k;
-        shift_and_convolve(x, s->state.conv_new + at, s->state.conv + at, proj + e + start, w->conv_weight + start * k,
-                           w->conv_bias ? w->conv_bias + start : NULL, end - start, k);
-        silu(x, end - start);
+        convolve_and_activate(&w->conv, x, s->state.conv_new + at, s->state.conv + at, proj + e + start, start, end - start, k);
     }
 }
 
@@ -154,7 +151,7 @@ static void step(void *context, crew *t) {
     const mamba2_weights w = {
         .in_proj = {.data = a->in_proj, .bias = a->in_bias, .rows = 2 * e + 2 * a->g * a->n + a->h, .columns = a->d, .bits = 32},
         .out_proj = {.data = a->out_proj, .bias = a->out_bias, .rows = a->d, .columns = e, .bits = 32},
-        .conv_weight = a->conv_weight, .conv_bias = a->conv_bias, .dt_bias = a->dt_bias, .A_log = a->A_log, .D = a->D,
+        .conv = {a->conv_weight, a->conv_bias}, .dt_bias = a->dt_bias, .A_log = a->A_log, .D = a->D,
         .norm_weight = a->norm_weight, .d = a->d, .h = a->h, .p = a->p, .n = a->n, .g = a->g, .k = a->k,
         .d_per_channel = a->d_per_channel, .eps = a->eps, .dt_min = a->dt_min, .dt_max = a->dt_max,
     };

@@ -4,7 +4,8 @@
 
 typedef struct {
     matrix in_proj, out_proj;
-    const float *conv_weight, *conv_bias, *dt_bias, *A_log, *D, *norm_weight;  // no norm without norm_weight
+    conv_weights conv;
+    const float *dt_bias, *A_log, *D, *norm_weight;  // no norm without norm_weight
     int64_t d, h, p, n, g, k, d_per_channel;
     double eps, dt_min, dt_max;
     const float *special;  // as in mamba_weights

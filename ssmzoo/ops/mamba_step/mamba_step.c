@@ -1,7 +1,6 @@
 // One token of b sequences through a Mamba-1 mixer, fp32 and contiguous: see ssmzoo/ops/mamba_step/__init__.py for the
 // equations. All work is one pass over the weights, whose rows the threads share, whatever the number of sequences.
 #include "mamba_step.h"
-#include "gemv.h"
 #include "hadamard.h"
 
 // h' = exp(dt A) h + dt x B of one channel; returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
@@ -44,9 +43,7 @@ static void convolve(const layer_work *s, int64_t from, int64_t to) {
         if (from < end) {
             float *x = s->x + row * e + from;
             const int64_t at = (row * e + from) * k;
-            shift_and_convolve(x, s->state.conv_new + at, s->state.conv + at, xz + from, w->conv_weight + from * k,
-                               w->conv_bias ? w->conv_bias + from : NULL, end - from, k);
-            silu(x, end - from);
+            convolve_and_activate(&w->conv, x, s->state.conv_new + at, s->state.conv + at, xz + from, from, end - from, k);
         }
         if (to > e) silu(xz + (from > e ? from : e), to - (from > e ? from : e));
     }
@@ -156,7 +153,7 @@ static void step(void *context, crew *t) {
         .x_proj = {.data = a->x_proj, .rows = a->r + 2 * a->n, .columns = e, .bits = 32},
         .dt_proj = {.data = a->dt_proj, .bias = a->dt_bias, .rows = e, .columns = a->r, .bits = 32},
         .out_proj = {.data = a->out_proj, .bias = a->out_bias, .rows = a->d, .columns = e, .bits = 32},
-        .conv_weight = a->conv_weight, .conv_bias = a->conv_bias, .A_log = a->A_log, .D = a->D,
+        .conv = {a->conv_weight, a->conv_bias}, .A_log = a->A_log, .D = a->D,
         .d = a->d, .e = e, .n = a->n, .k = a->k,
     };
     void *memory = scratch(mamba_memory(&w, a->b));

@@ -1,10 +1,12 @@
 // One token of b sequences through a Mamba-1 mixer, for its operator and for stacks of layers.
 #pragma once
+#include "gemv.h"
 #include "matrix.h"
 
 typedef struct {
     matrix in_proj, x_proj, dt_proj, out_proj;  // in_proj and out_proj may be missing
-    const float *conv_weight, *conv_bias, *A_log, *D;
+    conv_weights conv;
+    const float *A_log, *D;
     int64_t d, e, n, k;
     const float *special;  // (s s): what enters out_proj is rotated first, see hadamard.h; NULL: it is not
     int64_t s;

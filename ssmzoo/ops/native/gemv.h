@@ -69,9 +69,8 @@ enum { SHARE = 128 };  // rows of a matrix, or channels, per task
 INLINE int64_t shares(int64_t size) { return (size + SHARE - 1) / SHARE; }
 INLINE int64_t share_size(int64_t index, int64_t size) { return size - index * SHARE < SHARE ? size - index * SHARE : SHARE; }
 
-// The window of every channel moved by one input x, whose products with the taps are y.
-SHARED void shift_and_convolve(float *y, float *window, const float *before, const float *x, const float *weight,
-                               const float *bias, int64_t channels, int64_t k) {
+INLINE void shift_by_one(float *y, float *window, const float *before, const float *x, const float *weight, const float *bias,
+                         int64_t channels, const int64_t k) {
     for (int64_t c = 0; c < channels; c++) {
         const float *old = before + c * k, *w = weight + c * k;
         float *now = window + c * k, sum = bias ? bias[c] : 0;
@@ -79,4 +78,40 @@ SHARED void shift_and_convolve(float *y, float *window, const float *before, con
         now[k - 1] = x[c];
         y[c] = sum + x[c] * w[k - 1];
     }
+}
+
+// The window of every channel moved by one input x, whose products with the taps are y; windows may lie over each other.
+SHARED void shift_and_convolve(float *y, float *window, const float *before, const float *x, const float *weight,
+                               const float *bias, int64_t channels, int64_t k) {
+    if (k == 4) shift_by_one(y, window, before, x, weight, bias, channels, 4);
+    else shift_by_one(y, window, before, x, weight, bias, channels, k);
+}
+
+// The convolution of a mixer: floats, or int8 with scales, and what is rounded to 8 bits behind SiLU.
+typedef struct {
+    const void *weight, *bias;                  // (c k), (c) or NULL
+    const float *scale, *bias_scale, *rounded;  // (c) each, or NULL
+} conv_weights;
+
+enum { CONVOLVED = 64 };  // channels whose taps are written out as floats at once
+
+SHARED void round_channels(float *x, const float *scale, int64_t size) {
+    for (int64_t i = 0; i < size; i += VL)
+        v_store_some(x + i, v_round8(v_load_some(x + i, size - i), v_load_some(scale + i, size - i)), size - i);
+}
+
+// Channels from..from+count of y = SiLU(convolution); window and before begin at the first of them, x and y too.
+SHARED void convolve_and_activate(const conv_weights *w, float *y, float *window, const float *before, const float *x, int64_t from,
+                                  int64_t count, int64_t k) {
+    const float *bias = w->bias;
+    if (!w->scale) shift_and_convolve(y, window, before, x, (const float *)w->weight + from * k, bias ? bias + from : NULL, count, k);
+    for (int64_t c = 0; w->scale && c < count; c += CONVOLVED) {
+        const int64_t some = count - c < CONVOLVED ? count - c : CONVOLVED, at = from + c;
+        float taps[some * k], added[CONVOLVED];
+        for (int64_t i = 0; i < some * k; i++) taps[i] = (float)((const int8_t *)w->weight)[at * k + i] * w->scale[at + i / k];
+        for (int64_t i = 0; w->bias && i < some; i++) added[i] = (float)((const int8_t *)w->bias)[at + i] * w->bias_scale[at + i];
+        shift_and_convolve(y + c, window + c * k, before + c * k, x + c, taps, w->bias ? added : NULL, some, k);
+    }
+    silu(y, count);
+    if (w->rounded) round_channels(y, w->rounded + from, count);
 }

@@ -375,13 +375,14 @@ void prepare(vectors *v, const matrix *m, int64_t from, int64_t to) {
 
 // ---- rows ----
 
-INLINE void sums_of_rows(float *y, int64_t ldy, vf (*part)[VL], const float *bias, int64_t rows, const int count) {
+INLINE void sums_of_rows(float *y, int64_t ldy, vf (*part)[VL], const float *bias, const float *rounded, int64_t rows, const int count) {
     for (int c = 0; c < count; c++) {
         vf x[VL];
         for (int q = 0; q < VL; q++) x[q] = q < rows ? part[c][q] : (vf){0};
         v_transpose(x);
         vf sum = x[0];
         for (int q = 1; q < VL; q++) sum += x[q];
+        if (rounded) sum = v_round8(sum, v_load_some(rounded, rows));
         if (bias) sum += v_load_some(bias, rows);
         v_store_some(y + c * ldy, sum, rows);
     }
@@ -411,7 +412,8 @@ INLINE void tile(const matrix *m, const vectors *v, float *y, int64_t ldy, int64
     int q = 0;
     for (; q + together <= rows; q += together) some_rows(part, q, m, v, first, row + q, together, count, kind);
     for (; q < rows; q++) some_rows(part, q, m, v, first, row + q, 1, count, kind);
-    sums_of_rows(y + first * ldy + row, ldy, part, m->bias ? m->bias + row : NULL, rows, count);
+    const float *bias = m->bias ? m->bias + row : NULL, *rounded = m->rounded ? m->rounded + row : NULL;
+    sums_of_rows(y + first * ldy + row, ldy, part, bias, rounded, rows, count);
 }
 
 #define TILE_CASE(n) \

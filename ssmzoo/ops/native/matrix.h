@@ -16,6 +16,8 @@ typedef struct {
     const void *data;  // NULL: there is none
     const float *scale, *zero, *bias;  // (rows groups), (rows groups) or NULL, (rows) or NULL
     int64_t rows, columns, bits, group;  // bits: 32, 8 or 4; group: columns that share a scale
+    const float *rounded, *act_scale;    // (rows) or NULL: y becomes 8-bit integers times these, before the bias; of ACT_STATIC
+    int64_t act;                         // what becomes of x in `ready`
 } matrix;
 
 typedef struct {
@@ -42,9 +44,9 @@ size_t prepared_bytes(const matrix *m, int64_t count);
 // The vectors `from` to `to` of x (count columns) are made ready for m; `begin_vectors` once before.
 void begin_vectors(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, int act, float act_scale, void *memory);
 void prepare(vectors *v, const matrix *m, int64_t from, int64_t to);
-// Both for all vectors whose activations are taken as they are.
+// Both for all vectors, in the way that the matrix says.
 INLINE void ready(vectors *v, const matrix *m, const float *x, int64_t count, int64_t ld, void *memory) {
-    begin_vectors(v, m, x, count, ld, ACT_FLOAT, 0, memory);
+    begin_vectors(v, m, x, count, ld, (int)m->act, m->act_scale ? *m->act_scale : 0, memory);
     prepare(v, m, 0, count);
 }
 // y[c * ldy + j] = row j of the product, plus bias, from <= j < to.

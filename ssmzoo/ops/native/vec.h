@@ -59,6 +59,10 @@ INLINE vf v_at_most(vf x, float high) { return (vf)vminq_f32((float32x4_t)x, (fl
 INLINE vf v_at_least(vf x, float low) { return v_select(x < low, v_set(low), x); }
 INLINE vf v_at_most(vf x, float high) { return v_select(x > high, v_set(high), x); }
 #endif
+// x as an 8-bit integer times scale: halves to even.
+INLINE vf v_round8(vf x, vf scale) {
+    return (v_at_most(v_at_least(x / scale, -128.0f), 127.0f) + 12582912.0f - 12582912.0f) * scale;  // 1.5 * 2^23
+}
 INLINE int v_any(vi mask) {
     int any = 0;
     for (int i = 0; i < VL; i++) any |= mask[i];

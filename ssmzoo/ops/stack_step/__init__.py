@@ -20,12 +20,19 @@ from ssmzoo.ops.rms_norm import rms_norm
 
 
 class Integers(NamedTuple):
-    """A matrix of small integers in the place of one of floats, as in `quantized_linear` without zeros."""
+    """A matrix of small integers in the place of one of floats, as in `quantized_linear` without zeros.
+
+    activation   what becomes of what enters: float, static (8 bits by act_scale, one number) or dynamic; `token_step`'s
+    rounded      (e) scales by which what comes out is rounded to 8 bits, before a bias; `token_step`'s
+    """
 
     weight: Tensor
     scale: Tensor
     bits: int
     group_size: int
+    activation: str = "float"
+    act_scale: Tensor | None = None
+    rounded: Tensor | None = None
 
     def dense(self) -> Tensor:
         return dequantize(self.weight, self.scale, None, self.bits, self.group_size)

@@ -39,14 +39,24 @@ PARTS += ("mamba3_step",)
 Matrix = Tensor | Integers
 
 
+class Convolution(NamedTuple):
+    """Of a mixer, with SiLU behind it: weight (c 1 k) and bias (c) of floats, or of int8 with scales (c) each; rounded
+    (c): scales by which what comes out is rounded to 8 bits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+    bias_scale: Tensor | None = None
+    rounded: Tensor | None = None
+
+
 class MambaWeights(NamedTuple):
-    """The weights of `mamba_step`; matrices may be `Integers`, conv_weight may be (e 1 k).
+    """The weights of `mamba_step`; matrices may be `Integers`.
 
     special   (s s) special factor of the Hadamard matrix by which what enters out_proj is rotated; None: it is not
     """
 
-    conv_weight: Tensor
-    conv_bias: Tensor | None
+    conv: Convolution
     x_proj: Matrix
     dt_proj: Matrix
     dt_bias: Tensor
@@ -60,11 +70,10 @@ class MambaWeights(NamedTuple):
 
 
 class Mamba2Weights(NamedTuple):
-    """The weights and numbers of `mamba2_step`; matrices may be `Integers`, conv_weight (c 1 k), special as above."""
+    """The weights and numbers of `mamba2_step`; matrices may be `Integers`, special as above."""
 
     in_proj: Matrix
-    conv_weight: Tensor
-    conv_bias: Tensor | None
+    conv: Convolution
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
@@ -78,6 +87,14 @@ class Mamba2Weights(NamedTuple):
     dt_max: float
     heads: tuple[int, int, int]  # h, p, n
     special: Tensor | None = None
+
+
+class ExpertWeights(NamedTuple):
+    """The matrices and biases of separate experts, a pair per expert each; gate is empty where there is none."""
+
+    lin1: tuple[tuple[Matrix, Tensor | None], ...]
+    lin2: tuple[tuple[Matrix, Tensor | None], ...]
+    gate: tuple[tuple[Matrix, Tensor | None], ...]
 
 
 class Register(NamedTuple):
@@ -111,7 +128,7 @@ class Instruction(NamedTuple):
     numbers: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()
     states: tuple[int, ...] = ()
-    layer: MambaWeights | Mamba2Weights | None = None
+    layer: MambaWeights | Mamba2Weights | ExpertWeights | None = None
 
 
 class StateSpec(NamedTuple):

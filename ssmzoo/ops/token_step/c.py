@@ -14,14 +14,26 @@ from ssmzoo.ops.mamba_step.c import MAX_ROWS
 from ssmzoo.ops.native import kernel
 from ssmzoo.ops.native.multiply import packed
 from ssmzoo.ops.stack_step import Integers
-from ssmzoo.ops.token_step import KINDS, Instruction, MambaWeights, Matrix, Program, flat, layout, rebuilt, token_step
+from ssmzoo.ops.token_step import (
+    KINDS,
+    ExpertWeights,
+    Instruction,
+    MambaWeights,
+    Matrix,
+    Program,
+    flat,
+    layout,
+    rebuilt,
+    token_step,
+)
 
 STEP, MISSING = kernel("ssmzoo_token_step")
 ARGUMENTS = struct.Struct("14q")
-LAYER = struct.Struct("47q3d")
-INSTRUCTION = struct.Struct("47q4d5q")
+LAYER = struct.Struct("62q3d")
+INSTRUCTION = struct.Struct("50q4d5q")
+MATRIX = struct.Struct("11q")
 METRICS = 5  # behind the shares of the experts
-NO_MATRIX = (0,) * 8
+NO_MATRIX = (0,) * 11
 
 
 def why_not(a) -> str | None:
@@ -50,12 +62,22 @@ def why_not(a) -> str | None:
     return a.program.packed[0] or why_not_eager(a.x)
 
 
+def _parts(value):
+    """The tensors and `Integers` that an instruction holds, in tuples of any depth."""
+    if isinstance(value, Tensor | Integers):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _parts(part)
+
+
 def _tensors(i: Instruction):
-    for value in (*(i.matrix or ()), *i.weights, *(i.layer or ())):
-        if isinstance(value, Tensor):
+    """Those that the kernel reads as floats."""
+    for value in _parts((i.matrix, i.weights, i.layer)):
+        if isinstance(value, Integers):
+            yield from (t for t in (value.scale, value.act_scale, value.rounded) if t is not None)
+        elif value.dtype is not torch.int8:
             yield value
-        elif isinstance(value, Integers):
-            yield value.scale
 
 
 def objection(program: Program) -> str | None:
@@ -65,29 +87,37 @@ def objection(program: Program) -> str | None:
                 return f"computes with contiguous tensors, got strides {t.stride()}"
             if (why := why_not_eager(t)) is not None:
                 return why
-        for m in (*(i.matrix or ()), *(i.layer or ())):
+        for m in _parts((i.matrix, i.layer)):
             if isinstance(m, Integers) and m.bits == 4 and m.group_size % 2 and m.scale.shape[1] > 1:
                 return f"reads 4-bit weights in pairs of one group; group_size = {m.group_size} is odd"
     return None
 
 
 def _matrix(w: Matrix, bias: Tensor | None) -> tuple[int, ...]:
-    return packed(w, bias) if isinstance(w, Tensor) else packed(w.weight, bias, w.scale, None, w.bits, w.group_size)
+    return packed(w, bias) if isinstance(w, Tensor) else packed(w.weight, bias, w.scale, None, *w[2:])
+
+
+def pack_experts(layer: ExpertWeights) -> bytes:
+    count = len(layer.lin1)
+    packed_ = [[_matrix(w, b) for w, b in part] or [NO_MATRIX] * count for part in layer]
+    return b"".join(MATRIX.pack(*m) for part in packed_ for m in part)
 
 
 def pack_layer(layer) -> bytes:
+    if type(layer) is ExpertWeights:
+        return pack_experts(layer)
     mixer = _matrix(layer.in_proj, layer.in_bias) + _matrix(layer.out_proj, layer.out_bias)
     if type(layer) is MambaWeights:
         mixer += _matrix(layer.x_proj, None) + _matrix(layer.dt_proj, layer.dt_bias)
         e, n = layer.A_log.shape
-        tensors, sizes, numbers = (None, None), (e, 0, 0, n, 0, layer.conv_weight.shape[-1], 0), (0.0, 0.0, 0.0)
+        tensors, sizes, numbers = (None, None), (e, 0, 0, n, 0, layer.conv.weight.shape[-1], 0), (0.0, 0.0, 0.0)
     else:
         mixer += NO_MATRIX + NO_MATRIX
         h, p, n = layer.heads
         tensors = layer.dt_bias, layer.norm_weight
-        sizes = h * p, h, p, n, layer.ngroups, layer.conv_weight.shape[-1], layer.D.numel() != h
+        sizes = h * p, h, p, n, layer.ngroups, layer.conv.weight.shape[-1], layer.D.numel() != h
         numbers = layer.gate_eps, layer.dt_min, layer.dt_max
-    tensors = layer.conv_weight, layer.conv_bias, layer.A_log, layer.D, *tensors, layer.special
+    tensors = *layer.conv, layer.A_log, layer.D, *tensors, layer.special
     sizes = 0 if layer.special is None else len(layer.special), *sizes
     return LAYER.pack(*mixer, *(0 if t is None else t.data_ptr() for t in tensors), *sizes, *numbers)
 

@@ -1,7 +1,6 @@
 // A token's way through a stack of layers as a list of instructions over vectors: see ssmzoo/ops/token_step/__init__.py.
 #pragma once
 #include "../mamba2_step/mamba2_step.h"
-#include "gemv.h"
 
 enum { LINEAR, NORM, MIX, CONV, MAMBA, MAMBA2, ATTEND, TAYLOR, SSD, DELTA, RECUR, RGLRU, ELEMENT, MOE, KEYS, CHUNK, WORKSPACE, MAMBA3, HADAMARD, EMBED };
 enum { NONE, RELU, SILU, SIGMOID, GELU, GELU_TANH };  // activations
@@ -31,7 +30,7 @@ typedef struct {  // as ssmzoo/ops/token_step/c.py packs it
     int64_t n[10];
     double f[4];
     int64_t s[4];
-    const void *layer;  // of MAMBA and MAMBA2
+    const void *layer;  // of MAMBA and MAMBA2; of MOE: the matrices of all experts, or NULL
 } instruction;
 
 typedef struct {
@@ -93,4 +92,5 @@ void run_chunk(runner *r);
 void run_workspace(runner *r);
 size_t attend_room(const program_args *a, const instruction *i);
 size_t moe_room(const program_args *a, const instruction *i);
+size_t moe_integers(const instruction *i);
 size_t workspace_room(const program_args *a, const instruction *i);

@@ -104,6 +104,62 @@ static void second_map(void *context, int64_t index) {
     }
 }
 
+// Experts whose matrices lie each by itself: (e) lin1, (e) lin2, (e) gate, without data where there is none.
+static const matrix *expert_matrix(const instruction *i, int which, int64_t expert) {
+    return (const matrix *)i->layer + which * i->n[EXPERTS] + expert;
+}
+
+size_t moe_integers(const instruction *i) {
+    size_t most = 0;
+    for (int which = 0; which < 3; which++)
+        for (int64_t e = 0; e < i->n[EXPERTS]; e++) {
+            const matrix *m = expert_matrix(i, which, e);
+            const size_t size = m->data ? prepared_bytes(m, 1) : 0;
+            most = size > most ? size : most;
+        }
+    return most;
+}
+
+typedef struct {
+    const matrix *m;
+    const vectors *v;
+    float *y;
+    int64_t rows;
+} expert_product;
+
+static void expert_rows(void *context, int64_t index) {
+    const expert_product *s = context;
+    const int64_t from = index * s->rows, to = from + s->rows;
+    multiply_rows(s->m, s->v, s->y, s->m->rows, from, to < s->m->rows ? to : s->m->rows);
+}
+
+static void expert_linear(runner *r, const matrix *m, const float *x, float *y) {
+    ready(&r->v, m, x, 1, m->columns, r->integers);
+    expert_product s = {m, &r->v, y, rows_per_task(m->rows, crew_size(r->t))};
+    crew_for(r->t, (m->rows + s.rows - 1) / s.rows, expert_rows, &s);
+}
+
+static void separate_experts(runner *r) {
+    const instruction *i = r->i;
+    const int64_t f = i->n[HIDDEN], o = i->n[OUTPUT], k = i->n[CHOSEN];
+    for (int64_t row = 0; row < r->b; row++) {
+        const moe_parts q = parts_of(r, row);
+        float *out = at(r, &i->out, row);
+        if (!i->n[ADD]) memset(out, 0, sizeof(float) * (size_t)o);
+        for (int64_t one = 0; one < k; one++) {
+            float *h = q.hidden + one * 2 * f, *y = q.out + one * o;
+            expert_linear(r, expert_matrix(i, 0, q.expert[one]), at(r, &i->a, row), h);
+            if (expert_matrix(i, 2, 0)->data) {
+                expert_linear(r, expert_matrix(i, 2, q.expert[one]), at(r, &i->a, row), h + f);
+                activate(h + f, f, (int)i->n[ACT]);
+                for (int64_t j = 0; j < f; j++) h[j] *= h[f + j];
+            } else activate(h, f, (int)i->n[ACT]);
+            expert_linear(r, expert_matrix(i, 1, q.expert[one]), h, y);
+            axpy(out, (float)i->f[3] * q.weight[one], y, o);
+        }
+    }
+}
+
 // What a router says of its tokens, added up over the layers: see `merge_aux` in ssmzoo/layers/feedforward/moe.py.
 static void metrics(const runner *r) {
     const instruction *i = r->i;
@@ -151,6 +207,11 @@ void run_moe(runner *r) {
         float sum = 0;
         for (int64_t one = 0; one < k; one++) sum += q.weight[one] = q.p[q.expert[one]];
         for (int64_t one = 0; i->n[RENORMALISE] && one < k; one++) q.weight[one] /= sum;
+    }
+    if (i->layer) {
+        separate_experts(r);
+        if (i->n[METRICS] >= 0 && r->a->metrics) metrics(r);
+        return;
     }
     r->rows = block_of(r, i->n[HIDDEN]);
     crew_for(r->t, r->b * k * ((i->n[HIDDEN] + r->rows - 1) / r->rows), first_map, r);

@@ -4,20 +4,19 @@
 
 typedef struct {  // as ssmzoo/ops/token_step/c.py packs it
     matrix in_proj, out_proj, x_proj, dt_proj;  // the last two of Mamba-1 alone
-    const float *conv_weight, *conv_bias, *A_log, *D, *dt_bias, *gate_norm, *special;
+    conv_weights conv;
+    const float *A_log, *D, *dt_bias, *gate_norm, *special;
     int64_t s, e, h, p, n, g, k, d_per_channel;
     double gate_eps, dt_min, dt_max;
 } mixer_layer;
 
 static mamba_weights weights_of(const mixer_layer *l, int64_t d) {
     return (mamba_weights){.in_proj = l->in_proj, .x_proj = l->x_proj, .dt_proj = l->dt_proj, .out_proj = l->out_proj,
-                           .conv_weight = l->conv_weight, .conv_bias = l->conv_bias, .A_log = l->A_log, .D = l->D,
-                           .d = d, .e = l->e, .n = l->n, .k = l->k, .special = l->special, .s = l->s};
+                           .conv = l->conv, .A_log = l->A_log, .D = l->D, .d = d, .e = l->e, .n = l->n, .k = l->k, .special = l->special, .s = l->s};
 }
 
 static mamba2_weights weights2_of(const mixer_layer *l, int64_t d) {
-    return (mamba2_weights){.in_proj = l->in_proj, .out_proj = l->out_proj, .conv_weight = l->conv_weight,
-                            .conv_bias = l->conv_bias, .dt_bias = l->dt_bias, .A_log = l->A_log, .D = l->D,
+    return (mamba2_weights){.in_proj = l->in_proj, .out_proj = l->out_proj, .conv = l->conv, .dt_bias = l->dt_bias, .A_log = l->A_log, .D = l->D,
                             .norm_weight = l->gate_norm, .d = d, .h = l->h, .p = l->p, .n = l->n, .g = l->g, .k = l->k,
                             .d_per_channel = l->d_per_channel, .eps = l->gate_eps, .dt_min = l->dt_min, .dt_max = l->dt_max,
                             .special = l->special, .s = l->s};
@@ -123,14 +122,22 @@ static void layer_norm(float *u, const float *x, const float *weight, const floa
     }
 }
 
-// n: layer norm or RMS norm; channels that are normalised together; whether these share their weights.
+// RMS norm of what is left without the component along `ones`, a vector of length 1.
+static void centred_norm(float *u, const float *x, const float *weight, const float *ones, int64_t size, double eps) {
+    memcpy(u, x, sizeof(float) * (size_t)size);
+    axpy(u, -dot(x, ones, size), ones, size);
+    rms_norm(u, u, weight, size, eps);
+}
+
+// n: RMS norm, layer norm or centred norm; channels that are normalised together; whether these share their weights.
 static void run_norm(const runner *r) {
     const instruction *i = r->i;
     for (int64_t row = 0; row < r->b; row++)
         for (int64_t from = 0; from < i->a.size; from += i->n[1]) {
             const float *x = at(r, &i->a, row) + from, *weight = i->w[0] ? i->w[0] + (i->n[2] ? 0 : from) : NULL;
             float *u = at(r, &i->out, row) + from;
-            if (i->n[0]) layer_norm(u, x, weight, i->w[1], i->n[1], i->f[0]);
+            if (i->n[0] == 2) centred_norm(u, x, weight, i->w[1], i->n[1], i->f[0]);
+            else if (i->n[0]) layer_norm(u, x, weight, i->w[1], i->n[1], i->f[0]);
             else rms_norm(u, x, weight, i->n[1], i->f[0]);
         }
 }
@@ -198,6 +205,7 @@ static void run_mixer(runner *r) {
 
 static size_t integers_of(const program_args *a, const instruction *i) {  // bytes
     if (i->kind == LINEAR) return prepared_bytes(&i->m, a->b);
+    if (i->kind == MOE && i->layer) return moe_integers(i);
     if (i->kind == MAMBA) {
         const mamba_weights w = weights_of(i->layer, i->a.size);
         return mamba_memory(&w, a->b);
