@@ -14,9 +14,8 @@ Written by `python benchmarks/quantisation.py` (every number: `quantisation.json
 quantised as `ssmzoo quantise RUN --mode MODE` does it, with 64 samples of its own training part, and is judged on the
 same held-out text (65,536 bytes), in bits per byte. *small*: the runs under notebooks/checkpoints; the others: default
 runs of the embedded text with the steps that stand below. All are small and trained for minutes: they say which step
-matters, not what a model of billions loses. Speeds are ratios of interleaved runs on the machine's own threads: modes
-of 16-bit activations take one call per token through all layers (but not with experts), the others go module by
-module.
+matters, not what a model of billions loses. Speeds are ratios of interleaved runs of `generate`, measured with
+`OMP_NUM_THREADS=1` in CPU time; every mode takes one call per token, from ids to logits.
 [docs/quantisation.md](../quantisation.md) says what the modes are.
 """
 
