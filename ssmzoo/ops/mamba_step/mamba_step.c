@@ -3,22 +3,22 @@
 #include "mamba_step.h"
 #include "hadamard.h"
 
-// h' = exp(dt A) h + dt x B of one channel; returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
+// h' = exp(-dt a) h + dt x B of one channel, a = exp(A_log); returns the terms of <h', C>. Tails are padded with zeros: exp(0) * 0 + 0 adds
 // nothing.
-INLINE vf channel(float *new_h, const float *h, const float *A_log, const float *B, const float *C, float dt, float dtx,
+INLINE vf channel(float *new_h, const float *h, const float *rate, const float *B, const float *C, float dt, float dtx,
                   int64_t n) {
     vf sum = v_set(0);
     int64_t i = 0;
     for (; i + VL <= n; i += VL) {
-        vf state = v_exp(-dt * v_exp(v_load(A_log + i))) * v_load(h + i) + dtx * v_load(B + i);
+        vf state = v_exp(-dt * v_load(rate + i)) * v_load(h + i) + dtx * v_load(B + i);
         v_store(new_h + i, state);
         sum += state * v_load(C + i);
     }
     if (i < n) {
         float a[VL] = {0}, s[VL] = {0}, b[VL] = {0}, c[VL] = {0};
         size_t bytes = (size_t)(n - i) * sizeof(float);
-        memcpy(a, A_log + i, bytes), memcpy(s, h + i, bytes), memcpy(b, B + i, bytes), memcpy(c, C + i, bytes);
-        vf state = v_exp(-dt * v_exp(v_load(a))) * v_load(s) + dtx * v_load(b);
+        memcpy(a, rate + i, bytes), memcpy(s, h + i, bytes), memcpy(b, B + i, bytes), memcpy(c, C + i, bytes);
+        vf state = v_exp(-dt * v_load(a)) * v_load(s) + dtx * v_load(b);
         sum += state * v_load(c);
         v_store(s, state);
         memcpy(new_h + i, s, bytes);
@@ -76,18 +76,21 @@ static void advance(void *context, int64_t index) {
     const mamba_weights *w = s->w;
     const int64_t n = w->n, e = w->e, r = w->dt_proj.columns, from = index * s->rows, to = from + s->rows < e ? from + s->rows : e;
     multiply_rows(&w->dt_proj, &s->into_dt, s->dt, e, from, to);
-    for (int64_t row = 0; row < s->b; row++) {
-        const float *B = s->dbc + row * (r + 2 * n) + r, *C = B + n, *z = s->xz + row * 2 * e + e, *x = s->x + row * e;
-        float *dt = s->dt + row * e, *y = s->y + row * e;
-        softplus(dt + from, to - from);
-        for (int64_t first = from; first < to; first += VL) {
-            int lanes = to - first < VL ? (int)(to - first) : VL;
+    for (int64_t row = 0; row < s->b; row++) softplus(s->dt + row * e + from, to - from);
+    for (int64_t first = from; first < to; first += VL) {
+        const int lanes = to - first < VL ? (int)(to - first) : VL;
+        float rate[VL * n];
+        for (int64_t i = 0; i < lanes * n; i += VL)
+            v_store_some(rate + i, v_exp(v_load_some(w->A_log + first * n + i, lanes * n - i)), lanes * n - i);
+        for (int64_t row = 0; row < s->b; row++) {
+            const float *B = s->dbc + row * (r + 2 * n) + r, *C = B + n, *z = s->xz + row * 2 * e + e, *x = s->x + row * e;
+            float *dt = s->dt + row * e, *y = s->y + row * e;
             vf terms[VL] = {{0}};
             float sums[VL];
             for (int q = 0; q < lanes; q++) {
                 const int64_t c = first + q, at = (row * e + c) * n;
                 terms[q] =
-                    channel(s->state.ssm_new + at, s->state.ssm + at, w->A_log + c * n, B, C, dt[c], dt[c] * x[c], n);
+                    channel(s->state.ssm_new + at, s->state.ssm + at, rate + q * n, B, C, dt[c], dt[c] * x[c], n);
             }
             v_store(sums, v_sums(terms));
             for (int q = 0; q < lanes; q++) y[first + q] = (sums[q] + w->D[first + q] * x[first + q]) * z[first + q];

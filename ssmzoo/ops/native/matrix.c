@@ -300,19 +300,24 @@ INLINE void round_line(int32_t *q, const float *x, int64_t size, float scale, fl
 
 // 16-bit numbers of a piece as the high and low bytes that byte_pair_rows wants, in the order of the weights' bytes, and what
 // the sums of every lane begin with, since weights come as they are + offset. -> their sum
-static int64_t as_byte_pairs(int8_t *to, int32_t *start, const int32_t *line, int64_t size, int pairs) {
-    int32_t sums[VL] = {0};
+static int64_t as_byte_pairs(int8_t *to, int32_t *start, const int32_t *line, int pairs) {  // 128 of them, VL is 16
     int64_t sum = 0;
-    memset(to, 0, 2 * 128);
-    for (int64_t i = 0; i < size; i++) {
-        const int64_t at = pairs ? i / 2 + 64 * (i % 2) : i;
-        const int8_t low = (int8_t)line[i];
-        to[at] = low;
-        to[128 + at] = (int8_t)((line[i] - low) / 256);
-        sums[at % 64 / 4] += line[i];
-        sum += line[i];
+    if (pairs) {
+        for (int i = 0; i < 64; i++) to[i] = (int8_t)line[2 * i], to[64 + i] = (int8_t)line[2 * i + 1];
+        for (int i = 0; i < 64; i++) {
+            to[128 + i] = (int8_t)((line[2 * i] + 128) >> 8);
+            to[192 + i] = (int8_t)((line[2 * i + 1] + 128) >> 8);
+        }
+    } else {
+        for (int i = 0; i < 128; i++) to[i] = (int8_t)line[i];
+        for (int i = 0; i < 128; i++) to[128 + i] = (int8_t)((line[i] + 128) >> 8);
     }
-    for (int l = 0; l < VL; l++) start[l] = sums[l] * (pairs ? -8 : -128);
+    for (int l = 0; l < 16; l++) {
+        const int32_t *a = line + (pairs ? 8 * l : 4 * l), *b = pairs ? a + 4 : a + 64;
+        const int32_t all = a[0] + a[1] + a[2] + a[3] + b[0] + b[1] + b[2] + b[3];
+        start[l] = all * (pairs ? -8 : -128);
+        sum += all;
+    }
     return sum;
 }
 
@@ -359,10 +364,11 @@ static void prepare_one(vectors *v, const matrix *m, int64_t c) {
         if (!usable || scale == 0) memset(line, 0, sizeof line);
         else if (act == ACT_FLOAT) round_line(line, from, size, scale, -limit, limit);
         else round_line(line, from, size, scale, -128.0f, 127.0f);
+        if (byte_pairs && size < PIECE / 2) memset(line + size, 0, sizeof(int32_t) * (size_t)(PIECE / 2 - size));
         const int64_t at = c * v->pieces + p;
         int16_t *q = v->q + c * v->words + one->words;
         int32_t *start = v->start + at * VL;
-        const int64_t sum = byte_pairs ? as_byte_pairs((int8_t *)q, start, line, size, pairs) : as_words(q, start, line, one, pairs);
+        const int64_t sum = byte_pairs ? as_byte_pairs((int8_t *)q, start, line, (int)pairs) : as_words(q, start, line, one, pairs);
         v->scale[at] = usable ? scale : NAN;
         v->sum[at] = (float)sum;
     }
