@@ -168,6 +168,7 @@ def _compiling(target: str, record: Callable, known: set[str] | None) -> Iterato
             known.add(self.fn.__name__)
         if not nvidia:
             kwargs.pop("maxnreg", None)  # given where torch is a CUDA build
+            kwargs["num_warps"] = min(kwargs["num_warps"], 16)  # of 64 lanes
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)

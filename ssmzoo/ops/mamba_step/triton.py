@@ -15,7 +15,7 @@ from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.eager import eager
 from ssmzoo.ops.in_place import next_state
 from ssmzoo.ops.mamba_step import mamba_step
-from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton import ALL_REGISTERS, DEVICE, MISSING, on_device_of, power_of_2
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta
 
 PASSES = {"project": Passes(("E", "W"), most=100), "advance": Passes(("E", "N"), most=300)}
@@ -68,6 +68,7 @@ def project(
         W=min(COLUMNS, power_of_2(width)),
         KP=power_of_2(K),
         num_warps=4,
+        **ALL_REGISTERS,
     )
     return out
 

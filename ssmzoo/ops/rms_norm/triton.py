@@ -18,7 +18,11 @@ from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
 PASSES = {"forward": Passes(("R", "D"), most=100), "backward": Passes(("R", "D"), ("passes",), most=100)}
 
-TILE, WIDEST = 2048, 16384  # numbers of a program's rows, and of one row, at most
+MOST_WARPS = 16 if torch.version.hip else 32  # of a program: 1024 threads
+TILE, WIDEST = (
+    2048,
+    8192,
+)  # numbers of a program's rows, and of one row, at most: the backward of 16384 spills registers
 PROGRAMS = 512  # that share the rows of a backward pass, at most: each leaves a sum for the weight
 
 
@@ -34,7 +38,7 @@ def tiles(rows: int, d: int) -> tuple[dict, int, int]:
     R = min(power_of_2(rows), max(1, TILE // D))
     blocks = -(-rows // R)
     passes = -(-blocks // PROGRAMS)
-    return {"R": R, "D": D, "num_warps": max(1, min(16, R * D // 256))}, -(-blocks // passes), passes
+    return {"R": R, "D": D, "num_warps": max(1, min(MOST_WARPS, R * D // 256))}, -(-blocks // passes), passes
 
 
 def forward(a, save: bool):

@@ -45,22 +45,21 @@ def backward(
     dweight (programs width): the sums of each program's R passes rows
     """
     c = tl.arange(0, D)
-    w = tl.load(weight + c, c < width, 0.0).to(tl.float32)
     total = tl.zeros([D], tl.float32)
     for i in range(passes):
         row = (tl.program_id(0).to(tl.int64) * passes + i) * R + tl.arange(0, R)
         mask = (row < rows)[:, None] & (c < width)[None, :]
-        at = row[:, None] * width + c[None, :]
-        v = tl.load(x + row[:, None] * x_stride + c[None, :], mask, 0.0).to(tl.float32)
+        at = (row * width)[:, None]  # in 64 bits; within a row 32 take fewer registers
+        v = tl.load(x + (row * x_stride)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
         r = 1.0 / tl.sqrt(tl.sum(v * v, 1) / width + eps)
         v *= r[:, None]
-        grad = tl.load(dy + at, mask, 0.0).to(tl.float32)
+        grad = tl.load(dy + at + c[None, :], mask, 0.0).to(tl.float32)
         total += tl.sum(grad * v, 0)
-        grad *= w[None, :]
+        grad *= tl.load(weight + c, c < width, 0.0).to(tl.float32)[None, :]  # from the cache: it would spill registers
         out = (grad - v * (tl.sum(grad * v, 1) / width)[:, None]) * r[:, None]
         if dstream is not None:
-            out += tl.load(dstream + at, mask, 0.0).to(tl.float32)
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask)
+            out += tl.load(dstream + at + c[None, :], mask, 0.0).to(tl.float32)
+        tl.store(dx + at + c[None, :], out.to(dx.dtype.element_ty), mask)
         if dresidual is not None:
-            tl.store(dresidual + at, out.to(dresidual.dtype.element_ty), mask)
+            tl.store(dresidual + at + c[None, :], out.to(dresidual.dtype.element_ty), mask)
     tl.store(dweight + tl.program_id(0).to(tl.int64) * width + c, total, c < width)
