@@ -87,12 +87,12 @@ ADD_NORM.kernels["triton"] = Kernel(
 )
 
 
-def why_not(*tensors: Tensor | None) -> str | None:
+def why_not(*tensors: Tensor | None, widest: int = WIDEST) -> str | None:
     """The objections of the norms' kernels; the first tensor is (... d)."""
     if not eager(*tensors):
         return "is neither traced nor transformed: compilers fuse by themselves"
-    if tensors[0].shape[-1] > WIDEST:
-        return f"holds rows of up to {WIDEST} numbers on the chip, got {tensors[0].shape[-1]}"
+    if tensors[0].shape[-1] > widest:
+        return f"holds rows of up to {widest} numbers on the chip, got {tensors[0].shape[-1]}"
     if not tensors[0].shape[-1]:
         return "has nothing to do for empty rows"
     return why_not_float(*tensors)
