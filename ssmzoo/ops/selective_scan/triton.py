@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import resets, why_not_float
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.selective_scan import empty_gradients, groups_of, register, selective_scan_fn, why_not_complex
-from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, strides, whole
+from ssmzoo.ops.triton import ALL_REGISTERS, DEVICE, MISSING, on_device_of, power_of_2, strides, whole
 from ssmzoo.ops.triton.variants import DTYPES, Passes, Variant, meta, train
 
 PASSES = {
@@ -66,6 +66,8 @@ class Launch:
             warps = max(warps, min(4, self.E * self.T // 32))
         self.sizes = (l, g * size, n, g, size, self.blocks, self.chunks, self.per, self.slot, *(a.map or (1, 1, 0, 0)))
         self.options = {"MAP": a.map is not None, "E": self.E, "T": self.T, "num_warps": warps, "num_stages": 1}
+        if self.segments > 1 or back and a.map is not None:  # few programs, or spills where one more block fits
+            self.options |= ALL_REGISTERS
         self.constant = {"CONSTANT_B": a.B.ndim == 2, "CONSTANT_C": a.C.ndim == 2}
 
     def new(self, *shape: int) -> Tensor:
