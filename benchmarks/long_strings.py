@@ -4,7 +4,7 @@
 
 Trains every cell by configs/experiment/regular_languages/<cell>.yaml (a run that DIR holds is taken as it is), then
 follows 16 strings twice by `eval.py task.long_snap=40`: with the carried state, and going on from the nearest state of
-4,096 strings of 40 symbols every 40 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md from
+4,096 strings of 37 to 40 symbols every 40 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md from
 the .json beside it, in which nothing is measured twice.
 """
 
@@ -53,9 +53,9 @@ def page(known: dict[str, dict[str, dict]]) -> str:
         "",
         "Written by `python benchmarks/long_strings.py`. SD-SSM, trained on strings of up to 40 symbols, reads 16",
         "strings of 100,000 with carried state: position of the first wrong answer in any of them, one entry per seed.",
-        "*Learnt states*: every 40 symbols the state is replaced by the nearest of those in which 4,096 random",
-        "strings of 40 symbols end (`eval.py ckpt=RUN task.long_snap=40`); no label is used. A state drifts by",
-        "rounding and by what training left; after 40 symbols it is still nearest to the right learnt state.",
+        "*Learnt states*: every 40 symbols the state is replaced by the nearest of those in which 4,096 strings of 37",
+        "to 40 symbols end, drawn as in training (`eval.py ckpt=RUN task.long_snap=40`); no label is used. A state",
+        "drifts by rounding and by what training left; after 40 symbols it is still nearest to the right learnt state.",
         "",
         "| language | seeds | as it stands | learnt states |",
         "|---|---|---|---|",

@@ -25,6 +25,7 @@ from ssmzoo.data.formal_strings import (
     TrainingStrings,
     answers,
     append_query,
+    symbol_weights,
     test_prefixes,
     test_strings,
 )
@@ -224,6 +225,12 @@ class FormalData(LightningDataModule):
     def _with_query(self, strings: Strings) -> Strings:
         ids, labels = append_query(strings.ids, strings.labels, self.language.num_symbols)
         return Strings(ids, labels, np.concatenate([strings.hashes, strings.hashes[:, -1:]], axis=1))
+
+    def longest(self, rows: int) -> Tensor:
+        """Strings as long as the longest of training, `skewed` of them with frequencies as there: ids (rows l)."""
+        rng = np.random.default_rng([self.seed, 1 << 43])
+        weights = symbol_weights(rng, rows, self.language.num_symbols, self.training.skewed)
+        return torch.from_numpy(self.language.draw(rng, rows, self.max_length, weights=weights)[0].copy())
 
     def stream(self, rows: int, length: int, chunk: int = 1000) -> Iterator[tuple[Tensor, Tensor]]:
         """`rows` strings of `length` symbols in chunks: (ids, labels at every prefix), the automaton's state

@@ -133,11 +133,14 @@ class TrainingStrings:
         rng = np.random.default_rng([self.seed, block])
         lengths = [self.length(block * self.batches + i, u) for i, u in enumerate(rng.random(self.batches))]
         rows, e, longest = self.batches * self.batch_size, self.automaton.num_symbols, max(lengths)
-        weights = None
-        if self.skewed:
-            weights = np.where(rng.random((rows, 1)) < self.skewed, rng.exponential(size=(rows, e)), 1.0)
+        weights = symbol_weights(rng, rows, e, self.skewed) if self.skewed else None
         ids, states = self.automaton.draw(rng, rows, longest, weights=weights)
         return ids, states, prefix_hashes(ids) if self.held_out.first <= longest else None, lengths
+
+
+def symbol_weights(rng: np.random.Generator, rows: int, symbols: int, skewed: float) -> np.ndarray:
+    """How often each symbol comes in each string, up to a factor: (rows symbols)"""
+    return np.where(rng.random((rows, 1)) < skewed, rng.exponential(size=(rows, symbols)), 1.0)
 
 
 def answer_table(automaton: Automaton) -> np.ndarray:

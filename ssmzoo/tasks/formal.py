@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,10 +173,13 @@ class FormalLanguage(Task):
         return curve
 
     def learnt_states(self, data, rows: int = 4096) -> LearntStates:
-        """After so many random strings as long as the longest of training."""
-        rng = np.random.default_rng([data.seed, 1 << 43])
-        ids, _ = data.language.draw(rng, rows, data.max_length)
-        return LearntStates(self.logits({"input_ids": torch.from_numpy(ids.copy()).to(self.device)})[1])
+        """After so many strings like the longest of training, or up to three symbols shorter: many automata are in some
+        states after an even number of symbols only."""
+        ids = data.longest(rows).to(self.device)
+        lengths = range(max(1, ids.shape[1] - 3), ids.shape[1] + 1)
+        return LearntStates(
+            *(self.logits({"input_ids": part[:, :n]})[1] for n, part in zip(lengths, ids.chunk(len(lengths))))
+        )
 
     def evaluate(self, out: Path, data) -> Report:
         """What `eval.py` adds to `report`: strings of `long_length` symbols."""

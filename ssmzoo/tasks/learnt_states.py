@@ -17,27 +17,40 @@ from ssmzoo.layers.state import map_state, select_rows
 
 
 class LearntStates:
-    """A codebook of states; state: a model's state of m rows, every tensor with the rows in front.
+    """A codebook of states; states: a model's, every tensor with the rows in front.
 
-    Raises ValueError for a state whose size grows with the length: it holds the string itself.
+    Raises ValueError for states whose size grows with the length: they hold the string itself.
     """
 
-    def __init__(self, state: Any):
-        self.state, self.rows = state, _rows(state)
+    def __init__(self, *states: Any):
+        self.rows = _same_size(*map(_rows, states))
+        tensors = map(torch.cat, zip(*map(_tensors, states)))
+        self.state = map_state(lambda _: next(tensors), states[0])
 
     def nearest(self, state: Any) -> Any:
         """Of every row the nearest state of the codebook, by Euclidean distance over all its numbers."""
         rows = _rows(state)
-        if rows.shape[1:] != self.rows.shape[1:]:
-            raise ValueError(
-                f"a state of {rows.shape[1]} numbers has none near it among states of {self.rows.shape[1]}: this "
-                f"model's state grows with the string; leave task.long_snap at 0"
-            )
+        _same_size(self.rows, rows)
         return select_rows(self.state, torch.cdist(rows, self.rows).argmin(1))
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    parts: list[Tensor] = []
+    map_state(lambda t: parts.append(t) or t, state)
+    return parts
 
 
 def _rows(state: Any) -> Tensor:
     """(rows, numbers)"""
-    parts: list[Tensor] = []
-    map_state(lambda t: parts.append(t.flatten(1).float()) or t, state)
-    return torch.cat(parts, dim=1)
+    return torch.cat([t.flatten(1).float() for t in _tensors(state)], dim=1)
+
+
+def _same_size(*rows: Tensor) -> Tensor:
+    """All of them, one below the other."""
+    sizes = {r.shape[1] for r in rows}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"a state of {max(sizes)} numbers has none near it among states of {min(sizes)}: this model's state grows "
+            f"with the string; leave task.long_snap at 0"
+        )
+    return torch.cat(rows)

@@ -111,6 +111,28 @@ def test_learnt_states_undo_a_drift():
     assert snapped.length == 5000 and snapped.first_wrong is None
 
 
+class Exact(nn.Module):
+    """An automaton whose state is one number."""
+
+    def __init__(self, language):
+        super().__init__()
+        self.delta, self.start = torch.from_numpy(language.delta), language.initial_state
+
+    def forward(self, input_ids, state=None):
+        at = torch.full((len(input_ids),), self.start) if state is None else state[0][:, 0].long()
+        for symbol in input_ids.T:
+            at = self.delta[at, symbol]
+        return ModelOutput(torch.zeros(*input_ids.shape, 2), (at[:, None].float(),), {})
+
+
+@pytest.mark.parametrize("name", ["parity", "cycle", "D4", "A5", "D30", "C2xC30"])
+def test_learnt_states_are_of_every_state_of_the_automaton(name):
+    data = FormalData(name, skewed=0.5)
+    learnt = FormalLanguage(Exact(data.language)).learnt_states(data)
+    assert learnt.rows.shape == (4096, 1)
+    assert set(learnt.rows[:, 0].int().tolist()) == set(data.language.reachable())
+
+
 def test_learnt_states_do_not_fit_a_state_that_grows():
     learnt = LearntStates((torch.zeros(8, 5, 2),))
     assert learnt.nearest((torch.ones(3, 5, 2),))[0].shape == (3, 5, 2)
