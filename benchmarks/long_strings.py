@@ -4,8 +4,8 @@
 
 Trains every cell by configs/experiment/regular_languages/<cell>.yaml (a run that DIR holds is taken as it is), then
 follows 16 strings twice by `eval.py task.long_snap=40`: with the carried state, and going on from the nearest state of
-4,096 strings of 37 to 40 symbols every 40 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md from
-the .json beside it, in which nothing is measured twice.
+4,096 strings of 37 to 40 symbols every 40 symbols (ssmzoo/tasks/learnt_states.py). Writes docs/results/long_strings.md
+from the .json beside it, in which nothing is measured twice.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python benchmarks/recall.py --page-only
 
 Every arm first trains once per learning rate on seed 100; the rate with the lowest validation loss then trains seeds
-0, 1 and 2. A run is a process of its own on one thread. A finished run is one line of results.jsonl under --runs and is
-not repeated; docs/results/recall.json is their summary, from which recall_page.py writes the page.
+0, 1 and 2. A run is a process of its own on one thread. A finished run is one line of results.jsonl under --runs, then
+of docs/results/recall.json, from which recall_page.py writes the page; what is in either is not repeated.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def start(job: Job, words: list[str], runs: Path) -> tuple[int, Running]:
     log = runs / f"{job.name}.log"
     child = os.fork()
     if child == 0:
-        os._exit(train_here(words, log, lambda: read(job.folder(runs))))
+        after = CLAIMS[job.claim].after or (lambda folder: {})
+        os._exit(train_here(words, log, lambda: read(job.folder(runs)) | after(job.folder(runs))))
     return child, Running(job, log, time.monotonic())
 
 
@@ -184,7 +185,7 @@ def run(names: list[str], arms: list[str], seeds: tuple[int, ...], runs: Path, m
     """Train what is missing, so many runs at a time, until no time is left to start one. arms: beginnings of names."""
     until, held, given_up = time.monotonic() + 60 * minutes, runs / "results.jsonl", set()
     runs.mkdir(parents=True, exist_ok=True)
-    results = load(held)
+    results = kept() | load(held)
     claims = {name: chosen(CLAIMS[name], arms) for name in names}
     import_everything()
     running: dict[int, Running] = {}
@@ -193,7 +194,9 @@ def run(names: list[str], arms: list[str], seeds: tuple[int, ...], runs: Path, m
         busy = given_up | {r.job.key for r in running.values()}
         for name, claim in claims.items():
             yield from (
-                (j, words_of(j, claim, runs)) for j in missing(name, claim, seeds, results) if j.key not in busy
+                (j, words_of(j, claim, runs))
+                for j in missing(name, claim, tuple(s for s in seeds if s in claim.seeds), results)
+                if j.key not in busy
             )
 
     while True:
@@ -220,6 +223,10 @@ def run(names: list[str], arms: list[str], seeds: tuple[int, ...], runs: Path, m
 
 def chosen(claim: Claim, arms: list[str]) -> Claim:
     return claim._replace(arms=tuple(a for a in claim.arms if not arms or a.name.startswith(tuple(arms))))
+
+
+def kept() -> dict[str, dict]:
+    return {row["key"]: row for row in json.loads(SUMMARY.read_text())} if SUMMARY.exists() else {}
 
 
 def load(held: Path) -> dict[str, dict]:
@@ -257,8 +264,7 @@ def main() -> None:
             arguments.budget,
             arguments.jobs,
         )
-        known = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else []
-        merged = {row["key"]: row for row in known} | load(runs / "results.jsonl")
+        merged = kept() | load(runs / "results.jsonl")
         SUMMARY.write_text("[\n" + ",\n".join(json.dumps(row) for _, row in sorted(merged.items())) + "\n]\n")
     from recall_page import write_page
 

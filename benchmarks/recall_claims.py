@@ -22,12 +22,15 @@ class Arm(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """common: overrides of all its runs; search: what the runs that choose a rate do otherwise; measure: in place of
-    runs, a function of the folder of runs that returns what is to be kept."""
+    """common: overrides of all its runs; search: what the runs that choose a rate do otherwise; after: of the folder of
+    a run, what is to be kept of it besides; measure: in place of runs, the same of the folder of runs. seeds: fewer
+    than all."""
 
     common: tuple[str, ...] = ()
     arms: tuple[Arm, ...] = ()
     search: tuple[str, ...] = ()
+    after: Callable[[Path], dict] | None = None
+    seeds: tuple[int, ...] = SEEDS
     measure: Callable[[Path], dict] | None = None
 
 
@@ -42,12 +45,6 @@ RATES = (4e-3, 1e-2)
 BASE = 20.0  # of rotary angles: with the usual 10,000 a head that looks one token back takes much longer to form
 
 
-KNOWN = {  # rates that single trials before these runs had settled (docs/LOG.md); the others are chosen on SEARCH_SEED
-    "Based": (4e-3,),
-    "Mamba": (1e-2,),
-    "attention": (4e-3,),
-    "dynamic mask attention": (4e-3,),
-}
 HOME: dict[str, str] = {}  # family -> the arm on which its rates are tried
 
 
@@ -56,7 +53,7 @@ def arm(name: str, d: int, words: tuple[str, ...]) -> Arm:
     family = name.partition(" D")[0]
     home = HOME.setdefault(family, name)
     words = (*words, f"model.d_model={d}")
-    return Arm(name, words, KNOWN.get(family, RATES)) if home == name else Arm(name, words, like=home)
+    return Arm(name, words, RATES) if home == name else Arm(name, words, like=home)
 
 
 def attention(d: int, taps: int = 0) -> Arm:
@@ -146,9 +143,8 @@ NEEDLE = (
     "trainer.max_steps=800",
     "trainer.val_check_interval=200",
 )
-ONE_RATE = (6e-3,)
 READERS = tuple(
-    a._replace(rates=ONE_RATE, like=None)
+    a._replace(rates=(3e-3, 6e-3, 1.2e-2), like=None)
     for a in (mamba(64, 16), mamba2(64, 32), based(64, 8), attention(64, taps=4), delta(64))
 )
 
@@ -173,6 +169,31 @@ PREFIX = Claim(
 # Birdie's mixture against next tokens alone
 
 GATED = ("model=gated_ssm", "model.d_model=128", "model.d_state=192", "model.n_layer=4")
+
+
+def objectives(run: Path) -> dict:
+    """Of one run: loss of every objective's validation samples, and digits of phone books that are told right, without
+    further training."""
+    import torch
+
+    from ssmzoo.data.birdie.data import BirdieData
+    from ssmzoo.data.recall.data import RecallData
+    from ssmzoo.tasks.birdie import Birdie
+    from ssmzoo.tasks.recall import Recall
+    from ssmzoo.zoo import load_model
+
+    data, book = BirdieData("fixed", seq_len=256), RecallData("phone_book", train=[[4, 1]], test=[[4, 1], [8, 1]])
+    data.setup()
+    model = load_model(run)[0]
+    task = Birdie(model)
+    with torch.inference_mode():
+        prefixes = [{"prefix": b["prefix"]} if task.bidirectional else {} for b in data.val_dataloader()]
+        losses = [float(task.loss_of(b, more)) for b, more in zip(data.val_dataloader(), prefixes)]
+    table = Recall(model, prefix=task.bidirectional).cases(book)
+    told = {name: round(loss, 4) for name, loss in zip(data.names, losses)}
+    return {"told": told | {f"phone book {a}x{b}": table.accuracy((a, b)) for a, b in table.sums}}
+
+
 BIRDIE = Claim(
     (
         "data=birdie",
@@ -183,38 +204,11 @@ BIRDIE = Claim(
         "trainer.val_check_interval=100",
     ),
     (
-        Arm("mixture", (*GATED, "data.mixture=birdie"), (2e-3,)),
-        Arm("next token", (*GATED, "model.layer_pattern=C", "data.mixture=next_token"), (2e-3,)),
+        Arm("mixture", (*GATED, "data.mixture=birdie"), (2e-3, 4e-3)),
+        Arm("next token", (*GATED, "model.layer_pattern=C", "data.mixture=next_token"), (2e-3, 4e-3)),
     ),
+    after=objectives,
 )
-
-
-def objectives(runs: Path) -> dict:
-    """Of the runs of BIRDIE, seed 0: loss of every objective's validation samples, and digits of phone books that are
-    told right, without further training."""
-    import torch
-
-    from ssmzoo.data.birdie.data import BirdieData
-    from ssmzoo.data.recall.data import RecallData
-    from ssmzoo.tasks.birdie import Birdie
-    from ssmzoo.tasks.recall import Recall
-    from ssmzoo.zoo import load_model
-
-    torch.set_num_threads(1)
-    data, book = BirdieData("fixed", seq_len=256), RecallData("phone_book", train=[[4, 1]], test=[[4, 1], [8, 1]])
-    data.setup()
-    found = {}
-    for arm in BIRDIE.arms:
-        run = next(runs.glob(f"*/birdie-{arm.name.replace(' ', '_')}-lr*-seed0"))
-        model = load_model(run)[0]
-        task = Birdie(model)
-        with torch.inference_mode():
-            prefixes = [{"prefix": b["prefix"]} if task.bidirectional else {} for b in data.val_dataloader()]
-            losses = [float(task.loss_of(b, more)) for b, more in zip(data.val_dataloader(), prefixes)]
-        table = Recall(model, prefix=task.bidirectional).cases(book)
-        found[arm.name] = {name: round(loss, 4) for name, loss in zip(data.names, losses)}
-        found[arm.name] |= {f"phone book {a}x{b}": table.accuracy((a, b)) for a, b in table.sums}
-    return {"objectives": found}
 
 
 # Experts
@@ -248,6 +242,19 @@ EXPERTS = Claim(
             for e in (8, 32)
         ),
     ),
+)
+
+
+TEN_MILLION = ("trainer.max_steps=2442", "trainer.val_check_interval=222")
+LONG = Claim(  # once, at the rates that a tenth of it chose
+    (*EXPERTS.common, *TEN_MILLION),
+    tuple(
+        a._replace(rates=a.rates[1:])
+        for a in EXPERTS.arms
+        if a.name
+        in ("Mamba", "MoE-Mamba, 8 experts", "MoE-Mamba, 32 experts", "Transformer", "Transformer-MoE, 8 experts")
+    ),
+    seeds=SEEDS[:1],
 )
 
 
@@ -287,7 +294,7 @@ CLAIMS = {
     "needle": NEEDLES,
     "prefix": PREFIX,
     "birdie": BIRDIE,
-    "objectives": Claim(measure=objectives),
     "experts": EXPERTS,
+    "ten_million": LONG,
     "decoding": Claim(measure=decoding),
 }
