@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ssmzoo import ops
 from ssmzoo.ops.quantized_linear import pack_int4
 from ssmzoo.ops.stack_step import MambaLayer
-from ssmzoo.ops.token_step import Instruction, MambaWeights, Program, Register, StateSpec
+from ssmzoo.ops.token_step import Convolution, Instruction, MambaWeights, Program, Register, StateSpec
 
 
 def _normal(*shape: int) -> Tensor:
@@ -307,13 +307,14 @@ def _token(x, norm, first, second):
     one = lambda *shape: torch.linspace(-1, 2, math.prod(shape), dtype=x.dtype).sin().view(shape)  # noqa: E731
     small = (one(5, 4), one(4, 1), one(4), one(4, 2), one(4))
     weights = [
-        MambaWeights(one(4, 3), bias, *small, m, None, one(3, 4), None) for m, bias in ((first, one(4)), (second, None))
+        MambaWeights(Convolution(one(4, 1, 3), bias), *small, m, None, one(3, 4), None)
+        for m, bias in ((first, one(4)), (second, None))
     ]
 
     def layers(x, states):
         new = []
         for w, state in zip(weights, states):
-            y, *after = ops.mamba_step(ops.rms_norm(x, norm, 1e-5), *state, *w[:-1])
+            y, *after = ops.mamba_step(ops.rms_norm(x, norm, 1e-5), *state, w.conv.weight[:, 0], w.conv.bias, *w[1:-1])
             x = x + y
             new.append(tuple(after))
         return x, tuple(new), {}

@@ -154,8 +154,10 @@ def test_linear_act_says_what_is_wrong():
 
 @pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 def test_small_products_are_left_to_torch_unless_asked_for():
-    small, large = torch.randn(4, 16), torch.randn(512, 128)
+    small, large, few = torch.randn(16, 16), torch.randn(512, 128), torch.randn(4, 16)
     assert ops.chosen_backend(ops.linear_act, small, torch.randn(16, 16)) == "torch"
     assert ops.chosen_backend(ops.linear_act, large, torch.randn(64, 128)) == "c"
+    assert ops.chosen_backend(ops.linear_act, few, torch.randn(16, 16)) == "c"  # as decoding multiplies them
+    assert ops.chosen_backend(ops.linear_act, few, torch.randn(16, 16).requires_grad_()) == "torch"
     with ops.backend("c"):
         assert ops.chosen_backend(ops.linear_act, small, torch.randn(16, 16)) == "c"
