@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmzoo.ops.checks import why_not_float
 from ssmzoo.ops.dense_scan import RESET, SKIP, SYMBOLS, Symbols, check_codes, dense_scan, scan
 from ssmzoo.ops.library import Kernel
-from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2
+from ssmzoo.ops.triton import ALL_REGISTERS, DEVICE, MISSING, on_device_of, power_of_2
 from ssmzoo.ops.triton.variants import Passes, Variant, meta, train
 
 PASSES = {
@@ -34,7 +34,7 @@ def _launch(codes: Tensor, T: Tensor) -> tuple[tuple[int], tuple[int, ...], dict
     (b, l), (s, n, _) = codes.shape, T.shape
     N = power_of_2(n)
     R = max(1, min(power_of_2(b), TILE // N**2))
-    options = FLAGS | {"R": R, "N": N, "num_warps": max(1, min(8, R * N * N // 512))}
+    options = FLAGS | ALL_REGISTERS | {"R": R, "N": N, "num_warps": max(1, min(8, R * N * N // 512))}
     return (-(-b // R),), (b, l, n, s), options
 
 
