@@ -23,14 +23,16 @@ class LearntStates:
     """
 
     def __init__(self, *states: Any):
-        self.rows = _same_size(*map(_rows, states))
+        rows = [_rows(state) for state in states]
+        _check_same_size(*rows)
+        self.rows = torch.cat(rows)
         tensors = map(torch.cat, zip(*map(_tensors, states)))
         self.state = map_state(lambda _: next(tensors), states[0])
 
     def nearest(self, state: Any) -> Any:
         """Of every row the nearest state of the codebook, by Euclidean distance over all its numbers."""
         rows = _rows(state)
-        _same_size(self.rows, rows)
+        _check_same_size(self.rows, rows)
         return select_rows(self.state, torch.cdist(rows, self.rows).argmin(1))
 
 
@@ -45,12 +47,10 @@ def _rows(state: Any) -> Tensor:
     return torch.cat([t.flatten(1).float() for t in _tensors(state)], dim=1)
 
 
-def _same_size(*rows: Tensor) -> Tensor:
-    """All of them, one below the other."""
+def _check_same_size(*rows: Tensor) -> None:
     sizes = {r.shape[1] for r in rows}
     if len(sizes) > 1:
         raise ValueError(
             f"a state of {max(sizes)} numbers has none near it among states of {min(sizes)}: this model's state grows "
             f"with the string; leave task.long_snap at 0"
         )
-    return torch.cat(rows)
