@@ -247,8 +247,9 @@ def _taylor():
 
 
 def _complex_scan(a, b, initial_state):
-    """Pairs (... 2) of real and imaginary parts in and out."""
-    return torch.view_as_real(ops.OPERATORS["complex_scan"](*map(torch.view_as_complex, (a, b, initial_state))))
+    """Pairs (... 2) of real and imaginary parts in and out; torch makes no complex numbers of 16-bit ones."""
+    pairs = (t.float() if t.dtype.itemsize == 2 else t for t in (a, b, initial_state))
+    return torch.view_as_real(ops.OPERATORS["complex_scan"](*map(torch.view_as_complex, pairs)))
 
 
 def _joined(name: str, **tensors):

@@ -27,6 +27,7 @@ def test_all_of_this_file_through_the_interpreter():
 def small_tiles(monkeypatch):
     """Several tiles and chunks at sizes that an interpreter can do."""
     from ssmzoo.ops.causal_conv1d import triton as causal_conv1d
+    from ssmzoo.ops.complex_scan import triton as complex_scan
     from ssmzoo.ops.gated_delta_rule import triton as gated_delta_rule
     from ssmzoo.ops.gated_linear_recurrence import triton as gated_linear_recurrence
     from ssmzoo.ops.selective_scan import triton as selective_scan
@@ -40,6 +41,7 @@ def small_tiles(monkeypatch):
         (ssd, dict(STRETCH=32, CHUNK=16, STATE_SIZE=256)),
         (gated_delta_rule, dict(STRETCH=4, GROUP=2, STATE_SIZE=(16, 16))),
         (gated_linear_recurrence, dict(STEPS=4, CHANNELS=4)),
+        (complex_scan, dict(STEPS=4, CHANNELS=4)),
         (taylor_attention, dict(STRETCH=32, CHUNK=(16, 16), COLUMNS=16)),
     )
 
@@ -260,6 +262,36 @@ def test_taylor_attention_against_reference(l, h, f, p, more):
 def test_gated_linear_recurrence_against_reference(b, l, n, first, reverse):
     call = dict(a=torch.rand(b, l, n), x=torch.randn(b, l, n), reverse=reverse)
     assert_close(ops.gated_linear_recurrence, call | (dict(initial_state=torch.randn(b, n)) if first else {}))
+
+
+def _of_pairs(a, b, initial_state=None):
+    """complex_scan of (... 2) tensors."""
+    call = (None if t is None else torch.complex(*t.unbind(-1)) for t in (a, b, initial_state))
+    return torch.view_as_real(ops.complex_scan(*call))
+
+
+@interpreted
+@pytest.mark.parametrize("b, l, n, first", [(2, 9, 5, True), (1, 8, 3, False), (1, 1, 1, True), (3, 4, 4, False)])
+def test_complex_scan_against_reference(b, l, n, first):
+    a = torch.randn(b, l, n, 2)
+    call = dict(a=a / a.norm(dim=-1, keepdim=True), b=torch.randn(b, l, n, 2))
+    assert_close(_of_pairs, call | (dict(initial_state=torch.randn(b, n, 2)) if first else {}))
+
+
+@interpreted
+def test_complex_scan_of_conjugates_and_other_layouts_and_what_torch_serves():
+    a, b = (torch.randn(3, 2, 9, dtype=torch.complex64, requires_grad=True) for _ in range(2))
+    h0 = torch.randn(2, dtype=torch.complex64, requires_grad=True)
+    found = []
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            h = ops.complex_scan(0.4 * a.mT.conj(), b.mT, h0.expand(3, 2))
+            (first,) = torch.autograd.grad(h.abs().square().sum(), a, create_graph=True)
+            found.append((h, *torch.autograd.grad(first.abs().square().sum(), (a, b, h0))))  # a gradient of a gradient
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    double = torch.ones(1, 2, 1, dtype=torch.complex128)
+    assert ops.chosen_backend(ops.complex_scan, double, double) == "torch"
+    assert ops.chosen_backend(ops.complex_scan, double[:, :0].cfloat(), double[:, :0].cfloat()) == "torch"
 
 
 @interpreted

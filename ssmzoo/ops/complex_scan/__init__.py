@@ -2,16 +2,20 @@
 
     h_t = a_t h_{t-1} + b_t
 
-Letters: b batch, l length, n state size.
+The gradient of b is the same recurrence backwards in time, g_t = dh_t + conj(a_{t+1}) g_{t+1}, that of a is
+g_t conj(h_{t-1}). Letters: b batch, l length, n state size.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssmzoo.ops.checks import expect
 from ssmzoo.ops.dispatch import op
+from ssmzoo.ops.library import Differentiable
 
 
 def check_complex_scan(given) -> None:
@@ -44,3 +48,39 @@ def complex_scan(a: Tensor, b: Tensor, initial_state: Tensor | None = None) -> T
         h = a[:, t] * h + b[:, t]
         states.append(h)
     return torch.stack(states, dim=1) if states else b
+
+
+def composed(a: Tensor, b: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The recurrence of torch's functions in log2(l) rounds, each joining two neighbouring stretches of time.
+
+    Only products of a are formed, so that nothing overflows for |a| <= 1.
+    """
+    step, l = 1, a.shape[1]
+    while step < l:
+        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], dim=1)
+        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], dim=1)
+        step *= 2
+    return b if initial_state is None else b + a * initial_state[:, None]
+
+
+class Inputs(NamedTuple):
+    """What kernels take: real and imaginary parts next to each other, (... 2)."""
+
+    a: Tensor
+    b: Tensor
+    initial_state: Tensor | None
+
+
+def _composed_of_pairs(given: Inputs) -> Tensor:
+    a, b, first = (None if t is None else torch.complex(*t.unbind(-1)) for t in given)
+    return torch.view_as_real(composed(a, b, first))
+
+
+SCAN = Differentiable(
+    "complex_scan",
+    Inputs,
+    ("h",),
+    saved="h",
+    like=lambda given: (given.b.new_empty(given.b.shape),),
+    twice=_composed_of_pairs,
+)
