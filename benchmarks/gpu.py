@@ -38,7 +38,16 @@ TRAINED = (
     "mambair_light_x2",
     "sd_ssm",
 )
-TIMED = ("selective_scan", "causal_conv1d", "ssd", "attention", "recurrences", "norms", "steps")
+TIMED = {  # part: what of it; the calls are in gpu_calls.py
+    "selective_scan": "selective_scan_fn",
+    "causal_conv1d": "causal_conv1d_fn",
+    "ssd": "mamba_chunk_scan_combined",
+    "attention": "gated_delta_rule, taylor_attention",
+    "recurrences": "trapezoidal_scan, gated_linear_recurrence, complex_scan, dense_scan",
+    "norms": "rms_norm, gated_layer_norm",
+    "steps": "selective_state_update, causal_conv1d_update",
+    "layer steps": "mamba3_step, gated_delta_step, quantized_linear",
+}
 
 
 class Part(NamedTuple):
@@ -58,7 +67,10 @@ PARTS = (
     Part("card", "card", 10, "bandwidth of a copy of 1 GB, product of 8192 x 8192 matrices in bf16"),
     Part("check", "small", 75, "all operators at the sizes of the tests, bf16 fp16 fp32, values and gradients"),
     Part("check", "layers", 35, "layers' operators at b 2, d 128, l 300, all options, values and gradients"),
-    *(Part("times", name, 22, f"{name}: b 8, d 2048, forward and backward") for name in TIMED),
+    *(
+        Part("times", name, 22, f"{what}: d 2048, " + ("one token" if "steps" in name else "b 8, forward and backward"))
+        for name, what in TIMED.items()
+    ),
     *(Part("train", name, 16, f"{name}: 3 + 8 training steps, bf16") for name in TRAINED),
     *(Part("decode", name, 22, f"{name}: 64 tokens at batch 1, 8, 64, 256") for name in ("mamba_130m", "mamba2_130m")),
 )

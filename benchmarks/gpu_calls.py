@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ssmzoo import ops
+from ssmzoo.ops.quantized_linear import pack_int4
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -123,6 +124,56 @@ def recurrence_call(device, dtype, b, d, l) -> dict:
     return {name: torch.rand(b, l, d, device=device).to(dtype) for name in ("a", "x")}
 
 
+def complex_scan(a, b, initial_state) -> torch.Tensor:
+    """ops.complex_scan of pairs (... 2) of real and imaginary parts."""
+    return torch.view_as_real(ops.complex_scan(*map(torch.view_as_complex, (a, b, initial_state))))
+
+
+def complex_call(device, dtype, b, d, l) -> dict:
+    """In fp32 whatever the dtype: torch has no complex numbers of 16-bit ones."""
+    a = torch.nn.functional.normalize(torch.randn(b, l, d, 2, device=device), dim=-1)
+    return dict(a=a, b=torch.randn(b, l, d, 2, device=device), initial_state=torch.randn(b, d, 2, device=device))
+
+
+def mamba3_step_call(device, dtype, b, d, l, n=128) -> dict:
+    """One token of l sequences, at most 8."""
+    rows, p = min(8, l), min(64, d)
+    e, h, m = 2 * d, 2 * d // p, n // 4
+
+    def new(*shape, scale=1.0, kind=dtype):
+        return (scale * torch.randn(*shape, device=device)).to(kind)
+
+    fp32 = torch.float32
+    call = dict(u=new(rows, d), phase=new(rows, h, m, kind=fp32), ssm_state=new(rows, h, p, n, kind=fp32))
+    call |= dict(last_k=new(rows, h, n), last_x=new(rows, h, p), D=new(h, kind=fp32), dt_bias=new(h, kind=fp32) - 2)
+    call |= dict(in_proj=new(2 * e + 2 * n + 3 * h + m, d, scale=d**-0.5), out_proj=new(d, e, scale=e**-0.5))
+    call |= {name: new(n) for name in ("B_norm", "C_norm")} | {name: new(h, n) for name in ("B_bias", "C_bias")}
+    return call | dict(norm_weight=new(e))
+
+
+def delta_step_call(device, dtype, b, d, l, k=4) -> dict:
+    """One token of l sequences, at most 8."""
+    rows, n = min(8, l), min(128, d)
+    p, h = 2 * n, max(1, d // n)
+    c, e = 2 * h * n + h * p, h * p
+
+    def new(*shape, scale=1.0, kind=dtype):
+        return (scale * torch.randn(*shape, device=device)).to(kind)
+
+    call = dict(u=new(rows, d), conv_state=new(rows, c, k), state=new(rows, h, n, p, kind=torch.float32))
+    call |= dict(in_proj=new(c + e + 2 * h, d, scale=d**-0.5), conv_weight=new(c, k), norm_weight=new(p))
+    call |= dict(A_log=new(h, kind=torch.float32), dt_bias=new(h, kind=torch.float32))
+    return call | dict(out_proj=new(d, e, scale=e**-0.5), num_heads=h)
+
+
+def quantized_call(device, dtype, b, d, l, bits=4) -> dict:
+    """l tokens, at most 16, by 4 d rows of integers in groups of 128."""
+    codes = torch.randint(-8, 8, (4 * d, d), device=device)
+    weight = pack_int4(codes) if bits == 4 else codes.to(torch.int8)
+    call = dict(x=torch.randn(min(16, l), d, device=device).to(dtype), weight=weight, bits=bits, group_size=128)
+    return call | dict(scale=torch.rand(4 * d, -(-d // 128), device=device) * d**-0.5)
+
+
 def strings_call(device, dtype, b, d, l, n=64) -> dict:
     """Of b / 8 strings, as long as 8 of the others: few enough to be cut."""
     b, l = max(1, b // 8), 8 * l
@@ -141,7 +192,11 @@ LAYERS = {  # what is checked with all its options
     "taylor_attention": (ops.taylor_attention, taylor_call, [{}, {"extras": True}]),
     "trapezoidal_scan": (ops.trapezoidal_scan, trapezoidal_call, [{}, {"extras": True}]),
     "gated_linear_recurrence": (ops.gated_linear_recurrence, recurrence_call, [{}]),
+    "complex_scan": (complex_scan, complex_call, [{}]),
     "dense_scan": (ops.dense_scan, strings_call, [{}]),
+    "mamba3_step": (ops.mamba3_step, mamba3_step_call, [{}]),
+    "gated_delta_step": (ops.gated_delta_step, delta_step_call, [{}]),
+    "quantized_linear": (ops.quantized_linear, quantized_call, [{}, {"bits": 8}]),
 }
 TIMED = {  # part: (operator, call, options, lengths, has a backward)
     "selective_scan": [(ops.selective_scan_fn, scan_call, {}, (2048, 4096, 8192, 16384), True)],
@@ -155,6 +210,7 @@ TIMED = {  # part: (operator, call, options, lengths, has a backward)
     "recurrences": [
         (ops.trapezoidal_scan, trapezoidal_call, {}, (2048,), True),
         (ops.gated_linear_recurrence, recurrence_call, {}, (2048,), True),
+        (complex_scan, complex_call, {}, (512,), True),
         (ops.dense_scan, strings_call, {}, (2048,), True),
     ],
     "norms": [
@@ -165,5 +221,11 @@ TIMED = {  # part: (operator, call, options, lengths, has a backward)
     "steps": [
         (ops.selective_state_update, update_call, {}, (1, 16, 64), False),
         (ops.causal_conv1d_update, conv_update_call, {}, (1, 16, 64), False),
+    ],
+    "layer steps": [
+        (ops.mamba3_step, mamba3_step_call, {}, (1, 8), False),
+        (ops.gated_delta_step, delta_step_call, {}, (1, 8), False),
+        (ops.quantized_linear, quantized_call, {}, (1, 16), False),
+        (ops.quantized_linear, quantized_call, {"bits": 8}, (1, 16), False),
     ],
 }

@@ -72,7 +72,7 @@ class Bench:
         runs = {}
         for backend in BACKENDS if length <= 4096 else BACKENDS[:2]:  # PyTorch's forms fill the memory beyond
             run = runner(function, backend, call, training)
-            with contextlib.suppress(ops.BackendError):
+            with contextlib.suppress(ops.BackendError, torch.OutOfMemoryError):
                 run()  # compiles
                 runs[backend] = run
         if foreign := flash_linear_attention(function, call, training):
@@ -83,8 +83,9 @@ class Bench:
         moved *= 3 if training else 1  # arguments read, gradients read and written
         for backend, ms in found.items():
             rate = moved / ms / 1e6
-            name = function.__name__ + (" + residual" if options.get("residual") else "")
-            row = dict(operator=name, dtype="bf16", length=length, backend=backend, ms=round(ms, 4))
+            name = " + ".join([function.__name__, *(named(options) if options != {"last": True} else ())])
+            dtype = "bf16" if any(getattr(t, "dtype", None) == torch.bfloat16 for t in call.values()) else "fp32"
+            row = dict(operator=name, dtype=dtype, length=length, backend=backend, ms=round(ms, 4))
             row |= {"pass": "forward + backward" if training else "forward", "gb_s": round(rate, 1)}
             row["share_of_copy"] = f"{100 * rate / copy:.0f} %" if copy else ""
             row["times_torch"] = f"{found['torch'] / ms:.2f}" if "torch" in found else ""
@@ -199,7 +200,11 @@ def layers(toy: bool) -> Iterator[tuple]:
             def made(dtype, make=make, variant=variant):
                 return make("cpu", dtype, *sizes, **variant)
 
-            yield name, " ".join(variant), function, made
+            yield name, " ".join(named(variant)), function, made
+
+
+def named(options: dict) -> list[str]:
+    return [name if value is True else f"{name} {value}" for name, value in options.items()]
 
 
 def gradients(function, backend: str, call: dict, dtype=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

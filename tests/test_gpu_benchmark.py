@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import gpu
+import gpu_calls
+import gpu_parts
 import gpu_report
 import pytest
 import torch
@@ -23,6 +25,17 @@ def test_what_it_would_do_fits_into_eight_minutes():
     assert sum(part.seconds for part in gpu.PARTS) < 8 * 60
     assert set(gpu.TRAINED) <= {part.name for part in gpu.PARTS if part.section == "train"}
     assert "decode" not in call("--dry-run", "--only", "card").stdout
+
+
+def test_every_timed_call_runs_and_is_told():
+    rows = []
+    bench = gpu_parts.Bench("cpu", True, lambda **row: rows.append(row), [])
+    assert set(gpu.TIMED) == set(gpu_calls.TIMED)
+    for part, what in gpu.TIMED.items():
+        bench.times(part)
+        assert {call[0].__name__ for call in gpu_calls.TIMED[part]} == set(what.split(", "))
+    assert len(rows) == sum(1 + call[-1] for calls in gpu_calls.TIMED.values() for call in calls)
+    assert {row["backend"] for row in rows} == {"torch"} and all(row["ms"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
