@@ -33,7 +33,7 @@ def small_tiles(monkeypatch):
     set_sizes(
         monkeypatch,
         (selective_scan, dict(CHANNELS=2, STEPS=8)),
-        (dense_scan, dict(TILE=32, PARTS=2)),
+        (dense_scan, dict(TILE=32, PARTS=2, GRADIENT=512)),
         (state_fusion, dict(TILE=128, CHANNELS=2)),
     )
 
@@ -54,7 +54,9 @@ def dense_call(b=3, l=7, n=3, s=4, k=2, flags=False, dtype=torch.float32):
 
 @interpreted
 @pytest.mark.parametrize(
-    "case", [dict(flags=True), dict(b=2, l=9, n=6, s=3), dict(b=1, l=1, n=2, s=1), dict(b=5, l=4, n=2)], ids=str
+    "case",
+    [dict(flags=True), dict(b=2, l=9, n=6, s=3), dict(b=1, l=1, n=2, s=1), dict(b=5, l=4, n=2), dict(b=1, l=3, n=17)],
+    ids=str,
 )
 def test_dense_scan_against_reference(case):
     assert_close(ops.dense_scan, dense_call(**case))

@@ -25,7 +25,7 @@ TILE = 4096  # numbers of the transitions that a program holds, at most
 WIDEST = 128  # states: their transition fills a program's registers
 WIDEST_PRODUCT, COLUMNS = 64, 16  # states, and columns of a product that a program has
 LONG, ENOUGH = 1024, 256  # steps from which strings are cut, and stretches that keep a large card busy
-PARTS, STEPS, ROWS = 16, 16, 32  # for the gradient of one transition: programs, steps and rows of it at once
+PARTS, STEPS, GRADIENT = 16, 16, 2048  # for the gradient of one transition: programs, steps and numbers of it at once
 FLAGS = {"SKIP": SKIP, "RESET": RESET}
 
 
@@ -118,7 +118,7 @@ def backward(a: Symbols, states: Tensor, d_last: Tensor, d_states: Tensor | None
     symbols, order = torch.where(a.codes < SKIP, a.codes, s).flatten().sort(stable=True)
     bounds = torch.searchsorted(symbols, torch.arange(s + 1, device=symbols.device, dtype=symbols.dtype))
     N = max(16, power_of_2(n))
-    I, dT = min(N, ROWS), a.T.new_empty(PARTS, s, n, n)
+    I, dT = min(N, GRADIENT // N), a.T.new_empty(PARTS, s, n, n)
     with on_device_of(a.x):
         cut = _stretches(a)
         if cut is None:
