@@ -423,5 +423,11 @@ def test_more_than_two_to_the_31_elements():
         expected = [ops.rms_norm(x, weight), ops.gated_layer_norm(x, x, weight, weight)]
         expected += [ops.selective_state_update(kept, **call)]
         expected += [ops.causal_conv1d_update(x, window, torch.ones(d, 3))]
+    weight = torch.randn(1, d, 3, dtype=torch.float16)
+    x = torch.empty(far + 64, dtype=torch.float16).as_strided((3, d), (far // 2 + 1, 1)).copy_(torch.randn(3, d))
+    for rows, matrix in ((x, weight), (x.T, weight[:, :3])):  # far from row to row, and from column to column
+        ends = torch.tensor([len(rows)], dtype=torch.int32)
+        got += [grouped.multiply(rows, matrix, ends), grouped.outer(rows, rows, ends)]
+        expected += [rows @ matrix[0], (rows.T @ rows)[None]]
     for a, b in zip([*got, state, conv], [*expected, kept, window], strict=True):
         torch.testing.assert_close(a, b, rtol=3e-3, atol=1e-3)

@@ -47,17 +47,13 @@ def multiply(
     known = group < groups
     e = tl.where(known, group, 0).to(tl.int64)
     for begin in range(0, tl.where(known, width, 0), K):
-        k = begin + tl.arange(0, K)
+        k = (begin + tl.arange(0, K)).to(tl.int64)
         a = tl.load(
             x + r.to(tl.int64)[:, None] * x_stride[0] + k[None, :] * x_stride[1],
             own[:, None] & (k < width)[None, :],
             0.0,
         )
-        at = (
-            e * weight_stride[0]
-            + k.to(tl.int64)[:, None] * weight_stride[1]
-            + c.to(tl.int64)[None, :] * weight_stride[2]
-        )
+        at = e * weight_stride[0] + k[:, None] * weight_stride[1] + c.to(tl.int64)[None, :] * weight_stride[2]
         w = tl.load(weight + at, (k < width)[:, None] & there[None, :], 0.0)
         if WIDE:
             a, w = a.to(tl.float32), w.to(tl.float32)
@@ -86,7 +82,7 @@ def outer(
     """out_e = sum of x_r y_r^T over the rows of group e; x (rows width), y (rows columns), out (e width columns)"""
     across, down = tl.cdiv(columns, N), tl.cdiv(width, M)
     e, tile = tl.program_id(0) // (across * down), tl.program_id(0) % (across * down)
-    i, j = tile // across * M + tl.arange(0, M), tile % across * N + tl.arange(0, N)
+    i, j = (tile // across * M + tl.arange(0, M)).to(tl.int64), (tile % across * N + tl.arange(0, N)).to(tl.int64)
     last = tl.minimum(tl.load(ends + e), rows)
     first = tl.where(e > 0, tl.minimum(tl.load(ends + e - 1, e > 0, 0), rows), 0)
     total = tl.zeros([M, N], tl.float32)
