@@ -1,5 +1,6 @@
 """Tests of Triton kernels without a GPU: a file runs once more, in a process in which they are interpreted."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,13 @@ from ssmzoo.ops.triton import INTERPRETED
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 outside = pytest.mark.skipif(INTERPRETED, reason="this is that process")
+
+if INTERPRETED:  # patches triton.language once, not at every launch and every call of a function: a fifth of the time
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_LangPatchScope"):
+        _patch = functools.cache(interpreter._patch_lang)
+        interpreter._patch_lang = lambda fn: _patch(fn) and interpreter._LangPatchScope()
 
 
 def interpret(file: str) -> None:
