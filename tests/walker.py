@@ -9,6 +9,7 @@ chunks, token by token, packed ... In eval mode and double precision.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 
 import torch
@@ -99,15 +100,38 @@ def parametrised(model: nn.Module, name: str):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def check(model: nn.Module, passes: dict[str, Callable[[], Tensor]]) -> list[str]:
-    """What is wrong with any leaf: a change that does not act, acts unequally in two passes, or gets no gradient."""
+CHANGES = (wrapped, hooked, parametrised)
+
+
+def changes_of(model: nn.Module) -> dict[str, tuple]:
+    """{leaf: what is done to it}: every change to one of the leaves that equal blocks and experts repeat, and at least
+    one to each."""
+    alike: dict[tuple, list[str]] = {}
+    for name in leaves(model):
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        block = repr(model.get_submodule(".".join(parts[: first + 1])))
+        alike.setdefault((re.sub(r"\d+", "", name), block), []).append(name)
+    found = {}
+    for i, names in enumerate(alike.values()):
+        for j, name in enumerate(names):
+            found[name] = CHANGES if len(names) == 1 else CHANGES[:2] if j == i % len(names) else CHANGES[2:]
+    return found
+
+
+def check(model: nn.Module, passes: dict[str, Callable[[], Tensor]], every: bool = False) -> list[str]:
+    """What is wrong with any leaf: a change that does not act, acts unequally in two passes, or gets no gradient.
+
+    `every` change is done to every leaf, of equal blocks too.
+    """
     plain = {kind: run().detach() for kind, run in passes.items()}
-    return [problem for name in leaves(model) for problem in check_leaf(model, name, passes, plain)]
+    changes = dict.fromkeys(leaves(model), CHANGES) if every else changes_of(model)
+    return [problem for name in changes for problem in check_leaf(model, name, changes[name], passes, plain)]
 
 
-def check_leaf(model: nn.Module, name: str, passes: dict, plain: dict[str, Tensor]) -> list[str]:
+def check_leaf(model: nn.Module, name: str, changes: tuple, passes: dict, plain: dict[str, Tensor]) -> list[str]:
     problems, seen = [], {}
-    for change in (wrapped, hooked, parametrised):
+    for change in changes:
         title = f"{name}, {change.__name__}"
         with change(model, name) as parameter:
             expected = gradient = None
@@ -125,6 +149,6 @@ def check_leaf(model: nn.Module, name: str, passes: dict, plain: dict[str, Tenso
                     if g is None or not g.norm() > 0 or not (g - gradient).norm() <= TOLERANCE * gradient.norm():
                         problems.append(f"{title}: gradient is {'missing' if g is None else 'another'} in {kind}")
             seen[change] = expected
-    if not (seen[wrapped] - seen[hooked]).norm() <= TOLERANCE * seen[wrapped].norm():
+    if wrapped in seen and not (seen[wrapped] - seen[hooked]).norm() <= TOLERANCE * seen[wrapped].norm():
         problems.append(f"{name}: a hook's output is not what a wrapper's is")
     return problems

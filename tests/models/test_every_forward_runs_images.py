@@ -39,11 +39,12 @@ def subject(name):
     return model, x
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*MODELS, *VARIANTS])
-def test_what_a_user_puts_on_a_module_acts(name):
+def test_what_a_user_puts_on_a_module_acts(name, every):
     model, x = subject(name)
     names = walker.leaves(model)
-    problems = walker.check(model, {"one pass": lambda: model(x)})
+    problems = walker.check(model, {"one pass": lambda: model(x)}, every)
     # MambaIRv2's router chooses a class: a change may leave all choices as they are, its gradient arrives all the same
     problems = [p for p in problems if not (".route." in p and "does not act" in p)]
     assert len(names) > 3 and problems == []

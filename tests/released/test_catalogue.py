@@ -47,7 +47,16 @@ def on_cpu(function):
     return call
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+def build_of(name):
+    entry = ENTRIES[name]
+    return entry.family, entry.preset, entry.model, entry.arguments
+
+
+# one entry of those that differ in the file alone
+BUILDS = [name for i, name in enumerate(ENTRIES) if build_of(name) not in map(build_of, list(ENTRIES)[:i])]
+
+
+@pytest.mark.parametrize("name", BUILDS)
 def test_official_arguments_build_the_tensors_of_the_preset(name, monkeypatch):
     entry = ENTRIES[name]
     monkeypatch.setattr(language, "same_head", lambda state, head, embedding: head not in state or tied)

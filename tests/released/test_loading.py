@@ -77,9 +77,10 @@ def test_a_model_starts_from_its_weights_under_official_names(family, tmp_path):
 @pytest.mark.parametrize("family", INFERRED)
 def test_no_embedding_head_or_norm_starts_from_random_values_unsaid(family, tmp_path):
     """Each tensor of these roles in turn is taken out of the file: a refusal that names it, or what is said is new."""
-    state, seen = TINY[family]().state_dict(), set()
+    model, seen = TINY[family](), set()
+    state = model.state_dict()
     for name in state:
-        kind = role(TINY[family](), name) if len(seen) < 3 else ""
+        kind = role(model, name) if len(seen) < 3 else ""
         if kind in ("", *seen) or name == "lm_head.weight":
             continue
         seen.add(kind)
