@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +116,16 @@ def names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every statement below a node, without looking into expressions."""
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            stack += getattr(node, field, ())
+
+
 @functools.cache
 def imports(root: Path) -> dict[str, set[str]]:
     """Module of the package -> modules of the package that it imports anywhere in its file."""
@@ -126,7 +137,7 @@ def imports(root: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, file in modules.items():
         wanted = set()
-        for node in ast.walk(package[file]):
+        for node in statements(package[file]):
             if isinstance(node, ast.Import):
                 wanted |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:

@@ -1,3 +1,6 @@
+import atexit
+import gc
+import os
 import sys
 
 import pytest
@@ -6,12 +9,20 @@ from tried import COUNTS
 
 from ssmzoo._torchvision import make_importable
 
+# compiled files are kept whatever the environment says: a hundred processes of these tests import the package
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 make_importable()  # in the controlling process of pytest-xdist too, which imports the classes of warnings it is sent
 
 
 def pytest_terminal_summary(terminalreporter):
     for what, count in sorted(COUNTS.items()):
         terminalreporter.write_line(f"tried: {count:,} {what}")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the millions of objects of imports and collection: no later collection looks at them again
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)
