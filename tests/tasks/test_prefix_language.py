@@ -19,7 +19,7 @@ TINY = {"vocab_size": 256, "d_model": 16, "n_layer": 2, "n_heads": 2, "feature_d
 SMALL = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.accelerator=cpu", "name=a",
          "trainer.log_every_n_steps=1",
          "data.batch_size=2", "trainer.limit_val_batches=2", "model.d_model=24", "model.n_layer=4"]  # fmt: skip
-TEXT = ["data.seq_len=32", "task.sample_tokens=4"]
+TEXT = ["data.seq_len=32", "data.val_tokens=512", "task.sample_tokens=4"]
 
 
 def tiny_jrt() -> JRTRNNLM:
