@@ -1,5 +1,5 @@
-"""A training step and a decoding step never wait for the GPU: of every language, automaton and image model, and of the
-tasks around them.
+"""A training step and a decoding step never wait for the GPU: of every language, automaton and image model, of the
+tasks around them, and of every operator by itself.
 
 Two rules without a GPU (tests/synchronisation.py): a trace without values, and a run in which every place of ours that
 reads a value in Python is noted. With a GPU, torch's own debug mode counts.
@@ -10,6 +10,7 @@ import torch
 from synchronisation import watched, without_values
 from test_state_contract import NODES, VOCAB
 from tiny_images import build, tiny_models
+from toy_operators import EXAMPLES
 
 from ssmzoo import ops
 from ssmzoo.layers.state import ModelOutput
@@ -65,6 +66,17 @@ def test_no_image_model_reads_a_value(name):
         model(x)  # what is kept from call to call is made in the first
         with watched() as places:
             pictures_loss(model(x)).backward()
+    assert not places
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_no_operator_reads_a_value(name):
+    function, make = EXAMPLES[name]()
+    tensors = {k: t.requires_grad_() for k, t in make().items()}
+    with ops.backend("torch"), watched() as places:
+        results = function(**tensors)
+        results = results if isinstance(results, tuple) else (results,)
+        sum(r.sum() for r in results).backward()
     assert not places
 
 

@@ -1,9 +1,13 @@
 """Every operator that has a GPU kernel, in Triton's interpreter: the examples of `benchmarks/gpu.py --only check` in
-three dtypes, the golden cases, and models that train on GPU kernels alone.
+three dtypes and with offsets of 64 bits, kernels that cannot be compiled, launchers that read no value, the golden
+cases, and models that train on GPU kernels alone.
 
 Operators are those that are registered, so that none is left out. Tiles are as wide as on a GPU: few programs, which
 the interpreter runs one after the other. One test runs this file in a process of its own.
 """
+
+import dataclasses
+import warnings
 
 import gpu_parts
 import pytest
@@ -11,6 +15,7 @@ import torch
 from against_reference import GRAD, OUT, rounding
 from interpreted import interpret, interpreted, outside, set_sizes
 from paths import GOLDEN
+from synchronisation import watched
 
 import ssmzoo
 from ssmzoo import ops
@@ -21,6 +26,7 @@ if MISSING is not None:
     pytest.skip(MISSING, allow_module_level=True)
 SERVED = {name for name, function in ops.OPERATORS.items() if "triton" in function.backends}
 EXAMPLES = {f"{name}: {more}" if more else name: (call, make) for name, more, call, make in gpu_parts.small()}
+BY_TORCH = ("linear_act", "depthwise_conv2d")  # their GPU form is torch's functions
 REFUSED = {"dense_scan"}  # an example that no kernel serves: a mixture at every step
 # how often elements are rounded on the way from arguments to results, where it is not once: projections and carried
 # windows are in the layer's dtype, and the interpreter rounds towards zero, which counts twice
@@ -92,10 +98,55 @@ def test_results_and_gradients_in_every_dtype_and_beyond_32_bits(name, dtype, ax
     expected = gpu_parts.gradients(function, "reference", call, torch.float64)
     times = 2 * ROUNDED.get(name.partition(":")[0], 1)
     limits = (OUT, GRAD) if dtype == torch.float32 else (rounding(dtype, times), rounding(dtype, 2 * times))
-    row = gpu_parts.compared(function, "triton", call if axis is None else apart(call, axis), expected, limits)
+    with watched() as places:
+        row = gpu_parts.compared(function, "triton", call if axis is None else apart(call, axis), expected, limits)
+    assert not [place for place in places if place.startswith("ops")]
     if row["verdict"].startswith("computes with contiguous tensors"):  # steps of layers, whose tensors are small
         row = gpu_parts.compared(function, "triton", call, expected, limits)
     assert row["verdict"] == "ok", row
+
+
+class CompilationError(Exception):
+    """As Triton's own."""
+
+
+CompilationError.__module__ = "triton.compiler.errors"
+
+
+@pytest.fixture
+def registered_again():
+    """What has been taken away is there again after the test, and no choice of it is remembered."""
+    before = {name: ops.OPERATORS[name].backends["triton"] for name in SERVED}
+    yield
+    for name, backend in before.items():
+        options = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)[2:]}
+        ops.OPERATORS[name].register("triton", **options)(backend.function)
+
+
+@interpreted
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n.partition(":")[0] in SERVED and n not in REFUSED])
+def test_a_kernel_that_cannot_be_compiled_is_told_once_and_replaced(name, monkeypatch, registered_again):
+    from triton.runtime.interpreter import GridExecutor
+
+    def fails(*args, **kwargs):
+        raise CompilationError("ptxas fatal: Value 'sm_61' is not defined for option 'gpu-name'")
+
+    function, make = EXAMPLES[name]
+    call = make(torch.float32)
+    with torch.no_grad(), ops.backend("reference"):
+        expected = function(**call)
+    monkeypatch.setattr(GridExecutor, "__call__", fails)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RuntimeWarning)
+        if not name.startswith(BY_TORCH):
+            asked = pytest.raises(ops.BackendError, match="was asked for; Triton cannot run .*sm_61")
+            with ops.backend("triton"), asked:
+                function(**call)
+        for _ in range(2):
+            torch.testing.assert_close(function(**call), expected, rtol=1e-4, atol=1e-4)
+    lines = [str(warning.message) for warning in told]
+    assert bool(lines) != name.startswith(BY_TORCH) and len(lines) == len(set(lines))  # once for each operator of it
+    assert all("sm_61" in line and line.endswith("The next backend serves.") for line in lines)
 
 
 @interpreted
