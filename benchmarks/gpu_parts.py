@@ -271,24 +271,38 @@ def runner(function, backend: str, call: dict, training: bool) -> Callable[[], N
 
 
 def flash_linear_attention(function, call: dict, training: bool) -> Callable[[], None] | None:
-    """fla's RMS norm and convolution, where it is installed; its Mamba takes mamba-ssm's scan."""
-    if function is not ops.rms_norm or "residual" in call:
-        return None
+    """fla's RMS norm and delta rules, where it is installed and serves; its Mamba takes mamba-ssm's scan."""
     try:
+        theirs, names = _of_fla(function, call)
+        given = {name: call[name].detach().requires_grad_(training) for name in names}
+
+        def run() -> None:
+            out = theirs(**given)
+            out = out[0] if isinstance(out, tuple) else out
+            if training:
+                torch.autograd.grad(out, list(given.values()), torch.ones_like(out))
+
+        run()  # compiles
+    except Exception:  # whatever a missing or broken install raises, or none of these functions
+        return None
+    return run
+
+
+def _of_fla(function, call: dict) -> tuple[Callable, tuple[str, ...]]:
+    """Their function, and which of our arguments it takes."""
+    if function is ops.rms_norm and "residual" not in call:
         try:
             from fla.modules.norm.layernorm import rms_norm  # since 0.6
         except ImportError:
             from fla.modules.layernorm import rms_norm
-    except Exception:  # whatever a missing or broken install raises
-        return None
-    x, weight = (call[k].detach().requires_grad_(training) for k in ("x", "weight"))
+        return functools.partial(rms_norm, bias=None, eps=1e-5), ("x", "weight")
+    if function is ops.gated_delta_rule:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.kda import chunk_kda
 
-    def run() -> None:
-        out = rms_norm(x, weight, None, eps=1e-5)
-        if training:
-            torch.autograd.grad(out, (x, weight), torch.ones_like(out))
-
-    return run
+        rule = chunk_kda if call["g"].ndim == call["q"].ndim else chunk_gated_delta_rule
+        return functools.partial(rule, scale=1.0), ("q", "k", "v", "g", "beta")  # our q is scaled
+    raise NotImplementedError
 
 
 def interleaved(runs: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:

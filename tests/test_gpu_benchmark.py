@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import gpu
 import gpu_calls
@@ -11,6 +12,8 @@ import gpu_report
 import pytest
 import torch
 from paths import ROOT
+
+from ssmzoo import ops
 
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 
@@ -36,6 +39,26 @@ def test_every_timed_call_runs_and_is_told():
         assert {call[0].__name__ for call in gpu_calls.TIMED[part]} == set(what.split(", "))
     assert len(rows) == sum(1 + call[-1] for calls in gpu_calls.TIMED.values() for call in calls)
     assert {row["backend"] for row in rows} == {"torch"} and all(row["ms"] > 0 for row in rows)
+
+
+def test_functions_of_flash_linear_attention_are_called_as_theirs(monkeypatch):
+    asked = []
+
+    def theirs(q, k, v, g, beta, scale=None):
+        asked.append((g.ndim, scale))
+        return v * beta[..., None], None
+
+    for module in ("fla", "fla.ops", "fla.ops.gated_delta_rule", "fla.ops.kda"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = theirs
+    sys.modules["fla.ops.kda"].chunk_kda = theirs
+    make = gpu_calls.delta_call
+    for channels in (False, True):
+        call = make("cpu", torch.float32, 1, 4, 3, channels=channels)
+        gpu_parts.flash_linear_attention(ops.gated_delta_rule, call, False)()
+    assert asked == [(3, 1.0)] * 2 + [(4, 1.0)] * 2
+    assert gpu_parts.flash_linear_attention(ops.gated_delta_rule, call, True) is None  # a gradient is missing
+    assert gpu_parts.flash_linear_attention(ops.dense_scan, call, False) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

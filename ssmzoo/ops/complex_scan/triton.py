@@ -12,7 +12,7 @@ from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, whole
 from ssmzoo.ops.triton.variants import Passes, Variant, meta, train
 
-PASSES = {"forward": Passes(("T", "C"), ("tiles",), most=150), "backward": Passes(("T", "C"), ("tiles",), most=180)}
+PASSES = {"forward": Passes(("T", "C"), ("tiles",), most=150), "backward": Passes(("T", "C"), ("tiles",), most=200)}
 CHANNELS, STEPS = 32, 32  # of a tile
 
 
