@@ -69,7 +69,8 @@ def read_model_config(name: str) -> dict:
 def _parsed(file: Path, changed: int) -> dict:
     import yaml
 
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, five times as fast
+    return yaml.load(file.read_text(encoding="utf-8"), loader) or {}
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:

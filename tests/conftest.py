@@ -4,10 +4,13 @@ import os
 import sys
 
 import pytest
-import torch
 from tried import COUNTS
 
 from ssmzoo._torchvision import make_importable
+from ssmzoo.threads import wait_asleep
+
+wait_asleep()  # where a test asks for two threads on a core that others use, they would spin
+import torch  # noqa: E402
 
 # compiled files are kept whatever the environment says: a hundred processes of these tests import the package
 sys.dont_write_bytecode = False

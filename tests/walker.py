@@ -30,6 +30,16 @@ def leaves(model: nn.Module) -> list[str]:
     ]
 
 
+def form(module: nn.Module) -> tuple:
+    """Equal for modules of the same classes, shapes and settings."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return tuple(
+        (name, type(m), *((k, v) for k, v in vars(m).items() if isinstance(v, plain) and k != "layer_idx"))
+        + tuple(p.shape for p in m.parameters(recurse=False))
+        for name, m in module.named_modules()
+    )
+
+
 class Adapter(nn.Module):
     """What peft's layers are: the base's forward and a trained change; `.weight` and `.bias` are the frozen base's."""
 
@@ -110,8 +120,8 @@ def changes_of(model: nn.Module) -> dict[str, tuple]:
     for name in leaves(model):
         parts = name.split(".")
         first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        block = repr(model.get_submodule(".".join(parts[: first + 1])))
-        alike.setdefault((re.sub(r"\d+", "", name), block), []).append(name)
+        block = model.get_submodule(".".join(parts[: first + 1]))
+        alike.setdefault((re.sub(r"\d+", "", name), form(block)), []).append(name)
     found = {}
     for i, names in enumerate(alike.values()):
         for j, name in enumerate(names):
