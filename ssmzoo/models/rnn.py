@@ -14,8 +14,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import ModelOutput, itemsize, refuse_prefix
+from ssmzoo.ops.eager import why_not_eager
+from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.transforms import transformed
+
+
+class Elman(NamedTuple):
+    """y_t = act(x_t + W y_{t-1}): x (l b n) with the biases, weight (n n), first (b n); cell: relu or tanh."""
+
+    x: Tensor
+    weight: Tensor
+    first: Tensor
+    cell: str
+
+
+def elman(a: Elman) -> Tensor:
+    """y (l b n), by torch's functions."""
+    h, steps = a.first, []
+    for x in a.x:
+        h = getattr(torch, a.cell)(x + F.linear(h, a.weight))
+        steps.append(h)
+    return torch.stack(steps)
+
+
+def elman_forward(a: Elman, save: bool) -> tuple[tuple[Tensor], None]:
+    y, h, W, act = a.x.clone(), a.first, a.weight.T, getattr(torch, f"{a.cell}_")
+    for step in y.unbind():
+        h = act(step.addmm_(h, W))
+    return (y,), None
+
+
+def elman_backward(a: Elman, y: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Two calls a step, the gradient of the weights in one product; autograd takes a dozen calls a step."""
+    slope = torch.ops.aten.threshold_backward if a.cell == "relu" else torch.ops.aten.tanh_backward
+    slope, zero = slope.grad_input, (0,) if a.cell == "relu" else ()
+    dx, dys, g = torch.empty_like(y), dy.unbind(), dy[-1]
+    for t, (step, h) in reversed(list(enumerate(zip(dx.unbind(), y.unbind())))):
+        slope(g, h, *zero, grad_input=step)
+        g = torch.addmm(dys[t - 1], step, a.weight) if t else step @ a.weight
+    dweight = torch.addmm(dx[0].T @ a.first, dx[1:].flatten(0, 1).T, y[:-1].flatten(0, 1))
+    return {"x": dx, "weight": dweight, "first": g}
+
+
+ELMAN = Differentiable("elman", Elman, saved="y", twice=elman)
+ELMAN.kernels["torch"] = Kernel(elman_forward, elman_backward)
 
 
 class RNNState(NamedTuple):
@@ -73,6 +117,8 @@ class RNNModel(nn.Module):
         return ModelOutput(self.output_projection(y), state, {})
 
     def _run(self, x: Tensor, state: RNNState | None) -> tuple[Tensor, RNNState]:
+        if self._trains_by_steps(x):
+            return self._train(x, state)
         if state is None and transformed():  # vmap wants a first state with the axis of its samples
             state = RNNState(
                 *(None if s is None else s + 0 * x[:, :1, :1] for s in self.allocate_state(len(x), x.device, x.dtype))
@@ -85,6 +131,20 @@ class RNNModel(nn.Module):
         y, hidden = self.rnn(x, hidden)
         hidden = hidden if isinstance(hidden, tuple) else (hidden,)
         return y, RNNState(*(s.transpose(0, 1) for s in hidden))
+
+    def _trains_by_steps(self, x: Tensor) -> bool:
+        """Whether `elman_forward` and its gradient stand in for torch's cell, which autograd follows call by call."""
+        plain = torch.is_grad_enabled() and x.is_cpu and len(x) and is_plain(self.rnn, among=frozenset({nn.RNN}))
+        return plain and why_not_eager(x, *self.rnn.parameters()) is None
+
+    def _train(self, x: Tensor, state: RNNState | None) -> tuple[Tensor, RNNState]:
+        h = self.allocate_state(len(x), x.device).h if state is None else state.h
+        y, last = x.transpose(0, 1), []  # (l b ...)
+        for layer, (W_in, W, b_in, b) in enumerate(self.rnn.all_weights):
+            inputs = F.linear(y, W_in, b_in + b)
+            y = ELMAN(Elman(inputs, W, h[:, layer], self.rnn.nonlinearity), "torch")
+            last.append(y[-1])
+        return y.transpose(0, 1), RNNState(torch.stack(last, dim=1))
 
     def _step_by_step(self, x: Tensor, state: RNNState | None, mask: Tensor | None, seq_idx: Tensor | None):
         """torch's kernels know neither holes nor boundaries: one call per position, masked states kept."""

@@ -26,12 +26,15 @@ def consistency(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     logits (m c), labels (m), of which those that are IGNORE do not count. Cross entropy fades once every answer is
     right; this does not, so that a recurrence keeps being pulled towards one that neither drifts nor decays.
     """
-    member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(logits.dtype)  # (m classes)
-    counted = member.sum(-1, keepdim=True)  # 1, or 0 where ignored
-    means = member.mT @ logits / member.sum(0).clamp(min=1)[:, None]
-    mean = (counted * logits).sum(0) / counted.sum().clamp(min=1)
-    within = (counted * (logits - member @ means).square()).sum()
-    total = (counted * (logits - mean).square()).sum()
+    with torch.no_grad():  # means are where the squares are least: that they move adds nothing to the gradient
+        member = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(logits.dtype)  # (m classes)
+        counted, sizes = member.sum(-1, keepdim=True), member.sum(0)  # 1, or 0 where ignored
+        means = member.mT @ logits / sizes.clamp(min=1)[:, None]
+        mean = sizes @ means / sizes.sum().clamp(min=1)
+        centre, centres = counted * mean, member @ means
+    logits = counted * logits
+    within = F.mse_loss(logits, centres, reduction="sum")
+    total = F.mse_loss(logits, centre, reduction="sum")
     return within / total.clamp(min=1e-12)
 
 
@@ -98,13 +101,13 @@ class FormalLanguage(Task):
         labels = batch["labels"]  # (b l)
         asked = labels != IGNORE
         count = asked.sum()
-        if labels.is_cpu:  # a GPU would have to be waited for
-            chosen = logits[asked] if not bool(asked.all()) else logits.flatten(0, 1)  # (m c)
-            labels = labels[asked]
+        if labels.is_cpu and int(count) < labels.numel():  # a GPU would have to be waited for
+            chosen, labels = logits[asked], labels[asked]  # (m c), (m)
         else:
             chosen, labels = logits.flatten(0, 1), labels.flatten()
         chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(chosen, labels, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
+        lanes = chosen.mT[None], labels[None]  # along the last axis torch's vectors run: over m, not over few classes
+        cross_entropy = F.cross_entropy(*lanes, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
         loss, metrics = cross_entropy, {"cross_entropy": cross_entropy.detach()}
         if self.measuring or not training:
             metrics["accuracy"] = (chosen.argmax(-1) == labels).double().sum() / count

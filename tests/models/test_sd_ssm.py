@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ssmzoo.data.automata_library import BENCHMARK, automaton
 from ssmzoo.layers.state import map_state, select_rows
 from ssmzoo.models.complex_diagonal_ssm import ComplexDiagonalModel
-from ssmzoo.models.rnn import RNNModel
+from ssmzoo.models.rnn import RNNModel, RNNState
 from ssmzoo.models.sd_ssm import SDSSMModel, append_query_token
 from ssmzoo.released.load import load_official
 from ssmzoo.zoo import create_model
@@ -191,3 +191,21 @@ def test_bad_arguments():
 def test_presets_build(name):
     model = create_model(name, input_size=3, num_classes=2)
     assert model(torch.zeros(1, 2, dtype=torch.long)).logits.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("cell", ["relu", "tanh"])
+def test_the_rnn_trains_as_torchs_cell_does(cell, monkeypatch):
+    torch.manual_seed(0)
+    model, ids = RNNModel(4, 3, state_size=5, num_layers=2, cell=cell), torch.randint(4, (3, 7))
+    h = torch.randn(3, 2, 5, requires_grad=True)
+
+    def gradients():
+        logits, state, _ = model(ids, RNNState(h))
+        loss = logits.square().sum() + state.h.sin().sum()
+        first = torch.autograd.grad(loss, [h, *model.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), list(model.parameters()))
+        return [logits, state.h, *first, *second]
+
+    found = gradients()
+    monkeypatch.setattr(RNNModel, "_trains_by_steps", lambda self, x: False)
+    torch.testing.assert_close(found, gradients())

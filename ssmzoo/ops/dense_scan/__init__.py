@@ -13,6 +13,7 @@ Source: Terzic et al. 2025 (arXiv 2412.19350), section 4; IBM/selective-dense-st
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from ssmzoo.ops.checks import compute_dtype, expect, expect_floats, expect_seq_idx, resets
 from ssmzoo.ops.dispatch import op
-from ssmzoo.ops.eager import needs_grad
-from ssmzoo.ops.library import Differentiable
+from ssmzoo.ops.eager import eager, needs_grad
+from ssmzoo.ops.library import Differentiable, Kernel
 from ssmzoo.ops.transforms import transformed
 
 RESET, SKIP = 1 << 30, 1 << 28  # flags in the step codes, above any symbol
@@ -39,6 +40,38 @@ def mix_transitions(A_dict: Tensor, weights: Tensor, p_norm: float = 1.0) -> Ten
     """
     M = torch.einsum("ijk,...k->...ij", A_dict, weights)
     return M / torch.linalg.vector_norm(M, p_norm, dim=-2, keepdim=True)
+
+
+class Mixing(NamedTuple):
+    """The arguments of `mix_transitions`; weights (s k)."""
+
+    A_dict: Tensor
+    weights: Tensor
+    p_norm: float
+
+
+def mix_forward(a: Mixing, save: bool) -> tuple[tuple[Tensor], Tensor]:
+    """Kept are M and sign(M) |M|^(p-1)."""
+    n, p, (s, k) = len(a.A_dict), a.p_norm, a.weights.shape
+    M, slope = kept = a.weights.new_empty(2, s, n, n)
+    torch.mm(a.weights, a.A_dict.view(-1, k).T, out=M.view(s, -1))
+    torch.pow(M.abs(), p - 1, out=slope).mul_(M.sign())
+    return (M / (M * slope).sum(-2, keepdim=True).pow_(1 / p),), kept
+
+
+def mix_backward(a: Mixing, kept: Tensor, dT: Tensor) -> dict[str, Tensor]:
+    """dM = (dT - sign(M) |M|^(p-1) sum_i(dT M) / v^p) / v, with v^p = sum_i |M|^p and i the row."""
+    M, slope = kept
+    power = (M * slope).sum(-2, keepdim=True)
+    pull = (dT * M).sum(-2, keepdim=True).div_(power)
+    dM = torch.addcmul(dT, slope, pull, value=-1).div_(power.pow_(1 / a.p_norm)).flatten(1)  # (s nn)
+    return {"A_dict": (dM.T @ a.weights).view(a.A_dict.shape), "weights": dM @ a.A_dict.flatten(0, 1)}
+
+
+MIX = Differentiable(
+    "mix_transitions", Mixing, saved="kept", twice=lambda a: mix_transitions(a.A_dict, a.weights, a.p_norm)
+)
+MIX.kernels["torch"] = Kernel(mix_forward, mix_backward)
 
 
 def check(a) -> None:
@@ -199,7 +232,10 @@ def scan(a, backend: str, parallel: bool) -> tuple[Tensor, Tensor]:
         last, states = MIXTURES(Mixtures(A_dict, weights, x, codes, h0, float(a.p_norm), keep, parallel), backend)
     else:
         with torch.autocast(A_dict.device.type, enabled=False):
-            T = mix_transitions(A_dict, weights, a.p_norm).contiguous()
+            if eager(A_dict, weights) and 1 <= a.p_norm < math.inf:  # else one step of torch's after the other
+                T = MIX(Mixing(A_dict, weights, float(a.p_norm)), "torch")
+            else:
+                T = mix_transitions(A_dict, weights, a.p_norm).contiguous()
         if x.ndim == 2:
             x = F.embedding((codes & (SKIP - 1)).clamp(max=len(x) - 1), x)  # the kernel reports bad symbols
         last, states = SYMBOLS(Symbols(T, x, codes, h0, keep, parallel), backend)
