@@ -4,7 +4,8 @@
 
 Each checkout has processes of its own (its kernels must have been built: python -m ssmzoo.ops.native.build). Work:
 our contender of every case of `ssmzoo bench` that both checkouts have, a training step and a forward of each default
-model. The median of the ratios of neighbouring runs is printed, above 1 where this checkout is faster.
+model, and of the smallest ones a step of `train.py`: batch, loss, gradients, clipping, optimiser, rows. The median of
+the ratios of neighbouring runs is printed, above 1 where this checkout is faster.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ LANGUAGE = {
     "rnn": {"input_size": 16, "num_classes": 16},
     "sd_ssm": {"input_size": 16, "num_classes": 16},
 }
+SMALL = {"sd_ssm": ["max_steps=150"], "rnn": ["max_steps=150"], "mamba": ["max_steps=15", "model.d_model=32"]}
 IMAGES = {
     "vim_tiny": 224,
     "vmamba_tiny": 224,
@@ -38,7 +41,7 @@ IMAGES = {
 }
 
 
-def model_work(name: str, train: bool):
+def model_work(name: str, train: bool, **arguments):
     """A function that runs the model once (with its backward where `train`) on random input of its kind."""
     import torch
 
@@ -51,7 +54,7 @@ def model_work(name: str, train: bool):
     else:
         import ssmzoo
 
-        model, x = ssmzoo.create_model(name, **LANGUAGE[name]), torch.randint(0, 16, (4, 257))
+        model, x = ssmzoo.create_model(name, **LANGUAGE[name] | arguments), torch.randint(0, 16, (4, 257))
     model.train(train)
 
     def run():
@@ -61,6 +64,45 @@ def model_work(name: str, train: bool):
         if train:
             out.float().square().mean().backward()
             model.zero_grad()
+
+    return run
+
+
+def trainer_work(name: str, steps: str, *overrides: str):
+    """A function that trains as `python train.py model=NAME` would, without validation: CPU ms of one of its steps."""
+    from ssmzoo._torchvision import make_importable
+
+    make_importable()
+    import lightning as L
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from ssmzoo.presets import config_dir
+    from ssmzoo.train.build import build, build_loop
+    from ssmzoo.train.config import register_resolvers
+    from ssmzoo.train.freed_memory import keep_freed_memory
+    from ssmzoo.train.quiet import quiet
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+            self.times = [*getattr(self, "times", []), time.process_time()]
+
+    register_resolvers()
+    quiet()
+    keep_freed_memory()
+    asked = [f"model={name}", f"trainer.{steps}", "trainer.limit_val_batches=0", "trainer.accelerator=cpu", *overrides]
+
+    def run() -> float:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose("train", [*asked, "callbacks.checkpoint.every_n_minutes=0"])
+        OmegaConf.update(cfg, "model_name", name, force_add=True)
+        with tempfile.TemporaryDirectory() as folder:
+            objects, clock = build(cfg), Clock()
+            trainer = build_loop(objects, Path(folder)).trainer
+            trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ != "Checkpointer"] + [clock]
+            trainer.fit(objects.task, datamodule=objects.data)
+        later = clock.times[len(clock.times) // 5 :]
+        return 1e3 * (later[-1] - later[0]) / (len(later) - 1)
 
     return run
 
@@ -78,6 +120,9 @@ def work() -> dict:
             found[f"{name}: {'forward and backward' if train else 'forward'}"] = lambda name=name, train=train: (
                 model_work(name, train)
             )
+    found["mamba, d_model 32: forward and backward"] = lambda: model_work("mamba", True, d_model=32)
+    for name, asked in SMALL.items():
+        found[", ".join([name, *asked[1:]]) + ": step of train.py"] = lambda name=name, a=asked: trainer_work(name, *a)
     return found
 
 
@@ -101,8 +146,8 @@ def serve() -> None:
                 answer("ready")
             else:
                 started = time.process_time()
-                run()
-                answer(1e3 * (time.process_time() - started))
+                own = run()  # its own measure of a part, or whatever the work returns
+                answer(own if isinstance(own, float) else 1e3 * (time.process_time() - started))
         except Exception as error:
             answer(f"failed: {error!r:.150}".replace("\n", " "))
 

@@ -66,6 +66,13 @@ class Task(L.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning notes the hook at work forty times a step; nn.Module looks for parameters and modules first."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def step(self, batch: dict[str, Tensor], training: bool) -> StepOutput:
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, training)")
 
