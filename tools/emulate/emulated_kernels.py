@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ARGUMENTS = 6
+ARGUMENTS = 13
 SERVER = subprocess.Popen(
     json.loads(os.environ["SSMZOO_EMULATOR"]),
     stdin=subprocess.PIPE,
@@ -21,7 +21,9 @@ SERVER = subprocess.Popen(
     env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
 )
 CALLS: dict[str, int] = {}  # of the emulated library, by function
-HERE = ("ssmzoo_use_team", "ssmzoo_commit")  # matters of this process's threads and memory
+HERE = ("ssmzoo_use_team", "ssmzoo_commit", "ssmzoo_gather")  # matters of this process's threads and memory
+PROGRAMS = ("ssmzoo_token_step", "ssmzoo_decode")  # they read lists in memory of Python's, which is not shared
+EVERY = "SSMZOO_EVERY_KERNEL" in os.environ  # a kernel that no call reaches is a failure
 
 
 class Function:
@@ -91,8 +93,16 @@ ctypes.CDLL = Loader
 def pytest_terminal_summary(terminalreporter) -> None:
     calls = ", ".join(f"{name.removeprefix('ssmzoo_')} {count}" for name, count in sorted(CALLS.items()))
     terminalreporter.write_line(f"calls of emulated kernels: {calls or 'none'}")
+    if EVERY and unreached():
+        terminalreporter.write_line(f"kernels that no call has reached: {', '.join(unreached())}")
+
+
+def unreached() -> list[str]:
+    """Functions of the library that the package has looked up and nobody called."""
+    names = {name for name in LIBRARY._functions if name.startswith("ssmzoo_")}
+    return sorted(names - set(CALLS) - {*HERE, *PROGRAMS, "ssmzoo_source_hash"})
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
-    if not CALLS:
+    if not CALLS or (EVERY and unreached()):
         session.exitstatus = 1

@@ -6,11 +6,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { ARGUMENTS = 6 };
+enum { ARGUMENTS = 13 };
 typedef struct {
     char name[64];
     int64_t value[ARGUMENTS], bytes[ARGUMENTS];  // bytes > 0: the argument points to so many, which follow
 } request;
+typedef int64_t function(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                         int64_t, int64_t, int64_t);  // one that takes fewer leaves the rest alone
 
 static void in(void *to, size_t bytes) { if (bytes && fread(to, bytes, 1, stdin) != 1) exit(0); }
 static void out(const void *from, size_t bytes) { if (bytes && fwrite(from, bytes, 1, stdout) != 1) exit(1); }
@@ -29,9 +31,10 @@ int main(int count, char **arguments) {
             in(p, (size_t)r.bytes[i]);
             v[i] = (int64_t)p;
         }
-        int64_t (*function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) =
-            (int64_t (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t))dlsym(library, r.name);
-        int64_t found = function != NULL, result = found ? function(v[0], v[1], v[2], v[3], v[4], v[5]) : 0;
+        function *called = (function *)dlsym(library, r.name);
+        int64_t found = called != NULL, result = 0;
+        if (found)
+            result = called(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12]);
         out(&found, sizeof found);
         out(&result, sizeof result);
         for (int i = 0; i < ARGUMENTS; i++)
