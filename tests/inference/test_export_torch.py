@@ -1,5 +1,6 @@
 """torch.export programs give what the model gives, at other batches and many tokens later, without ssmzoo."""
 
+import functools
 import subprocess
 import sys
 
@@ -15,15 +16,29 @@ FAST = ("mamba (text)", "mamba2 (text)", "vim", "mambair_classic_x2")
 RUNS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in exports.RUNS]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function: the model of a run and the folder of its program, made once."""
+
+    @functools.cache
+    def of(name):
+        folder = tmp_path_factory.mktemp("exported")
+        source = exports.source(name, folder / "run")
+        return source, export(source, "torch_export", folder / "out")
+
+    return of
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_the_program_computes_what_the_model_computes(name, tmp_path):
+def test_the_program_computes_what_the_model_computes(name, exported, tmp_path):
     source = exports.source(name, tmp_path / "run")
     if reason := refuse(source):
         with pytest.raises(ValueError, match="has no layout 'torch_export'"):
             export(source, "torch_export", tmp_path / "out")
         assert len(reason) > 10
         return
-    program = torch.export.load(export(source, "torch_export", tmp_path / "out") / FILE).module()
+    source, folder = exported(name)
+    program = torch.export.load(folder / FILE).module()
     if source.kind == "language":
         ids = torch.randint(29, (3, 9))
         state = [torch.zeros(3, *t.shape[1:], dtype=t.dtype) for t in tensors_of(first_state(source.model))]
@@ -40,8 +55,8 @@ def test_the_program_computes_what_the_model_computes(name, tmp_path):
         torch.testing.assert_close(program(x), exports.outputs(source.model, x), rtol=1e-4, atol=1e-5)
 
 
-def test_another_program_reads_it_without_ssmzoo(tmp_path):
-    out = export(exports.source("mamba (text)", tmp_path / "run"), "torch_export", tmp_path / "out")
+def test_another_program_reads_it_without_ssmzoo(exported):
+    _, out = exported("mamba (text)")
     block = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]  # the model card's own lines
     check = "import sys\nassert logits.shape[:2] == (1, 1) and not any(m.startswith('ssmzoo') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", f"{block}\n{check}"], cwd=out, check=True)
