@@ -3,7 +3,7 @@
     python tools/emulate/run.py [pytest arguments]
 
 By default a small call of every operator (test_kernels.py) and tests at awkward sizes, and it fails where a kernel was
-not called: 18 s of CPU time beside the emulator's, six minutes in all on two cores with ten other programs.
+not called: 80 s, 2:17 with start and end (kernels compiled already), on two cores with eight other programs.
 Only the kernels are emulated: tensors lie in memory that this process and the emulated one share (arena.c, serve.c).
 Needs Linux and two packages: apt-get install qemu-user gcc-aarch64-linux-gnu (or clang, with CC=clang and the libraries
 of the latter). Exit status 77 when they are missing.
