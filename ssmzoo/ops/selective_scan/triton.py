@@ -66,7 +66,7 @@ class Launch:
             warps = max(warps, min(4, self.E * self.T // 32))
         self.sizes = (l, g * size, n, g, size, self.blocks, self.chunks, self.per, self.slot, *(a.map or (1, 1, 0, 0)))
         self.options = {"MAP": a.map is not None, "E": self.E, "T": self.T, "num_warps": warps, "num_stages": 1}
-        if self.segments > 1 or back and a.map is not None:  # few programs, or spills where one more block fits
+        if self.segments > 1 or back or a.fresh is not None:  # few programs, or spills where one more block fits
             self.options |= ALL_REGISTERS
         self.constant = {"CONSTANT_B": a.B.ndim == 2, "CONSTANT_C": a.C.ndim == 2}
 
