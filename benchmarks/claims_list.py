@@ -269,10 +269,9 @@ CLAIMS = {
             "Smaller patches keep making a plain encoder better, down to single pixels (Adventurer).",
             "ImageNet top-1 at 64 px, patch 16 to 1: Adventurer-B 69.2 77.2 80.0 80.5 80.9, DeiT-B 68.2 76.9 80.1 80.8 "
             "81.3 (arXiv 2502.03738)",
-            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), width 64, 4 blocks; 60 steps of 32, by which "
-            "finer patches have learnt less",
+            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), width 64, 4 blocks; 160 steps of 32",
             (
-                *short(60),
+                *short(160),
                 "data.image_size=16",
                 "data.batch_size=32",
             ),
@@ -336,11 +335,11 @@ CLAIMS = {
             "dense_heads",
             "With small patches the head matters less: a linear layer does what UPerNet does.",
             "ADE20K mIoU, Adventurer-B: UPerNet at patch 16 45.7; linear 44.0 at 16, 46.8 at 2 (arXiv 2502.03738)",
-            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 50 steps of 8, judged on 40 scenes",
+            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 150 steps of 8, judged on 40 scenes",
             (
                 "model=adventurer",
                 "task=segmentation",
-                *short(50),
+                *short(150),
                 "data.batch_size=8",
                 "data.val_scenes=40",
             ),
@@ -359,11 +358,11 @@ CLAIMS = {
             "relative attention); negative eigenvalues let a linear recurrence track parity.",
             "flip-flop language: all of 50 seeds solve it, not verified (arXiv 2503.23174); DeltaNet with eigenvalues "
             "in [-1, 1] solves parity (arXiv 2411.12537)",
-            "parity, an answer at every prefix of up to 40 symbols, 250 steps of 32; 2 layers, width 64; judged on "
+            "parity, an answer at every prefix of up to 40 symbols, 1,000 steps of 32; 2 layers, width 64; judged on "
             "32 strings of 41 to 500 symbols",
             (
                 "experiment=regular_languages/parity",
-                *short(250)[:2],
+                *short(1000)[:2],
                 "data.batch_size=32",
                 "data.test_strings=prefixes",
                 "data.test_samples=32",
@@ -386,12 +385,12 @@ CLAIMS = {
                 f"words_{name}",
                 f"{sentence} (word problem of {group}, lengths beyond training).",
                 published,
-                f"an answer at every prefix of up to 40 generators of {group}, 400 steps of 64; judged on 64 strings "
+                f"an answer at every prefix of up to 40 generators of {group}, 1,000 steps of 64; judged on 64 strings "
                 "of 41 to 500",
                 (
                     "experiment=regular_languages/a5",
                     *language,
-                    *short(400)[:2],
+                    *short(1000)[:2],
                     "data.batch_size=64",
                     "data.test_strings=prefixes",
                     "data.test_samples=64",
