@@ -213,7 +213,14 @@ def short(steps: int) -> tuple[str, ...]:
 
 DIGITS = "scikit-learn's digits (1,797 handwritten ones, 32 x 32 pixels), 220 steps of 64"
 
-
+ATTENTION = (
+    Arm("Transformer, rotary", ("model=transformer", "model.d_model=64", "model.n_heads=4"), 1e-3),
+    Arm(
+        "Transformer, threshold relative",
+        ("model=transformer", "model.d_model=64", "model.n_heads=4", "model.attention=threshold"),
+        1e-3,
+    ),
+)
 RECURRENT = (
     Arm("SD-SSM", ("model=sd_ssm",), 1e-2),
     Arm("complex diagonal", ("model=complex_diagonal_ssm",), 5e-3),
@@ -368,12 +375,7 @@ CLAIMS = {
                 "data.test_samples=32",
             ),
             (
-                Arm("Transformer, rotary", ("model=transformer", "model.d_model=64", "model.n_heads=4"), 1e-3),
-                Arm(
-                    "Transformer, threshold relative",
-                    ("model=transformer", "model.d_model=64", "model.n_heads=4", "model.attention=threshold"),
-                    1e-3,
-                ),
+                *ATTENTION,
                 *RECURRENT,
             ),
             beyond_training,

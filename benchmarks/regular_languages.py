@@ -1,73 +1,108 @@
 """Fill docs/results/regular_languages.md: train models on regular languages and test them at every length.
 
     python benchmarks/regular_languages.py                          everything that is missing, then the page
+    python benchmarks/regular_languages.py --budget 60              what is missing, for so many minutes; then the page
     python benchmarks/regular_languages.py --models sd_ssm --cells a5,d4 --seeds 0,1,2
     python benchmarks/regular_languages.py --page-only
     python benchmarks/regular_languages.py --speed                  training steps per second beside a step-by-step loop
 
-Runs are kept under --runs and not repeated. Every cell trains by configs/experiment/regular_languages/<cell>.yaml, for
-the other models with the same data, steps and supervision; only sizes and learning rates are theirs, see MODELS.
+What is finished stands in docs/results/regular_languages.json and is not repeated. Every cell trains by
+configs/experiment/regular_languages/<cell>.yaml, for the other models with the same data and supervision; sizes,
+learning rates and the budget of those called "short" are in MODELS.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from claims import OutOfTime, train_in_fork
+from claims_list import ATTENTION, RECURRENT
+
+ROOT = Path(__file__).resolve().parent.parent
 CELLS = ("parity", "even_pairs", "cycle", "modular_arithmetic", "c2xc4", "d4", "a5", "c2xc30", "d30")
-MODELS = {  # model: (name in the table, overrides, seeds, fresh strings for every length)
-    "sd_ssm": ("SD-SSM", [], (0, 1, 2), True),
-    "lstm": ("LSTM", [], (0,), True),
-    "complex_diagonal_ssm": ("complex diagonal", ["data.test_samples=128"], (0,), False),
-    "mamba": (
+SHORT = ("trainer.max_steps=1000", "trainer.val_check_interval=1000", "data.batch_size=32")
+
+
+class Contender(NamedTuple):
+    """name in the tables, overrides of train.py; fresh: tested on fresh strings of every length, 512 each, or else on
+    every prefix of few long ones; short: in the table of the small budget; long: follows strings of 100,000 symbols."""
+
+    name: str
+    overrides: tuple[str, ...]
+    fresh: bool = False
+    short: bool = False
+    long: bool = False
+
+
+MODELS = {
+    "sd_ssm": Contender("SD-SSM", ("model=sd_ssm",), fresh=True, long=True),
+    "lstm": Contender("LSTM", ("model=lstm",), fresh=True),
+    "complex_diagonal_ssm": Contender("complex diagonal", ("model=complex_diagonal_ssm", "data.test_samples=128")),
+    "mamba": Contender(
         "Mamba, 2 layers",
-        ["model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"],
-        (0,),
-        False,
+        ("model=mamba", "model.d_model=64", "model.n_layer=2", "optim.lr=3e-3", "data.test_samples=128"),
     ),
+    **{
+        arm.slug: Contender(
+            arm.name, (*arm.overrides, *SHORT, f"optim.lr={arm.lr:g}", "data.test_samples=128"), short=True
+        )
+        for arm in (*ATTENTION, *RECURRENT)
+        if arm.name != "complex diagonal"
+    },
 }
+SEEDS = (0, 1, 2)
 PAGE, FIGURE = ROOT / "docs/results/regular_languages.md", ROOT / "docs/results/regular_languages.png"
+RESULTS = ROOT / "docs/results/regular_languages.json"
 
 
-def run_folder(runs: Path, model: str, cell: str, seed: int) -> Path:
-    return runs / model / f"{cell}-seed{seed}"
+def load() -> dict:
+    """{model: {cell: {seed: Result of a run}}}"""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def train(runs: Path, model: str, cell: str, seed: int) -> None:
-    """Train, test at every length, then follow long strings; skips what is there."""
-    folder = run_folder(runs, model, cell, seed)
-    _, overrides, _, independent = MODELS[model]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if not (folder / "lengths.csv").exists():
-        command = [
-            sys.executable,
-            "train.py",
-            f"experiment=regular_languages/{cell}",
-            f"model={model}",
-            f"seed={seed}",
-            f"name={folder.name}",
-            f"runs_dir={runs}",
-            *overrides,
-        ]
-        if not independent:
-            command.append("data.test_strings=prefixes")
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        (folder / "seconds.txt").write_text(f"{seconds:.0f}\n")
-    if not (folder / "eval" / "long.csv").exists():
+def store(known: dict) -> None:
+    """One line for every run."""
+    RESULTS.write_text(re.sub(r'("[012]": )', r"\n\1", json.dumps(known, sort_keys=True)) + "\n")
+
+
+def note(key: tuple[str, str, str], found: dict) -> None:
+    known = load()
+    known.setdefault(key[0], {}).setdefault(key[1], {})[key[2]] = found
+    store(known)
+
+
+def train(runs: Path, model: str, cell: str, seed: int, left: float) -> dict:
+    """Trains and tests at every length, then follows long strings; what is kept of the run."""
+    contender, name = MODELS[model], f"{model}-{cell}-seed{seed}"
+    words = [
+        f"experiment=regular_languages/{cell}",
+        *contender.overrides,
+        f"seed={seed}",
+        f"name={name}",
+        f"runs_dir={runs}",
+        "trainer.accelerator=cpu",
+    ]
+    if not contender.fresh:
+        words.append("data.test_strings=prefixes")
+    runs.mkdir(parents=True, exist_ok=True)
+    seconds = train_in_fork(words, runs / f"{name}.log", left)
+    folder = max(runs.glob(f"*/{name}*"), key=lambda found: found.stat().st_mtime)
+    if contender.long:
         command = [sys.executable, "eval.py", f"ckpt={folder}", "data.test_strings=prefixes", "data.test_samples=8"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return summary(folder) | {"seconds": round(seconds)}
 
 
 def read_lengths(folder: Path) -> list[tuple[int, int, int]]:
@@ -76,47 +111,55 @@ def read_lengths(folder: Path) -> list[tuple[int, int, int]]:
         return [(int(r["length"]), int(r["strings"]), int(r["right"])) for r in csv.DictReader(file)]
 
 
-class Result:
-    """One run: mean and lowest accuracy over the lengths 1 to 500, the first length under 100 %, and along long
-    strings."""
-
-    def __init__(self, folder: Path):
-        rows = read_lengths(folder)
-        accuracies = [100 * right / strings for _, strings, right in rows]
-        self.mean, self.lowest = statistics.mean(accuracies), min(accuracies)
-        self.beyond = statistics.mean(a for (length, _, _), a in zip(rows, accuracies) if length > 40)
-        self.first = next((length for length, strings, right in rows if right < strings), None)
-        self.strings = sum(strings for _, strings, _ in rows)
-        self.steps = int(re.search(r"max_steps: (\d+)", (folder / "config.yaml").read_text())[1])
-        seconds = folder / "seconds.txt"
-        self.seconds = int(seconds.read_text()) if seconds.exists() else None
-        self.long_length, self.long_wrong = 0, None
-        if (folder / "eval" / "long.csv").exists():
-            with open(folder / "eval" / "long.csv", newline="") as file:
-                last = list(csv.DictReader(file))[-1]
-            self.long_length, self.long_wrong = int(last["position"]), int(last["first_wrong"] or 0) or None
-
-    def along(self) -> str:
-        if not self.long_length:
-            return ""
-        return f"none to {self.long_length:,}" if self.long_wrong is None else f"{self.long_wrong:,}"
-
-
-def page(runs: Path) -> str:
+def summary(folder: Path) -> dict:
+    """Of a run: mean and lowest accuracy over the lengths 1 to 500 and mean over those beyond 40, in per cent, the
+    first length under 100 %, every tenth length's accuracy ("curve"), and how far long strings were followed."""
+    rows = read_lengths(folder)
+    accuracies = [100 * right / strings for _, strings, right in rows]
     found = {
-        (model, cell): [
-            Result(run_folder(runs, model, cell, seed))
-            for seed in seeds
-            if (run_folder(runs, model, cell, seed) / "lengths.csv").exists()
-        ]
-        for model, (_, _, seeds, _) in MODELS.items()
-        for cell in CELLS
+        "mean": statistics.mean(accuracies),
+        "lowest": min(accuracies),
+        "beyond": statistics.mean(a for (length, _, _), a in zip(rows, accuracies) if length > 40),
+        "first": next((length for length, strings, right in rows if right < strings), None),
+        "steps": int(re.search(r"max_steps: (\d+)", (folder / "config.yaml").read_text())[1]),
+        "curve": [round(a, 1) for (length, _, _), a in zip(rows, accuracies) if length % 10 == 0],
     }
+    if (folder / "eval" / "long.csv").exists():
+        with open(folder / "eval" / "long.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        found |= {"long_length": int(last["position"]), "long_wrong": int(last["first_wrong"] or 0) or None}
+    return found
+
+
+def along(result: dict) -> str:
+    wrong = result["long_wrong"]
+    return f"none to {result['long_length']:,}" if wrong is None else f"{wrong:,}"
+
+
+def beside(models: list[str], known: dict) -> list[str]:
+    """Rows: accuracy beyond the trained lengths, mean and deviation of the seeds."""
+    lines = [
+        "| language | " + " | ".join(MODELS[m].name for m in models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for cell in CELLS:
+        row = []
+        for model in models:
+            values = [r["beyond"] for r in known.get(model, {}).get(cell, {}).values()]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            short_of = f" ({len(values)} seed{'s' * (len(values) > 1)})" if 0 < len(values) < len(SEEDS) else ""
+            row.append(f"{statistics.mean(values):.1f}{spread}{short_of}" if values else "not tried yet")
+        lines.append(f"| {cell} | " + " | ".join(row) + " |")
+    return lines
+
+
+def page() -> str:
+    known = load()
     lines = [
         "# Regular languages",
         "",
         "Written by `python benchmarks/regular_languages.py`; every run on "
-        "one thread of a CPU, times are CPU times, from start to end with all tests.",
+        "one thread of a CPU, times are CPU times of training and test at every length.",
         "",
         "## SD-SSM",
         "",
@@ -130,40 +173,36 @@ def page(runs: Path) -> str:
         "|---" * 9 + "|",
     ]
     for cell in CELLS:
-        results = found["sd_ssm", cell]
+        results = list(known.get("sd_ssm", {}).get(cell, {}).values())
         if not results:
             continue
-        best = max(results, key=lambda r: r.mean)
-        seconds = [r.seconds for r in results if r.seconds]
+        best = max(results, key=lambda r: r["mean"])
         lines.append(
-            f"| {cell} | {len(results)} | {best.mean:.3f} % | {statistics.mean(r.mean for r in results):.3f} "
-            f"% | {best.lowest:.2f} % | {', '.join(str(r.first or 'none') for r in results)} | "
-            f"{'; '.join(r.along() for r in results)} | {best.steps:,} | "
-            f"{max(seconds) if seconds else '?'} s |"
+            f"| {cell} | {len(results)} | {best['mean']:.3f} % | {statistics.mean(r['mean'] for r in results):.3f} "
+            f"% | {best['lowest']:.2f} % | {', '.join(str(r['first'] or 'none') for r in results)} | "
+            f"{'; '.join(along(r) for r in results)} | {best['steps']:,} | {max(r['seconds'] for r in results)} s |"
         )
     lines += [
         "",
         "## Beside it",
         "",
-        "Mean accuracy over the lengths 41 to 500 (never seen in training), in %: the "
-        "same training strings, answers, steps and batch; for SD-SSM the mean of its seeds, for the others one "
-        "seed. SD-SSM and LSTM are tested as above; complex diagonal and Mamba on every prefix of 128 strings of "
-        "500 symbols and of 1,024 of 40.",
+        "Mean accuracy over the lengths 41 to 500 (never seen in training), in %, mean and standard deviation of three "
+        "seeds: the same training strings, answers, steps and batch. SD-SSM and LSTM are tested as above; complex "
+        "diagonal and Mamba on every prefix of 128 strings of 500 symbols and of 1,024 of 40.",
         "",
-        "| language | " + " | ".join(v[0] for v in MODELS.values()) + " |",
-        "|---" * (len(MODELS) + 1) + "|",
+        *beside([m for m, c in MODELS.items() if not c.short], known),
+        "",
+        "The same for attention and later recurrences (width 64, 2 layers) by a smaller budget, 1,000 steps of 32 "
+        "strings, SD-SSM among them; tested on every prefix.",
+        "",
+        *beside([m for m, c in MODELS.items() if c.short], known),
     ]
-    for cell in CELLS:
-        cells = [f"{statistics.mean(r.beyond for r in found[m, cell]):.1f}" if found[m, cell] else "" for m in MODELS]
-        if any(cells):
-            lines.append(f"| {cell} | " + " | ".join(cells) + " |")
-    if (runs / "speed.txt").exists():
-        lines += ["", "## Speed", "", (runs / "speed.txt").read_text().strip()]
+    lines += ["", "## Speed", "", known["speed"].strip()] if "speed" in known else []
     lines += ["", "![accuracy against length](regular_languages.png)", "", NOTES]
     return "\n".join(lines) + "\n"
 
 
-def speed(runs: Path) -> None:
+def speed() -> None:
     """Time the step of both recipes, the step by the published code's operations, and the making of batches."""
     import torch
 
@@ -205,8 +244,7 @@ def speed(runs: Path) -> None:
         *(f"| {name} | {1e3 * step:.1f} ms | {batch} | {ratio} |" for name, step, batch, ratio in rows),
     ]
     text = "\n".join(lines) + "\n"
-    runs.mkdir(parents=True, exist_ok=True)
-    (runs / "speed.txt").write_text(text)
+    store(load() | {"speed": text})
     print(text)
 
 
@@ -297,53 +335,62 @@ The published recipe (`experiment=regular_languages/published`) takes a million 
 """
 
 
-def draw(runs: Path) -> None:
+def draw() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(3, 3, figsize=(11, 8), sharex=True, sharey=True, constrained_layout=True)
-    colours = ("#0072B2", "#009E73", "#E69F00", "#D55E00")
+    known = load()
+    figure, grid = plt.subplots(3, 3, figsize=(12, 9), sharex=True, sharey=True, constrained_layout=True)
+    lengths = range(10, 501, 10)
     for axis, cell in zip(grid.flat, CELLS):
         axis.axvspan(1, 40, color="0.9")
-        for (model, (name, _, seeds, _)), colour in zip(MODELS.items(), colours):
-            folder = run_folder(runs, model, cell, seeds[0])
-            if (folder / "lengths.csv").exists():
-                rows = read_lengths(folder)
-                lengths, accuracies = [r[0] for r in rows], [100 * r[2] / r[1] for r in rows]
-                axis.plot(lengths, accuracies, color=colour, label=name, linewidth=1.2)
+        for index, (model, contender) in enumerate(MODELS.items()):
+            curves = [r["curve"] for r in known.get(model, {}).get(cell, {}).values() if "curve" in r]
+            if curves:
+                name = f"{contender.name}, 1,000 steps" if contender.short else contender.name
+                style = "--" if contender.short else "-"
+                axis.plot(lengths, curves[0], style, color=f"C{index}", label=name, linewidth=1.1)
         axis.set(title=cell, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     for axis in grid[-1]:
         axis.set_xlabel("string length (symbols)")
     for axis in grid[:, 0]:
-        axis.set_ylabel("accuracy (%)")
-    grid[0, 0].legend(fontsize=7, loc="lower left")
+        axis.set_ylabel("accuracy (%), one seed")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--cells", default=",".join(CELLS))
-    parser.add_argument("--seeds", default=None, help="instead of each model's own")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--cells", default=",".join(CELLS), help=f"some of {', '.join(CELLS)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "regular_languages")
     parser.add_argument("--page-only", action="store_true")
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
+    models, cells, seeds = (value.split(",") for value in (arguments.models, arguments.cells, arguments.seeds))
+    for value, known in ((models, MODELS), (cells, CELLS)):
+        if unknown := [v for v in value if v not in known]:
+            parser.error(f"unknown {unknown[0]}; choose from {', '.join(known)}")
     if arguments.speed:
-        speed(arguments.runs)
-        arguments.page_only = True
-    if not arguments.page_only:
-        for model in arguments.models.split(","):
-            for cell in arguments.cells.split(","):
-                for seed in map(int, arguments.seeds.split(",")) if arguments.seeds else MODELS[model][2]:
-                    print(f"{model} {cell} seed {seed}", flush=True)
-                    train(arguments.runs.resolve(), model, cell, seed)
+        speed()
+    elif not arguments.page_only:
+        until = time.monotonic() + 60 * arguments.budget
+        try:
+            for seed, model, cell in itertools.product(seeds, models, cells):
+                if seed not in load().get(model, {}).get(cell, {}):
+                    found = train(arguments.runs.resolve(), model, cell, int(seed), until - time.monotonic())
+                    note((model, cell, seed), found)
+                    print(f"{model} {cell} seed {seed}: {found['beyond']:.1f} %, {found['seconds']} s", flush=True)
+        except OutOfTime:
+            print(f"{arguments.budget:g} minutes are over; the same command goes on", flush=True)
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(page(arguments.runs), encoding="utf-8")
-    draw(arguments.runs)
+    PAGE.write_text(page(), encoding="utf-8")
+    draw()
     print(f"written: {PAGE} and {FIGURE}")
 
 
