@@ -62,9 +62,9 @@ def train_in_fork(words: list[str], log: Path, left: float) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
-    """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
-    name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
+def finished(words: list[str], runs: Path, name: str, until: float) -> tuple[Path, float]:
+    """The folder of the run that train.py makes with these words, and its CPU seconds; it is made now, or goes on from
+    its last checkpoint, unless it was finished before. OutOfTime at `until` (of time.monotonic)."""
     found = next((f.parent for f in runs.glob(f"*/{name}/status.txt")), None)
     if found and not list(found.glob("checkpoints/*")):
         shutil.rmtree(found)  # it was ended before there was anything to go on from
@@ -75,24 +75,26 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
         left = until - time.monotonic()
         if left <= 0:
             raise OutOfTime
-        files = runs / "data" / claim.name
-        if claim.prepare is not None and not files.exists():
-            made = files.with_name(f".{claim.name}")
-            claim.prepare(made)
-            made.rename(files)
-        fresh = [
-            *(word.replace("{data}", str(files)) for word in (*claim.common, *arm.overrides)),
-            f"optim.lr={rate:g}",
-            f"seed={seed}",
-            f"name={name}",
-            f"runs_dir={runs}",
-        ]
-        arguments = [f"resume={found}"] if found else fresh
+        arguments = [f"resume={found}"] if found else [*words, f"name={name}", f"runs_dir={runs}"]
         (runs / "logs").mkdir(parents=True, exist_ok=True)
         used += train_in_fork(arguments, runs / "logs" / f"{name}.log", left)
         found = next(f.parent for f in runs.glob(f"*/{name}/status.txt"))
         (found / "cpu_seconds.json").write_text(json.dumps(used))
-    return {"value": claim.measure(found), "cpu_seconds": round(used, 1)}
+    return found, used
+
+
+def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
+    """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
+    name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
+    files = runs / "data" / claim.name
+    if claim.prepare is not None and not files.exists():
+        made = files.with_name(f".{claim.name}")
+        shutil.rmtree(made, ignore_errors=True)
+        claim.prepare(made)
+        made.rename(files)
+    words = [word.replace("{data}", str(files)) for word in (*claim.common, *arm.overrides)]
+    run, used = finished([*words, f"optim.lr={rate:g}", f"seed={seed}"], runs, name, until)
+    return {"value": claim.measure(run), "cpu_seconds": round(used, 1)}
 
 
 def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:
@@ -126,7 +128,7 @@ def run(claims: list[Claim], runs: Path, minutes: float) -> None:
                 if len(load().get(claim.name, {}).get(arm.name, {})) < len(SEEDS):
                     try:
                         try_arm(claim, arm, runs, until, note)
-                    except RunFailed as error:
+                    except (RunFailed, FileNotFoundError) as error:
                         print(f"{claim.name}: {arm.name}: {error}", flush=True)
     except OutOfTime:
         print(f"{minutes:g} minutes are over; the same command goes on", flush=True)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from claims import OutOfTime, train_in_fork
+from claims import OutOfTime, finished
 from claims_list import ATTENTION, RECURRENT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,22 +82,13 @@ def note(key: tuple[str, str, str], found: dict) -> None:
     store(known)
 
 
-def train(runs: Path, model: str, cell: str, seed: int, left: float) -> dict:
+def train(runs: Path, model: str, cell: str, seed: int, until: float) -> dict:
     """Trains and tests at every length, then follows long strings; what is kept of the run."""
-    contender, name = MODELS[model], f"{model}-{cell}-seed{seed}"
-    words = [
-        f"experiment=regular_languages/{cell}",
-        *contender.overrides,
-        f"seed={seed}",
-        f"name={name}",
-        f"runs_dir={runs}",
-        "trainer.accelerator=cpu",
-    ]
+    contender = MODELS[model]
+    words = [f"experiment=regular_languages/{cell}", *contender.overrides, f"seed={seed}", "trainer.accelerator=cpu"]
     if not contender.fresh:
         words.append("data.test_strings=prefixes")
-    runs.mkdir(parents=True, exist_ok=True)
-    seconds = train_in_fork(words, runs / f"{name}.log", left)
-    folder = max(runs.glob(f"*/{name}*"), key=lambda found: found.stat().st_mtime)
+    folder, seconds = finished(words, runs, f"{model}-{cell}-seed{seed}", until)
     if contender.long:
         command = [sys.executable, "eval.py", f"ckpt={folder}", "data.test_strings=prefixes", "data.test_samples=8"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -383,7 +374,7 @@ def main() -> None:
         try:
             for seed, model, cell in itertools.product(seeds, models, cells):
                 if seed not in load().get(model, {}).get(cell, {}):
-                    found = train(arguments.runs.resolve(), model, cell, int(seed), until - time.monotonic())
+                    found = train(arguments.runs.resolve(), model, cell, int(seed), until)
                     note((model, cell, seed), found)
                     print(f"{model} {cell} seed {seed}: {found['beyond']:.1f} %, {found['seconds']} s", flush=True)
         except OutOfTime:
