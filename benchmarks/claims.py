@@ -100,7 +100,9 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
 def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:
     """The rate on a seed of its own, unless a seed has been trained at one; then the seeds."""
     known = load().get(claim.name, {}).get(arm.name, {})
-    if known:
+    if borrowed := load().get(claim.rates_of, {}).get(arm.name, {}):
+        best = next(iter(borrowed.values()))["lr"]
+    elif known:
         best = next(iter(known.values()))["lr"]
     else:
         rates = {rate: train(claim, arm, rate, RATE_SEED, runs, until) for rate in (f * arm.lr for f in FACTORS)}

@@ -35,7 +35,8 @@ class Arm(NamedTuple):
 class Claim(NamedTuple):
     """sentence and published: what the paper says; data: what is used here; verdict(means) -> one sentence, from
     {arm: (mean, deviation)} of `unit` (larger is better where `higher`). prepare(folder) writes files that overrides
-    name as {data}/..., once. timed: two arms whose CPU seconds a run are compared as well."""
+    name as {data}/..., once. timed: two arms whose CPU seconds a run are compared as well. rates_of:
+    the claim whose learning rates the arms of the same names take, if none is chosen here."""
 
     name: str
     sentence: str
@@ -49,6 +50,7 @@ class Claim(NamedTuple):
     higher: bool = True
     prepare: Callable[[Path], None] | None = None
     timed: tuple[str, str] | None = None
+    rates_of: str | None = None
 
 
 class Script(NamedTuple):
@@ -322,9 +324,9 @@ CLAIMS = {
             "Smaller patches keep making a plain encoder better, down to single pixels (Adventurer).",
             "ImageNet top-1 at 64 px, patch 16 to 1: Adventurer-B 69.2 77.2 80.0 80.5 80.9, DeiT-B 68.2 76.9 80.1 80.8 "
             "81.3 (arXiv 2502.03738)",
-            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), width 64, 4 blocks; 160 steps of 32",
+            "scikit-learn's digits at 16 x 16 pixels (4 to 256 patches), width 64, 4 blocks; 120 steps of 32",
             (
-                *short(160),
+                *short(120),
                 "data.image_size=16",
                 "data.batch_size=32",
             ),
@@ -388,11 +390,11 @@ CLAIMS = {
             "dense_heads",
             "With small patches the head matters less: a linear layer does what UPerNet does.",
             "ADE20K mIoU, Adventurer-B: UPerNet at patch 16 45.7; linear 44.0 at 16, 46.8 at 2 (arXiv 2502.03738)",
-            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 150 steps of 8, judged on 40 scenes",
+            "digits pasted on photographs (docs/dense.md), 64 x 64 pixels, 120 steps of 8, judged on 40 scenes",
             (
                 "model=adventurer",
                 "task=segmentation",
-                *short(150),
+                *short(120),
                 "data.batch_size=8",
                 "data.val_scenes=40",
             ),
@@ -411,11 +413,11 @@ CLAIMS = {
             "relative attention); negative eigenvalues let a linear recurrence track parity.",
             "flip-flop language: all of 50 seeds solve it, not verified (arXiv 2503.23174); DeltaNet with eigenvalues "
             "in [-1, 1] solves parity (arXiv 2411.12537)",
-            "parity, an answer at every prefix of up to 40 symbols, 1,000 steps of 32; 2 layers, width 64; judged on "
+            "parity, an answer at every prefix of up to 40 symbols, 500 steps of 32; 2 layers, width 64; judged on "
             "32 strings of 41 to 500 symbols",
             (
                 "experiment=regular_languages/parity",
-                *short(1000)[:2],
+                *short(500)[:2],
                 "data.batch_size=32",
                 "data.test_strings=prefixes",
                 "data.test_samples=32",
@@ -434,7 +436,7 @@ CLAIMS = {
                 f"{sentence} (word problem of {group}, lengths beyond training).",
                 published,
                 f"an answer at every prefix of up to 40 generators of {group}, 1,000 steps of 64; judged on 64 strings "
-                "of 41 to 500",
+                f"of 41 to 500{'' if name == 's5' else '; at the rates chosen for S5'}",
                 (
                     "experiment=regular_languages/a5",
                     *language,
@@ -449,6 +451,7 @@ CLAIMS = {
                 beyond_training,
                 "accuracy at 41 to 500 symbols, %",
                 against("SD-SSM", "Gated DeltaNet", "dense transitions follow the group further"),
+                rates_of=None if name == "s5" else "words_s5",
             )
             for name, group, language, sentence, published in (
                 (
