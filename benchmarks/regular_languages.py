@@ -62,6 +62,7 @@ MODELS = {
     },
 }
 SEEDS = (0, 1, 2)
+LENGTHS = range(10, 501, 10)
 PAGE, FIGURE = ROOT / "docs/results/regular_languages.md", ROOT / "docs/results/regular_languages.png"
 RESULTS = ROOT / "docs/results/regular_languages.json"
 
@@ -104,7 +105,8 @@ def read_lengths(folder: Path) -> list[tuple[int, int, int]]:
 
 def summary(folder: Path) -> dict:
     """Of a run: mean and lowest accuracy over the lengths 1 to 500 and mean over those beyond 40, in per cent, the
-    first length under 100 %, every tenth length's accuracy ("curve"), and how far long strings were followed."""
+    first length under 100 %, the accuracy at LENGTHS, or next to them where the language has none ("curve"), and how
+    far long strings were followed."""
     rows = read_lengths(folder)
     accuracies = [100 * right / strings for _, strings, right in rows]
     found = {
@@ -113,7 +115,7 @@ def summary(folder: Path) -> dict:
         "beyond": statistics.mean(a for (length, _, _), a in zip(rows, accuracies) if length > 40),
         "first": next((length for length, strings, right in rows if right < strings), None),
         "steps": int(re.search(r"max_steps: (\d+)", (folder / "config.yaml").read_text())[1]),
-        "curve": [round(a, 1) for (length, _, _), a in zip(rows, accuracies) if length % 10 == 0],
+        "curve": [round(min(zip(rows, accuracies), key=lambda r: abs(r[0][0] - at))[1], 1) for at in LENGTHS],
     }
     if (folder / "eval" / "long.csv").exists():
         with open(folder / "eval" / "long.csv", newline="") as file:
@@ -340,7 +342,6 @@ def draw() -> None:
 
     known = load()
     figure, grid = plt.subplots(3, 3, figsize=(12, 9), sharex=True, sharey=True, constrained_layout=True)
-    lengths = range(10, 501, 10)
     for axis, cell in zip(grid.flat, CELLS):
         axis.axvspan(1, 40, color="0.9")
         for index, (model, contender) in enumerate(MODELS.items()):
@@ -348,7 +349,7 @@ def draw() -> None:
             if curves:
                 name = f"{contender.name}, 1,000 steps" if contender.short else contender.name
                 style = "--" if contender.short else "-"
-                axis.plot(lengths, curves[0], style, color=f"C{index}", label=name, linewidth=1.1)
+                axis.plot(LENGTHS, curves[0], style, color=plt.cm.tab20(index), label=name, linewidth=1.1)
         axis.set(title=cell, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     for axis in grid[-1]:
