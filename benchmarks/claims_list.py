@@ -551,7 +551,7 @@ SCRIPTS = {
         "memory of linear recurrences, in small",
     ),
     "regular_languages": Script(
-        ("benchmarks/regular_languages.py",),
+        ("benchmarks/regular_languages.py", "--budget", "{minutes}"),
         "docs/results/regular_languages.md",
         "length generalisation on nine automata",
     ),
