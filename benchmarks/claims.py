@@ -36,6 +36,10 @@ class OutOfTime(Exception):
     """The budget is used up."""
 
 
+class NoFiles(Exception):
+    """A claim's own files cannot be had."""
+
+
 class RunFailed(Exception):
     """train.py ended with an error, which its log tells."""
 
@@ -83,15 +87,26 @@ def finished(words: list[str], runs: Path, name: str, until: float) -> tuple[Pat
     return found, used
 
 
+def prepared(claim: Claim, runs: Path, until: float) -> Path:
+    """The folder of the claim's own files, made now unless it is there. NoFiles where it cannot be."""
+    files = runs / "data" / claim.name
+    if claim.prepare is None or files.exists():
+        return files
+    if time.monotonic() > until:
+        raise OutOfTime
+    made = files.with_name(f".{claim.name}")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        claim.prepare(made)
+    except FileNotFoundError as error:
+        raise NoFiles(error) from None
+    return made.rename(files)
+
+
 def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
     """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
     name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
-    files = runs / "data" / claim.name
-    if claim.prepare is not None and not files.exists():
-        made = files.with_name(f".{claim.name}")
-        shutil.rmtree(made, ignore_errors=True)
-        claim.prepare(made)
-        made.rename(files)
+    files = prepared(claim, runs, until)
     words = [word.replace("{data}", str(files)) for word in (*claim.common, *arm.overrides)]
     run, used = finished([*words, f"optim.lr={rate:g}", f"seed={seed}"], runs, name, until)
     return {"value": claim.measure(run), "cpu_seconds": round(used, 1)}
@@ -100,10 +115,8 @@ def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: flo
 def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:
     """The rate on a seed of its own, unless a seed has been trained at one; then the seeds."""
     known = load().get(claim.name, {}).get(arm.name, {})
-    if borrowed := load().get(claim.rates_of, {}).get(arm.name, {}):
-        best = next(iter(borrowed.values()))["lr"]
-    elif known:
-        best = next(iter(known.values()))["lr"]
+    if chosen := known or load().get(claim.rates_of, {}).get(arm.name, {}):
+        best = next(iter(chosen.values()))["lr"]
     else:
         rates = {rate: train(claim, arm, rate, RATE_SEED, runs, until) for rate in (f * arm.lr for f in FACTORS)}
         best = (max if claim.higher else min)(rates, key=lambda r: rates[r]["value"])
@@ -126,12 +139,15 @@ def run(claims: list[Claim], runs: Path, minutes: float) -> None:
 
     try:
         for claim in claims:
-            for arm in claim.arms:
-                if len(load().get(claim.name, {}).get(arm.name, {})) < len(SEEDS):
-                    try:
-                        try_arm(claim, arm, runs, until, note)
-                    except (RunFailed, FileNotFoundError) as error:
-                        print(f"{claim.name}: {arm.name}: {error}", flush=True)
+            missing = [a for a in claim.arms if len(load().get(claim.name, {}).get(a.name, {})) < len(SEEDS)]
+            for arm in missing:
+                try:
+                    try_arm(claim, arm, runs, until, note)
+                except RunFailed as error:
+                    print(f"{claim.name}: {arm.name}: {error}", flush=True)
+                except NoFiles as error:
+                    print(f"{claim.name}: {error}", flush=True)
+                    break
     except OutOfTime:
         print(f"{minutes:g} minutes are over; the same command goes on", flush=True)
 

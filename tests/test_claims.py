@@ -138,3 +138,55 @@ def test_files_of_a_claim_are_made_once_and_named_to_its_runs(trained, tmp_path,
     assert len(made) == 1
     assert trained[0]["data.path"] == f"{tmp_path}/runs/data/data_selection/pool"
     assert trained[1]["data.selection.target"] == f"{tmp_path}/runs/data/data_selection/target"
+
+
+def test_a_claim_whose_files_cannot_be_had_is_left_out_in_a_line(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no npm there
+    claims.run([CLAIMS["res_vmamba_cifar10"], CLAIMS["res_vmamba"]], tmp_path / "runs", 1e9)
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "npm and a network" in line] == said[:1]  # once, not for every arm
+    assert len(trained) == 18 and list(json.loads((tmp_path / "claims.json").read_text())) == ["res_vmamba"]
+
+
+def test_rates_of_another_claim_are_taken_unless_some_were_chosen(trained, tmp_path):
+    claim = CLAIMS["res_vmamba"]
+    arm, other = claim.arms[0], claim._replace(name="other", rates_of="res_vmamba")
+    (tmp_path / "claims.json").write_text(json.dumps({"res_vmamba": {arm.name: {"0": {"value": 1.0, "lr": 7e-3}}}}))
+    claims.run([other._replace(arms=(arm,))], tmp_path / "runs", 1e9)
+    assert [w["optim.lr"] for w in trained] == ["0.007"] * 3
+    claims.run([other._replace(name="chosen", rates_of=None, arms=(arm,))], tmp_path / "runs", 1e9)
+    assert [w["seed"] for w in trained[3:6]] == ["100"] * 3
+
+
+def test_the_page_of_regular_languages_is_that_of_its_results(monkeypatch):
+    import regular_languages as page
+
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
+    monkeypatch.setattr(page, "load", dict)
+    assert page.page().count("not tried yet") == len(page.CELLS) * len(page.MODELS)
+
+
+def test_regular_languages_go_on_with_what_is_missing(tmp_path, monkeypatch):
+    import regular_languages as bench
+
+    def finished(words, runs, name, until):
+        asked.append(name)
+        (tmp_path / "config.yaml").write_text("trainer: {max_steps: 1500}")
+        rows = "".join(f"{length},8,{8 if length < 60 else 4},1\n" for length in range(1, 501, 2))
+        (tmp_path / "lengths.csv").write_text("length,strings,right,accuracy\n" + rows)
+        return tmp_path, 3.4
+
+    asked = []
+    for name, value in dict(finished=finished, **{n: tmp_path / n for n in ("RESULTS", "PAGE", "FIGURE")}).items():
+        monkeypatch.setattr(bench, name, value)
+    command = ["regular_languages.py", "--models", "lstm,mamba", "--cells", "d4", "--seeds", "0,1"]
+    for seeds in (["--seeds", "0"], ["--seeds", "0,1"]):
+        monkeypatch.setattr("sys.argv", command + seeds)
+        bench.main()
+    assert asked == ["lstm-d4-seed0", "mamba-d4-seed0", "lstm-d4-seed1", "mamba-d4-seed1"]
+    found = bench.load()["lstm"]["d4"]["1"]
+    assert found["first"] == 61 and found["lowest"] == 50 and len(found["curve"]) == len(bench.LENGTHS)
+    assert "| d4 | not tried yet | 52.2 ± 0.0 (2 seeds) |" in bench.PAGE.read_text()
+    monkeypatch.setattr("sys.argv", ["regular_languages.py", "--cells", "d5"])
+    with pytest.raises(SystemExit):
+        bench.main()
