@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from regular_languages import CELLS, ROOT, run_folder, train
+from regular_languages import CELLS, ROOT, trained
 
 PAGE = ROOT / "docs" / "results" / "long_strings.md"
 RESULTS = PAGE.with_suffix(".json")
@@ -32,8 +32,7 @@ def first_wrong(file: Path) -> tuple[int | None, int]:
 
 
 def measure(runs: Path, cell: str, seed: int, snap: int) -> dict[str, int | None]:
-    train(runs, "sd_ssm", cell, seed)
-    folder = run_folder(runs, "sd_ssm", cell, seed)
+    folder, _ = trained(runs, "sd_ssm", cell, seed)
     if not (folder / "eval" / "long_snapped.csv").exists():
         words = [f"ckpt={folder}", "data.test_strings=prefixes", "data.test_samples=8", f"task.long_snap={snap}"]
         subprocess.run(

@@ -1,7 +1,10 @@
 """The shape of the package: imports point one way, importing is light, configs and models agree."""
 
+import ast
+import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import house
 import pytest
@@ -55,6 +58,42 @@ def test_imports_point_one_way(module):
 
 def test_no_files_import_each_other():
     assert house.circles(ROOT) == []
+
+
+@functools.cache
+def bound(file: Path) -> frozenset[str]:
+    """Names that the statements of a file bind, those within its functions and classes left out."""
+    names, stack = set(), list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        else:
+            stack.extend(ast.iter_child_nodes(node))
+    return frozenset(names)
+
+
+def test_what_scripts_import_is_there():
+    """From each other and from the package, within functions too: most benchmarks run too seldom to tell."""
+    wrong, seen = [], 0
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            for base in (ROOT, script.parent):
+                path = base.joinpath(*node.module.split("."))
+                file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
+                if file is None or "__getattr__" in bound(file):
+                    continue
+                for name in {alias.name for alias in node.names} - bound(file) - {"__path__"}:
+                    if not (path / name).with_suffix(".py").exists() and not (path / name).is_dir():
+                        wrong.append(f"{script.name} imports {name} from {node.module}")
+                seen += 1
+    assert wrong == [] and seen > 100
 
 
 def test_models_hold_nothing_of_other_repositories():
