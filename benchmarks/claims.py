@@ -104,12 +104,14 @@ def prepared(claim: Claim, runs: Path, until: float) -> Path:
 
 
 def train(claim: Claim, arm: Arm, rate: float, seed: int, runs: Path, until: float) -> dict[str, float]:
-    """{"value": what the claim measures, "cpu_seconds"} of a run, which is made or finished now if it has to be."""
+    """{"value": what the claim measures, "also": what it tells beside, "cpu_seconds"} of a run, which is made or
+    finished now if it has to be."""
     name = f"{claim.name}-{arm.slug}-{rate:.3g}-seed{seed}"
     files = prepared(claim, runs, until)
     words = [word.replace("{data}", str(files)) for word in (*claim.common, *arm.overrides)]
     run, used = finished([*words, f"optim.lr={rate:g}", f"seed={seed}"], runs, name, until)
-    return {"value": claim.measure(run), "cpu_seconds": round(used, 1)}
+    row = {"value": claim.measure(run), "cpu_seconds": round(used, 1)}
+    return row | ({"also": claim.also[1](run)} if claim.also else {})
 
 
 def try_arm(claim: Claim, arm: Arm, runs: Path, until: float, note) -> None:

@@ -36,7 +36,8 @@ class Claim(NamedTuple):
     """sentence and published: what the paper says; data: what is used here; verdict(means) -> one sentence, from
     {arm: (mean, deviation)} of `unit` (larger is better where `higher`). prepare(folder) writes files that overrides
     name as {data}/..., once. timed: two arms whose CPU seconds a run are compared as well. rates_of: the claim
-    whose learning rates the arms of the same names take, once they are chosen there."""
+    whose learning rates the arms of the same names take, once they are chosen there. also: a further quantity of every
+    run, and how it is read."""
 
     name: str
     sentence: str
@@ -51,6 +52,7 @@ class Claim(NamedTuple):
     prepare: Callable[[Path], None] | None = None
     timed: tuple[str, str] | None = None
     rates_of: str | None = None
+    also: tuple[str, Callable[[Path], float]] | None = None
 
 
 class Script(NamedTuple):
@@ -341,6 +343,7 @@ CLAIMS = {
             last("top1"),
             "top-1, %",
             patch_verdict,
+            also=("cross entropy", last("loss", 1)),
         ),
         Claim(
             "spatial_mamba_twins",

@@ -9,27 +9,29 @@ from pathlib import Path
 from claims_list import CLAIMS, SCRIPTS, Claim
 
 
-def spread(rows: dict[str, dict]) -> tuple[float, float]:
+def spread(rows: dict[str, dict], key: str = "value") -> tuple[float, float]:
     """(mean, deviation) over seeds."""
-    values = [row["value"] for row in rows.values()]
+    values = [row[key] for row in rows.values()]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def section(claim: Claim, known: dict[str, dict[str, dict]], figure: str | None) -> list[str]:
     lines = [f"## {claim.sentence}", "", f"Published: {claim.published}.", "", f"Here: {claim.data}."]
     lines += [f"`python benchmarks/claims.py --only {claim.name}`", ""]
-    lines += [f"| arm | {claim.unit} | learning rate | seeds | CPU seconds a run |", "|---|---|---|---|---|"]
+    more = f" {claim.also[0]} |" if claim.also else ""
+    lines += [f"| arm | {claim.unit} |{more} learning rate | seeds | CPU seconds a run |"]
+    lines += ["|---" * (6 if more else 5) + "|"]
     for arm in claim.arms:
         rows = known.get(arm.name, {})
         if not rows:
-            lines.append(f"| {arm.name} | not tried yet | | | |")
+            lines.append(f"| {arm.name} | not tried yet | | | |{' |' if more else ''}")
             continue
         mean, deviation = spread(rows)
         seconds = statistics.mean(row["cpu_seconds"] for row in rows.values())
         rate = ", ".join(f"{v:g}" for v in sorted({row["lr"] for row in rows.values()}))
-        lines.append(
-            f"| {arm.name} | {mean:.4g} ± {deviation:.2g} | {rate} | {', '.join(sorted(rows))} | {seconds:.0f} |"
-        )
+        beside = " {:.3g} ± {:.2g} |".format(*spread(rows, "also")) if more else ""
+        measured = f"| {arm.name} | {mean:.4g} ± {deviation:.2g} |{beside}"
+        lines.append(f"{measured} {rate} | {', '.join(sorted(rows))} | {seconds:.0f} |")
     tried = {arm.name: spread(known[arm.name]) for arm in claim.arms if len(known.get(arm.name, {})) > 1}
     try:
         verdict = claim.verdict(tried) if len(tried) > 1 else "not enough arms are tried yet"
@@ -72,7 +74,8 @@ def draw(claim: Claim, known: dict[str, dict[str, dict]], folder: Path) -> str |
 
 
 def write_page(known: dict, folder: Path) -> Path:
-    """The page; `known` is {claim: {arm: {seed: {"value", "cpu_seconds", "lr"}}}}."""
+    """The page; `known` is {claim: {arm: {seed: {"value", "cpu_seconds", "lr"}}}}, with "also"
+    for claims that tell more."""
     lines = ["# What papers claim, tried in small", ""]
     lines += [
         "Every run has one thread; the learning rate of an arm is the best of three on a seed of its own; mean and",
