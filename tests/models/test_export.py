@@ -13,7 +13,6 @@ ONE_LENGTH = {  # exported for one length and any batch; export itself refuses t
     "BasedLM": "its Taylor attention in torch's functions is cut into as many chunks as the example has",
     "HydraLM": "its workspace turns as often as the example has chunks",
     "Mamba3LM": "its scan in torch's functions is cut into as many chunks as the example has",
-    "ComplexDiagonalModel": "its scan doubles as often as the example's length asks for",
 }
 
 

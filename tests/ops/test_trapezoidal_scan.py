@@ -174,20 +174,6 @@ def test_torch_sees_a_proper_operator():
             grad.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("start", [False, True])
-def test_complex_scan_is_the_recurrence(backend, start):
-    a, b = (torch.randn(2, 7, 3, dtype=torch.complex128) for _ in range(2))
-    h0 = torch.randn(2, 3, dtype=torch.complex128) if start else None
-    h, expected = torch.zeros(2, 3, dtype=torch.complex128) if h0 is None else h0, []
-    for t in range(7):
-        h = a[:, t] * h + b[:, t]
-        expected.append(h)
-    with ops.backend(backend):
-        torch.testing.assert_close(ops.complex_scan(a, b, h0), torch.stack(expected, 1))
-        assert ops.complex_scan(a[:, :0], b[:, :0], h0).shape == (2, 0, 3)
-
-
 @pytest.mark.parametrize(
     "call, message",
     [

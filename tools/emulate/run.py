@@ -28,8 +28,9 @@ NATIVE = ROOT / "ssmzoo/ops/native"
 BUILD = runpy.run_path(str(NATIVE / "build.py"))
 EMULATOR, SYSROOT, MISSING = "qemu-aarch64", "/usr/aarch64-linux-gnu", 77
 ARENA = 4 << 30  # bytes, of arena.h; a sparse file
-TESTS = ("exponential", "selective_scan", "ssd", "dense_scan", "rms_norm", "gated_linear_recurrence", "matrix",
-         "cross_selective_scan", "depthwise_conv2d", "image_ops", "state_fusion", "trapezoidal_scan")  # fmt: skip
+TESTS = ("exponential", "selective_scan", "ssd", "dense_scan", "rms_norm", "gated_linear_recurrence", "complex_scan",
+         "matrix", "cross_selective_scan", "depthwise_conv2d", "image_ops", "state_fusion",
+         "trapezoidal_scan")  # fmt: skip
 CHOSEN = (
     "relative_error or every_kind or edges or extreme_sizes or poisoned or sorted_at_once or few_tokens or 70-1 or "
     "(values_and_gradients and not torch- and not torch])"

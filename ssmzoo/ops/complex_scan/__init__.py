@@ -56,6 +56,8 @@ def composed(a: Tensor, b: Tensor, initial_state: Tensor | None) -> Tensor:
     Only products of a are formed, so that nothing overflows for |a| <= 1.
     """
     step, l = 1, a.shape[1]
+    if l == 1 and initial_state is None:  # a has a gradient all the same
+        initial_state = torch.zeros_like(b[:, 0])
     while step < l:
         b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], dim=1)
         a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], dim=1)
@@ -84,3 +86,9 @@ SCAN = Differentiable(
     like=lambda given: (given.b.new_empty(given.b.shape),),
     twice=_composed_of_pairs,
 )
+
+
+def of_pairs(given, backend: str) -> Tensor:
+    """complex_scan on the kernel registered under `backend`."""
+    pairs = (None if t is None else torch.view_as_real(t.resolve_conj()) for t in given)
+    return torch.view_as_complex(SCAN(Inputs(*pairs), backend))

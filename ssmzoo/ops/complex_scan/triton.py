@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ssmzoo.ops.complex_scan import SCAN, complex_scan
+from ssmzoo.ops.complex_scan import SCAN, complex_scan, of_pairs
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.triton import DEVICE, MISSING, on_device_of, power_of_2, whole
 from ssmzoo.ops.triton.variants import Passes, Variant, meta, train
@@ -73,8 +73,7 @@ def why_not(given) -> str | None:
 
 @complex_scan.register("triton", device=DEVICE, missing=MISSING, unsupported=why_not)
 def complex_scan_triton(given) -> Tensor:
-    pairs = (None if t is None else torch.view_as_real(t.resolve_conj()) for t in given)
-    return torch.view_as_complex(SCAN(SCAN.Inputs(*pairs), "triton"))
+    return of_pairs(given, "triton")
 
 
 def variants() -> Iterator[Variant]:
