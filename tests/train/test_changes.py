@@ -1,6 +1,7 @@
 """What is typed when a run goes on: every key of every config is applied or refused, and what applies does act."""
 
 import json
+import shutil
 
 import pytest
 import toy
@@ -44,9 +45,26 @@ def test_every_key_of_every_config_falls_under_a_rule_and_every_rule_has_keys():
     assert set(RULES) == used
 
 
+COMMAND = [*TINY, "trainer.gradient_clip_val=0.5", "callbacks.early_stopping.patience=7"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder that train.py is started in."""
+    from ssmzoo.cli.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["train", *COMMAND])
+        train()
+    return folder
+
+
 @pytest.fixture
-def run(call, tmp_path):
-    assert call(*TINY, "trainer.gradient_clip_val=0.5", "callbacks.early_stopping.patience=7")[0] == 0
+def run(trained, tmp_path):
+    """A copy of the run, of this test alone."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs/lstm/a"
 
 
@@ -73,7 +91,11 @@ def test_what_is_fixed_is_refused_in_one_line_and_the_run_stays_as_it_was(call, 
     status, _, err = call(f"resume={run}", typed, "trainer.max_steps=6")
     assert status == 2 and err.count("\n") == 1 and reason in err, err
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
-    status, out, _ = call(f"resume={run}", "trainer.max_steps=6")  # which goes on as before
+
+
+def test_a_run_goes_on_after_a_refusal(call, run):
+    assert call(f"resume={run}", "seed=7", "trainer.max_steps=6")[0] == 2
+    status, out, _ = call(f"resume={run}", "trainer.max_steps=6")
     assert status == 0 and "trainer.max_steps=6 (was 4)" in out
 
 
@@ -98,5 +120,5 @@ def test_what_may_change_acts_from_the_first_step_on(call, run):
 
 
 def test_the_same_command_again_changes_nothing(call, run):
-    status, out, _ = call(*TINY, "trainer.gradient_clip_val=0.5", "callbacks.early_stopping.patience=7", "resume=auto")
+    status, out, _ = call(*COMMAND, "resume=auto")
     assert status == 0 and "is finished" in out and "goes on with" not in out
