@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 import traceback
@@ -67,6 +68,10 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
         except Exception as error:
             fail(error, show_all)
 
+    if all("=" in a and not a.lstrip("+~").startswith(("-", "hydra")) for a in sys.argv[1:]) and _once(
+        config_name, job
+    ):
+        return
     main = hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)
     with sweep.notes() as ends:
         try:
@@ -78,6 +83,33 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
             _end_sweep(ends(), error)
         if ends():
             _end_sweep(ends())
+
+
+def _once(config_name: str, job: Callable) -> bool:
+    """Run a single job as hydra.main does, which composes the configuration once more to learn whether it is one.
+
+    False, and nothing done, where a file has more of Hydra's settings than ours: a sweep, callbacks, an environment.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import open_dict
+
+    with hydra.initialize_config_dir(str(config_dir()), job_name=config_name, version_base="1.3"):
+        cfg = hydra.compose(config_name, sys.argv[1:], return_hydra_config=True)
+        if cfg.hydra.mode not in (None, RunMode.RUN) or cfg.hydra.callbacks or cfg.hydra.job.env_set:
+            return False
+        cfg.hydra.mode = RunMode.RUN
+        before = HydraConfig.instance().cfg
+        try:
+            HydraConfig.instance().set_config(cfg)
+            own = copy.deepcopy(cfg)
+            with open_dict(own):
+                del own["hydra"]
+            job(own)
+        finally:
+            HydraConfig.instance().cfg = before
+    return True
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -334,7 +335,7 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
     parameters = inspect.signature(called).parameters
     allowed = [p for p in parameters if p not in injected and p not in ("self", "kwargs", "args")]
     hints = _hints(called)
-    for key in value:
+    for key, raw in OmegaConf.to_container(value, resolve=False).items():
         if key == "_target_":
             continue
         if key in getattr(called, "old_arguments", ()):  # accepted with a warning
@@ -345,7 +346,6 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
                 f"{getattr(called, '__name__', node)} takes "
                 f"{', '.join(allowed)}"
             )
-        raw = OmegaConf.to_container(value, resolve=False)[key]
         if f"{node}.{key}" == "trainer.precision" and raw == "auto":  # ours, resolved when the trainer is made
             continue
         if key in hints and not (isinstance(raw, str) and "${" in raw) and not _fits(raw, hints[key]):
@@ -353,6 +353,7 @@ def _check_node(node: str, value: DictConfig, called: Callable, injected: tuple[
             raise ConfigError(f"{node}.{key} is {raw!r} ({type(raw).__name__}){came}; expected {_name(hints[key])}")
 
 
+@functools.cache
 def _hints(called: Callable) -> dict[str, Any]:
     try:
         return typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)

@@ -154,10 +154,11 @@ def hold(cfg, node: str, called, skipped=()) -> int:
     count = 0
     names = [p for p in inspect.signature(called).parameters if p not in ("self", *skipped)]
     wrong = [(p, value) for p in names for value in wrong_values(hints.get(p, typing.Any))]
+    before = copy.deepcopy(OmegaConf.select(cfg, node))
     for name, value in [*wrong, *((f"{p}x", 1) for p in names if f"{p}x" not in names)]:
-        changed = copy.deepcopy(cfg)
-        OmegaConf.update(changed, f"{node}.{name}", value, force_add=True, merge=False)
-        said = checked(changed)
+        OmegaConf.update(cfg, node, copy.deepcopy(before), merge=False)
+        OmegaConf.update(cfg, f"{node}.{name}", value, force_add=True, merge=False)
+        said = checked(cfg)
         assert f"{node}.{name}" in said and "\n" not in said, f"{node}.{name}={value!r} ({hints.get(name)}): {said}"
         count += 1
     tried("wrong or misspelt keys", count)
