@@ -1,5 +1,6 @@
 """What is typed when a run goes on: every key of every config is applied or refused, and what applies does act."""
 
+import functools
 import json
 import shutil
 
@@ -17,7 +18,8 @@ from ssmzoo.train.config import FREE_ROOTS, LOGGER_KEYS, TOP_LEVEL
 TINY = [*toy.TINY, "name=a"]
 
 
-def every_key() -> set[str]:
+@functools.cache
+def every_key() -> frozenset[str]:
     """Of every config file, and every argument of what they configure."""
     import inspect
 
@@ -29,7 +31,7 @@ def every_key() -> set[str]:
             keys |= {k for k in flatten(found) if k.split(".")[0] in FREE_ROOTS}
     for called, node in homes():
         keys |= {f"{node}.{p}" for p in inspect.signature(called).parameters}
-    return keys | {f"logger.{key}" for kind in LOGGER_KEYS.values() for key in kind}
+    return frozenset(keys) | {f"logger.{key}" for kind in LOGGER_KEYS.values() for key in kind}
 
 
 def test_every_key_of_every_config_falls_under_a_rule_and_every_rule_has_keys():

@@ -1,5 +1,6 @@
 """Every key of every config: explained by a comment or by its constructor's documentation, and typed there."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -17,10 +18,11 @@ from ssmzoo.train.config import CALLED, LOGGER_KEYS, TOP_LEVEL, check, locate, r
 GROUPS = ("callbacks", "data", "logger", "model", "optim", "task", "trainer")
 
 
+@functools.cache
 def content(group: str, name: str) -> tuple[dict, str]:
     """Keys of a file and of those it inherits, and their texts."""
     text = (config_dir() / group / f"{name}.yaml").read_text()
-    found = yaml.safe_load(text) or {}
+    found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
     for parent in found.pop("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
             above, more = content(group, parent.removeprefix(f"/{group}/"))
