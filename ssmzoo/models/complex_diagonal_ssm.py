@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ssmzoo.layers.plain import is_plain
 from ssmzoo.layers.state import ModelOutput, itemsize, refuse_prefix
 from ssmzoo.ops import complex_scan
+from ssmzoo.ops.eager import eager
 
 
 class ComplexState(NamedTuple):
@@ -79,8 +80,15 @@ class ComplexDiagonalSSM(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, state: ComplexState | None = None, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+        self,
+        x: Tensor,
+        state: ComplexState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        symbols: Tensor | None = None,
     ) -> tuple[Tensor, ComplexState]:
+        """symbols (b l) int: x (s e) holds the input of every distinct one, whose transition is formed once."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         g = self.A_generator(x).to(dtype)
         g = torch.complex(g[..., : self.d_state], g[..., self.d_state :])  # (b l n)
@@ -88,7 +96,9 @@ class ComplexDiagonalSSM(nn.Module):
         b = torch.zeros_like(a)
         if self.B_re is not None:
             b = torch.complex(F.linear(x, self.B_re).to(dtype), F.linear(x, self.B_im).to(dtype))
-        start = self.init_state.expand(x.shape[0], -1)
+        if symbols is not None:
+            a, b = _rows(a, symbols), _rows(b, symbols)
+        start = self.init_state.expand(a.shape[0], -1)
         h0 = start if state is None else torch.view_as_complex(state.h.contiguous())
         if mask is not None:
             a, b = torch.where(mask[..., None], a, 1.0), torch.where(mask[..., None], b, 0.0)
@@ -98,10 +108,19 @@ class ComplexDiagonalSSM(nn.Module):
             a = torch.where(new, 0.0, a)
         h = complex_scan(a, b, h0)
         last = h[:, -1] if h.shape[1] else h0
-        return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), ComplexState(torch.view_as_real(last))
+        return torch.view_as_real(h).mT.flatten(-2).to(x.dtype), ComplexState(torch.view_as_real(last))
 
     def state_bytes(self, length: int) -> int:
         return 2 * self.d_state * itemsize(self)[1]
+
+
+def _rows(table: Tensor, symbols: Tensor) -> Tensor:
+    """Rows (b l n) of a table (s n) of complex numbers."""
+    pairs = F.embedding(symbols, torch.view_as_real(table).flatten(-2))
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+
+
+POINTWISE = frozenset({ComplexDiagonalSSM, nn.Sequential, nn.Linear, nn.ReLU})
 
 
 class ComplexDiagonalModel(nn.Module):
@@ -161,8 +180,11 @@ class ComplexDiagonalModel(nn.Module):
         prefix: int | Tensor | None = None,
     ) -> ModelOutput:
         refuse_prefix(prefix, type(self).__name__)
+        symbols = None
         if input_ids.is_floating_point():
             x = self.embedding(input_ids)  # (b l e)
+        elif eager(input_ids) and input_ids.numel() > self.input_size and is_plain(self.embedding) and self._plain():
+            x, symbols = self.embedding.weight.T, input_ids
         elif is_plain(self.embedding):
             x = F.embedding(input_ids, self.embedding.weight.T)
         else:
@@ -171,10 +193,14 @@ class ComplexDiagonalModel(nn.Module):
             )
         states = []
         for i, (block, mlp) in enumerate(zip(self.blocks, self.mlps)):
-            x, after = block(x, None if state is None else state[i], mask=mask, seq_idx=seq_idx)
-            x = mlp(x)
+            x, after = block(x, None if state is None else state[i], mask=mask, seq_idx=seq_idx, symbols=symbols)
+            x, symbols = mlp(x), None
             states.append(after)
         return ModelOutput(x, tuple(states), {})
+
+    def _plain(self) -> bool:
+        """Whether the first block is a function of a symbol up to its recurrence."""
+        return is_plain(*self.blocks[0].modules(), among=POINTWISE)
 
     def allocate_state(self, batch_size: int, device=None, dtype=None) -> tuple[ComplexState, ...]:
         """The state before the first token: every layer's phasors."""

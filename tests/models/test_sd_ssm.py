@@ -78,8 +78,21 @@ def test_phasors_survive_a_change_of_precision():
 
 @every_model
 def test_token_ids_are_one_hot_vectors(model):
+    ids, results = torch.randint(4, (3, 9)), []
+    for x in (ids, F.one_hot(ids, 4).double()):
+        logits = model(x).logits
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*results)
+
+
+@every_model
+def test_what_a_hook_changes_on_the_way_reaches_the_logits(model):
     ids = torch.randint(4, (3, 9))
-    torch.testing.assert_close(model(ids).logits, model(F.one_hot(ids, 4).double()).logits)
+    plain = model(ids).logits
+    for part in [m for m in model.modules() if type(m) in (torch.nn.Linear, torch.nn.ReLU, torch.nn.Sequential)]:
+        hook = part.register_forward_hook(lambda module, given, result: result.square() + 1)
+        assert not torch.allclose(model(ids).logits, plain)
+        hook.remove()
 
 
 @every_model
