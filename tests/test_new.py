@@ -20,7 +20,7 @@ def copy(tmp_path_factory):
     """A function that runs Python in a fresh copy of the package: (exit status, stdout, stderr)."""
     root = tmp_path_factory.mktemp("copy")
     for part in ("ssmzoo", "configs"):
-        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("*.o"))
     shutil.copy(ROOT / "train.py", root)
 
     def python(*arguments):

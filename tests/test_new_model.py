@@ -30,7 +30,7 @@ def copy(tmp_path_factory):
     """The package with two more files, and a function that runs Python in it."""
     root = tmp_path_factory.mktemp("copy")
     for part in ("ssmzoo", "configs"):
-        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("*.o"))
     shutil.copy(ROOT / "train.py", root)
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     model, config = (re.search(rf"   ```{kind}\n(.*?)   ```", page, re.S)[1] for kind in ("python", "yaml"))

@@ -1,5 +1,6 @@
 """A tiny build of every image and restoration preset, found in configs/model; equal ones once."""
 
+import functools
 import inspect
 
 import torch
@@ -45,6 +46,7 @@ def tiny_node(name: str) -> dict:
     return node
 
 
+@functools.cache
 def tiny_models() -> dict[str, dict]:
     """{preset: node}, of presets with the same class and the same modules the first one."""
     found: dict[tuple, tuple[str, dict]] = {}
