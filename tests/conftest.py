@@ -1,4 +1,5 @@
 import atexit
+import copy
 import gc
 import os
 import sys
@@ -26,6 +27,28 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_finish():
     gc.freeze()  # the millions of objects of imports and collection: no later collection looks at them again
     atexit.register(gc.unfreeze)
+    read_each_file_once()
+
+
+def read_each_file_once():
+    """Hydra parses a file of configs/ again for each of the thousand configurations that the tests compose."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+
+    read, known = FileConfigSource.load_config, {}
+
+    def load_config(self, config_path):
+        file = os.path.join(self.path, self._normalize_file_name(config_path))
+        key = (file, self.provider, os.stat(file).st_mtime_ns if os.path.exists(file) else None)
+        if key not in known:
+            known[key] = read(self, config_path)
+        return copy.deepcopy(known[key])
+
+    FileConfigSource.load_config = load_config
+
+
+def pytest_unconfigure():
+    if "forked" in sys.modules:
+        sys.modules["forked"].stop()
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,9 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 
+import forked
 import pytest
 from paths import ROOT
 
@@ -17,7 +16,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A function that runs Python in a fresh copy of the package: (exit status, stdout, stderr)."""
+    """A function that runs Python in a fresh copy of the package: (exit status, what it printed)."""
     root = tmp_path_factory.mktemp("copy")
     for part in ("ssmzoo", "configs"):
         shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("*.o"))
@@ -25,8 +24,7 @@ def copy(tmp_path_factory):
 
     def python(*arguments):
         environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        return forked.run(*arguments, cwd=root, env=environment)
 
     return root, python
 
@@ -44,14 +42,14 @@ def test_the_template_is_contributings_example(kind, part):
 def test_a_new_model_with_a_new_task_trains_two_steps(copy):
     root, python = copy
     for what, name in (("model", "leaky_net"), ("task", "soft_tokens")):
-        status, out, err = python("-m", "ssmzoo.cli.main", "new", what, name)
-        assert status == 0 and f"{name}.py" in out and "python train.py" in out, err
-    status, out, err = python("train.py", "model=leaky_net", "task=soft_tokens", "model.d_model=16", *SMALL.split())
-    assert status == 0, err[-3000:]
+        status, out = python("-m", "ssmzoo.cli.main", "new", what, name)
+        assert status == 0 and f"{name}.py" in out and "python train.py" in out, out
+    status, out = python("train.py", "model=leaky_net", "task=soft_tokens", "model.d_model=16", *SMALL.split())
+    assert status == 0, out[-3000:]
     assert "val/accuracy" in (root / "runs/leaky_net/a/metrics.csv").read_text().splitlines()[0]
     assert "class LeakyNetLM(CausalLM)" in (root / "ssmzoo/models/leaky_net.py").read_text()
-    status, _, err = python("-m", "ssmzoo.cli.main", "new", "model", "leaky_net")
-    assert status == 2 and "is there already" in err
+    status, out = python("-m", "ssmzoo.cli.main", "new", "model", "leaky_net")
+    assert status == 2 and "is there already" in out
 
 
 def test_a_new_automaton_is_read_and_run(call, tmp_path):

@@ -3,10 +3,9 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 
+import forked
 import pytest
 from paths import ROOT
 
@@ -39,9 +38,9 @@ def copy(tmp_path_factory):
 
     def python(*arguments):
         environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1")
-        run = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-3000:]
-        return run.stdout
+        status, printed = forked.run(*arguments, cwd=root, env=environment)
+        assert status == 0, printed[-3000:]
+        return printed
 
     return root, python
 

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from paths import ROOT
 
@@ -25,15 +24,8 @@ def train(tmp_path, *arguments):
         k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_RANK", "WORLD_SIZE", "SSMZOO_RUN"))
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SSMZOO_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, printed = forked.run(ROOT / "train.py", *arguments, cwd=tmp_path, env=environment)
+    assert status == 0, printed
 
 
 SIZES = {
@@ -130,6 +122,9 @@ def _shapes(rank: int, folder: str) -> None:
 
 
 def test_shards_hold_half_of_every_parameter_and_half_of_the_experts(tmp_path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_shapes, args=(str(tmp_path),), nprocs=2)
+    both = [forked.context.Process(target=_shapes, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 from paths import ROOT
 from test_changes import TINY
@@ -18,15 +19,13 @@ from ssmzoo.train.config import ConfigError, build_node, locate, plain_config
 UNNAMED = [a for a in TINY if not a.startswith("name=")]
 
 
-def start(tmp_path, *arguments) -> subprocess.Popen:
+def start(tmp_path, *arguments) -> forked.Python:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    return forked.Python(ROOT / "train.py", *arguments, cwd=tmp_path, env=environment)
 
 
 def end(process) -> tuple[int, str]:
-    out = process.communicate(timeout=1200)[0]
+    out = process.communicate()
     return process.returncode, out
 
 

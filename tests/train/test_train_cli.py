@@ -4,10 +4,9 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import torch
 from paths import ROOT
@@ -248,14 +247,7 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(tmp_path, corpus):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start(*arguments):
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return forked.Python(ROOT / "train.py", *arguments, cwd=tmp_path, env=environment)
 
     whole = start(*common, "name=whole")
     broken = start(*common, "name=broken")
@@ -269,7 +261,7 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(tmp_path, corpus):
                 break
             time.sleep(0.02)
         broken.send_signal(sent)
-        printed = broken.communicate(timeout=1200)[0]
+        printed = broken.communicate()
         if sent == signal.SIGTERM and "run folder" not in printed:
             assert broken.returncode == 75 and "continue with" in printed
         broken = start(f"resume={run}")
