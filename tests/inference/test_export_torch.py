@@ -1,10 +1,10 @@
 """torch.export programs give what the model gives, at other batches and many tokens later, without ssmzoo."""
 
 import functools
-import subprocess
-import sys
+import os
 
 import exports
+import forked
 import pytest
 import torch
 
@@ -59,4 +59,5 @@ def test_another_program_reads_it_without_ssmzoo(exported):
     _, out = exported("mamba (text)")
     block = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]  # the model card's own lines
     check = "import sys\nassert logits.shape[:2] == (1, 1) and not any(m.startswith('ssmzoo') for m in sys.modules)"
-    subprocess.run([sys.executable, "-c", f"{block}\n{check}"], cwd=out, check=True)
+    status, printed = forked.run("-c", f"{block}\n{check}", cwd=out, env=os.environ)
+    assert status == 0, printed

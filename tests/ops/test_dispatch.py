@@ -1,13 +1,13 @@
 """How a backend is chosen, and what the user reads."""
 
 import os
-import subprocess
-import sys
 import warnings
 from typing import NamedTuple
 
+import forked
 import pytest
 import torch
+from paths import ROOT
 
 from ssmzoo.ops import BACKENDS, BackendError, backend, backend_table, chosen_backend
 from ssmzoo.ops.dispatch import OPERATORS, op
@@ -128,8 +128,8 @@ for name, value, expected in (
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_environment_chooses():
-    result = subprocess.run([sys.executable, "-c", CHOICES], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    status, printed = forked.run("-c", CHOICES, cwd=ROOT, env=os.environ)
+    assert status == 0, printed
 
 
 def test_observers_see_every_call_and_joined_operators_run_in_parts():

@@ -1,10 +1,11 @@
 """mamba-ssm and causal-conv1d behind the operators, played by stand-ins: a working install, and broken ones."""
 
 import importlib.util
-import subprocess
-import sys
+import os
 
+import forked
 import pytest
+from paths import ROOT
 
 SETUP = '''
 import builtins, importlib.abc, importlib.machinery, sys, types
@@ -67,9 +68,9 @@ def why(function, call):
 def python(body: str, broken: dict[str, str] | None = None) -> str:
     """Output of a process in which the stand-ins work, or raise the error written for their package."""
     code = SETUP.replace("{broken!r}", repr(broken)) + body
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr
+    status, printed = forked.run("-c", code, cwd=ROOT, env=os.environ)
+    assert status == 0, printed
+    return printed
 
 
 def test_a_working_install_serves_with_the_same_numbers():

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import forked
 import pytest
@@ -48,9 +46,8 @@ def test_a_name_nobody_typed_gives_way(tmp_path):
             "with claimed(Run(None, Path(sys.argv[1]), False, False)) as folder: print(folder.name)"
         )
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", code, str(tmp_path / "noon")]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "noon-2\n"
+        found = forked.run("-c", code, tmp_path / "noon", cwd=tmp_path, env=environment)
+    assert found == (0, "noon-2\n")
 
 
 def test_of_two_that_continue_one_run_one_is_refused_and_the_dead_hold_nothing(call, tmp_path):
