@@ -58,8 +58,14 @@ def _seeded():
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Run train.py, eval.py or ssmzoo in this process, from the test's folder: (exit status, stdout, stderr)."""
+    """Run train.py, eval.py or ssmzoo in this process, from the test's folder: (exit status, stdout, stderr).
+
+    Figures are drawn with matplotlib's margins: fitting these to the words takes half of the drawing.
+    """
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
 
     def run(*arguments, entry="train"):
         from ssmzoo.cli import main, train
