@@ -88,18 +88,23 @@ def _hydra(config_name: str, arguments: list[str], show_all: bool) -> None:
 def _once(config_name: str, job: Callable) -> bool:
     """Run a single job as hydra.main does, which composes the configuration once more to learn whether it is one.
 
-    False, and nothing done, where a file has more of Hydra's settings than ours: a sweep, callbacks, an environment.
+    False, and nothing done, where a file has other settings of Hydra than ours: a sweep, a folder, callbacks.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import configure_log
     from hydra.types import RunMode
     from omegaconf import open_dict
 
     with hydra.initialize_config_dir(str(config_dir()), job_name=config_name, version_base="1.3"):
         cfg = hydra.compose(config_name, sys.argv[1:], return_hydra_config=True)
-        if cfg.hydra.mode not in (None, RunMode.RUN) or cfg.hydra.callbacks or cfg.hydra.job.env_set:
+        theirs = cfg.hydra
+        asked = theirs.callbacks or theirs.job.env_set or theirs.job.chdir or theirs.output_subdir
+        if theirs.mode not in (None, RunMode.RUN) or theirs.run.dir != "." or asked:
             return False
-        cfg.hydra.mode = RunMode.RUN
+        for log in (theirs.hydra_logging, theirs.job_logging):
+            configure_log(log, theirs.verbose)
+        theirs.mode, theirs.runtime.output_dir = RunMode.RUN, os.getcwd()
         before = HydraConfig.instance().cfg
         try:
             HydraConfig.instance().set_config(cfg)

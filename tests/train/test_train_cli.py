@@ -276,6 +276,19 @@ def test_killed_and_stopped_runs_continue_bit_for_bit(tmp_path, corpus):
     assert losses("broken") == losses("whole") and len(losses("whole")) == 60
 
 
+@pytest.mark.parametrize("more, times", [([], 1), (["hydra.job.chdir=false"], 2)])
+def test_a_plain_command_is_composed_once_and_libraries_log_nothing(call, monkeypatch, more, times):
+    import logging
+
+    from hydra._internal.hydra import Hydra
+
+    composed, compose, library = [], Hydra.compose_config, logging.getLogger("a library")
+    monkeypatch.setattr(Hydra, "compose_config", lambda *a, **k: composed.append(1) or compose(*a, **k))
+    monkeypatch.setattr(library, "disabled", False)
+    assert call("model=lstm", "optim.lr=fast", *more)[0] == 2
+    assert len(composed) == times and library.disabled
+
+
 def test_the_console_script_lists_and_explains(capsys):
     from ssmzoo.cli.main import main
 
