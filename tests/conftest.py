@@ -1,6 +1,7 @@
 import atexit
 import copy
 import gc
+import logging
 import os
 import sys
 
@@ -16,7 +17,17 @@ import torch  # noqa: E402
 # compiled files are kept whatever the environment says: a hundred processes of these tests import the package
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+SILENT = logging.NullHandler()
 make_importable()  # in the controlling process of pytest-xdist too, which imports the classes of warnings it is sent
+
+
+if not torch.accelerator.is_available():
+
+    def manual_seed(seed):
+        """As torch's, which keeps three formatted stacks for GPUs that may come, at every call."""
+        return torch.default_generator.manual_seed(int(seed))
+
+    torch.manual_seed = manual_seed
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -54,6 +65,7 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    logging.getLogger().addHandler(SILENT)  # where no handler is, logged warnings are printed among a command's lines
 
 
 @pytest.fixture
