@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmzoo import ops
+from ssmzoo.ops.dense_scan import MIX, Mixing
 from ssmzoo.released.golden import relative_error
 
 
@@ -254,3 +255,21 @@ def test_symbols_out_of_range(backend, symbol):
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.dense_scan(**inputs() | change)
+
+
+@native
+@pytest.mark.parametrize("n, p", [(37, 1.0), (64, 1.2), (5, 3.0)])
+def test_mixed_and_normalised_columns_on_compiled_kernels(n, p):
+    A, weights, dT = torch.randn(n, n, 3) * 10 ** torch.randn(n, n, 3), torch.rand(4, 3), torch.randn(4, n, n)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        given = [t.to(dtype).requires_grad_() for t in (A, weights)]
+        T = MIX(Mixing(*given, p), "c") if dtype == torch.float32 else ops.mix_transitions(*given, p)
+        results.append((T, *torch.autograd.grad(T, given, dT.to(dtype))))
+    for got, expected in zip(*results):
+        assert (got - expected).norm() < 2e-6 * expected.norm()
+    A, weights = A.detach(), weights.detach()
+    A[:, 1] = 0  # NaN as in the reference
+    torch.testing.assert_close(
+        MIX(Mixing(A, weights, p), "c"), ops.mix_transitions(A, weights, p), equal_nan=True, rtol=1e-5, atol=1e-7
+    )

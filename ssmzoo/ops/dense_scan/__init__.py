@@ -52,9 +52,8 @@ class Mixing(NamedTuple):
 
 def mix_forward(a: Mixing, save: bool) -> tuple[tuple[Tensor], Tensor]:
     """Kept are M and sign(M) |M|^(p-1)."""
-    n, p, (s, k) = len(a.A_dict), a.p_norm, a.weights.shape
-    M, slope = kept = a.weights.new_empty(2, s, n, n)
-    torch.mm(a.weights, a.A_dict.view(-1, k).T, out=M.view(s, -1))
+    p, kept = a.p_norm, mixed(a)
+    M, slope = kept
     torch.pow(M.abs(), p - 1, out=slope).mul_(M.sign())
     return (M / (M * slope).sum(-2, keepdim=True).pow_(1 / p),), kept
 
@@ -64,7 +63,20 @@ def mix_backward(a: Mixing, kept: Tensor, dT: Tensor) -> dict[str, Tensor]:
     M, slope = kept
     power = (M * slope).sum(-2, keepdim=True)
     pull = (dT * M).sum(-2, keepdim=True).div_(power)
-    dM = torch.addcmul(dT, slope, pull, value=-1).div_(power.pow_(1 / a.p_norm)).flatten(1)  # (s nn)
+    return unmixed(a, torch.addcmul(dT, slope, pull, value=-1).div_(power.pow_(1 / a.p_norm)))
+
+
+def mixed(a: Mixing) -> Tensor:
+    """Two tensors (s n n) in one: M, and room for what else is kept."""
+    n, (s, k) = len(a.A_dict), a.weights.shape
+    kept = a.weights.new_empty(2, s, n, n)
+    torch.mm(a.weights, a.A_dict.view(-1, k).T, out=kept[0].view(s, -1))
+    return kept
+
+
+def unmixed(a: Mixing, dM: Tensor) -> dict[str, Tensor]:
+    """Gradients from that of M (s n n)."""
+    dM = dM.flatten(1)
     return {"A_dict": (dM.T @ a.weights).view(a.A_dict.shape), "weights": dM @ a.A_dict.flatten(0, 1)}
 
 
@@ -233,7 +245,7 @@ def scan(a, backend: str, parallel: bool) -> tuple[Tensor, Tensor]:
     else:
         with torch.autocast(A_dict.device.type, enabled=False):
             if eager(A_dict, weights) and 1 <= a.p_norm < math.inf:  # else one step of torch's after the other
-                T = MIX(Mixing(A_dict, weights, float(a.p_norm)), "torch")
+                T = MIX(Mixing(A_dict, weights, float(a.p_norm)), backend if backend in MIX.kernels else "torch")
             else:
                 T = mix_transitions(A_dict, weights, a.p_norm).contiguous()
         if x.ndim == 2:

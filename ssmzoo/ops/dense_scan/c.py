@@ -1,25 +1,40 @@
-"""dense_scan on our compiled CPU kernels (dense_scan.c)."""
+"""dense_scan on our compiled CPU kernels (dense_scan.c, column_norm.c)."""
 
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.ops.checks import why_not_float
-from ssmzoo.ops.dense_scan import SYMBOLS, Symbols, check_codes, dense_scan, empty_results, scan
+from ssmzoo.ops.dense_scan import (
+    MIX,
+    SYMBOLS,
+    Mixing,
+    Symbols,
+    check_codes,
+    dense_scan,
+    empty_results,
+    mixed,
+    scan,
+    unmixed,
+)
 from ssmzoo.ops.library import Kernel
 from ssmzoo.ops.native import VECTOR_LENGTH, kernel
 
 FORWARD, MISSING = kernel("ssmzoo_dense_scan_forward")
 BACKWARD, _ = kernel("ssmzoo_dense_scan_backward")
+NORM, _ = kernel("ssmzoo_column_norm")
+NORM_BACKWARD, _ = kernel("ssmzoo_column_norm_backward")
 
 
 def _padded(T: Tensor) -> Tensor:
     """(s n n) with rows of whole vectors."""
-    return F.pad(T, (0, -T.shape[-1] % VECTOR_LENGTH)).contiguous()
+    missing = -T.shape[-1] % VECTOR_LENGTH
+    return (F.pad(T, (0, missing)) if missing else T).contiguous()
 
 
 def _call(function, T: Tensor, codes: Tensor, tensors: list[Tensor | None]) -> bool:
@@ -56,6 +71,29 @@ def backward(a: Symbols, states: Tensor, d_last: Tensor, d_states: Tensor | None
 
 
 SYMBOLS.kernels["c"] = Kernel(forward, backward)
+
+
+def _norm(function, a: Mixing, kept: Tensor, dT: Tensor | None) -> Tensor:
+    """T, or the gradient of M."""
+    M, slope = kept
+    s, n, _ = M.shape
+    to = torch.empty_like(M)
+    pointers = [0 if t is None else t.data_ptr() for t in (M, dT, slope, to)]
+    function(struct.pack("7qd", *pointers, s, n, torch.get_num_threads(), a.p_norm))
+    return to
+
+
+def mix_forward(a: Mixing, save: bool):
+    kept = mixed(a)
+    return (_norm(NORM, a, kept, None),), kept
+
+
+def mix_backward(a: Mixing, kept: Tensor, dT: Tensor) -> dict[str, Tensor]:
+    return unmixed(a, _norm(NORM_BACKWARD, a, kept, dT.contiguous()))
+
+
+if MISSING is None:
+    MIX.kernels["c"] = Kernel(mix_forward, mix_backward)
 
 
 def why_not(a) -> str | None:
