@@ -28,6 +28,7 @@ LANGUAGE = {
     "transformer": {**WIDTH, "n_blocks": 2, "n_heads": 4},
     "rnn": {"input_size": 16, "num_classes": 16},
     "sd_ssm": {"input_size": 16, "num_classes": 16},
+    "complex_diagonal_ssm": {"input_size": 16, "num_classes": 16},
 }
 SMALL = {"sd_ssm": ["max_steps=150"], "rnn": ["max_steps=150"], "mamba": ["max_steps=15", "model.d_model=32"]}
 IMAGES = {
