@@ -70,11 +70,10 @@ def _parameters(dy: Tensor, saved: Tensor | None, x: Tensor, act: str | None):
     parts = max(1, min(threads, rows // ROWS))
     columns = -(-e // -(-threads // parts) // VECTOR_LENGTH) * VECTOR_LENGTH
     dh = dy if act is None else torch.empty_like(dy)
-    dweight = dy.new_empty(parts, e, d) if d % VECTOR_LENGTH == 0 else None
-    dbias = dy.new_empty(parts, e)
+    dweight, dbias = dy.new_empty(parts, e, d), dy.new_empty(parts, e)
     pointers = (0 if t is None else t.data_ptr() for t in (dy, saved, x, dh, dweight, dbias))
     BACKWARD(struct.pack("13q", *pointers, rows, e, d, CODES[act], parts, columns, threads))
-    return dh, dh.t() @ x if dweight is None else _total(dweight), _total(dbias)
+    return dh, _total(dweight), _total(dbias)
 
 
 def _total(parts: Tensor) -> Tensor:

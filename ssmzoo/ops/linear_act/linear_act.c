@@ -4,11 +4,12 @@
 //
 // The exact GELU takes its normal distribution from Abramowitz & Stegun 7.1.26, whose exponential is the density that
 // the gradient needs (error 8e-8).
-#include "gemm.h"
 #include "parallel.h"
+#include "vec.h"
 
 enum { NONE, GELU, RELU, SILU };
-enum { SHARE = 1 << 14, DEPTH = 256, PANEL = 4 * VL };  // elements per task; rows at a time; columns of x at a time
+enum { SHARE = 1 << 14, DEPTH = 256, WIDTH = 192 };  // elements per task; rows of dh and x at a time; columns of dh at a time
+enum { STRIP = VL == 4 ? VL : VL / 4 * 3, PANEL = 2 * VL };  // columns of dh and of x whose products fill the registers
 
 // The integral of the normal distribution up to h; `density` becomes exp(-h^2 / 2).
 INLINE vf v_normal(vf h, vf *density) {
@@ -60,43 +61,137 @@ void ssmzoo_act(const act_args *a) { parallel_for((a->size + SHARE - 1) / SHARE,
 
 typedef struct {
     const float *dy, *saved, *x;  // (rows, e), (rows, e), (rows, d)
-    float *dh, *dW, *dbias;       // (rows, e), or NULL without act; (parts, e, d), or NULL if not wanted; (parts, e)
+    float *dh, *dW, *dbias;       // (rows, e), or NULL without act; (parts, e, d); (parts, e)
     int64_t rows, e, d, act, parts, columns, threads;  // parts: of the rows; columns: of dh per task
 } linear_args;
 
-INLINE void slope_line(float *dh, const float *dy, const float *saved, int64_t size, const int64_t act) {
-    for (int64_t i = 0; i < size; i += VL)
-        v_store_some(dh + i, v_load_some(dy + i, size - i) * v_act_slope(v_load_some(saved + i, size - i), act), size - i);
+// dW's factors lie in cache as a product in registers reads them: strips of dh [strip][row][STRIP], panels of x [panel][row][PANEL].
+// What the next ones are made from is called into the cache meanwhile.
+enum { STRIP_SIZE = DEPTH * STRIP + VL, PANEL_SIZE = DEPTH * PANEL + VL, LINE = 16, EVERY = 8 };
+typedef struct { const float *from; int64_t rows, width, gap; } region;
+typedef struct { region of[3]; int now; int64_t column; } ahead;
+
+INLINE void call_line(ahead *h) {
+    if (h->now == 3) return;
+    region *r = h->of + h->now;
+    if (!r->rows) { h->now++; return; }
+    __builtin_prefetch(r->from + h->column, 0, 2);
+    h->column += LINE;
+    if (h->column >= r->width) h->column = 0, r->from += r->gap, r->rows--;
+}
+
+INLINE void multiply_tile(vf (*sum)[2], const float *strip, const float *panel, int64_t K, ahead *h) {
+#pragma GCC unroll 12
+    for (int i = 0; i < STRIP; i++) sum[i][0] = sum[i][1] = (vf){0};
+    for (int64_t k = 0; k < K; k++, strip += STRIP, panel += PANEL) {
+        if (k % EVERY == 0) call_line(h);
+        const vf left = v_load(panel), right = v_load(panel + VL);
+#pragma GCC unroll 12
+        for (int i = 0; i < STRIP; i++) sum[i][0] += strip[i] * left, sum[i][1] += strip[i] * right;
+    }
+}
+
+// C (STRIP PANEL) = or += a strip times a panel
+static void whole_tile(float *C, int64_t ldc, const float *strip, const float *panel, int64_t K, int add, ahead *h) {
+    vf sum[STRIP][2];
+    for (int i = 0; add && i < STRIP; i++) {
+        __builtin_prefetch(C + i * ldc, 1);
+        __builtin_prefetch(C + i * ldc + PANEL - 1, 1);
+    }
+    multiply_tile(sum, strip, panel, K, h);
+#pragma GCC unroll 12
+    for (int i = 0; i < STRIP; i++)
+        for (int v = 0; v < 2; v++) {
+            float *c = C + i * ldc + v * VL;
+            v_store(c, add ? v_load(c) + sum[i][v] : sum[i][v]);
+        }
+}
+
+static void edge_tile(float *C, int64_t ldc, int64_t M, int64_t N, const float *strip, const float *panel, int64_t K, int add,
+                      ahead *h) {
+    vf sum[STRIP][2];
+    multiply_tile(sum, strip, panel, K, h);
+    for (int64_t i = 0; i < M; i++)
+        for (int64_t n = 0; n < N; n++) {
+            const float here = sum[i][n / VL][n % VL];
+            C[i * ldc + n] = add ? C[i * ldc + n] + here : here;
+        }
+}
+
+INLINE void slope_line(float *dh, const float *dy, const float *saved, float *sum, int64_t size, const int64_t act) {
+    for (int64_t i = 0; i < size; i += VL) {
+        vf g = v_load_some(dy + i, size - i);
+        if (act != NONE) {
+            g *= v_act_slope(v_load_some(saved + i, size - i), act);
+            v_store_some(dh + i, g, size - i);
+        }
+        v_store_some(sum + i, v_load_some(sum + i, size - i) + g, size - i);
+    }
+}
+
+// Rows of M columns of dh, from `corner` on: computed, added to `sum`, and as strips.
+static void make_strips(const linear_args *a, int64_t corner, int64_t M, int64_t K, float *sum, float *strips) {
+    const float *dh = (a->act == NONE ? a->dy : a->dh) + corner;
+    for (int64_t k = 0; k < K; k++, corner += a->e, dh += a->e, strips += STRIP) {
+        const float *dy = a->dy + corner, *saved = a->saved + corner;
+        if (a->act == GELU) slope_line(a->dh + corner, dy, saved, sum, M, GELU);
+        else if (a->act == RELU) slope_line(a->dh + corner, dy, saved, sum, M, RELU);
+        else if (a->act == SILU) slope_line(a->dh + corner, dy, saved, sum, M, SILU);
+        else slope_line(NULL, dy, NULL, sum, M, NONE);
+        float *to = strips;  // what is stored beyond a strip's row, its next one overwrites
+        for (int64_t m = 0; m < M; m += STRIP, to += STRIP_SIZE) v_store(to, v_load_some(dh + m, M - m));
+    }
+}
+
+static void make_panels(const linear_args *a, int64_t row, int64_t K, float *panels) {
+    const float *x = a->x + row * a->d;
+    for (int64_t k = 0; k < K; k++, x += a->d, panels += PANEL)
+        for (int64_t n = 0; n < a->d; n += PANEL) {
+            float *to = panels + n / PANEL * PANEL_SIZE;
+            v_store(to, v_load_some(x + n, a->d - n));
+            v_store(to + VL, a->d > n + VL ? v_load_some(x + n + VL, a->d - n - VL) : v_set(0.0f));
+        }
+}
+
+static region region_of(const float *rows, int64_t row, int64_t count, int64_t first, int64_t width, int64_t gap) {
+    return (region){rows ? rows + row * gap + first : NULL, rows ? count : 0, width, gap};
 }
 
 // A task has a part of dh to itself, some rows and columns: while they are in cache, they are computed, summed, multiplied.
 static void backward_task(void *context, int64_t index) {
     const linear_args *a = context;
-    const int64_t splits = (a->e + a->columns - 1) / a->columns, part = index / splits;
-    const int64_t first = index % splits * a->columns, M = first + a->columns < a->e ? a->columns : a->e - first;
+    const int64_t splits = (a->e + a->columns - 1) / a->columns, part = index / splits, d = a->d;
+    const int64_t left = index % splits * a->columns, right = left + a->columns < a->e ? left + a->columns : a->e;
     const int64_t start = a->rows * part / a->parts, end = a->rows * (part + 1) / a->parts;
-    float *sum = scratch(sizeof(float) * (size_t)M), *dbias = a->dbias + part * a->e + first;
-    memset(dbias, 0, sizeof(float) * (size_t)M);
-    for (int64_t row = start; row < end; row += DEPTH) {
-        const int64_t K = row + DEPTH < end ? DEPTH : end - row, corner = row * a->e + first;
-        const float *dh = (a->act == NONE ? a->dy : a->dh) + corner;
-        memset(sum, 0, sizeof(float) * (size_t)M);
-        for (int64_t k = 0; k < K; k++) {
-            const int64_t line = corner + k * a->e;
-            if (a->act == GELU) slope_line(a->dh + line, a->dy + line, a->saved + line, M, GELU);
-            else if (a->act == RELU) slope_line(a->dh + line, a->dy + line, a->saved + line, M, RELU);
-            else if (a->act == SILU) slope_line(a->dh + line, a->dy + line, a->saved + line, M, SILU);
-            for (int64_t m = 0; m < M; m++) sum[m] += dh[k * a->e + m];
-        }
-        for (int64_t m = 0; m < M; m++) dbias[m] += sum[m];
-        for (int64_t n = 0; a->dW && n < a->d; n += PANEL) {
-            float *dW = a->dW + (part * a->e + first) * a->d + n;
-            const gemm_t g = {.A = dh, .am = 1, .ak = a->e, .B = a->x + row * a->d + n, .ldb = a->d, .C = dW,
-                              .ldc = a->d, .from = row > start ? dW : NULL, .keep = 1.0f};
-            gemm(&g, M, n + PANEL < a->d ? PANEL : a->d - n, K, GEMM_FULL);
+    const int64_t blocks = (end - start + DEPTH - 1) / DEPTH, panels = (d + PANEL - 1) / PANEL;
+    const int64_t strips = (WIDTH + STRIP - 1) / STRIP;
+    float *strip = scratch(sizeof(float) * (size_t)(strips * STRIP_SIZE + panels * PANEL_SIZE + WIDTH));
+    float *panel = strip + strips * STRIP_SIZE, *sum = panel + panels * PANEL_SIZE, *dbias = a->dbias + part * a->e;
+    memset(dbias + left, 0, sizeof(float) * (size_t)(right - left));
+    if (!blocks) memset(a->dW + (part * a->e + left) * d, 0, sizeof(float) * (size_t)((right - left) * d));
+    for (int64_t block = 0; block < blocks; block++) {  // of equal sizes
+        const int64_t row = start + (end - start) * block / blocks, K = start + (end - start) * (block + 1) / blocks - row;
+        make_panels(a, row, K, panel);
+        for (int64_t first = left; first < right; first += WIDTH) {
+            const int64_t M = first + WIDTH < right ? WIDTH : right - first, last = first + WIDTH >= right;
+            memset(sum, 0, sizeof(float) * WIDTH);
+            make_strips(a, row * a->e + first, M, K, sum, strip);
+            for (int64_t m = 0; m < M; m++) dbias[first + m] += sum[m];
+            const int64_t then = last ? left : first + WIDTH, width = then + WIDTH < right ? WIDTH : right - then;
+            const int64_t below = last ? row + K : row, count = below + K < end ? K : end - below;
+            ahead h = {{region_of(a->dy, below, count, then, width, a->e), region_of(a->saved, below, count, then, width, a->e),
+                        region_of(last ? a->x : NULL, below, count, 0, d, d)}, 0, 0};
+            for (int64_t n = 0; n < panels; n++)
+                for (int64_t m = 0; m < M; m += STRIP) {
+                    float *C = a->dW + (part * a->e + first + m) * d + n * PANEL;
+                    const float *A = strip + m / STRIP * STRIP_SIZE, *B = panel + n * PANEL_SIZE;
+                    const int64_t high = M - m, wide = d - n * PANEL;
+                    if (high >= STRIP && wide >= PANEL) whole_tile(C, d, A, B, K, block > 0, &h);
+                    else edge_tile(C, d, high < STRIP ? high : STRIP, wide < PANEL ? wide : PANEL, A, B, K, block > 0, &h);
+                }
         }
     }
-    free(sum);
+    free(strip);
 }
 
 void ssmzoo_linear_backward(const linear_args *a) {
