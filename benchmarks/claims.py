@@ -184,9 +184,9 @@ def show() -> None:
     known = load()
     for name, claim in CLAIMS.items():
         done = sum(len(known.get(name, {}).get(a.name, {})) for a in claim.arms)
-        print(f"{name:<22}{done} of {len(SEEDS) * len(claim.arms)} runs   {claim.sentence}")
+        print(f"{name:<28}{done} of {len(SEEDS) * len(claim.arms)} runs   {claim.sentence}")
     for name, script in SCRIPTS.items():
-        print(f"{name:<22}python {' '.join(script.command)}   {script.page}")
+        print(f"{name:<28}python {' '.join(script.command)}   {script.page}")
 
 
 def main() -> None:
